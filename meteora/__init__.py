@@ -8,8 +8,8 @@
 `__all__` is the whole public surface. Its functions are imported when they are first used, so that
 `import meteora` and `import meteora.artifacts` stay light.
 
-Importing the package also makes transformers' own `AutoModelForCausalLM.from_pretrained` and
-`pipeline` take fused checkpoints, as folders or Hub ids; no remote code is needed.
+After the import, transformers' own `AutoModelForCausalLM.from_pretrained` and `pipeline` take fused
+checkpoints too, as folders or Hub ids; no remote code is needed.
 """
 
 from __future__ import annotations

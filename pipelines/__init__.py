@@ -1,1 +1,1 @@
-"""Recipes, flows, evaluation, reports: the only package that knows both model and store."""
+"""Recipes, flows, evaluation, reports: the only package that uses both `meteora` and `store`."""

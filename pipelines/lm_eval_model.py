@@ -1,4 +1,4 @@
-"""Where lm-eval's own command finds fused models: users' copies of the YAML file hold this name."""
+"""The module that lm-eval's command imports for fused models; users' YAML files have its name."""
 
 from lm_eval.__main__ import cli_evaluate
 

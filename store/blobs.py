@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 CHEAP_BYTES = 1 << 20
-"""Blobs up to this size, a millisecond of hashing, are verified whenever they are read."""
+"""Blobs up to this size (a millisecond of hashing) are checked whenever they are read."""
 
 
 class Blobs:
@@ -37,8 +37,8 @@ class Blobs:
         """Store a file; return its SHA-256. When this returns, the blob is on disk.
 
         The file is copied (at no cost, if the file system can share extents) and stays as it is. It
-        is not hard-linked, because later changes to the file would change the blob. With `move` it
-        is linked and removed from `path`; no process may still have it open for writing.
+        is not hard-linked, since later changes to the file would change the blob. With `move` it is
+        linked and removed from `path`; no process may still have it open for writing.
 
         Raises:
             StoreError: it is not a file, or the disk is full.
@@ -62,11 +62,11 @@ class Blobs:
         return sha256
 
     def path_of(self, sha256: str) -> Path:
-        """The file of the blob, for reading only. A small one is compared with its name first.
+        """The file of the blob, for reading only. A small file is hashed first.
 
         Raises:
             MissingBlobError: there is no such blob.
-            DamagedError: its bytes have changed. Large blobs are checked by `verify` only.
+            DamagedError: its bytes have changed. Only `verify` checks large blobs.
         """
         path = self.place_of(sha256)
         if not path.is_file() and not self._fetched(sha256):
@@ -81,12 +81,14 @@ class Blobs:
         return path
 
     def give(self, sha256: str, target: Path) -> None:
-        """Put the blob at `target`, a new file: a hard link if possible, otherwise a copy.
+        """Make `target` a hard link to the blob if possible, otherwise a copy.
 
         A hard link is read-only and shares its bytes with the blob: copy it before changing it.
 
         Raises:
             StoreError: `target` exists.
+            MissingBlobError: there is no such blob.
+            DamagedError: see `path_of`.
         """
         source = self.path_of(sha256)
         if target.exists():
@@ -107,7 +109,7 @@ class Blobs:
         self._shared.add(sha256)
 
     def survey(self) -> set[str]:
-        """List all blobs on the shared storage, so that no single one has to be looked up."""
+        """List all blobs on the shared storage at once, which saves single look-ups later."""
         if self._remote is not None:
             names = self._remote.names("blobs")
             self._shared |= {name.removeprefix("blobs/").replace("/", "") for name in names}

@@ -1,4 +1,4 @@
-"""Verify the store: every file against its name, every blob that a record needs, the index."""
+"""Verify the store: compare files with their names, look for missing blobs, check the index."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ BOOKKEEPING = ("migrations", "read_files")
 
 @dataclass(frozen=True)
 class Finding:
-    """One thing that is damaged, missing or foreign."""
+    """One record, blob or file that is damaged, missing or foreign."""
 
     what: str
     """record, segment, blob, index, file, or shared (an object on the shared storage)."""
@@ -42,7 +42,7 @@ class Finding:
     """SHA-256 of a record or a blob; a segment's name; otherwise a path in the home."""
     problem: str
     touches: tuple[str, ...] = ()
-    """Ids of everything that depends on it, directly or not; sorted."""
+    """Ids of all artifacts and scores that depend on it, directly or not; sorted."""
 
 
 @dataclass(frozen=True)
@@ -52,7 +52,7 @@ class Verification:
     num_records: int
     num_blobs: int
     num_waiting: int
-    """Files of records that are not in the index yet; that is not a fault."""
+    """Files of records that are not in the index yet, which is no fault."""
     findings: tuple[Finding, ...]
 
 
@@ -107,7 +107,7 @@ def _room(home: Path) -> Generator[Path]:
 def _check_loose(
     connection: duckdb.DuckDBPyConnection, records: Records, sha256s: list[str]
 ) -> tuple[set[str], list[tuple[str, str]]]:
-    """The records that can be read, and the errors of the others; notes the blobs they refer to."""
+    """The records that can be read, and the errors of the others; fills the table `named`."""
     readable: set[str] = set()
     damaged: list[tuple[str, str]] = []
     for start in range(0, len(sha256s), BATCH_RECORDS):
@@ -126,7 +126,7 @@ def _check_loose(
 def _check_segments(
     connection: duckdb.DuckDBPyConnection, segments: Segments, names: Collection[str]
 ) -> tuple[set[str], list[tuple[str, str]]]:
-    """The undamaged segments, and the errors of the others; notes the blobs they refer to."""
+    """The undamaged segments, and the errors of the others; fills the table `named`."""
     whole: set[str] = set()
     damaged = []
     for name in sorted(names):
@@ -182,9 +182,9 @@ def _check_shared(
     remote = sharing.remote
     for name in sorted(remote.names("records") | remote.names("blobs")):
         with partial_file(room) as partial:
-            came = remote.get(name, partial)
+            downloaded_sha256 = remote.get(name, partial)
         digits = "".join(re.findall("[0-9a-f]+", name.partition("/")[2].partition(".")[0]))
-        if came and not digits.endswith(came):
+        if downloaded_sha256 and not digits.endswith(downloaded_sha256):
             touched = _touched(connection, digits) if name.startswith("blobs/") else ()
             problem = f"its bytes on {remote.url} have changed since"
             yield Finding("shared", name, problem, touched)
@@ -197,7 +197,7 @@ def _touched(connection: duckdb.DuckDBPyConnection, blob: str) -> tuple[str, ...
 
 
 def _resting(connection: duckdb.DuckDBPyConnection, subjects: list[str]) -> tuple[str, ...]:
-    """These subjects, all that is made from them or measured on them, and what compares that."""
+    """These subjects, artifacts made from them, scores of these, and comparisons of the scores."""
     rows = connection.execute(
         """
         WITH direct AS (SELECT unnest($1::VARCHAR[]) AS id),
@@ -233,9 +233,9 @@ def _foreign_files(home: Path, *roots: Path) -> Iterator[Finding]:
 def _check_index(
     connection: duckdb.DuckDBPyConnection, index: Index, names: Collection[str], room: Path
 ) -> Iterator[Finding]:
-    """Compare the database files, row by row, with an index that is made from the records now.
+    """Compare the database files, row by row, with an index that is newly made from the records.
 
-    A copy of each is brought up to date first, as the next ingest would do.
+    A copy of each file is brought up to date first, as the next ingest would do.
     """
     paths = [path for path in (index.live, index.snapshot) if path.exists()]
     if len({file_sha256(path) for path in paths}) < len(paths):

@@ -6,11 +6,11 @@ from meteora.artifacts import MeteoraError
 
 
 class StoreError(MeteoraError):
-    """The store cannot do what was asked of it."""
+    """The store cannot do its task."""
 
 
 class DamagedError(StoreError):
-    """A file does not hold the bytes that its name promises."""
+    """The bytes of a file do not hash to its name."""
 
 
 class MissingBlobError(StoreError):
@@ -30,11 +30,11 @@ class BusyError(StoreError):
 
 
 class UnreachableError(StoreError):
-    """The storage that homes share does not answer, or refuses."""
+    """The shared storage does not answer, or refuses a request."""
 
 
 class NewerLedgerError(StoreError):
-    """The index was written by a newer release, which this one does not change."""
+    """A newer release wrote the index, so this one does not change it."""
 
 
 class QueryError(StoreError):
@@ -42,5 +42,5 @@ class QueryError(StoreError):
 
 
 def brief(error: Exception) -> str:
-    """The first line of a library's error: the rest is about its insides."""
+    """The first line of a library's error; the rest is for its developers."""
     return str(error).partition("\n")[0]

@@ -6,7 +6,7 @@ from meteora.artifacts import ArtifactId, Noun, Reason
 
 VERDICTS = ("accept", "warn", "refuse")
 SKIPPED = ("skipped_late", "skipped_overlap")
-"""Outcomes of a scheduled run that did nothing: a later one was due too, or one was running."""
+"""Outcomes of a scheduled run that did nothing: a later run was due too, or one was running."""
 OUTCOMES = ("ok", "failed", "refused", "stopped", "killed", *SKIPPED)
 
 
@@ -22,7 +22,7 @@ class AdapterVerdict(Noun):
     name: str
     """The expert's name in the recipe."""
     source: str
-    """The adapter in the recipe, with its branch if it names one."""
+    """The adapter as the recipe names it, with the branch if there is one."""
     repo_id: str
     """`owner/name` on the Hub, or `path:<folder name>`."""
     revision: str
@@ -36,9 +36,9 @@ class AdapterVerdict(Noun):
     adapter_id: ArtifactId | None = None
     """None if its tensors could not be read."""
     base_models: tuple[str, ...] = ()
-    """Those that its card names; unchecked, as licence and author are."""
+    """The bases that its card names; unchecked, like licence and author."""
     downloads: int | None = None
-    """Of its repository in the last 30 days; None if the Hub does not say."""
+    """Downloads of its repository in the last 30 days; None if the Hub does not say."""
 
     def __post_init__(self) -> None:
         _one_of(self.verdict, VERDICTS, "verdict")
@@ -52,10 +52,10 @@ class RunStarted(Noun):
     recipe_name: str
     recipe_sha256: str
     versions: dict[str, str] = field(default_factory=dict)
-    """Of the packages that the result depends on, such as {"torch": "2.13.0"}."""
+    """Versions of the packages that the result depends on, such as {"torch": "2.13.0"}."""
     device: str = ""
     home: str = ""
-    """The name of its home among those that share a storage; empty without sharing."""
+    """The name of the home among those that share a storage; empty without sharing."""
 
 
 @dataclass(frozen=True)
@@ -82,7 +82,7 @@ class Failure(Noun):
 
     stage: str
     subject: str
-    """An artifact id, an adapter's source, a task."""
+    """An artifact id, an adapter's source, or a task."""
     error: str
     """The class of the exception, or a code."""
     message: str

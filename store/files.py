@@ -1,4 +1,4 @@
-"""Files that are complete or absent, also after a crash; and locks that end with their process.
+"""Write files that are complete or absent, even after a crash; locks that end with their process.
 
 A file becomes visible by a rename, after its bytes have reached the disk:
 
@@ -33,7 +33,7 @@ STALE_SECONDS = 3600.0
 def partial_file(root: Path) -> Generator[Path]:
     """A path below `root` that no other writer uses, for a file or a folder.
 
-    What is there is removed when the block ends, unless `settle` has moved it.
+    The file or folder is removed when the block ends, unless `settle` has moved it.
 
     Raises:
         StoreError: the disk is full, or the folder cannot be written to.
@@ -53,7 +53,7 @@ def partial_file(root: Path) -> Generator[Path]:
 
 
 def write_whole(path: Path, data: bytes, *, root: Path) -> None:
-    """Write `data` to `path`, which is below `root`; on return it is on disk and read-only."""
+    """Write `data` to `path`, below `root`; when this returns, it is on disk and read-only."""
     with partial_file(root) as partial:
         partial.write_bytes(data)
         settle(partial, path, root=root)
@@ -119,7 +119,7 @@ def discard(path: Path) -> None:
 
 
 def leftovers(root: Path, pattern: str = "tmp/*") -> list[Path]:
-    """What killed writers left below `root`: all of a pattern that has not changed for long."""
+    """Leftovers of killed writers: paths of a pattern that have not changed for an hour."""
     oldest = time.time() - STALE_SECONDS
     stale = []
     for path in root.glob(pattern):
@@ -143,7 +143,7 @@ def locked(path: Path, *, deadline_seconds: float, shared: bool = False) -> Gene
     The kernel frees the lock when the process ends, however it ends: there are no stale locks.
 
     Args:
-        shared: several holders of a shared lock are possible, but none together with another lock
+        shared: other shared locks may be held at the same time, but no exclusive one
 
     Raises:
         BusyError: the lock is not free within the deadline.
@@ -151,8 +151,8 @@ def locked(path: Path, *, deadline_seconds: float, shared: bool = False) -> Gene
     """
     try:
         path.parent.mkdir(parents=True, exist_ok=True)
-        how = os.O_RDONLY if shared else os.O_RDWR  # readers may share it
-        descriptor = os.open(path, how | os.O_CREAT, 0o644)
+        mode = os.O_RDONLY if shared else os.O_RDWR  # a reader may not have write permission
+        descriptor = os.open(path, mode | os.O_CREAT, 0o644)
     except OSError as error:
         raise StoreError(
             f"{path} cannot be opened ({error.strerror}), so the files beside it cannot be used"

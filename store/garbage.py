@@ -15,7 +15,7 @@ if TYPE_CHECKING:
     from store.records import Records
 
 STOPPED = ("bases/*.partial", "adapters/*/*.partial")
-"""Downloads that were stopped; a run that needs such a base goes on with what is still there."""
+"""Downloads that were stopped; a run that needs such a base continues the download."""
 SHA256_IN_TEXT = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
 
 
@@ -27,19 +27,19 @@ class Garbage:
     files: tuple[Path, ...]
     """Leftovers of killed writers, downloads that were stopped, databases that were set aside."""
     sizes: tuple[int, ...]
-    """In bytes, of the blobs and then of the files."""
+    """Bytes of each blob, and then of each file."""
 
     @property
     def num_bytes(self) -> int:
-        """The size of all together."""
+        """The size of all blobs and files."""
         return sum(self.sizes)
 
 
 def garbage(home: Path, records: Records, blobs: Blobs) -> Garbage:
-    """Blobs that no record mentions, and what killed writers left; all at least an hour old.
+    """Blobs that no record mentions, and leftovers of killed writers; all at least an hour old.
 
     Raises:
-        DamagedError: a record cannot be read, so what it refers to is not known.
+        DamagedError: a record cannot be read, so its blobs are not known.
     """
     oldest = time.time() - STALE_SECONDS
     unused = {sha256 for sha256 in blobs if blobs.place_of(sha256).stat().st_mtime < oldest}
@@ -56,6 +56,6 @@ def garbage(home: Path, records: Records, blobs: Blobs) -> Garbage:
         files += leftovers(root)
     for pattern in STOPPED:
         files += leftovers(home, pattern)
-    kept = sorted(unused)
-    sizes = [size_of(path) for path in (*map(blobs.place_of, kept), *files)]
-    return Garbage(tuple(kept), tuple(files), tuple(sizes))
+    blob_names = sorted(unused)
+    sizes = [size_of(path) for path in (*map(blobs.place_of, blob_names), *files)]
+    return Garbage(tuple(blob_names), tuple(files), tuple(sizes))

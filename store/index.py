@@ -4,8 +4,8 @@
 
 While one process writes to a DuckDB file, no other can open it. So the writer opens the database
 for one ingest, under a lock file, and readers open a copy that is never written to. DuckDB can lose
-a committed transaction silently if its write-ahead log is damaged. That loses nothing here: a
-record that the index does not have is ingested again.
+a committed transaction silently if its write-ahead log is damaged. No fact is lost then: a record
+that is missing in the index is ingested again.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ STORAGE_VERSION = "v1.4.0"  # DuckDB 1.4, 1.5 and 2.x can all open it
 BATCH_RECORDS = 20_000
 """Loose records that are ingested in one transaction."""
 TURN_SECONDS = 0.05
-"""How long to wait for the lock before looking whether another process has done the work."""
+"""Time to wait for the lock before checking whether another process has done the work."""
 CIRCUMSTANCES = (
     "Could not set lock on file",
     "No space left on device",
@@ -54,11 +54,11 @@ class Ingest:
     """The result of an ingest."""
 
     num_records: int
-    """Records that are new in the index."""
+    """The number of records that are new in the index."""
     num_waiting: int
-    """Files of records that are not in the index yet."""
+    """The number of record files that are not in the index yet."""
     reason: str = ""
-    """Why they are not, a sentence; empty if nothing went wrong."""
+    """Why they are not in the index, a sentence; empty if nothing went wrong."""
 
 
 class Index:
@@ -78,7 +78,7 @@ class Index:
     def known(self) -> frozenset[str] | None:
         """The names of the record files in the snapshot; None if it cannot be read.
 
-        A set of moderate size even for a large store: packed records are one file.
+        The set is small even for a large store, since many packed records are one file.
         """
         try:
             status = self.snapshot.stat()
@@ -112,7 +112,7 @@ class Index:
             return None
 
     def ingest(self, *, deadline_seconds: float) -> Ingest:
-        """Bring the index up to date. Never raises: the next ingest takes what this one cannot."""
+        """Bring the index up to date. Never raises: the next ingest tries again."""
         try:
             return self._ingest_in_turn(deadline_seconds)
         except (StoreError, duckdb.Error, OSError) as error:
@@ -125,7 +125,7 @@ class Index:
         """Make the index again from the records alone; the old one is set aside.
 
         Raises:
-            StoreError: that is not possible now; the old one stays.
+            StoreError: no index can be made now; the old one stays.
         """
         with locked(self.lock, deadline_seconds=deadline_seconds):
             names = self._records.parts()
@@ -137,7 +137,7 @@ class Index:
         return _outcome(num_records, names - held)
 
     def _ingest_in_turn(self, deadline_seconds: float) -> Ingest:
-        """Ingest, unless the process that holds the lock does it meanwhile: one serves all."""
+        """Ingest, unless another process, which holds the lock, ingests these records meanwhile."""
         names = self._records.parts()
         first = not self.lock.exists() and not self.snapshot.exists()
         deadline = time.monotonic() + deadline_seconds
@@ -191,7 +191,7 @@ class Index:
     def build(
         self, database: Path, names: Collection[str], *, room: Path | None = None
     ) -> tuple[int, set[str]]:
-        """Ingest those files of records that `database` lacks; leave it checkpointed and closed.
+        """Ingest the record files that `database` lacks; leave it checkpointed and closed.
 
         Args:
             room: a folder for data that does not fit in memory; None: the home
@@ -254,7 +254,7 @@ class Index:
         """Copy the index to the snapshot. Readers that have the old one open keep it."""
         with partial_file(self.home) as partial:
             copy(self.live, partial)
-            wal(self.snapshot).unlink(missing_ok=True)  # someone wrote to the old copy
+            wal(self.snapshot).unlink(missing_ok=True)  # left if a user wrote to the old copy
             settle(partial, self.snapshot, root=self.home)
 
     def _replace(self, why: str, names: Collection[str]) -> tuple[int, set[str], Path | None]:

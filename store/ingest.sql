@@ -228,8 +228,8 @@ WITH touched AS (
 SELECT sha256 FROM records SEMI JOIN touched USING (kind, subject)
 QUALIFY row_number() OVER (PARTITION BY kind, subject ORDER BY recorded_at, sha256) > 1;
 
--- which boards have to be ranked again: those of new scores, and of scores that other new records
--- say something about; a record that is overruled by a new one is of the same id, so of the same board
+-- the boards that have to be ranked again: those of new scores, and of scores of which other new
+-- records change a fact; an overruled record has the id of the new one, and so the same board
 CREATE OR REPLACE TEMP TABLE concerned AS
 SELECT id FROM made UNION SELECT routers.id FROM routers SEMI JOIN made ON fused_id = made.id;
 

@@ -1,4 +1,4 @@
-"""Turn records into rows: offered as a table, added in one transaction, bad ones set aside."""
+"""Turn records into rows of the index, in one transaction; unreadable ones are set aside."""
 
 from __future__ import annotations
 
@@ -10,11 +10,11 @@ import duckdb
 logger = logging.getLogger(__name__)
 
 ORDERED_ROWS = 100_000
-"""Up to this many rows, the leaderboard is stored in reading order; sorting millions is slow."""
+"""Up to this many rows, the leaderboard is stored in sorted order; sorting millions is slow."""
 
 
 def offer_texts(connection: duckdb.DuckDBPyConnection, texts: dict[str, bytes]) -> None:
-    """Offer these records, by their SHA-256, to `add`."""
+    """Put these records, by their SHA-256, into the table that `add` reads."""
     offer(
         connection,
         "(SELECT unnest($1::VARCHAR[]) AS sha256, unnest($2::VARCHAR[]) AS text)",
@@ -23,7 +23,7 @@ def offer_texts(connection: duckdb.DuckDBPyConnection, texts: dict[str, bytes]) 
 
 
 def offer(connection: duckdb.DuckDBPyConnection, source: str, parameters: list[object]) -> None:
-    """Offer to `add` the records of `source` (sha256, text) that the index does not have."""
+    """Put records of `source` (sha256, text) that the index lacks into the table for `add`."""
     connection.execute(
         "CREATE OR REPLACE TEMP TABLE offered AS"  # noqa: S608
         f" SELECT row_number() OVER () - 1 AS position, sha256, text FROM {source} AS source"
@@ -82,7 +82,7 @@ def _reject(connection: duckdb.DuckDBPyConnection, position: int, reason: str) -
 
 
 def count(connection: duckdb.DuckDBPyConnection) -> int:
-    """Number of records in the index, rejected ones included."""
+    """The number of records in the index, rejected ones included."""
     ((records, rejected),) = connection.execute(
         "SELECT (SELECT count(*) FROM records), (SELECT count(*) FROM rejected)"
     ).fetchall()

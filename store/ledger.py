@@ -1,4 +1,4 @@
-"""The store's interface: what has been made, measured and published.
+"""The interface of the store: record and look up what was made, measured and published.
 
     ledger = Ledger(home)
     if ledger.weights_of(spec.id) is None: ...              # not made yet
@@ -36,9 +36,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 INGEST_DEADLINE_SECONDS = 10.0
-"""How long an ingest waits for another one."""
+"""Time that an ingest waits for another one."""
 PACK_RECORDS = 20_000
-"""With so many loose records, the next run packs them before it begins."""
+"""If there are so many loose records, the next run packs them before it begins."""
 
 
 class Ledger(Recording):
@@ -48,16 +48,16 @@ class Ledger(Recording):
     """
 
     def ingest(self, *, deadline_seconds: float = INGEST_DEADLINE_SECONDS) -> Ingest:
-        """Bring the index up to date. Never raises: the next ingest takes what this one cannot."""
-        away = self.share()
+        """Bring the index up to date. Never raises: the next ingest tries again."""
+        unshared = self.share()
         outcome = self.index.ingest(deadline_seconds=deadline_seconds)
-        return replace(outcome, reason=outcome.reason or away)
+        return replace(outcome, reason=outcome.reason or unshared)
 
     def share(self) -> str:
         """Exchange records with the shared storage, if there is one.
 
         Returns:
-            Why that was not possible, a sentence; empty if nothing went wrong.
+            The reason why it is not possible, a sentence; empty if nothing went wrong.
         """
         try:
             if self.sharing:
@@ -71,12 +71,12 @@ class Ledger(Recording):
         """Make the index again from the records alone; the old one is set aside.
 
         Raises:
-            StoreError: that is not possible now; the old one stays.
+            StoreError: no index can be made now; the old one stays.
         """
         return self.index.rebuild(deadline_seconds=deadline_seconds)
 
     def pack(self) -> int:
-        """Move loose records into segments; return how many. Useful from some thousands on.
+        """Move loose records into segments; return their number. Useful with thousands of records.
 
         Raises:
             UnreachableError: the shared storage does not answer; nothing is lost.
@@ -113,16 +113,17 @@ class Ledger(Recording):
             ) from None
 
     def scores(self, sql: str) -> list[Score]:
-        """The scores whose ids one SELECT gives, in its order; raises what `query` raises."""
+        """The scores whose ids a SELECT returns, in its order. Raises as `query`."""
         ids = [ArtifactId(row[0]) for row in self.query(sql).rows]
-        found = self.scores_of(ids)
-        return [found[one] for one in ids if one in found]
+        scores = self.scores_of(ids)
+        return [scores[one] for one in ids if one in scores]
 
     def verify(self) -> Verification:
         """Check every record, blob and row (`check`). Changes nothing.
 
         Raises:
-            StoreError: there is no space for an index to compare with, or no shared storage.
+            StoreError: the disk is too full for an index to compare with, or the shared storage
+                does not answer.
         """
         try:
             return check.verify(self.home, self.records, self.blobs, self.index, self.sharing)
@@ -134,21 +135,21 @@ class Ledger(Recording):
 
         Raises:
             BusyError: a run is going on; its blobs may not be recorded yet.
-            DamagedError: a record cannot be read, so what it refers to is not known.
+            DamagedError: a record cannot be read, so its blobs are not known.
         """
         alone = _no_wait(self.home / "runs.lock", "a run is going on; try again when it is done")
         with alone, locked(self.home / "records.lock", deadline_seconds=WRITE_DEADLINE_SECONDS):
-            found = garbage.garbage(self.home, self.records, self.blobs)
+            unused = garbage.garbage(self.home, self.records, self.blobs)
             if remove:
-                for path in (*map(self.blobs.place_of, found.blobs), *found.files):
+                for path in (*map(self.blobs.place_of, unused.blobs), *unused.files):
                     discard(path)
-        return found
+        return unused
 
     @contextmanager
     def running(self, recipe_name: str) -> Generator[list[RunStarted]]:
         """Hold a run's locks: no second run of the recipe starts, and no `gc`.
 
-        Yields the killed runs of this recipe, whose ends are recorded here.
+        Yields earlier runs of this recipe that were killed, after recording their ends.
 
         Raises:
             BusyError: another process is running the recipe.
@@ -162,9 +163,9 @@ class Ledger(Recording):
             self.home / "runs.lock", deadline_seconds=WRITE_DEADLINE_SECONDS, shared=True
         )
         with alone, together:
-            self.share()  # what another home has made is not made again
+            self.share()  # so that nothing is made again that another home has made
             killed = self.unended_here(recipe_name)
-            for run in killed:  # the holder of a recipe's lock is its only live run
+            for run in killed:  # only the holder of a recipe's lock is still running
                 self.record_run(RunEnded(run.run_id, "killed", "its process ended without a word"))
             self._tidy()
             yield killed

@@ -1,7 +1,7 @@
 """Find single records, even if the index is missing, out of date, or damaged.
 
-The index only says *which* record it is. Its contents are read from the record's file and checked
-against its name. Records that are not in the index yet are few, and are all read.
+The index only names the records. Their contents are read from their files and compared with their
+names. Records that are not in the index yet are few, and are all read.
 """
 
 from __future__ import annotations
@@ -30,14 +30,14 @@ class Lookup:
         self._pending: dict[str, Record] = {}
 
     def first(self, kind: str, subject: str) -> Record | None:
-        """The earliest record about this subject: the one that counts. None without any."""
+        """The earliest record about this subject, the one that counts; None without any."""
         return next(iter(self.find(kind, [subject])), None)
 
     def find(self, kind: str, subjects: Collection[str] | None = None) -> list[Record]:
         """The records about these subjects, or about all, earliest first."""
         if subjects is not None and not subjects:
             return []
-        found, segments = self._unindexed()
+        records, segments = self._unindexed()
         if self._index.known() is not None:
             sql = "SELECT sha256 FROM records WHERE kind = $1"
             parameters: list[object] = [kind]
@@ -46,14 +46,15 @@ class Lookup:
                 parameters.append(list(subjects))
             rows = self._index.select(sql, parameters)
             if rows is None:
-                found, segments = self._read(self._records.loose()), self._records.segments.names()
+                records = self._read(self._records.loose())
+                segments = self._records.segments.names()
             else:
-                found |= self._read({sha256 for (sha256,) in rows} - found.keys())
+                records |= self._read({sha256 for (sha256,) in rows} - records.keys())
         packed = self._records.segments.about(kind, subjects, segments)
-        return _about(found | _parsed(packed), kind, subjects)
+        return _about(records | _parsed(packed), kind, subjects)
 
     def first_among(self, sha256s: Collection[str], kind: str, subject: str) -> Record | None:
-        """The earliest of these records that is about this subject; None without any."""
+        """The earliest of these records about this subject; None without any."""
         return next(iter(_about(self._read(sha256s), kind, [subject])), None)
 
     def artifact_id(self, prefix: str) -> ArtifactId:
@@ -69,8 +70,8 @@ class Lookup:
             raise UnknownError(
                 f"no artifact's id begins with {prefix!r}; `FROM artifacts` lists them all"
             )
-        some = ", ".join(short(artifact_id) for artifact_id in ids[:5])
-        raise UnknownError(f"several ids begin with {prefix!r} ({some}); give more digits")
+        shown = ", ".join(short(artifact_id) for artifact_id in ids[:5])
+        raise UnknownError(f"several ids begin with {prefix!r} ({shown}); give more digits")
 
     def _ids_with_prefix(self, prefix: str) -> list[str]:
         rows = self._index.select(
@@ -93,7 +94,7 @@ class Lookup:
         return sorted(ids.union(artifact_id for (artifact_id,) in rows or ()))
 
     def _unindexed(self) -> tuple[dict[str, Record], set[str]]:
-        """What the snapshot does not have: loose records, and names of segments."""
+        """The loose records and the names of segments that the snapshot lacks."""
         missing = self._records.parts() - (self._index.known() or frozenset())
         segments = {name for name in missing if name.endswith(SUFFIX)}
         missing -= segments

@@ -1,7 +1,8 @@
 """SQL queries on a connection that can only read the ledger.
 
-This is no boundary between users: a process may read whatever its user may read. But SQL itself
-gets no files, no network, no extensions, no settings, and limited time, memory and rows.
+This does not protect users from each other: a process may read everything that its user may read.
+But SQL itself gets no files, no network, no extensions, no settings, and limited time, memory and
+rows.
 """
 
 from __future__ import annotations
@@ -33,16 +34,16 @@ SELECTs."""
 
 @dataclass(frozen=True)
 class Limits:
-    """What one query may cost."""
+    """The most time, memory and rows of one query."""
 
     seconds: float = 60.0
     memory_bytes: int = 1 << 30
     rows: int = 1_000_000
-    """Rows that are returned at most."""
+    """Most rows of an answer; a query with more is an error."""
 
 
 LIMITS = Limits()
-"""Of a query that asks for no others."""
+"""The default limits."""
 
 
 @dataclass(frozen=True)
@@ -75,7 +76,7 @@ def quoted(path: Path) -> str:
 
 @contextmanager
 def reading(path: Path, limits: Limits = LIMITS) -> Generator[duckdb.DuckDBPyConnection]:
-    """A read-only connection to the database at `path`, after `harden`."""
+    """A read-only, hardened connection to the database at `path`."""
     with memory() as connection:
         connection.execute(f"ATTACH {quoted(path)} AS ledger (READ_ONLY)")
         connection.execute("USE ledger")
@@ -84,7 +85,7 @@ def reading(path: Path, limits: Limits = LIMITS) -> Generator[duckdb.DuckDBPyCon
 
 
 def harden(connection: duckdb.DuckDBPyConnection, memory_bytes: int) -> None:
-    """Leave a connection this much memory, and no other files, network or settings."""
+    """Limit a connection to this much memory, without further files, network or settings."""
     connection.execute(f"SET memory_limit = '{memory_bytes // 1024}KiB'")
     connection.execute("SET max_temp_directory_size = '0KiB'")
     connection.execute("SET enable_external_access = false")
@@ -123,7 +124,7 @@ def ask(connection: duckdb.DuckDBPyConnection, sql: str, limits: Limits) -> Answ
 
 
 def _answer(connection: duckdb.DuckDBPyConnection, sql: str, most: int) -> Answer:
-    """Columns and rows of a query, in a thread: Ctrl-C may not stop one in the main thread."""
+    """Run a query in a thread: in the main thread, Ctrl-C may not stop it."""
 
     def work() -> Answer:
         result = connection.execute(sql)
@@ -158,6 +159,6 @@ def examples() -> list[tuple[str, str]]:
 
 
 def titled(text: str) -> list[tuple[str, str]]:
-    """The queries of a file behind its first paragraph, each as (title, SQL)."""
+    """The queries of a file after its first paragraph, each as (title, SQL)."""
     blocks = (block.strip().partition("\n") for block in text.split("\n\n-- ")[1:])
     return [(title, sql) for title, _, sql in blocks]

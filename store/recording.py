@@ -21,7 +21,7 @@ from store.remote import Remote
 from store.sharing import Setting, Sharing
 
 WRITE_DEADLINE_SECONDS = 60.0
-"""How long a writer waits for the lock of another one."""
+"""Time that a writer waits for the lock of another one."""
 
 
 class Recording:
@@ -88,7 +88,7 @@ class Recording:
         """Record all routing counts of one router, in one call.
 
         Raises:
-            ConflictError: others are already recorded.
+            ConflictError: other counts are already recorded.
             UnknownError: the router is not recorded.
         """
         (router_id,) = {score.router_id for score in scores}
@@ -101,7 +101,7 @@ class Recording:
         return self._lookup.first("routing", router_id) is not None
 
     def record_adapter(self, verdict: AdapterVerdict, *, run_id: str) -> None:
-        """Record the verdict on an adapter; every call is a record of its own."""
+        """Record the verdict on an adapter; every call writes a new record."""
         subject = "/".join(filter(None, (verdict.repo_id, verdict.subfolder)))
         self._write(
             Record("adapter", f"{subject}@{verdict.revision}", verdict.to_dict(), run_id, now())
@@ -131,7 +131,7 @@ class Recording:
         self._record_once(Record("publication", where, publication.to_dict(), run_id, now()), ())
 
     def record_failure(self, failure: Failure, *, run_id: str) -> None:
-        """Record a refusal or an error; every call is a record of its own."""
+        """Record a refusal or an error; every call writes a new record."""
         self._write(Record("failure", failure.subject, failure.to_dict(), run_id, now()))
 
     def weights_of(self, artifact_id: ArtifactId) -> str | None:
@@ -150,14 +150,15 @@ class Recording:
         return record.body["spec"] if record else None
 
     def scores_of(self, benchmark_ids: Iterable[ArtifactId]) -> dict[str, Score]:
-        """The recorded ones of these scores, by id; one lookup for all of them."""
-        found = self._lookup.find("score", list(benchmark_ids))
-        return {record.subject: Score.from_dict(record.body) for record in reversed(found)}
+        """The recorded scores among these ids, by id; one lookup for all of them."""
+        records = self._lookup.find("score", list(benchmark_ids))
+        return {record.subject: Score.from_dict(record.body) for record in reversed(records)}
 
     def publications(self, repo_id: str) -> list[Publication]:
         """All recorded publications at a repository, earliest first."""
-        found = [Publication.from_dict(r.body) for r in self._lookup.find("publication")]
-        return [publication for publication in found if publication.repo_id == repo_id]
+        records = self._lookup.find("publication")
+        publications = [Publication.from_dict(record.body) for record in records]
+        return [publication for publication in publications if publication.repo_id == repo_id]
 
     def unended_runs(self) -> list[RunStarted]:
         """Runs that have a recorded start and no recorded end: still running, or killed."""
@@ -187,7 +188,7 @@ class Recording:
                 )
 
     def _record_once(self, record: Record, must_agree: tuple[str, ...]) -> None:
-        """Write the record, unless its subject has one; that one must agree in some fields."""
+        """Write the record, unless its subject has one, which must agree in these fields."""
         seen = self.records.loose()
         earlier = self._lookup.first(record.kind, record.subject)
         if earlier is None:

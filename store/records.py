@@ -2,9 +2,8 @@
 
     records/ab/cdef….json     {"at", "blobs", "body", "kind", "run_id", "subject", "version"}
 
-A fact is committed when its file has its name. Everything else in the store is an index over these
-files, and can be made again from them. Old records can be packed into few files (`segments`), byte
-for byte, and are found there as before.
+A fact is committed when its file has its name. The index can be made again from these files. Old
+records can be packed into few files (`segments`), byte for byte, and are still found.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from store.files import discard, locked, write_whole
 from store.segments import SEGMENT_RECORDS, Segments
 
 PACK_SECONDS = 600.0
-"""How long to wait for another process that packs."""
+"""Time to wait for another process that packs."""
 NAME_LENGTH = 62 + len(".json")
 PREFIX = re.compile(r"[0-9a-f]{2}")
 
@@ -42,12 +41,12 @@ class Record:
     kind: str
     """artifact, score, routing, adapter, publication, run-started, run-ended or failure."""
     subject: str
-    """What it is about: an artifact id, a run id, an adapter's source, or as the kind needs."""
+    """An artifact id, a run id, an adapter's source, or another text, depending on the kind."""
     body: dict[str, Any]
     run_id: str
     """The run that recorded it."""
     at: str
-    """When it was recorded, in UTC."""
+    """Time of the recording, as `now` returns it."""
     blobs: tuple[str, ...] = ()
     """SHA-256 of each blob that it refers to."""
     version: int = 1
@@ -68,9 +67,9 @@ class Record:
 
     @classmethod
     def from_bytes(cls, data: bytes) -> Record:
-        """The record that `to_bytes` wrote, without fields that only a newer release knows."""
-        found = {name: value for name, value in json.loads(data).items() if name in NAMES}
-        return cls(blobs=tuple(found.pop("blobs")), **found)
+        """Read what `to_bytes` wrote, without fields that only a newer release knows."""
+        known = {name: value for name, value in json.loads(data).items() if name in NAMES}
+        return cls(blobs=tuple(known.pop("blobs")), **known)
 
 
 NAMES = frozenset(field.name for field in fields(Record))
@@ -79,12 +78,12 @@ NAMES = frozenset(field.name for field in fields(Record))
 def is_record(data: bytes) -> bool:
     """Whether bytes are those of a record of any release: the store's SQL can read them."""
     try:
-        found = json.loads(data.decode())
+        value = json.loads(data.decode())
         if rb"\u" in data:
-            json.dumps(found, ensure_ascii=False).encode()  # a lone surrogate is no text
+            json.dumps(value, ensure_ascii=False).encode()  # fails for a lone surrogate
     except (ValueError, RecursionError):
         return False
-    return isinstance(found, dict) and found.keys() >= NAMES
+    return isinstance(value, dict) and value.keys() >= NAMES
 
 
 class Records:
@@ -102,14 +101,14 @@ class Records:
         return sha256
 
     def read(self, sha256: str) -> Record:
-        """The record of this name, checked as in `read_bytes`."""
+        """The record with this SHA-256. Raises as `read_bytes`."""
         return Record.from_bytes(self.read_bytes(sha256))
 
     def read_bytes(self, sha256: str) -> bytes:
-        """The bytes of the record of this name, compared with the name.
+        """The bytes of the record with this SHA-256, checked.
 
         Raises:
-            DamagedError: they hash to another name, or are missing.
+            DamagedError: its bytes have another hash, or it is missing.
         """
         texts, errors = self.read_all([sha256])
         if sha256 in errors:
@@ -117,7 +116,7 @@ class Records:
         return texts[sha256]
 
     def read_all(self, sha256s: Iterable[str]) -> tuple[dict[str, bytes], dict[str, DamagedError]]:
-        """The bytes of the records that can be read, and the error of each other one, by name."""
+        """The bytes of the readable records, and the errors of the others, by SHA-256."""
         loose, elsewhere, errors = {}, [], {}
         for sha256 in sha256s:
             try:
@@ -171,7 +170,7 @@ class Records:
         return names
 
     def pack(self) -> int:
-        """Move all loose records into segments; return how many.
+        """Move all loose records into segments; return their number.
 
         A loose file is removed only after its segment is on disk. If the process dies in between,
         some records are in both, and the next `pack` removes their loose files.
@@ -192,7 +191,7 @@ class Records:
         return len(waiting)
 
     def _packed_already(self, loose: list[str]) -> set[str]:
-        """The ones that are in an undamaged segment: only their loose files may be removed."""
+        """The loose records that an undamaged segment holds: their loose files may be removed."""
         if not self.segments.holding(loose):
             return set()
         held: set[str] = set()

@@ -4,10 +4,10 @@
                        records/packed/….parquet
                        blobs/ab/cdef…
 
-The layout is that of a home. Nothing there is ever changed: a name is the hash of its bytes, and an
-object is only put where there is none (`If-None-Match: *`), complete. So no writer can disturb a
-reader. Credentials and endpoint are those of S3's own tools: `AWS_ACCESS_KEY_ID`,
-`AWS_ENDPOINT_URL` and so on, or the machine's role.
+The layout is that of a home. Objects never change: a name is the hash of its bytes, and a complete
+object is put only if its name is free (`If-None-Match: *`). So no writer can disturb a reader.
+Credentials and endpoint are those of S3's own tools: `AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL` and so
+on, or the machine's role.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 SINGLE_PUT_BYTES = 1 << 30
-"""Below S3's limit for one request. Larger files go up in parts, and appear complete."""
+"""Larger files are uploaded in parts, and appear complete. S3's limit for one request is higher."""
 RETRY_SECONDS = 30.0
-"""How long a request is repeated before the storage counts as unreachable."""
+"""Time for which a request is repeated before the storage counts as unreachable."""
 
 
 class Remote:
@@ -62,7 +62,7 @@ class Remote:
         """Check that the storage refuses a second writer of a name.
 
         Raises:
-            StoreError: it does not, so one home could overwrite what another one reads.
+            StoreError: it does not, so one home could overwrite an object that another one reads.
             UnreachableError: the storage does not answer, or refuses.
         """
         name = f"tmp/{secrets.token_hex(8)}"
@@ -99,14 +99,17 @@ class Remote:
 
         Returns:
             False if it is damaged, or not there.
+
+        Raises:
+            UnreachableError: the storage does not answer, or refuses.
         """
         with partial_file(root) as partial:
-            came = self.get(name, partial)
-            if came == sha256:
+            downloaded_sha256 = self.get(name, partial)
+            if downloaded_sha256 == sha256:
                 settle(partial, root.parent / name, root=root)
-            elif came:
+            elif downloaded_sha256:
                 logger.warning("%s on %s does not hash to its name", name, self.url)
-        return came == sha256
+        return downloaded_sha256 == sha256
 
     def get(self, name: str, target: Path) -> str | None:
         """Download an object to `target`; return the SHA-256 of its bytes, None if there is none.
@@ -117,11 +120,11 @@ class Remote:
         digest = hashlib.sha256()
         with self._reached():
             try:
-                found = self._obstore.get(self._store, name)
+                result = self._obstore.get(self._store, name)
             except FileNotFoundError:
                 return None
             with target.open("wb") as file:
-                for chunk in found.stream():
+                for chunk in result.stream():
                     digest.update(chunk)
                     file.write(chunk)
         return digest.hexdigest()

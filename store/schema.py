@@ -1,4 +1,4 @@
-"""Tables and views: the numbered files of `migrations`, and `views.sql`, each applied once."""
+"""Make tables and views from the numbered files of `migrations` and from `views.sql`."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ if TYPE_CHECKING:
 
 
 def sources() -> dict[int, tuple[str, str]]:
-    """The files that make tables and views: (name, SQL) by number; views have 0."""
+    """The files that make tables and views: (name, SQL) by number; `views.sql` has 0."""
     package = resources.files("store")
     files = sorted(package.joinpath("migrations").iterdir(), key=lambda file: file.name)
     return {
@@ -23,7 +23,7 @@ def sources() -> dict[int, tuple[str, str]]:
 
 
 def schema() -> dict[int, str]:
-    """What the table `migrations` holds in an up-to-date ledger: SHA-256 by number."""
+    """The SHA-256 of each file by number, as in the table `migrations` of a current ledger."""
     return {number: _sha256(sql) for number, (_, sql) in sources().items()}
 
 
@@ -60,10 +60,10 @@ def migrate(connection: duckdb.DuckDBPyConnection) -> None:
 
 
 def _applied(connection: duckdb.DuckDBPyConnection) -> dict[int, str]:
-    made = connection.execute(
+    tables = connection.execute(
         "SELECT 1 FROM duckdb_tables() WHERE database_name = 'ledger' AND table_name = 'migrations'"
     ).fetchall()
-    if not made:
+    if not tables:
         return {}
     return dict(connection.execute("SELECT number, sha256 FROM migrations").fetchall())
 

@@ -25,8 +25,8 @@ logger = logging.getLogger(__name__)
 
 SUFFIX = ".parquet"
 SEGMENT_RECORDS = 200_000
-"""Records in a segment at most."""
-ROW_GROUP_RECORDS = 20_480  # this many are read to find one
+"""Most records in a segment."""
+ROW_GROUP_RECORDS = 20_480  # so many records are read to find one
 INSERT_RECORDS = 20_000
 
 
@@ -96,21 +96,21 @@ class Segments:
             rows = connection.execute(
                 f"SELECT count(*) FROM read_parquet({quoted(partial)}) WHERE sha256(text) = sha256"  # noqa: S608
             ).fetchone()
-            if rows != (len(texts),):  # read it back: the loose files are removed after this
+            if rows != (len(texts),):  # read back, since the loose files are removed after this
                 raise StoreError(f"{partial} does not hold what was written to it; nothing is lost")
             name = file_sha256(partial) + SUFFIX
             settle(partial, self.path_of(name), root=self.root)
         return name
 
     def holding(self, sha256s: Collection[str], names: Collection[str] | None = None) -> set[str]:
-        """The ones of these records that are in any segment, or in the named ones."""
+        """The records among these that any segment, or a named one, holds."""
         rows = self._select(
             "SELECT sha256 FROM {} WHERE sha256 IN (SELECT unnest($1::VARCHAR[]))", sha256s, names
         )
         return {sha256 for (sha256,) in rows}
 
     def texts(self, sha256s: Collection[str]) -> dict[str, bytes]:
-        """The bytes of the packed ones of these records, checked against their names.
+        """The bytes of the packed records among these, checked against their names.
 
         Damaged records are left out, with a warning.
         """
@@ -130,16 +130,16 @@ class Segments:
         """The SHA-256s of all blobs that the records of a segment refer to.
 
         Raises:
-            StoreError: it cannot be read now, as where there is little memory.
+            StoreError: it cannot be read now, for example with too little memory.
         """
         sql = "SELECT DISTINCT unnest((text->'blobs')::VARCHAR[]) FROM {} WHERE $1[1] = ''"
         return {sha256 for (sha256,) in self._select(sql, [""], [name], all_of_them=True)}
 
     def mentioned(self, sha256s: Collection[str]) -> set[str]:
-        """The ones of these hashes that occur anywhere in the text of a packed record.
+        """The hashes among these that occur anywhere in the text of a packed record.
 
         Raises:
-            StoreError: a segment cannot be read now, as where there is little memory.
+            StoreError: a segment cannot be read now, for example with too little memory.
         """
         rows = self._select(
             "SELECT DISTINCT mention FROM"
@@ -151,7 +151,7 @@ class Segments:
         return {sha256 for (sha256,) in rows}
 
     def count(self) -> int:
-        """Number of packed records; one that is in two segments counts once."""
+        """The number of packed records; one that is in two segments counts once."""
         rows = self._select("SELECT DISTINCT sha256 FROM {} WHERE $1[1] = ''", [""])
         return len({sha256 for (sha256,) in rows})
 
@@ -163,14 +163,14 @@ class Segments:
         *,
         all_of_them: bool = False,
     ) -> list[tuple]:
-        """Rows of the named segments, or of all; an unreadable one gives no rows and a warning.
+        """Rows of the named segments, or of all; an unreadable one is skipped with a warning.
 
         Args:
             sql: with `{}` in place of the segments, and `$1` for the values
-            all_of_them: whether an unreadable one is an error instead
+            all_of_them: raise an error for an unreadable segment instead
 
         Raises:
-            StoreError: one cannot be read, and all of them are needed.
+            StoreError: a segment cannot be read, and `all_of_them` is true.
         """
         present = sorted(self.names() if names is None else names)
         if not present or not values:

@@ -2,8 +2,8 @@
 
     people ─HTTP▶ one process that holds the snapshot open, read-only and hardened ◀ this home
 
-Quack is an extension of DuckDB. It is loaded if it is installed, and never installed from here. A
-new snapshot starts a new server on the same address; clients have to attach again.
+Quack is an extension of DuckDB. It is loaded if it is installed, but never installed here. A new
+snapshot starts a new server on the same address; clients have to attach again.
 """
 
 from __future__ import annotations
@@ -22,9 +22,9 @@ from store.query import NO_EXTENSIONS, harden
 logger = logging.getLogger(__name__)
 
 LOOK_SECONDS = 2.0
-"""How often a new snapshot is looked for."""
+"""Time between two looks for a new snapshot."""
 MEMORY_BYTES = 2 << 30
-"""What all clients' queries may use together."""
+"""Most memory of all clients' queries together."""
 
 
 def serve(snapshot: Path, address: str, token: str) -> Iterator[str]:
@@ -32,7 +32,7 @@ def serve(snapshot: Path, address: str, token: str) -> Iterator[str]:
 
     Args:
         address: `quack:<host>:<port>`
-        token: clients have to send it
+        token: the secret that clients have to send
 
     Raises:
         StoreError: there is no Quack, no snapshot, or the address is taken.

@@ -3,9 +3,9 @@
     record ─▶ this disk (now it is safe) ─▶ its blobs, then the record, to the storage
     ingest ─▶ upload what is missing there, download what is missing here, then the index
 
-Names are hashes of bytes, and nothing is ever changed. So sharing is the union of two sets. Records
-are downloaded with every ingest, blobs when they are first used. If the storage does not answer,
-records wait here, and no run fails.
+Names are hashes of bytes, and files never change. So sharing is the union of two sets. Records are
+downloaded with every ingest, blobs when they are first used. If the storage does not answer,
+records wait in the home, and no run fails.
 """
 
 from __future__ import annotations
@@ -37,9 +37,9 @@ logger = logging.getLogger(__name__)
 SETTING = "store.toml"
 KEYS = {"remote", "name"}
 PAUSE_SECONDS = 60.0
-"""After a storage did not answer, recording does not try it for this long."""
+"""If the storage does not answer, recording does not try it again for this long."""
 AT_ONCE = 16
-"""Objects that are transferred in parallel."""
+"""The number of objects that are transferred in parallel."""
 RECORD = re.compile(r"records/([0-9a-f]{2})/([0-9a-f]{62})\.json")
 SEGMENT = re.compile(r"records/packed/([0-9a-f]{64}\.parquet)")
 
@@ -114,7 +114,7 @@ class Sharing:
         Raises:
             UnreachableError: the storage does not answer, or refuses.
         """
-        # loose records first: one that is being packed is then in one of the two lists
+        # loose records first, so that a record that is being packed is in one of the two lists
         loose = {"".join(name.groups()) for name in map(RECORD.fullmatch, self._names()) if name}
         segments = {name[1] for name in map(SEGMENT.fullmatch, self._names("/packed")) if name}
         for name in sorted(segments - self._records.segments.names()):
@@ -133,10 +133,10 @@ class Sharing:
             self.remote.put(f"records/packed/{name}", self._records.segments.path_of(name))
 
     def prune(self) -> None:
-        """Remove loose records from the storage that are in its segments, too."""
+        """Remove loose records from the storage if its segments hold them, too."""
         names = {f"{m[1]}{m[2]}": m[0] for m in map(RECORD.fullmatch, self._names()) if m}
-        there = {name[1] for name in map(SEGMENT.fullmatch, self._names("/packed")) if name}
-        for segment in sorted(there & self._records.segments.names()):
+        segments = {name[1] for name in map(SEGMENT.fullmatch, self._names("/packed")) if name}
+        for segment in sorted(segments & self._records.segments.names()):
             if packed := self._records.segments.holding(names, [segment]):
                 self._records.segments.check(segment)
                 self.remote.remove([names[sha256] for sha256 in packed])
@@ -150,12 +150,12 @@ class Sharing:
             self._records.drop(self._records.segments.holding(self._records.loose(), [name]))
 
     def _pull_record(self, sha256: str) -> None:
-        """Download a record; it is not there if it was packed a moment ago."""
+        """Download a record, unless another home has just packed it."""
         name = f"records/{sha256[:2]}/{sha256[2:]}.json"
         self.remote.fetch(name, sha256, self._records.root)
 
     def _push_record(self, sha256: str) -> None:
-        """Upload a record, its blobs first: a record there never refers to a missing blob."""
+        """Upload a record after its blobs, so that no record there refers to a missing blob."""
         try:
             record = self._records.read(sha256)
             path = self._records.path_of(sha256)

@@ -2,28 +2,28 @@
 
 CREATE OR REPLACE MACRO short(id) AS split_part(id, ':', 1) || ':' || split_part(id, ':', 2)[:12];
 
--- Whether a score is worse beyond chance: Newcombe's interval of the change, of the two scores' own.
--- A standard error would be 0 where all rows are right, or only one was asked.
+-- Whether a score is significantly worse: Newcombe's interval of the change, from the intervals of the
+-- two scores. A standard error would be 0 if all rows are right, or if there is only one.
 CREATE OR REPLACE MACRO fell(earlier, earlier_low, earlier_high, now, now_low, now_high, higher_is_better) AS
     CASE WHEN higher_is_better
          THEN earlier - now > sqrt((earlier - earlier_low) ** 2 + (now_high - now) ** 2)
          ELSE now - earlier > sqrt((earlier_high - earlier) ** 2 + (now - now_low) ** 2) END;
 
--- A control is given the expert of each token, so nobody can use it as a model.
+-- A control gets the true expert of each token, so it cannot be used as a model.
 CREATE OR REPLACE MACRO is_control(router) AS
     router IN ('oracle', 'one_expert', 'single', 'swap', 'alora');
 
--- without an order of its own: a question that counts would sort millions of rows for nothing
+-- without ORDER BY: a query that only counts would sort millions of rows for nothing
 CREATE OR REPLACE VIEW leaderboard AS
 SELECT * EXCLUDE asking,
        asking = arg_max(asking, (recorded_at, asking)) OVER (PARTITION BY subject_id, task)
        AS is_latest
 FROM (SELECT *, (num_fewshot, max_new_tokens, template, rows_sha256) AS asking FROM leaderboard_rows);
-COMMENT ON VIEW leaderboard IS 'Routed models and their place on each task, with the base and the right adapter alone beside them';
+COMMENT ON VIEW leaderboard IS 'Routed models and their place on each task, beside the base and the right adapter alone';
 COMMENT ON COLUMN leaderboard.task IS 'Name of the task';
 COMMENT ON COLUMN leaderboard.metric IS 'Name of the metric, as the harness calls it';
 COMMENT ON COLUMN leaderboard.num_fewshot IS 'Number of solved examples in each prompt';
-COMMENT ON COLUMN leaderboard.place IS 'Place among all routed models on the same rows, from 1; equals share one';
+COMMENT ON COLUMN leaderboard.place IS 'Place among all routed models on the same rows, from 1; equal scores share a place';
 COMMENT ON COLUMN leaderboard.value IS 'The score, in the metric''s unit';
 COMMENT ON COLUMN leaderboard.low IS 'Lower end of its 95 % interval, in the metric''s unit';
 COMMENT ON COLUMN leaderboard.high IS 'Upper end of its 95 % interval, in the metric''s unit';
@@ -34,11 +34,11 @@ COMMENT ON COLUMN leaderboard.base_high IS 'Upper end of its 95 % interval, in t
 COMMENT ON COLUMN leaderboard.oracle_value IS 'Score of the right adapter alone on the same rows, in the metric''s unit';
 COMMENT ON COLUMN leaderboard.oracle_low IS 'Lower end of its 95 % interval, in the metric''s unit';
 COMMENT ON COLUMN leaderboard.oracle_high IS 'Upper end of its 95 % interval, in the metric''s unit';
-COMMENT ON COLUMN leaderboard.oracle_name IS 'Name of that adapter: the task''s own, or the best where no adapter has its name; of a composite or a conversation, each span''s own';
-COMMENT ON COLUMN leaderboard.best_value IS 'Best score of any of its adapters that were measured alone, in the metric''s unit';
-COMMENT ON COLUMN leaderboard.best_name IS 'Name of that adapter';
+COMMENT ON COLUMN leaderboard.oracle_name IS 'Name of the right adapter: that of the task, or the best if no adapter has its name; for a composite or a conversation ''each span''s own''';
+COMMENT ON COLUMN leaderboard.best_value IS 'Best score of the model''s adapters that were measured alone, in the metric''s unit';
+COMMENT ON COLUMN leaderboard.best_name IS 'Name of the adapter with the best score';
 COMMENT ON COLUMN leaderboard.higher_is_better IS 'Whether a larger value is a better one';
-COMMENT ON COLUMN leaderboard.num_empty IS 'Number of answers without a character; they count, as wrong';
+COMMENT ON COLUMN leaderboard.num_empty IS 'Number of empty answers; they count as wrong';
 COMMENT ON COLUMN leaderboard.num_truncated IS 'Number of answers that were cut at max_new_tokens';
 COMMENT ON COLUMN leaderboard.router IS 'gate, prompt, arrow, norm, fixed, uniform or random';
 COMMENT ON COLUMN leaderboard.top_k IS 'Number of experts chosen for a token';
@@ -52,7 +52,7 @@ COMMENT ON COLUMN leaderboard.template IS 'chat, plain, or auto: the chat templa
 COMMENT ON COLUMN leaderboard.harness IS 'Name and version of the harness';
 COMMENT ON COLUMN leaderboard.recorded_at IS 'When it was recorded, UTC';
 COMMENT ON COLUMN leaderboard.run_id IS 'The run that measured it';
-COMMENT ON COLUMN leaderboard.is_latest IS 'Whether the score of the model on this task that was recorded last is of this way of asking: with these rows, solved examples, length and template. What is recorded is not recorded again when it is asked again';
+COMMENT ON COLUMN leaderboard.is_latest IS 'Whether these are the rows, solved examples, length and template of the model''s last recorded score on this task. Measuring the same again records nothing new';
 
 CREATE OR REPLACE VIEW standings AS
 WITH models AS (FROM routers WHERE NOT is_control(router)),
@@ -70,7 +70,7 @@ named AS (
     SELECT models.id, base_models.id, 'base', ''
     FROM models JOIN parents ON child_id = fused_id JOIN base_models ON base_models.id = parent_id
 ),
-found AS (  -- by the narrow columns first: all the width of millions of scores takes seconds
+found AS (  -- the narrow columns first: all columns of millions of scores take seconds
     SELECT router_id, system, expert, theirs.rowid AS number
     FROM named
     JOIN scores AS mine ON mine.subject_id = router_id
@@ -91,7 +91,7 @@ SELECT router_id, theirs.task, theirs.metric, theirs.num_fewshot,
 FROM found
 JOIN scores AS theirs ON theirs.rowid = number
 ORDER BY router_id, theirs.task, theirs.metric, system, expert;
-COMMENT ON VIEW standings IS 'Each routed model, and everything else that was asked the same rows in the same way';
+COMMENT ON VIEW standings IS 'Each routed model, and all other systems that answered the same rows in the same way';
 COMMENT ON COLUMN standings.router_id IS 'Artifact id of the routed model';
 COMMENT ON COLUMN standings.task IS 'Name of the task';
 COMMENT ON COLUMN standings.metric IS 'Name of the metric, as the harness calls it';
@@ -103,7 +103,7 @@ COMMENT ON COLUMN standings.low IS 'Lower end of its 95 % interval, in the metri
 COMMENT ON COLUMN standings.high IS 'Upper end of its 95 % interval, in the metric''s unit';
 COMMENT ON COLUMN standings.stderr IS 'Its standard error, in the metric''s unit';
 COMMENT ON COLUMN standings.num_samples IS 'Number of rows that were asked';
-COMMENT ON COLUMN standings.num_empty IS 'Number of answers without a character; they count, as wrong';
+COMMENT ON COLUMN standings.num_empty IS 'Number of empty answers; they count as wrong';
 COMMENT ON COLUMN standings.num_truncated IS 'Number of answers that were cut at max_new_tokens';
 COMMENT ON COLUMN standings.higher_is_better IS 'Whether a larger value is a better one';
 COMMENT ON COLUMN standings.interval_method IS 'How the interval was found: wilson or bootstrap';
@@ -126,12 +126,12 @@ SELECT router_id, task, metric, num_fewshot, system, expert, value, low, high, n
 FROM askings
 QUALIFY asking = arg_max(asking, (recorded_at, score_id)) FILTER (system = 'fused')
                      OVER (PARTITION BY router_id, task)
-    AND row_number() OVER (  -- of a control with two seeds the last
+    AND row_number() OVER (  -- the last one, if a control has two seeds
             PARTITION BY router_id, task, asking, metric, system, expert
             ORDER BY recorded_at DESC, score_id
         ) = 1
 ORDER BY router_id, task, metric, system, expert;
-COMMENT ON VIEW latest_standings IS 'Standings in one way of asking each task: that of the routed model''s score that was recorded last. What is recorded is not recorded again when it is asked again';
+COMMENT ON VIEW latest_standings IS 'Standings with the rows, solved examples, length and template of the routed model''s last recorded score on each task. Measuring the same again records nothing new';
 COMMENT ON COLUMN latest_standings.router_id IS 'Artifact id of the routed model';
 COMMENT ON COLUMN latest_standings.task IS 'Name of the task';
 COMMENT ON COLUMN latest_standings.metric IS 'Name of the metric, as the harness calls it';
@@ -142,7 +142,7 @@ COMMENT ON COLUMN latest_standings.value IS 'The score, in the metric''s unit';
 COMMENT ON COLUMN latest_standings.low IS 'Lower end of its 95 % interval, in the metric''s unit';
 COMMENT ON COLUMN latest_standings.high IS 'Upper end of its 95 % interval, in the metric''s unit';
 COMMENT ON COLUMN latest_standings.num_samples IS 'Number of rows that were asked';
-COMMENT ON COLUMN latest_standings.num_empty IS 'Number of answers without a character; they count, as wrong';
+COMMENT ON COLUMN latest_standings.num_empty IS 'Number of empty answers; they count as wrong';
 COMMENT ON COLUMN latest_standings.num_truncated IS 'Number of answers that were cut at max_new_tokens';
 COMMENT ON COLUMN latest_standings.higher_is_better IS 'Whether a larger value is a better one';
 COMMENT ON COLUMN latest_standings.score_id IS 'Benchmark id of the score';
@@ -153,7 +153,7 @@ SELECT parent_id AS router_id, arg_max(record_sha256, (recorded_at, record_sha25
 FROM (SELECT id AS child_id, recorded_at, record_sha256 FROM artifacts WHERE kind = 'routing')
 JOIN (SELECT child_id, parent_id FROM parents) USING (child_id)
 GROUP BY parent_id;
-COMMENT ON VIEW latest_routing IS 'The record of each router''s routes that was made last';
+COMMENT ON VIEW latest_routing IS 'The last record of each router''s routes';
 COMMENT ON COLUMN latest_routing.router_id IS 'Artifact id of the router';
 COMMENT ON COLUMN latest_routing.record_sha256 IS 'SHA-256 of the record, 64 hex digits';
 
@@ -162,7 +162,7 @@ SELECT router_id, task, system, turn, score_turns.value, num_samples AS num_conv
        prompt_tokens, computed_tokens, new_tokens, seconds, score_id
 FROM standings JOIN score_turns USING (score_id)
 ORDER BY router_id, task, system, turn;
-COMMENT ON VIEW conversation_turns IS 'Each routed model and its controls at each turn of conversations: how well, and at what cost';
+COMMENT ON VIEW conversation_turns IS 'Score and cost of each routed model and its controls, at each turn of conversations';
 COMMENT ON COLUMN conversation_turns.router_id IS 'Artifact id of the routed model';
 COMMENT ON COLUMN conversation_turns.task IS 'Name of the task';
 COMMENT ON COLUMN conversation_turns.system IS 'fused (the routed model itself), base, the kind of another router or control, or the method of a merge';
@@ -172,7 +172,7 @@ COMMENT ON COLUMN conversation_turns.num_conversations IS 'Number of conversatio
 COMMENT ON COLUMN conversation_turns.prompt_tokens IS 'Mean length of the prompt with the whole history, in tokens';
 COMMENT ON COLUMN conversation_turns.computed_tokens IS 'Mean number of its tokens that were computed at this turn; the others were in a cache';
 COMMENT ON COLUMN conversation_turns.new_tokens IS 'Mean length of the answer, in tokens';
-COMMENT ON COLUMN conversation_turns.seconds IS 'Mean time of the turn: of a batch, divided by its number of conversations, in seconds';
+COMMENT ON COLUMN conversation_turns.seconds IS 'Mean time of the turn, in seconds: the time of a batch divided by its number of conversations';
 COMMENT ON COLUMN conversation_turns.score_id IS 'Benchmark id of the score';
 
 CREATE OR REPLACE VIEW lineage AS
@@ -197,12 +197,12 @@ FROM relatives
 LEFT JOIN artifacts ON artifacts.id = relative_id
 LEFT JOIN origins ON origins.id = relative_id;
 COMMENT ON VIEW lineage IS 'What each artifact was made from and is used in, down to commit, hash and licence';
-COMMENT ON COLUMN lineage.artifact_id IS 'Artifact id of the one that is asked about';
+COMMENT ON COLUMN lineage.artifact_id IS 'Artifact id to search for';
 COMMENT ON COLUMN lineage.relation IS 'itself, made from, or used in';
 COMMENT ON COLUMN lineage.depth IS 'Number of steps between the two';
 COMMENT ON COLUMN lineage.relative_id IS 'Artifact id of its relative';
 COMMENT ON COLUMN lineage.kind IS 'base, adapter, pool, fused, router, merge, routing, comparison or speed; NULL where the relative is not recorded';
-COMMENT ON COLUMN lineage.source IS 'Where the relative is published: Hub id, gguf: or path:; NULL where it was made here';
+COMMENT ON COLUMN lineage.source IS 'Where the relative is published: Hub id, gguf: or path:; NULL if it was made in this home';
 COMMENT ON COLUMN lineage.revision IS 'Commit of 40 hex digits, or sha256: and the hash of its weights';
 COMMENT ON COLUMN lineage.licence IS 'Licence that its card claims; empty where it claims none';
 COMMENT ON COLUMN lineage.weights_sha256 IS 'SHA-256 of the relative''s bytes, 64 hex digits';
@@ -241,7 +241,7 @@ COMMENT ON COLUMN changes.value IS 'The score, in the metric''s unit';
 COMMENT ON COLUMN changes.previous_value IS 'Score of the previous checkpoint, in the metric''s unit';
 COMMENT ON COLUMN changes.change IS 'Score minus previous score, in the metric''s unit';
 COMMENT ON COLUMN changes.change_stderr IS 'Standard error of the change, in the metric''s unit';
-COMMENT ON COLUMN changes.worse IS 'Whether it is worse beyond chance: 0 is outside Newcombe''s 95 % interval of the change';
+COMMENT ON COLUMN changes.worse IS 'Whether it is significantly worse: 0 is outside Newcombe''s 95 % interval of the change';
 COMMENT ON COLUMN changes.subject_id IS 'Artifact id of the router';
 COMMENT ON COLUMN changes.previous_id IS 'Artifact id of the previous router';
 COMMENT ON COLUMN changes.recorded_at IS 'When it was recorded, UTC';
@@ -301,16 +301,16 @@ COMMENT ON COLUMN adapters.codes IS 'Codes of the reasons, in order';
 COMMENT ON COLUMN adapters.messages IS 'The reasons as sentences, in the same order';
 COMMENT ON COLUMN adapters.licence IS 'Licence that its card claims; empty where it claims none';
 COMMENT ON COLUMN adapters.author IS 'Who published it; empty where not known';
-COMMENT ON COLUMN adapters.base_model IS 'Base that its config names, unchecked; NULL where its tensors were never understood';
-COMMENT ON COLUMN adapters.base_models IS 'Bases that its card names, unchecked; empty where it names none or nobody was asked';
-COMMENT ON COLUMN adapters.downloads IS 'Number of downloads of its repository in the 30 days before, as the Hub counts; NULL where it did not say';
-COMMENT ON COLUMN adapters.min_r IS 'Smallest rank of any of its layers; NULL where never understood';
+COMMENT ON COLUMN adapters.base_model IS 'Base that its config names, unchecked; NULL if its tensors could not be read';
+COMMENT ON COLUMN adapters.base_models IS 'Bases that its card names, unchecked; empty if it names none or is not on the Hub';
+COMMENT ON COLUMN adapters.downloads IS 'Number of downloads of its repository in the 30 days before, as the Hub counts; NULL if it did not say';
+COMMENT ON COLUMN adapters.min_r IS 'Smallest rank of any of its layers; NULL if its tensors could not be read';
 COMMENT ON COLUMN adapters.max_r IS 'Largest rank of any of its layers';
 COMMENT ON COLUMN adapters.dtype IS 'F32, F16 or BF16';
 COMMENT ON COLUMN adapters.num_modules IS 'Number of linear layers that it changes';
 COMMENT ON COLUMN adapters.use_rslora IS 'Whether scaling is alpha / sqrt(r) instead of alpha / r';
-COMMENT ON COLUMN adapters.adapter_id IS 'Artifact id; NULL where its tensors were never understood';
-COMMENT ON COLUMN adapters.num_fused IS 'Number of fused checkpoints that it is an expert of';
+COMMENT ON COLUMN adapters.adapter_id IS 'Artifact id; NULL if its tensors could not be read';
+COMMENT ON COLUMN adapters.num_fused IS 'Number of fused checkpoints that contain it';
 COMMENT ON COLUMN adapters.num_seen IS 'Number of times that it was seen';
 COMMENT ON COLUMN adapters.first_at IS 'When it was first seen, UTC';
 COMMENT ON COLUMN adapters.last_at IS 'When it was last seen, UTC';
@@ -319,7 +319,7 @@ COMMENT ON COLUMN adapters.run_id IS 'The run that saw it last';
 CREATE OR REPLACE VIEW runs AS
 WITH stages AS (
     SELECT run_id, map_from_entries(list((stage, seconds) ORDER BY first)) AS stage_seconds
-    FROM (  -- a map takes no key twice, and one record's error would be that of the view
+    FROM (  -- a map takes no key twice, so one odd record would make the whole view fail
         SELECT run_id, stage, sum(run_stages.wall_seconds) AS seconds, min(position) AS first
         FROM run_stages GROUP BY run_id, stage
     )
@@ -334,8 +334,8 @@ ORDER BY coalesce(started_at, ended_at) DESC, run_id;
 COMMENT ON VIEW runs IS 'What ran, how long, on what, and how it ended, latest first';
 COMMENT ON COLUMN runs.run_id IS 'Id of the run';
 COMMENT ON COLUMN runs.recipe_name IS 'Name of the recipe, as in changes, or what was done to a checkpoint, such as ''benchmark of router:…''; NULL like started_at';
-COMMENT ON COLUMN runs.started_at IS 'When it began, UTC; NULL where only its end is recorded, as of a run that was skipped';
-COMMENT ON COLUMN runs.ended_at IS 'When its end was recorded, UTC; NULL where it still runs or nobody has closed it';
+COMMENT ON COLUMN runs.started_at IS 'When it began, UTC; NULL if only its end is recorded, as for a skipped run';
+COMMENT ON COLUMN runs.ended_at IS 'When its end was recorded, UTC; NULL if it still runs, or was killed and the recipe has not run since';
 COMMENT ON COLUMN runs.outcome IS 'ok, failed, refused, stopped, killed, skipped_late or skipped_overlap; NULL like ended_at';
 COMMENT ON COLUMN runs.reason IS 'Why, a sentence; empty where all went well';
 COMMENT ON COLUMN runs.wall_seconds IS 'Time from beginning to end, in seconds';
@@ -361,14 +361,14 @@ SELECT router_id, module, TRY_CAST(regexp_extract(module, '\.(\d+)\.', 1) AS INT
            / nullif(sum(num_chosen) OVER (PARTITION BY router_id, module), 0) AS load
 FROM sent FULL JOIN arrived USING (router_id, module, expert)
 ORDER BY router_id, layer, module, expert;
-COMMENT ON VIEW routing IS 'How well and how much each layer routes to each expert';
+COMMENT ON VIEW routing IS 'Accuracy and load of each expert at each module';
 COMMENT ON COLUMN routing.router_id IS 'Artifact id of the router';
 COMMENT ON COLUMN routing.module IS 'Path of the linear layer in the base model';
-COMMENT ON COLUMN routing.layer IS 'Number of the layer, read off the path; NULL where it has none';
+COMMENT ON COLUMN routing.layer IS 'Number of the layer, from the path; NULL if the path has none';
 COMMENT ON COLUMN routing.expert IS 'Name of the expert';
 COMMENT ON COLUMN routing.num_tokens IS 'Number of tokens of the expert''s own test rows';
 COMMENT ON COLUMN routing.accuracy IS 'Share of those tokens that were sent to the expert, 0 to 1; NULL without tokens';
-COMMENT ON COLUMN routing.load IS 'Share of all tokens at this layer that were sent to the expert, 0 to 1';
+COMMENT ON COLUMN routing.load IS 'Share of all tokens at this module that were sent to the expert, 0 to 1';
 
 CREATE OR REPLACE VIEW publications AS
 SELECT artifact_id, kind, repo_id, revision, weights_sha256, published.recorded_at,
@@ -398,18 +398,28 @@ COMMENT ON VIEW failures IS 'What was refused or went wrong, latest first';
 COMMENT ON COLUMN failures.recorded_at IS 'When it was recorded, UTC';
 COMMENT ON COLUMN failures.run_id IS 'The run that it happened in';
 COMMENT ON COLUMN failures.recipe_name IS 'Name of the recipe; of a file of yours with 8 digits of its path''s hash, since a copy elsewhere is another recipe';
-COMMENT ON COLUMN failures.stage IS 'Name of the stage; run for a whole run, ingest for a record that was not understood';
+COMMENT ON COLUMN failures.stage IS 'Name of the stage; run for a whole run, ingest for a record that could not be read';
 COMMENT ON COLUMN failures.subject IS 'What it happened to: an artifact id, an adapter''s source, a task, a recipe, a record';
 COMMENT ON COLUMN failures.error IS 'Class of the exception, a code, or how the run ended';
 COMMENT ON COLUMN failures.message IS 'What happened, a sentence';
 
--- What these tables hold has grown since the migrations that made them.
+-- Comments of tables whose migrations, which never change, say less or say it in harder words.
 COMMENT ON COLUMN artifacts.kind IS 'base, adapter, pool, fused, router, merge, routing, comparison or speed';
 COMMENT ON COLUMN routers.router IS 'gate, prompt, arrow, norm, fixed, uniform or random, or a control: oracle, one_expert, single, swap or alora';
 COMMENT ON COLUMN leaderboard_rows.router IS 'As in leaderboard';
 COMMENT ON COLUMN regression_rows.router IS 'As in regressions';
 COMMENT ON COLUMN regression_rows.recipe_name IS 'As in regressions';
 COMMENT ON COLUMN run_starts.recipe_name IS 'As in runs';
+COMMENT ON TABLE scores IS 'Every score, with all settings of its measurement';
+COMMENT ON TABLE published IS 'Where artifacts are published; anyone may have published them';
+COMMENT ON TABLE routing_switches IS 'How many tokens routing needs to follow a change of task';
+COMMENT ON COLUMN base_models.quantise IS 'Bits of its linear layers when it is loaded, 4bit or 8bit; empty, or NULL in older records: as in its files';
+COMMENT ON COLUMN pool_shares.expert IS 'Name of the expert; empty for the prompts that no expert got';
+COMMENT ON COLUMN pool_shares.score IS 'How much larger the expert''s updates are on these prompts than on the whole pool, in standard deviations; for prompts that no expert got, the largest of any expert. If experts wrote the prompts: their log likelihood under the expert minus that under the base, in nats per token';
+COMMENT ON COLUMN pool_shares.lead IS 'The score minus that of the next expert. If experts wrote the prompts: their log likelihood in the user''s place minus that of the expert''s answers there, in nats per token';
+COMMENT ON COLUMN routers.stand_in IS 'How experts without examples are scored, arrow or norm; empty if all had some';
+COMMENT ON COLUMN routers.stand_ins IS 'Names of the experts without examples';
+COMMENT ON COLUMN run_ends.wall_seconds IS 'Time from beginning to end, in seconds; NULL if the run was killed';
 
 CREATE OR REPLACE VIEW dictionary AS
 SELECT table_name AS name, column_name, data_type, comment AS meaning

@@ -7,6 +7,6 @@ tensors        which tensors are the A and B of which module
 modules        rank and scaling of each module
 finite         NaN, infinity and numbers that are too large
 weights        the weights themselves, read when they are needed
-compatibility  whether it fits the base, and the other adapters
+compatibility  whether an adapter fits the base and the other adapters
 update_norm    how large the update is, compared with the weight that it changes
 """

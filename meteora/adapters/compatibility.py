@@ -24,14 +24,14 @@ class IncompatibleAdaptersError(AdapterError):
 
 
 def fit_to_base(adapter: Adapter, base: Mapping[str, tuple[int, int]]) -> Adapter:
-    """Return the adapter with its modules under the paths that the base has.
+    """Return the adapter with module paths of the base.
 
     A language model inside a multimodal one, or saved without its wrapper, has other paths:
-    `model.language_model.layers.0` for `model.layers.0`. The adapter moves as a whole to the one
-    stack of layers that has all its modules with their shapes, and a warning says so.
+    `model.language_model.layers.0` for `model.layers.0`. If one stack of layers in the base has all
+    modules of the adapter, with their shapes, the modules get its paths, and a warning says so.
 
     Args:
-        base: Of each linear layer's path, (in_features, out_features).
+        base: (in_features, out_features) of each linear layer, by module path.
 
     Raises:
         IncompatibleAdaptersError: The base lacks a module, or has it in another shape; or the

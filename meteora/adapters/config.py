@@ -1,7 +1,7 @@
-"""What an `adapter_config.json` of PEFT or MLX-LM claims; the tensors are the truth.
+"""Read the `adapter_config.json` of PEFT or MLX-LM. It is a claim; the tensors are the truth.
 
-PEFT itself is no validator of untrusted configs: it runs their regular expressions, accepts `NaN`
-as an alpha, and loads what it does not understand with a warning.
+PEFT itself does not validate untrusted configs: it runs their regular expressions, accepts `NaN` as
+an alpha, and only warns of keys that it does not know.
 """
 
 from __future__ import annotations
@@ -26,13 +26,13 @@ class Claim:
     base_revision: str = ""
     task_type: str = ""
     r: int = 0
-    """Of modules that no pattern names; 0 where the config does not say."""
+    """The rank of modules that no pattern names; 0 if it is refused."""
     lora_alpha: float = 0.0
     scale: float = 0.0
     """MLX-LM's factor before B·A; PEFT has `lora_alpha` instead."""
     use_rslora: bool = False
     rank_pattern: tuple[tuple[str, int], ...] = ()
-    """In the order of the file: the first key that matches counts."""
+    """(pattern, rank), in the order of the file: the first pattern that matches counts."""
     alpha_pattern: tuple[tuple[str, float], ...] = ()
     target_modules: tuple[str, ...] | str = ()
     """Names, or a pattern, or `all-linear`; empty where PEFT's defaults for the base hold."""
@@ -59,8 +59,8 @@ VARIANTS = {
 }
 """Fields of PEFT's `LoraConfig` that, when active, mean other mathematics than W + s·B·A."""
 
-# These start from factors of W and leave only the rest of W in the base, so B·A belongs to a base
-# that was not published. Adapters that PEFT converted on saving have `true` here and pass.
+# These initialise A and B with factors of W and keep only the rest of W in the base, so B·A belongs
+# to a base that was not published. Adapters that PEFT converted on saving have `true` and pass.
 INIT_CHANGES_BASE = ("pissa", "olora", "corda", "lora_ga", "loftq")
 INIT_LEAVES_BASE = ("gaussian", "eva", "orthogonal", "mica")
 
@@ -75,7 +75,7 @@ WITHOUT_EFFECT = {
     "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
     "ensure_weight_tying", "merge_weights",
 }  # fmt: skip
-"""About training and loading, or read only together with a field that is refused."""
+"""Keys about training and loading, and keys that matter only together with a refused one."""
 
 TASK_TYPES = (
     "CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION",
@@ -86,7 +86,7 @@ CAUSAL_CLASSES = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 
 
 def peft_claim(config: Mapping[str, Any], extras: OnExtras, found: Findings) -> Claim | None:
-    """Read a PEFT config; None where it is not LoRA, so that its other fields mean nothing."""
+    """Read a PEFT config; return None if it is not LoRA, so that the other fields mean nothing."""
     kind = config["peft_type"]
     if kind != "LORA":
         found.refuse(
@@ -119,9 +119,9 @@ def peft_claim(config: Mapping[str, Any], extras: OnExtras, found: Findings) -> 
 def mlx_claim(config: Mapping[str, Any], found: Findings) -> Claim:
     """Read a config of MLX-LM: y += scale · (x A) B with A [IN, r] and B [r, OUT].
 
-    Up to 0.14.1 (May 2024) MLX-LM multiplied `scale` by alpha / rank; from 0.14.2 on it ignores
-    alpha, and went on writing one until 2025. Since 0.19 a config has
-    `num_layers`; before, it has `lora_layers`, and nothing in it tells which version wrote it.
+    Up to 0.14.1 (May 2024) MLX-LM multiplied `scale` by alpha / rank. From 0.14.2 on it ignores
+    alpha, but wrote one until 2025. Configs have `num_layers` since 0.19, and `lora_layers` before;
+    nothing else in them tells the version.
     """
     kind = config.get("fine_tune_type", "dora" if config.get("use_dora") else "lora")
     if kind != "lora":
@@ -168,7 +168,7 @@ def _refuse_variants(config: Mapping[str, Any], found: Findings) -> None:
             found.refuse(code, f"{key} is set: {why}; only plain LoRA can be an expert here")
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() == "gaussian":
-        init = init.lower()  # as PEFT reads this one alone
+        init = init.lower()  # PEFT ignores the case of this value alone
     if isinstance(init, str) and init.lower().startswith(INIT_CHANGES_BASE):
         found.refuse(
             "init_changes_base",
@@ -200,7 +200,7 @@ def _unknown_keys(config: Mapping[str, Any], known: set[str], found: Findings) -
 
 
 def _layers(config: Mapping[str, Any], found: Findings) -> tuple[int, ...]:
-    """Read the numbers of the layers that it trained; refuses what PEFT itself refuses to load."""
+    """Read the layer numbers of `layers_to_transform`; refuse what PEFT refuses to load."""
     layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
     targets = config.get("target_modules")
     if isinstance(targets, str) and targets != "all-linear" and (layers is not None or pattern):
@@ -232,7 +232,7 @@ def _task(config: Mapping[str, Any], extras: OnExtras, found: Findings) -> str:
 
 
 def _check_auto_mapping(mapping: object, found: Findings) -> None:
-    """Check the class that it was trained on, by its name; it is never imported."""
+    """Check the name of the class that the adapter was trained on; the class is never imported."""
     if mapping is None:
         return
     if not isinstance(mapping, dict):

@@ -1,4 +1,4 @@
-"""Find an adapter's config and weights, or recognise what is there instead."""
+"""Find an adapter's config and weights, or name the other files that lie there."""
 
 from __future__ import annotations
 
@@ -42,10 +42,9 @@ SIGNATURES = (
 
 
 def find_files(path: Path, found: Findings) -> tuple[Path | None, Path | None]:
-    """Config and weights of the adapter at `path`: its folder, its config or its weights.
+    """Find config and weights of the adapter at `path`: its folder, its config or its weights.
 
-    Each is None where there is none. A config of another name is taken alone, to be judged by what
-    it claims.
+    A missing one is None. Any other file counts as a config without weights.
     """
     if path.is_dir():
         folder = path
@@ -95,7 +94,7 @@ def _explain_missing_weights(folder: Path, found: Findings) -> None:
 
 
 def other_format(head: bytes) -> tuple[str, str] | None:
-    """Return the code and the name of a known format of other files that begins with `head`."""
+    """Return the reason code and the name of another file format that begins with `head`."""
     lowered = head.lstrip().lower()
     for signature, code, what in SIGNATURES:
         if head.startswith(signature) or lowered.startswith(signature):
@@ -104,7 +103,7 @@ def other_format(head: bytes) -> tuple[str, str] | None:
 
 
 def is_regular(path: Path, found: Findings) -> bool:
-    """Whether opening `path` can neither block nor reach a device; a link is followed."""
+    """Refuse anything but a regular file: opening others can block. A link is followed."""
     if stat.S_ISREG(path.stat().st_mode):
         return True
     found.refuse("not_a_file", f"{path.name} is not a regular file")
@@ -112,7 +111,7 @@ def is_regular(path: Path, found: Findings) -> bool:
 
 
 def read_claim(path: Path, extras: OnExtras, found: Findings) -> Claim | None:
-    """Read what the config at `path` claims; None where it cannot be read."""
+    """Read the config at `path`; return None if it cannot be read."""
     if not is_regular(path, found):
         return None
     with path.open("rb") as file:

@@ -1,8 +1,7 @@
-"""Whether weights are usable: no NaN, no infinity, not too large, not all zero.
+"""Check the numbers of a tensor: no NaN, no infinity, not too large, not all zero.
 
-The bits of an IEEE number without its sign, read as an integer, sort as the numbers do, and NaN
-comes after infinity. So the largest of these integers is enough, and bfloat16, which numpy lacks,
-needs no conversion.
+The bits of a float without its sign, read as an integer, sort like the floats, and NaN comes after
+infinity. So the largest integer decides, and bfloat16, which numpy lacks, needs no conversion.
 """
 
 from __future__ import annotations
@@ -14,7 +13,7 @@ if TYPE_CHECKING:
     from meteora.untrusted.safetensors_header import TensorInfo
 
 CHUNK = 1 << 18
-"""Bytes that are in memory at once."""
+"""Bytes that are read at once."""
 
 LARGE = 1024
 """A number this large is suspicious: trained factors stay below 10."""
@@ -32,7 +31,7 @@ FLOATS = tuple(_BITS)
 
 @dataclass(frozen=True)
 class Numbers:
-    """What `scan` finds in one tensor."""
+    """The result of `scan` for one tensor."""
 
     finite: bool
     moderate: bool
@@ -43,7 +42,7 @@ class Numbers:
 
 def scan(file: BinaryIO, tensor: TensorInfo) -> Numbers:
     """Read a whole tensor of one of `FLOATS`; raises `EOFError` if it is cut short."""
-    import numpy as np  # noqa: PLC0415  (a config alone is judged without it)
+    import numpy as np  # noqa: PLC0415  (a config alone needs no numpy)
 
     name, infinity, large = _BITS[tensor.dtype]
     dtype = np.dtype(name)

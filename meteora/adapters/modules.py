@@ -26,7 +26,7 @@ def read_modules(
     claim: Claim,
     found: Findings,
 ) -> tuple[AdapterModule, ...]:
-    """Return the modules that the pairs of tensors describe, as far as nothing is refused."""
+    """Return sizes, rank and scaling of each module whose factors multiply."""
     budget = Budget()
     modules: list[AdapterModule] = []
     shapes = _shapes(pairs, tensors, found)
@@ -38,7 +38,7 @@ def read_modules(
             modules.append(AdapterModule(path, in_features, out_features, r, lora_alpha, scaling))
     except PatternError as error:
         found.refuse("pattern", f"a pattern in alpha_pattern cannot be matched: {error}")
-    # the other patterns are only compared with the tensors, which count: a warning is enough
+    # other patterns are only compared with the tensors, and the tensors win: a warning is enough
     try:
         _check_ranks(claim, {path: r for path, (_, _, r) in shapes.items()}, budget, found)
     except PatternError as error:
@@ -126,7 +126,7 @@ def _check_ranks(claim: Claim, ranks: Mapping[str, int], budget: Budget, found: 
 
 
 def _check_targets(claim: Claim, paths: list[str], budget: Budget, found: Findings) -> None:
-    """Warn where the config targets other modules than the file holds; the file counts."""
+    """Warn if the config targets other modules than the file holds; the file wins."""
     targets = claim.target_modules
     untargeted: list[str] = []
     if targets not in ((), "", "all-linear"):
@@ -164,7 +164,7 @@ def _endings(path: str) -> set[str]:
 
 
 def _check_even(paths: list[str], found: Findings) -> None:
-    """Warn of a module that some layers lack: files may be incomplete, and hybrid models are so."""
+    """Warn of a module that some layers lack: a file may be incomplete; hybrid models are so."""
     layers: dict[tuple[str, str], set[int]] = {}
     for path in paths:
         if place := place_of(path):

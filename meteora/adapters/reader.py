@@ -1,6 +1,6 @@
 """Read an adapter as it was published, or say why it cannot be an expert.
 
-    folder ─▶ files            which files, and what lies there instead
+    folder ─▶ files            config and weights, or another format
               config           what the config claims
               tensors          which tensors are A and B of which module
               modules          ranks and scalings
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
     from meteora.adapters.config import Claim, OnExtras
 
 TICK_NS = 100_000_000
-"""Clocks of file systems are coarse: a file can change again within this without a new time."""
+"""File systems have coarse clocks: a change so soon after another may leave the same time."""
 
 
 @dataclass(frozen=True)
@@ -96,7 +96,7 @@ def check_config(folder: Path, where: str, *, modules_to_save: OnExtras = "refus
 
 
 def check(path: Path, *, modules_to_save: OnExtras = "refuse") -> Verdict:
-    """Judge what is at `path`, which may be anything; never raises an error about its content.
+    """Judge the file or folder at `path`; never raises an error about its content.
 
     A config without weights is judged by its claims; the facts then have `judged_by: claims`.
     """

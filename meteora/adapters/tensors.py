@@ -1,4 +1,4 @@
-"""Which tensors of a file are the A and B of which module, and what other tensors it has.
+"""Pair the tensors of a file as A and B of modules; refuse or leave out its other tensors.
 
 base_model.model.model.layers.0.self_attn.q_proj.lora_A.weight      PEFT
 model.layers.0.self_attn.q_proj.lora_A.default.weight               without prefix, with a name
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 DTYPES = ("F32", "F16", "BF16")
 MAX_DEPTH = 40
-"""Dots in the key of a factor."""
+"""Most dots in the name of a factor."""
 PREFIX = "base_model.model."
 WRAPPERS = re.compile(
     r"^(?:_orig_mod\.|module\.|base_model\.model\.)+"
@@ -35,7 +35,7 @@ PEFT_KEY = re.compile(r"(?P<path>[^.].*)\.lora_(?P<factor>[AB])(\.(?P<name>[^.]+
 LAYERED = re.compile(r"(?P<stem>.+?)\.(?P<layer>\d{1,6})\.(?P<leaf>.+)")
 MLX_KEY = re.compile(r"(?P<path>[^.].*)\.lora_(?P<factor>[ab])")
 
-# Parts of keys that a plain LoRA does not have, each with a code and with what such tensors are.
+# Parts of tensor names that no plain LoRA has, each with a reason code and a description.
 VARIANT_KEYS = (
     ("lora_magnitude_vector", "dora", "magnitudes of DoRA"),
     (".lora_B.bias", "lora_bias", "a bias of B"),
@@ -78,12 +78,12 @@ class Stamp(NamedTuple):
     inode: int
     num_bytes: int
     written_ns: int
-    """Since the epoch."""
+    """Time of the last change, since the epoch."""
 
     @classmethod
     def of(cls, file: BinaryIO) -> Self:
-        found = os.fstat(file.fileno())
-        return cls(found.st_ino, found.st_size, found.st_mtime_ns)
+        status = os.fstat(file.fileno())
+        return cls(status.st_ino, status.st_size, status.st_mtime_ns)
 
 
 @dataclass(frozen=True)
@@ -172,7 +172,7 @@ def _check_prefix(keys: Collection[str], found: Findings) -> None:
 
 
 def refuse_variants(keys: Collection[str], found: Findings) -> None:
-    """Refuse a file without a config by what the names of its tensors show it to be."""
+    """Refuse a file without a config if the names of its tensors show that it is no plain LoRA."""
     for mark, code, what in VARIANT_KEYS:
         if members := [key for key in keys if mark in key]:
             found.refuse(code, f"it holds {what}: {listed(members)}")
@@ -194,7 +194,7 @@ def _pairs(
 
 
 def _sort_rest(keys: list[str], claim: Claim, extras: OnExtras, found: Findings) -> tuple[str, ...]:
-    """Refuse the tensors that are no factor of a linear layer; return those that are stripped."""
+    """Refuse tensors that are no factor of a linear layer; return the stripped ones."""
     kinds: dict[tuple[str, str], list[str]] = {}
     strippable: list[str] = []
     for key in sorted(keys):

@@ -40,8 +40,8 @@ def check_proportion(adapter: Adapter, base_norms: Mapping[str, float]) -> tuple
     """Return a warning where an update exceeds `LIMIT` times the weight that it updates.
 
     Args:
-        base_norms: Frobenius norms of the base's weights, by module path; a module that is not
-            there is not judged.
+        base_norms: Frobenius norms of the base's weights, by module path; modules without one are
+            not judged.
     """
     ratios = {
         path: norm / base_norms[path]

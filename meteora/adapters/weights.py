@@ -1,7 +1,7 @@
 """The weights of an adapter, read directly into given memory.
 
-Bytes are read with `pread` and never mapped, so a file that becomes shorter while it is read is an
-error and not a crash. A file that has changed since `reader.read` checked it is refused.
+Bytes are read with `pread` and never mapped: a mapped file that becomes shorter would kill the
+process. A file that has changed since `reader.read` checked it is refused.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ class AdapterWeights:
         """Open it; raises `ChangedAdapterError` unless its bytes are those that were checked."""
         self.path = adapter.weights
         self._file = adapter.weights.open("rb")
-        self._number = self._file.fileno()
+        self._descriptor = self._file.fileno()
         try:
             if Stamp.of(self._file) != adapter.stamp:
                 digest = hashlib.file_digest(self._file, "sha256").hexdigest()
                 if digest != adapter.spec.weights_sha256:
                     raise self._changed()
-            # plain JSON will do: `reader.read` has checked this header
-            (size,) = struct.unpack("<Q", os.pread(self._number, 8, 0))
-            self._header = json.loads(os.pread(self._number, size, 8))
+            # plain JSON is safe: `reader.read` has checked this header
+            (size,) = struct.unpack("<Q", os.pread(self._descriptor, 8, 0))
+            self._header = json.loads(os.pread(self._descriptor, size, 8))
         except BaseException:
             self._file.close()
             raise
@@ -61,8 +61,8 @@ class AdapterWeights:
 
     def tensor(self, key: str) -> Tensor:
         """Read one tensor into new memory."""
-        about = self._header[key]
-        tensor = torch.empty(about["shape"], dtype=DTYPES[about["dtype"]])
+        entry = self._header[key]
+        tensor = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
         self.read(key, [memoryview(tensor.view(torch.uint8).numpy().reshape(-1))])
         return tensor
 
@@ -80,12 +80,12 @@ class AdapterWeights:
             skip: bytes at the tensor's beginning that are left out
 
         Raises:
-            ChangedAdapterError: the file ends before.
+            ChangedAdapterError: the file ends too early.
         """
         begin, end = self._header[key]["data_offsets"]
         wanted = end - begin if num_bytes is None else num_bytes
         begin += self._start + skip
-        if len(buffers) > MOST_BUFFERS or os.preadv(self._number, buffers, begin) != wanted:
+        if len(buffers) > MOST_BUFFERS or os.preadv(self._descriptor, buffers, begin) != wanted:
             self._read_one_by_one(buffers, begin)
 
     def _read_one_by_one(self, buffers: Sequence[memoryview], begin: int) -> None:
@@ -93,7 +93,7 @@ class AdapterWeights:
         for buffer in buffers:
             done = 0
             while done < len(buffer):
-                got = os.preadv(self._number, [buffer[done:]], begin + done)
+                got = os.preadv(self._descriptor, [buffer[done:]], begin + done)
                 if not got:
                     raise self._changed()
                 done += got

@@ -28,7 +28,7 @@ class MeteoraError(Exception):
 
 
 def canonical_json(value: object) -> str:
-    """The one JSON text of a value: keys sorted, no spaces, no escapes beyond ASCII.
+    """The one JSON text of a value: keys sorted, no spaces, characters beyond ASCII as they are.
 
     Raises:
         ValueError: a number is NaN or infinite.
@@ -57,7 +57,7 @@ def short(artifact_id: str) -> str:
 
 
 class Noun:
-    """A frozen dataclass that is equal again after JSON and back."""
+    """A frozen dataclass that JSON can store: writing and reading it gives an equal one."""
 
     def to_dict(self) -> dict[str, Any]:
         """All fields as JSON values, nested nouns as dicts."""
@@ -65,7 +65,7 @@ class Noun:
 
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Self:
-        """The noun of a `to_dict`, also of an older version with fewer fields.
+        """Read what `to_dict` returned, also that of an older version with fewer fields.
 
         Raises:
             KeyError: a field is missing that has no default.
@@ -91,14 +91,14 @@ def _revive(value: Any, hint: Any) -> Any:  # noqa: ANN401  (JSON is what it is)
 
 
 class Spec(Noun):
-    """What is to be made or measured. Specs have equal ids if and only if they are equal."""
+    """Describes a thing to make or measure. Specs have equal ids if and only if they are equal."""
 
     kind: ClassVar[str]
     """The first part of the id."""
     version: ClassVar[int] = 1
-    """Part of the hash. Raise it when the same fields come to mean other bytes."""
+    """Part of the hash. Raise it when the same fields give other bytes than before."""
     made_of: ClassVar[tuple[str, ...]] = ()
-    """The fields that hold the ids of what it depends on."""
+    """The fields that hold the ids of the parents."""
 
     @cached_property
     def id(self) -> ArtifactId:
@@ -108,8 +108,8 @@ class Spec(Noun):
         spec has hundreds of modules, and its id is compared with that of every other adapter.
         """
         at_default = {f.name for f in fields(self) if getattr(self, f.name) == f.default}  # ty: ignore[invalid-argument-type]
-        asked = {name: value for name, value in self.to_dict().items() if name not in at_default}
-        return ArtifactId(f"{self.kind}:{canonical_sha256({'version': self.version, **asked})}")
+        hashed = {name: value for name, value in self.to_dict().items() if name not in at_default}
+        return ArtifactId(f"{self.kind}:{canonical_sha256({'version': self.version, **hashed})}")
 
     @property
     def parents(self) -> tuple[ArtifactId, ...]:

@@ -10,7 +10,7 @@ from meteora.artifacts.identity import ArtifactId, Noun, Spec
 
 @dataclass(frozen=True)
 class PoolSpec(Spec):
-    """Prompts without labels, to be dealt to the experts of a stack."""
+    """Prompts without labels, to be divided among the experts of a stack."""
 
     kind: ClassVar[str] = "pool"
     made_of: ClassVar[tuple[str, ...]] = ("fused_id",)
@@ -19,20 +19,20 @@ class PoolSpec(Spec):
     prompts_sha256: str
     """Of the canonical JSON of all prompts, in order; empty where experts write them."""
     examples_per_expert: int
-    """Greatest number of prompts that an expert is given, and answers."""
+    """The most prompts that one expert gets and answers."""
     seed: int = 0
     template: str = "auto"
     """As in `RouterSpec`."""
     known_sha256: str = ""
-    """Of the canonical JSON of the prompts of experts that have examples, by expert; they are read
-    beside the pool. Empty where no expert has any."""
+    """Of the canonical JSON of the prompts of experts that have examples, by expert; these prompts
+    are compared with the pool's. Empty if no expert has examples."""
     writers: tuple[str, ...] = ()
     """Experts that write the prompts themselves."""
 
 
 @dataclass(frozen=True)
 class PoolShare(Noun):
-    """What one expert was given of a pool."""
+    """The part of a pool that one expert got."""
 
     expert: str
     """Empty for the prompts that no expert got."""
@@ -40,16 +40,16 @@ class PoolShare(Noun):
     num_clusters: int
     score: float
     """How much larger the expert's updates are on these prompts than on the whole pool, in standard
-    deviations; for prompts that no expert got, the largest value of any expert. Where experts wrote
-    them: how much likelier they are for the expert than for the base, in nats a token."""
+    deviations; for prompts that no expert got, the largest value of any expert. If experts wrote
+    the prompts: their log likelihood under the expert minus that under the base, nats per token."""
     lead: float
-    """How far that is above the next expert's. Where experts wrote the prompts: how much likelier
-    they are in the user's place than the expert's answers there."""
+    """The score minus that of the next expert. If experts wrote the prompts: their log likelihood
+    in the user's place minus that of the expert's answers there."""
 
 
 @dataclass(frozen=True)
 class PoolBuild(Noun):
-    """The result of dealing a pool."""
+    """The result of dividing a pool."""
 
     spec: PoolSpec
     labels_sha256: str

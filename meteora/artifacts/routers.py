@@ -24,11 +24,11 @@ SERVABLE = ("gate", "arrow", "norm", "uniform")
 """Kinds that vLLM can compute: they need no further pass of the base and no random numbers."""
 
 ONE_INPUT = ("point", "turn")
-"""Values of `share` by which a gate is fitted for the modules with its own input alone."""
+"""Values of `share` with which one gate decides only for modules that share its input."""
 
 OPENING_SHARE = 0.5
-"""The share of an expert's weight for tokens that open its answer in a prompt of several tasks.
-They are few, and alike for all experts, but the whole answer depends on where they are routed."""
+"""In a prompt of several tasks, the tokens that open an expert's answer get this share of its
+weight. They are few and alike for all experts, but the whole answer depends on their route."""
 
 
 @dataclass(frozen=True)
@@ -41,22 +41,22 @@ class RouterOptions(Noun):
     temperature: float
     """Of the softmax over the `top_k` chosen logits."""
     margin: float | None = None
-    """Chosen experts with a logit further below the best one than this, in nats, get no weight."""
+    """A chosen expert gets no weight if its logit is more than this below the best, in nats."""
     opening: str = "own"
-    """How tokens are routed that say nothing about the task, such as a system prompt. `own`: each
-    by its own gate logits. `prompt`: by those of the prompt behind them, which is not causal.
-    `shared`: as `own`, but one more choice of every gate, the one after the experts, is the mean of
-    all of them."""
+    """The route of tokens that say nothing about the task, such as a system prompt. `own`: each has
+    its own gate logits. `prompt`: the gate logits of the prompt after them decide, which is not
+    causal. `shared`: as `own`, but every gate has one more choice, after the experts: the mean of
+    all experts."""
     null: bool = False
     """Whether one more choice, the last of every gate, is the base without any expert."""
     share: str = "module"
-    """What one gate decides for: its `module`, the `point` where modules share an input, a `layer`,
-    or the whole `token`. With `turn` each point has a gate that decides once for a whole turn of a
-    conversation, by its question, which is not causal."""
+    """The modules that follow one gate: its own `module`; all modules of a `point`, which share an
+    input; of a `layer`; or of all layers (`token`). With `turn` each point has a gate that decides
+    once for a whole turn of a conversation, from its question, which is not causal."""
     stand_in: str = ""
     """`arrow` or `norm`: how experts without examples are scored, from their weights."""
     stand_ins: tuple[str, ...] = ()
-    """The names of those experts."""
+    """The names of the experts without examples."""
 
     @property
     def by_turns(self) -> bool:
@@ -101,7 +101,7 @@ class JointSettings(Noun):
 class RouterSpec(Spec):
     """How a fused model routes, and how its gates are made if it has any.
 
-    It has the fields of `RouterOptions` too, each for itself, since they are part of its id.
+    It repeats the fields of `RouterOptions`, since each is part of its id.
     """
 
     kind: ClassVar[str] = "router"
@@ -133,7 +133,7 @@ class RouterSpec(Spec):
     """`OPENING_SHARE` in a fit to mixed prompts in closed form: `calibrate`, or `joint` that starts
     from there."""
     conversations: tuple[int, ...] = ()
-    """How many turns the conversations have that gates are fitted to; every example is one turn of
+    """Numbers of turns of the conversations that gates are fitted to; every example is one turn of
     one conversation."""
     template: str = "auto"
     """`plain` where gates are fitted to plain text, even if the tokenizer has a chat template."""
@@ -141,47 +141,46 @@ class RouterSpec(Spec):
     """System prompts of every other example and conversation; the others have the chat template's
     own."""
     openings_apart: bool = False
-    """Whether these tokens are sampled separately where a sample estimates the covariance; with
-    `composites` they always are."""
+    """Whether tokens that open answers are sampled separately for the covariance, at points where
+    it is estimated from a sample; true in new fits with `composites`."""
     loss_opening_share: float = 0.0
     """`OPENING_SHARE` in the gate loss of `joint`."""
     refined: bool = False
-    """Whether logistic regression refines the closed form of `calibrate`, as it does today."""
+    """Whether logistic regression refines the closed form of `calibrate`; new fits do so."""
     crossed: bool = False
     """Whether the fit routed each half of the sequences by gates of the other half, and left out
-    the digits of answers' numbers, as `calibrate` does today where there are `composites`. For an
-    expert that is added later: whether the digits were left out, as in the fit of the others."""
+    the digits of answers' numbers; true in new fits with `composites`. For an expert that is added
+    later: whether these digits were left out, as in the fit of the others."""
     offsets: bool = False
-    """Whether experts have offsets that make up for an opening by all of them, as they have today
-    where there is one."""
+    """Whether experts have offsets that make up for an opening by all of them; new fits with a
+    shared opening do so."""
     stand_in: str = ""
     stand_ins: tuple[str, ...] = ()
     grown_from: str = ""
     """The router that this one is made from by adding or dropping one expert; `examples_sha256` is
     then of the new expert's examples alone."""
     dtype: str = ""
-    """Of the base while the gates were fitted, where a person named one; empty: as it lies on the
-    disk."""
+    """Of the base while the gates were fitted, if a person named one; empty: that of its files."""
     pool_id: str = ""
-    """The pool that examples are taken from, for experts that bring none."""
+    """The pool with the examples of experts that bring none."""
     found_in: str = ""
-    """SHA-256 of the gates, if they are known from a checkpoint of elsewhere alone. `method` and
-    `template` are then as it states, and nothing else is known of how they were made."""
+    """SHA-256 of the gates, if only a checkpoint from elsewhere shows them. `method` and `template`
+    are then as it states, and nothing else is known of the fit."""
 
     @classmethod
     def of(cls, fused_id: ArtifactId, options: RouterOptions, **made: Any) -> Self:  # noqa: ANN401
-        """Take how to route as one object, and how the gates are made as fields."""
+        """Make a spec from the routing options, and further fields about the fit of the gates."""
         own = {name: getattr(options, name) for name in _BESIDE_KIND}
         return cls(fused_id, options.kind, **own, **made)
 
     @property
     def options(self) -> RouterOptions:
-        """How the model routes, without how its gates are made."""
+        """The routing options alone, without the fields about the fit of the gates."""
         return RouterOptions(self.router, **{name: getattr(self, name) for name in _BESIDE_KIND})
 
     @property
     def mixed_prompts(self) -> tuple[tuple[int, int], ...]:
-        """Of each kind of mixed prompt: its questions, and the solved prompts that it shows."""
+        """(number of questions, number of solved prompts before them) of each kind."""
         return tuple(zip_longest(self.composites, self.solved, fillvalue=0))
 
     @property
@@ -207,12 +206,12 @@ class RouterBuild(Noun):
     statistics_sha256: str = ""
     """Of `statistics.safetensors`; empty if there is none."""
     card_examples: tuple[str, ...] = ()
-    """`expert: source` of those whose examples are of a data set that their own card names."""
+    """`expert: source` of experts whose examples come from a data set that their card names."""
     hub_examples: tuple[str, ...] = ()
-    """`expert: source`, with the commit, of those whose examples a recipe takes from the Hub."""
+    """`expert: source`, with the commit, of experts whose examples a recipe takes from the Hub."""
     not_crossed: tuple[str, ...] = ()
-    """The experts with examples in one half alone, where the spec is `crossed` and the fit was not
-    for that reason."""
+    """The experts with examples in one half alone. If there are any, a fit with a `crossed` spec
+    was not crossed."""
 
     @property
     def blobs(self) -> list[str]:

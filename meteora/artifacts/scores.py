@@ -11,7 +11,7 @@ from meteora.artifacts.identity import ArtifactId, Noun, Spec
 
 @dataclass(frozen=True)
 class BenchmarkSpec(Spec):
-    """One subject on one task, with all that the score depends on."""
+    """One subject on one task, with everything that changes the score."""
 
     kind: ClassVar[str] = "benchmark"
     made_of: ClassVar[tuple[str, ...]] = ("subject_id",)
@@ -20,9 +20,8 @@ class BenchmarkSpec(Spec):
     """A base, an adapter (alone), a merge, or a router (the fused model)."""
     task: str
     rows_sha256: str
-    """Of the canonical JSON of the rows, in order; for a task that lm-eval itself has, of its name
-    and the number of rows, and of its files, where they are not lm-eval's own. With the system
-    prompt, where one is given."""
+    """Of the canonical JSON of the rows, in order. For a task of lm-eval: of its name, the number
+    of rows, and its files if they are not lm-eval's own. A system prompt is hashed too."""
     metric: str
     num_fewshot: int
     max_new_tokens: int
@@ -33,24 +32,23 @@ class BenchmarkSpec(Spec):
     template: str = "auto"
     """`chat`, `plain`, or `auto`: the chat template if the tokenizer has one."""
     system_prompt: str | None = None
-    """In front of every question. None leaves it to the chat template; an empty one stands for
-    none."""
+    """Before every question. None: the chat template's own; empty: no system prompt."""
 
 
 @dataclass(frozen=True)
 class ScorePart(Noun):
-    """A score on one kind of its questions, such as one task of mixed prompts."""
+    """The score on one kind of questions, such as one task of mixed prompts."""
 
     name: str
     value: float
     num_samples: int
     num_attempted: int
-    """Questions that have an answer at all."""
+    """Questions with an answer."""
 
 
 @dataclass(frozen=True)
 class ScoreTurn(Noun):
-    """A score of conversations on one of their turns; all but the number are means over them."""
+    """The score of one turn; all fields but `turn` are means over the conversations."""
 
     turn: int
     """From 1."""
@@ -58,7 +56,7 @@ class ScoreTurn(Noun):
     prompt_tokens: float
     """Tokens of the question with the whole history."""
     computed_tokens: float
-    """Those of them that were computed at this turn; the others were in a cache."""
+    """The prompt tokens that were computed at this turn; the others were in a cache."""
     new_tokens: float
     """Tokens of the answer."""
     seconds: float
@@ -77,7 +75,7 @@ class Score(Noun):
     high: float
     """Upper end."""
     num_samples: int
-    """Rows that are asked; of conversations, their number."""
+    """The number of rows, or of conversations."""
     outputs_sha256: str
     """The blob that holds each row's prompt, reference, output and score."""
     harness: str
@@ -159,9 +157,9 @@ class Difference(Noun):
 
 
 def mark_of(difference: float, p_holm: float, *, higher_is_better: bool) -> str:
-    """`+` where a subject is better than another beyond chance, `-` where worse, or empty.
+    """`+` if a subject is significantly better than another, `-` if worse, else empty.
 
-    That is at 5 %, after the correction.
+    The level is 5 %, after the correction.
     """
     if p_holm >= 0.05 or not difference:
         return ""
@@ -194,7 +192,7 @@ class SpeedSpec(Spec):
     new_tokens: int
     batch_size: int
     rounds: int
-    """Rounds; each times both."""
+    """Each round times both models."""
 
 
 @dataclass(frozen=True)
@@ -226,7 +224,7 @@ class SpeedBuild(Noun):
     """Peak memory of a prefill beyond the weights; None if it cannot be measured."""
     fused_working_bytes: int | None
     stored_bytes: int
-    """What the checkpoint adds to the base on disk: experts and gates."""
+    """Experts and gates on disk; the base is not counted."""
     device: str
     num_threads: int
     dtype: str
@@ -247,11 +245,11 @@ class RoutingSpec(Spec):
 
 @dataclass(frozen=True)
 class RoutingShare(Noun):
-    """How many tokens of one expert's test rows go to it."""
+    """The share of one expert's test tokens that go to it."""
 
     expert: str
     accuracy: float
-    """Share of its (routed module, token) pairs."""
+    """Share of (routed module, token) pairs."""
 
 
 @dataclass(frozen=True)
@@ -272,27 +270,27 @@ class RoutingSwitch(Noun):
     """How soon routing changes when the text of one task ends and that of another begins."""
 
     expert: str
-    """Whose text begins."""
+    """The expert whose text begins."""
     in_answer: bool
     """Whether this text is an answer, not a question."""
     delay_tokens: int | None
-    """Tokens before the first that is sent to the expert; None if the text ends before."""
+    """Tokens before the first one that goes to the expert; None if no token does."""
     count: int
     """How many switches had this delay."""
 
 
 @dataclass(frozen=True)
 class Abstention(Noun):
-    """How well the base takes the prompts that belong to no expert, and only those."""
+    """How well a router sends prompts without an expert to the base, and no others."""
 
     num_own: int
     """Prompts of the experts' own test rows."""
     num_nobodys: int
     """Prompts of tasks without an expert."""
     own_share: float
-    """Mean probability of the base over the tokens and routed modules of the former."""
+    """Mean probability of the base over tokens and routed modules, on the experts' prompts."""
     nobodys_share: float
-    """The same of the latter."""
+    """The same on prompts without an expert."""
     auroc: float
     """Area under the ROC curve of that probability: of pairs of one prompt of each kind, the share
     in which the prompt without an expert has the larger one."""
@@ -312,7 +310,7 @@ class RoutingBuild(Noun):
     details: tuple[RoutingDetail, ...] = ()
     switches: tuple[RoutingSwitch, ...] = ()
     abstention: Abstention | None = None
-    """None where the base is no choice, or all tasks have an expert."""
+    """None if the base is no choice, or all tasks have an expert."""
 
 
 @dataclass(frozen=True)

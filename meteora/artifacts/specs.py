@@ -10,7 +10,7 @@ from meteora.artifacts.identity import COMMIT, SHA256, ArtifactId, Noun, Spec
 
 @dataclass(frozen=True)
 class Fingerprint(Noun):
-    """What two models must have in common to count as the same base."""
+    """The facts that two models must share to count as the same base."""
 
     architecture: str
     hidden_size: int
@@ -36,7 +36,7 @@ def _brief(value: object) -> str:
 
 
 QUANTISED = ("", "4bit", "8bit")
-"""What the linear layers of a base can become when it is loaded; empty for as they are."""
+"""Ways to quantise a base's linear layers when it is loaded; empty: not at all."""
 
 
 @dataclass(frozen=True)
@@ -54,7 +54,7 @@ class BaseSpec(Spec):
 
     @property
     def stored(self) -> BaseSpec:
-        """The base as its files are."""
+        """The base as its files hold it, without quantisation."""
         return replace(self, quantise="")
 
     @property
@@ -142,9 +142,9 @@ class AdapterSpec(Spec):
     stripped: tuple[str, ...] = ()
     """Tensors of the file that are left out by policy, sorted."""
     found_in: str = ""
-    """`<SHA-256 of a stack>/<name>`, if it is known from that stack alone. The hash of its weights
-    is then as its checkpoint states, `base_model` and `dtype` are empty, and `lora_alpha` is what
-    gives the scaling without rsLoRA."""
+    """`<SHA-256 of a stack>/<name>`, if only that stack holds it. The hash of its weights is then
+    as the checkpoint states, `base_model` and `dtype` are empty, and `lora_alpha` is computed from
+    the scaling, without rsLoRA."""
 
 
 @dataclass(frozen=True)
@@ -158,8 +158,8 @@ class FusedSpec(Spec):
     """The experts' names, in the order of `adapter_ids`."""
     adapter_ids: tuple[ArtifactId, ...]
     bare: tuple[str, ...] = ()
-    """Modules without any ranks, which stay where an expert was dropped whose gates decide for
-    others. A recipe's stack has none."""
+    """Modules without ranks: only a dropped expert changed them, but their gates decide for others.
+    A recipe's stack has none."""
 
     @property
     def parents(self) -> tuple[ArtifactId, ...]:
@@ -195,7 +195,7 @@ class MergeSpec(Spec):
 
 @dataclass(frozen=True)
 class Publication(Noun):
-    """A repository that holds an artifact, whoever published it there."""
+    """A repository that holds an artifact; anyone may have published it."""
 
     artifact_id: ArtifactId
     repo_id: str

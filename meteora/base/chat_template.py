@@ -17,11 +17,11 @@ if TYPE_CHECKING:
 
 
 HEADER = 3
-"""Tokens of a header that are kept: enough to find it, and the same behind any system prompt."""
+"""Most tokens of a header: enough to find it, and the same after any system prompt."""
 MARK = "\ue000"
-"""Stands for what messages say; for private use in Unicode, so no template has it."""
+"""Placeholder for the content of a message: a private-use character, which no template has."""
 ODD = ("\n\none", "  one", "\tone", "one?")
-"""Texts whose first or last tokens some tokenizers merge with what stands beside them."""
+"""Texts whose first or last tokens some tokenizers merge with the text beside them."""
 
 
 class ConversationError(MeteoraError):
@@ -92,18 +92,18 @@ def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) 
 def content_places(
     tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]], text: str
 ) -> list[tuple[int, int]] | None:
-    """Where the content of each message, but of a system prompt, stands in a rendered conversation.
+    """Find the content of each message, except a system prompt, in a rendered conversation.
 
-    The template is filled with marks, and what it has between them is taken away from the text. A
-    search would find a short content in the template's own words: an answer "a" in "assistant".
+    The template is rendered with marks as contents; the texts between the marks are its own. A
+    plain search would find a short content in the template's words: an answer "a" in "assistant".
 
     Args:
         messages: `role` and `content` of each
-        text: what the template makes of them, with the generation prompt
+        text: the rendered messages, with the generation prompt
 
     Returns:
-        Start and end of each, without white space around it. Of a content that the template leaves
-        a part of out, such as thoughts, the rest. None where it changes more than that.
+        (start, end) of each in characters, without white space around it. If the template leaves
+        out a part, such as thoughts: of the rest. None if it changes a content in another way.
     """
     own = [message["role"] != "system" for message in messages]
     marked = [
@@ -128,7 +128,7 @@ def content_places(
 
 
 def _form_of(content: str, text: str, at: int, behind: str) -> str | None:
-    """What stands for a content in a text from `at` on, and has `behind` after it."""
+    """The form of a content in a text that begins at `at` and ends before `behind`."""
     for form in (content, content.strip(), content.lstrip(), content.rstrip()):
         if text.startswith(form + behind, at):
             return form
@@ -145,37 +145,37 @@ class Template(Noun):
     closing: tuple[int, ...] = ()
     """Token ids after the prompt's own; the answer follows them."""
     header: tuple[int, ...] = ()
-    """The end of the opening that stands before a later question of a conversation, too."""
+    """The end of the opening that also comes before later questions of a conversation."""
     footer: tuple[int, ...] = ()
-    """What stands behind every question, where that is only a part of the closing: some closings
-    open a block of thoughts for the next answer, some end with a line break that a tokenizer merges
-    with the answer's own. Empty where it is the whole closing."""
+    """The tokens after every question, if they are only a part of the closing: some closings open a
+    block of thoughts for the next answer, some end with a line break that a tokenizer merges with
+    the answer. Empty if they are the whole closing."""
 
     @classmethod
     def of(cls, tokenizer: PreTrainedTokenizerBase) -> Self:
         """Find the template of a tokenizer by comparing two prompts without a common letter.
 
-        Header and footer leave out what the tokenizer merges with some texts beside them.
+        Header and footer leave out tokens that the tokenizer merges with some texts beside them.
         """
         one, other = encode_prompt(tokenizer, "one"), encode_prompt(tokenizer, "7")
         opening = common_beginning(one, other)
         closing = common_end(one[len(opening) :], other[len(opening) :])
         odd = [encode_prompt(tokenizer, text) for text in ODD]
-        merged = len(closing) - len(common_end(closing, *odd))  # of its tokens, with a question
+        merged = len(closing) - len(common_end(closing, *odd))  # tokens merged with a question
         kept = len(common_beginning(opening, *odd))
 
-        def later(content: str, answer: str = "two") -> list[int]:
-            before = [{"role": "user", "content": "one"}, {"role": "assistant", "content": answer}]
-            return encode_messages(tokenizer, [*before, {"role": "user", "content": content}])
+        def second(content: str, answer: str = "two") -> list[int]:
+            turn = [{"role": "user", "content": "one"}, {"role": "assistant", "content": answer}]
+            return encode_messages(tokenizer, [*turn, {"role": "user", "content": content}])
 
         try:
-            until = common_beginning(later("one"), later("7"))
-            kept_later = len(common_beginning(until, *map(later, ODD)))
-            answered = [later("one", answer) for answer in ("two", *ODD)]
+            before = common_beginning(second("one"), second("7"))
+            kept_before = len(common_beginning(before, *map(second, ODD)))
+            answered = [second("one", answer) for answer in ("two", *ODD)]
         except ConversationError:  # no template, or one that takes a single question
             return cls(opening, closing, footer=closing[merged:] if merged else ())
-        header = common_end(opening, until)[-HEADER:]
-        beside = max(len(opening) - kept, len(until) - kept_later)
+        header = common_end(opening, before)[-HEADER:]
+        beside = max(len(opening) - kept, len(before) - kept_before)
         header = header[: max(0, len(header) - beside)] or header
         behind = common_beginning(one, *answered)[len(one) - len(closing) :]
         footer = behind[merged:] or behind
@@ -183,16 +183,16 @@ class Template(Noun):
 
     @property
     def question_end(self) -> tuple[int, ...]:
-        """The token ids behind every question of a conversation, earlier ones included."""
+        """The token ids after every question of a conversation, earlier ones included."""
         return self.footer or self.closing
 
 
-def common_beginning(*many: Sequence[int]) -> tuple[int, ...]:
-    """The longest common beginning."""
-    same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*many, strict=False))
+def common_beginning(*sequences: Sequence[int]) -> tuple[int, ...]:
+    """The longest common beginning of all sequences."""
+    same = takewhile(lambda tokens: len(set(tokens)) == 1, zip(*sequences, strict=False))
     return tuple(tokens[0] for tokens in same)
 
 
-def common_end(*many: Sequence[int]) -> tuple[int, ...]:
-    """The longest common end."""
-    return common_beginning(*(one[::-1] for one in many))[::-1]
+def common_end(*sequences: Sequence[int]) -> tuple[int, ...]:
+    """The longest common end of all sequences."""
+    return common_beginning(*(one[::-1] for one in sequences))[::-1]

@@ -1,8 +1,7 @@
-"""The files of a base on the Hub, at one commit, in the cache of the Hub's client.
+"""Download the files of a base from the Hub, at one commit, to the cache of the Hub's client.
 
-They are asked for one by one, and the base is then loaded as a folder. transformers itself would
-also look for other files, and would send the saved token with some of these requests, whatever
-token it is given.
+Each file is named, and the base is then loaded from the folder. transformers itself would also look
+for other files, and would send the saved token with some of these requests, whatever `token` is.
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ MAX_INDEX_BYTES = 32 << 20
 def download_base(
     repo_id: str, revision: str, download: Mapping[str, Any] | None, *, weights: bool = True
 ) -> Path:
-    """Return the folder with the files of a base; those in the cache are not asked for again.
+    """Return the folder with the files of a base; files in the cache are not downloaded again.
 
     Args:
         revision: a commit
@@ -33,23 +32,23 @@ def download_base(
         weights: else only config and tokenizer
 
     Raises:
-        SourceError: a file is missing, or does not come.
+        SourceError: a file is missing, or cannot be downloaded.
     """
-    asked: dict[str, Any] = {**NO_TOKEN, **(download or {}), "revision": revision}
+    options: dict[str, Any] = {**NO_TOKEN, **(download or {}), "revision": revision}
     try:
-        config = cached_file(repo_id, "config.json", **asked)
-        there = {
+        config = cached_file(repo_id, "config.json", **options)
+        if_present = {
             "_raise_exceptions_for_missing_entries": False,
             "_raise_exceptions_for_connection_errors": not (
-                is_offline_mode() or asked.get("local_files_only", False)
+                is_offline_mode() or options.get("local_files_only", False)
             ),
         }
         for name in TEXTS:
-            cached_file(repo_id, name, **asked, **there)
+            cached_file(repo_id, name, **options, **if_present)
         if weights:
-            index = cached_file(repo_id, INDEX, **asked, **there)
+            index = cached_file(repo_id, INDEX, **options, **if_present)
             for name in _shards(Path(index)) if index else ["model.safetensors"]:
-                cached_file(repo_id, name, **asked)
+                cached_file(repo_id, name, **options)
     except OSError as error:
         raise SourceError(
             f"{repo_id} at {revision[:12]}, the base of the checkpoint, does not come from the Hub:"
@@ -59,7 +58,7 @@ def download_base(
 
 
 def _shards(index: Path) -> list[str]:
-    """The files of weights that an index names; refuses other names than shards have."""
+    """The weight files that an index names; refuses names that no shard has."""
     try:
         if index.stat().st_size > MAX_INDEX_BYTES:
             raise StrictJSONError(f"it has more than {MAX_INDEX_BYTES} bytes")

@@ -38,7 +38,7 @@ if TYPE_CHECKING:
 
 
 BITS = {"8bit": 8.0, "4bit": 4.5}
-"""Bits of one weight in a quantised layer; in 4 bits, 64 weights share a scale."""
+"""Bits of one weight in a quantised layer; with 4 bits, 64 weights share a scale."""
 
 _PARSING = threading.Lock()
 
@@ -83,9 +83,9 @@ def _quiet() -> Generator[None]:
 
 @contextmanager
 def _reading(folder: Path, what: str) -> Generator[None]:
-    """Say which files are damaged, or not there: a library can raise anything because of them.
+    """Turn errors about damaged or missing files into a `SourceError`; libraries raise many kinds.
 
-    Faults of this machine stay as they are.
+    Errors of the machine, such as too little memory, stay as they are.
     """
     try:
         yield
@@ -151,7 +151,7 @@ def load_gguf(
     """Read a GGUF file and dequantise it to float32; the model can be saved afterwards.
 
     Args:
-        options: for the model alone: where it is to lie
+        options: for the model, not the tokenizer, such as `device_map`
 
     Raises:
         SourceError: It is damaged, or lacks weights.
@@ -162,7 +162,7 @@ def load_gguf(
         model = _load_model(
             file.parent, {"gguf_file": file.name, "dtype": torch.float32, **(options or {})}
         )
-    # it is a plain model now; what the quantizer left behind would stop save_pretrained
+    # it is a plain model now; leftovers of the quantizer would stop save_pretrained
     facts = model.config.to_dict()
     facts.pop("quantization_config", None)
     facts["architectures"] = [type(model).__name__]  # which save_pretrained would add, too
@@ -173,12 +173,12 @@ def load_gguf(
 
 
 def layers_on_disk(folder: Path, device: str) -> dict[str, str]:
-    """A device map for `load_folder` by which one layer at a time is on a device."""
+    """A device map for `load_folder` that keeps one layer at a time on the device."""
     return placement.layers_on_disk(_without_weights(folder), device)
 
 
 def _without_weights(folder: Path, gguf_file: str | None = None) -> PreTrainedModel:
-    """A base with shapes alone, as its config describes it."""
+    """A base on the meta device: shapes without weights, from its config."""
     config = load_config(folder, gguf_file)
     try:
         with torch.device("meta"):
@@ -191,7 +191,7 @@ def _without_weights(folder: Path, gguf_file: str | None = None) -> PreTrainedMo
 
 
 def refuse_quantised(folder: Path) -> None:
-    """Refuse a base that is to be quantised, and is so already, with a `SourceError`."""
+    """Raise a `SourceError` for a base that is quantised already."""
     if getattr(load_config(folder), "quantization_config", None) is not None:
         raise SourceError(
             f"{folder}: this base is quantised already; use it as it is, without `quantise`"
@@ -199,11 +199,11 @@ def refuse_quantised(folder: Path) -> None:
 
 
 def quantisation(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """How transformers makes the linear layers of a base smaller, all but the head.
+    """The config with which transformers quantises all linear layers of a base but its head.
 
     Args:
         name: `8bit` (LLM.int8) or `4bit` (NF4)
-        dtype: that layers of 4 bits are computed in
+        dtype: the compute dtype of 4-bit layers
 
     Raises:
         ImportError: bitsandbytes is not installed.
@@ -225,33 +225,33 @@ def load_folder(
     """Load a base from a folder. No remote code, no pickle.
 
     Args:
-        options: further options for the model alone, such as `quantization_config`
+        options: for the model, not the tokenizer, such as `quantization_config`
         quantise: see `BaseSpec.quantise`
 
     Raises:
-        SourceError: It is no base for us, or needs a package that is not installed; a quantised
-            base may.
+        SourceError: It cannot be loaded, or needs a package that is not installed, as some
+            quantised bases do.
         PlacementError: It cannot be spread as a `device_map` among the options says.
     """
-    config, asked = load_config(folder), dict(options or {})
+    config, model_options = load_config(folder), dict(options or {})
     with _quiet(), _reading(folder, "the model"):
         if quantise:
             refuse_quantised(folder)
             named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
-            wide = cast("torch.dtype", named or config.dtype or torch.float32)
-            asked["quantization_config"] = quantisation(quantise, wide)
-        model = _load_model(folder, {"dtype": dtype, "use_safetensors": True, **asked})
+            compute_dtype = cast("torch.dtype", named or config.dtype or torch.float32)
+            model_options["quantization_config"] = quantisation(quantise, compute_dtype)
+        model = _load_model(folder, {"dtype": dtype, "use_safetensors": True, **model_options})
         return cast("PreTrainedModel", model.eval()), load_tokenizer(folder)
 
 
 def _load_model(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
-    """A model whose weights are all there: transformers draws those that are not at random."""
+    """Load a model; refuse missing weights, which transformers would initialise at random."""
     with _reading(folder, "the model"), spreading(options):
-        found: Any = AutoModelForCausalLM.from_pretrained(
+        loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=False, output_loading_info=True, **options
         )
-    model, loaded = found
-    if missing := sorted(loaded["missing_keys"]):
+    model, info = loaded
+    if missing := sorted(info["missing_keys"]):
         raise SourceError(
             f"{folder}: {len(missing)} weights of the model are not in its files, such as"
             f" {shortened(missing[0])}; take the base as a language model with its output head, or"
@@ -266,7 +266,7 @@ def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 
 
 def fingerprint(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
-    """Return what must agree for adapters and gates to fit: architecture, sizes, vocabulary."""
+    """Return the facts that adapters and gates depend on: architecture, sizes, vocabulary."""
     text = config.get_text_config()
     heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none
     names = ("intermediate_size", "ffn_dim", "n_inner")  # most; OPT; GPT-2
@@ -308,13 +308,13 @@ class Shape:
 
     num_parameters: int
     dtype: torch.dtype
-    """Of its weights, by its config; float32 if that names none."""
+    """Of the weights, by the config; float32 if it names none."""
     num_layers: int
     hidden_size: int
     intermediate_size: int
     vocab_size: int
     cache_bytes_per_token: int
-    """Of keys and values in all layers."""
+    """Bytes of keys and values of one token in all layers."""
     linears: dict[str, tuple[int, int]]
     """(IN, OUT) by module path."""
     num_in_head: int = 0
@@ -324,7 +324,7 @@ class Shape:
 
     @property
     def num_bytes(self) -> int:
-        """Of its files."""
+        """Bytes of the weights in files."""
         return self.num_parameters * self.dtype.itemsize
 
     @property
@@ -335,7 +335,7 @@ class Shape:
 
     @property
     def loaded_bytes(self) -> float:
-        """Of the model in memory."""
+        """Bytes of the weights in memory."""
         if not self.quantise:
             return self.num_bytes
         kept = self.num_parameters - self.num_in_layers
@@ -351,10 +351,10 @@ def shape_of(folder: Path, gguf_file: str | None = None) -> Shape:
 
 
 def shape_of_model(model: PreTrainedModel, *, dequantised: bool = False) -> Shape:
-    """The same of a model, which may have no weights.
+    """Read the sizes of a model, which may have no weights.
 
     Args:
-        dequantised: whether its weights have 32 bits, whatever its config says
+        dequantised: whether its weights are float32, whatever its config says
     """
     config = model.config
     text = config.get_text_config()
@@ -380,7 +380,7 @@ def weight_norms(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str
     """Return the Frobenius norms of linear layers to six digits; one weight is in memory at a time.
 
     Args:
-        sizes: (IN, OUT) by module path; a weight of another shape, or quantised, is left out
+        sizes: (IN, OUT) by module path; weights of other shapes and quantised ones are left out
     """
     norms = {}
     for shard in sorted(folder.glob("*.safetensors")):
@@ -397,16 +397,16 @@ def weight_norms(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str
 
 
 def weight_key(path: str, keys: Collection[str]) -> str | None:
-    """Return the name that a module's weight has among those of a base's file, if it is there.
+    """Return the key of a module's weight in a file of its base; None if it is not there.
 
-    Files of some architectures lack the first part of the path, as `transformer.`
+    Files of some architectures lack the first part of the path, such as `transformer.`
     """
     key = f"{path}.weight"
     return next((one for one in (key, key.partition(".")[2]) if one in keys), None)
 
 
 def norms_of(model: nn.Module, paths: Iterable[str]) -> dict[str, float]:
-    """Return the same for linear layers of a loaded model; offloaded weights are left out, too."""
+    """Return the norms of linear layers of a loaded model, without quantised or offloaded ones."""
     weights = {path: getattr(model.get_submodule(path), "weight", None) for path in paths}
     return {
         path: _norm(weight)
@@ -416,7 +416,7 @@ def norms_of(model: nn.Module, paths: Iterable[str]) -> dict[str, float]:
 
 
 def _is_plain(weight: torch.Tensor) -> bool:
-    """Return whether a weight is here and not quantised; floats of 8 bits have a scale beside."""
+    """Return whether a weight is in memory and not quantised; 8-bit floats need a scale, too."""
     return weight.is_floating_point() and weight.itemsize > 1 and not weight.is_meta
 
 

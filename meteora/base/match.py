@@ -1,8 +1,8 @@
-"""Whether the base that an adapter names is the base at hand, by configs and vocabularies.
+"""Compare the base that an adapter names with the base at hand, by configs and vocabularies.
 
 Names do not tell: a mirror, a quantised copy and a renamed repository have other names and the same
-shapes. Shapes alone do not tell either: Mistral-7B and Llama-3-8B have linear layers of equal
-sizes throughout, so tensors alone do not tell an adapter of one from an adapter of the other.
+shapes. Shapes alone do not tell either: all linear layers of Mistral-7B and Llama-3-8B have equal
+sizes, so the tensors of an adapter fit both.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 NOT_SIZES = ("architecture", "vocab_size", "vocabulary_sha256")
 """Fields of a fingerprint that copies of a base may differ in."""
 LEAST_IN_COMMON = 0.9
-"""Of the smaller vocabulary. Tokens that a fine-tuned copy adds or renames are a few hundred."""
+"""Share of the smaller vocabulary that must agree. A fine-tuned copy changes a few hundred."""
 
 
 class UnreadableBaseError(MeteoraError):
@@ -36,8 +36,8 @@ def compare_bases(named: str, folder: Path, ours: Path) -> Findings:
 
     Args:
         named: The name of the base in the adapter's config.
-        folder: The config of that base, and its tokenizer if it has one; no weights are needed.
-        ours: The same for the base at hand.
+        folder: Holds the config of that base, and perhaps its tokenizer; no weights are needed.
+        ours: The folder of the base at hand.
 
     Returns:
         A refusal `other_base`, or a warning: `base_alias`, or `other_vocabulary`.
@@ -100,7 +100,7 @@ def _compare_vocabularies(
     theirs: PreTrainedTokenizerBase | None,
     ours: PreTrainedTokenizerBase,
 ) -> bool:
-    """Return whether every token has the same id in both; refuse or warn where not."""
+    """Return whether every token has the same id in both; refuse or warn if not."""
     if theirs is None:
         found.warn(
             "base_alias",
@@ -112,14 +112,14 @@ def _compare_vocabularies(
     if its == mine:
         return True
     common = its.keys() & mine.keys()
-    kept = sum(its[token] == mine[token] for token in common)
-    if kept < LEAST_IN_COMMON * min(len(its), len(mine)):
+    num_same = sum(its[token] == mine[token] for token in common)
+    if num_same < LEAST_IN_COMMON * min(len(its), len(mine)):
         _refuse(found, named, _first_moved(its, mine))
     else:
         found.warn(
             "other_vocabulary",
             f"it was trained on {shortened(named)}, whose vocabulary has {len(its)} tokens where"
-            f" the base at hand has {len(mine)}, {kept} of them the same; texts with the others"
+            f" the base at hand has {len(mine)}, {num_same} of them the same; texts with the others"
             " mean something else to it",
         )
     return False
@@ -128,7 +128,7 @@ def _compare_vocabularies(
 def _first_moved(its: Mapping[str, int], mine: Mapping[str, int]) -> str:
     by_id = {at: token for token, at in its.items()}
     token = min((t for t in mine if its.get(t) != mine[t]), key=lambda t: mine[t])
-    there = by_id.get(mine[token])
+    old = by_id.get(mine[token])
     return (
-        f"the token {shortened(repr(there), 40)} at {mine[token]}, not {shortened(repr(token), 40)}"
+        f"the token {shortened(repr(old), 40)} at {mine[token]}, not {shortened(repr(token), 40)}"
     )

@@ -1,4 +1,4 @@
-"""Token ids of different lengths as one batch."""
+"""Pad token ids of different lengths to one batch."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 def padded(
     rows: Sequence[Sequence[int]], filling: int = 0, side: Literal["left", "right"] = "right"
 ) -> Tensor:
-    """Rows of numbers as [B, L], where L is the length of the longest; filled up at one side."""
+    """Return rows of numbers as [B, L], filled up at one side to the longest length L."""
     tensors = [torch.tensor(row, dtype=torch.long) for row in rows]
     return pad_sequence(tensors, batch_first=True, padding_value=filling, padding_side=side)
 
@@ -27,6 +27,6 @@ def mask_of(rows: Sequence[Sequence[int]], side: Literal["left", "right"] = "rig
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int | None:
-    """The token that fills up the rows of a batch: the tokenizer's own, or the one that ends."""
+    """The padding token of a tokenizer, or its end token; None if it has neither."""
     own = tokenizer.pad_token_id
     return tokenizer.eos_token_id if own is None else own

@@ -1,8 +1,8 @@
-"""Where the parts of a base lie and compute, if Accelerate spreads them over devices.
+"""Place the parts of a base on several devices, with Accelerate.
 
-    device_map     a module  ─▶  a device, or `cpu` or `disk` beside one: it is offloaded
+    device_map     module path  ─▶  device; with `cpu` or `disk` beside a GPU it is offloaded
 
-The weights of an offloaded module are no tensors with numbers ("meta"). A hook of Accelerate brings
+The parameters of an offloaded module are meta tensors, without numbers. A hook of Accelerate loads
 them to the device for the time of one call.
 """
 
@@ -25,24 +25,24 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 LAYER = re.compile(r"(.*?)\.(\d+)\.")
-"""The path of a numbered layer, at the start of the path of a module in it."""
+"""Matches the path of a numbered layer, at the start of the path of a module in it."""
 WHOLE = ("auto", "balanced", "balanced_low_0", "sequential")
-"""What Accelerate makes a map of by itself."""
+"""Values of `device_map` from which Accelerate makes a map."""
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
-"""What a RuntimeError of torch's says where the memory of a CPU is not enough."""
+"""Part of torch's RuntimeError when CPU memory is not enough."""
 
 
 class PlacementError(MeteoraError):
-    """A model cannot be laid where it was asked to be."""
+    """A model cannot be placed on the devices that a device map names."""
 
 
 def is_out_of_memory(error: BaseException) -> bool:
-    """Whether a device had too little memory for what was asked."""
+    """Whether an error means that a device has too little memory."""
     return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY in str(error)
 
 
 def placed(device_map: Any, **further: object) -> dict[str, Any]:  # noqa: ANN401
-    """The options with which transformers spreads a model.
+    """Return the options with which transformers spreads a model.
 
     Args:
         further: `max_memory` and `offload_folder`, as `from_pretrained` takes them; or None
@@ -61,8 +61,8 @@ def placed(device_map: Any, **further: object) -> dict[str, Any]:  # noqa: ANN40
                 f"device_map names {device!r}, which torch does not find on this machine; give"
                 f" {', '.join(WHOLE)}, or a mapping from modules to devices, `cpu` or `disk`"
             ) from None
-    given = {key: value for key, value in further.items() if value is not None}
-    return {"device_map": device_map, **given}
+    options = {key: value for key, value in further.items() if value is not None}
+    return {"device_map": device_map, **options}
 
 
 @contextmanager
@@ -79,7 +79,7 @@ def spreading(options: Mapping[str, Any]) -> Generator[None]:
 
 
 def layers_on_disk(model: PreTrainedModel, device: str) -> dict[str, str]:
-    """A map by which each numbered layer is read for each call, and all else lies on a device.
+    """Return a device map that reads numbered layers from disk for each call; all else stays.
 
     The head is read for each call, too, if it has its own weights: only whole answers need it.
 
@@ -89,60 +89,60 @@ def layers_on_disk(model: PreTrainedModel, device: str) -> dict[str, str]:
     inside = Counter(m[1] for path, _ in model.named_modules() if (m := LAYER.match(f"{path}.")))
     ((layers, _),) = inside.most_common(1)
     head = own_head(model)
-    found: dict[str, str] = {}
+    device_map: dict[str, str] = {}
 
-    def lay(path: str, module: nn.Module) -> None:
+    def place(path: str, module: nn.Module) -> None:
         if path == layers or module is head:
-            found[path] = "disk"
+            device_map[path] = "disk"
         elif layers.startswith(f"{path}.") or not path:
             for name, child in module.named_children():
-                lay(f"{path}.{name}".lstrip("."), child)
+                place(f"{path}.{name}".lstrip("."), child)
         else:
-            found[path] = device
+            device_map[path] = device
 
-    lay("", model)
-    return found
+    place("", model)
+    return device_map
 
 
 def own_head(model: PreTrainedModel) -> nn.Module | None:
-    """What makes logits of the last hidden states, if it does not share the embeddings' weights."""
+    """The output head, if it does not share the embeddings' weights; else None."""
     is_tied = model.config.get_text_config().tie_word_embeddings
     return None if is_tied else model.get_output_embeddings()
 
 
 def device_of(module: nn.Module) -> torch.device:
-    """Where a module computes: where its tensors lie, or where Accelerate brings them."""
+    """The device on which a module computes; Accelerate may load its tensors there."""
     own = next(chain(module.parameters(), module.buffers())).device
     return next((torch.device(h.execution_device) for h in _offloading(module)), own)
 
 
 def is_offloaded(module: nn.Module) -> bool:
-    """Whether Accelerate brings the module's own tensors for the time of a call."""
+    """Whether Accelerate loads the module's own tensors for the time of a call."""
     return bool(_offloading(module))
 
 
 def input_device(model: PreTrainedModel) -> torch.device:
-    """Where a model takes its token ids; of a module without embeddings, where it begins."""
+    """The device for a model's token ids; for a module without embeddings, its first device."""
     embeddings = getattr(model, "get_input_embeddings", lambda: model)
     return device_of(embeddings())
 
 
 @contextmanager
 def held(module: nn.Module) -> Generator[None]:
-    """Keep all that is offloaded in a module on its device, from the first call to the last."""
+    """A context in which all offloaded parts of a module stay on their device."""
     with ExitStack() as released:
         for part in module.modules():
             for hook in _offloading(part):
                 released.callback(_release, part, hook)
                 hook.pre_forward(part)
-                hook.offload = False  # calls find the tensors, and leave them
+                hook.offload = False  # a call then leaves the tensors where they are
         yield
 
 
 @contextmanager
 def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Generator[None]:
-    """A context in which this function runs in place of the module's own `forward`."""
-    before = vars(module).get("forward")  # of Accelerate, for example
+    """A context in which `forward` replaces the module's own."""
+    before = vars(module).get("forward")  # Accelerate sets one, for example
     module.forward = forward
     try:
         yield
@@ -153,7 +153,7 @@ def replaced_forward(module: nn.Module, forward: Callable[..., Any]) -> Generato
 
 
 def settle(module: nn.Module) -> None:
-    """Bring all that is offloaded in a module to its device, where it stays."""
+    """Load all offloaded parts of a module to their device, for good."""
     from accelerate.hooks import remove_hook_from_module  # noqa: PLC0415  (a second)
 
     for part in module.modules():
@@ -168,6 +168,6 @@ def _release(module: nn.Module, hook: Any) -> None:  # noqa: ANN401  (AlignDevic
 
 
 def _offloading(module: nn.Module) -> list[Any]:
-    """The hooks of Accelerate that bring a module's own tensors."""
+    """The hooks of Accelerate that load a module's own tensors."""
     hook = getattr(module, "_hf_hook", None)
     return [one for one in getattr(hook, "hooks", [hook]) if getattr(one, "offload", False)]

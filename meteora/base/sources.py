@@ -21,7 +21,7 @@ TEXTS = (
     "special_tokens_map.json", "added_tokens.json", "vocab.json", "merges.txt", "tokenizer.model",
     "chat_template.jinja", "chat_template.json",
 )  # fmt: skip
-"""The files of a base on the Hub, besides its weights. Never `*.py`, which would be run."""
+"""The files of a base on the Hub, besides its weights; never `*.py`, which would be run."""
 SHARD = re.compile(r"model(-\d{5}-of-\d{5})?\.safetensors")
 """A file of weights; never `*.bin`, which is a pickle."""
 INDEX = "model.safetensors.index.json"
@@ -49,7 +49,7 @@ class NotInstalledError(SourceError):
 
 
 def is_reference(name: str, revision: str) -> bool:
-    """Whether the base that a checkpoint names is one of `REFERENCES`: no folder, and no branch."""
+    """Whether a base is named in a form of `REFERENCES`: by no path, and at no branch."""
     return name.isprintable() and any(
         of_name.fullmatch(name) and of_revision.fullmatch(revision)
         for of_name, of_revision in _FORMS
@@ -57,7 +57,7 @@ def is_reference(name: str, revision: str) -> bool:
 
 
 def path_from(folder: Path, name: str) -> Path:
-    """A path as it is from a folder; `~/` is the home of the person who asks."""
+    """Return a path relative to a folder; `~/` is the user's home."""
     return folder / (Path(name).expanduser() if name.startswith("~/") else name)
 
 
@@ -66,6 +66,10 @@ def find_gguf(source: str) -> Path:
 
     Args:
         source: `gguf:<distribution>/<file name>`
+
+    Raises:
+        SourceError: the package has no such file, or `source` has another form.
+        NotInstalledError: the package is not installed.
     """
     distribution, _, name = source.removeprefix(GGUF).partition("/")
     if not distribution or not name:
@@ -85,7 +89,11 @@ def find_gguf(source: str) -> Path:
 
 
 def weights_sha256(folder: Path) -> str:
-    """Hash a folder's safetensors file, or the hashes of its shards in order."""
+    """Hash a folder's safetensors file, or the hashes of its shards in order.
+
+    Raises:
+        SourceError: there is no such folder, or no such file in it.
+    """
     if not folder.is_dir():
         raise SourceError(f"{folder}: there is no such folder; check the path of the base")
     shards = sorted(folder.glob("*.safetensors"))
@@ -98,7 +106,7 @@ def weights_sha256(folder: Path) -> str:
 
 
 def combined_sha256(hashes: Sequence[str]) -> str:
-    """The hash of weights from those of their files, in the order of the files' names."""
+    """Combine the hashes of weight files, in the order of their names, into one."""
     return hashes[0] if len(hashes) == 1 else hashlib.sha256("".join(hashes).encode()).hexdigest()
 
 

@@ -25,9 +25,9 @@ class EditError(MeteoraError):
 
 
 def check_new_name(folder: Path, manifest: Manifest, name: str) -> None:
-    """Check that an expert of that name can be added; EditError if it cannot."""
-    if wrong := check_name(name):
-        raise EditError(f"{folder}: {wrong}; give another name")
+    """Raise `EditError` if no expert of that name can be added."""
+    if reason := check_name(name):
+        raise EditError(f"{folder}: {reason}; give another name")
     if name in manifest.names:
         raise EditError(f"{folder}: there is an expert {name!r} already; give another name")
 
@@ -87,7 +87,7 @@ def add_expert(folder: Path, adapter: Adapter, entry: ExpertEntry, out: Path) ->
 
 
 def larger_bytes(folder: Path, adapter: Adapter) -> int:
-    """Return the size of the factors that `add_expert` would write."""
+    """Return the bytes of the factors that `add_expert` would write."""
     numbers = sum(m.r * (m.in_features + m.out_features) for m in adapter.spec.modules)
     manifest = read_manifest(folder)
     for entry in manifest.modules.values():
@@ -107,8 +107,8 @@ def drop_expert(
     """Write the stack of a checkpoint without one expert, and without modules that only it has.
 
     Args:
-        keep: modules that stay without any ranks, since their gates decide for others
-        dtype: that of the other experts, where it is known; else the stack's
+        keep: modules that stay even without ranks, since their gates decide for others
+        dtype: of the new file; None: that of the stack
 
     Raises:
         EditError: there is no such expert, or no other.

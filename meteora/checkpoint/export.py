@@ -28,7 +28,7 @@ from meteora.checkpoint.manifest import ExpertEntry, Manifest, no_expert, read_m
 from meteora.checkpoint.tensors import read_experts
 
 WORD = re.compile(r"[\w./-]+")
-"""What needs no quotes in YAML: an identifier of a licence, or `owner/name`."""
+"""A text that needs no quotes in YAML, such as a licence identifier or `owner/name`."""
 
 
 class ExportError(MeteoraError):
@@ -41,8 +41,8 @@ def export_expert(folder: Path, name: str, out: Path, base_model: str = "") -> b
     Args:
         folder: the checkpoint; it stays as it is
         out: a folder, new or empty
-        base_model: the base that the adapter named when it came, if that is known; for the config
-            where the checkpoint's own base is no repository
+        base_model: the base that the adapter itself named, if known; the config names it if the
+            checkpoint's base is not on the Hub
 
     Returns:
         Whether the file of weights is byte for byte the original; if not, the values of its tensors
@@ -61,12 +61,12 @@ def export_expert(folder: Path, name: str, out: Path, base_model: str = "") -> b
         (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
         (out / "README.md").write_text(_readme(entry, config["base_model_name_or_path"] or ""))
         is_original = _write_weights(out / PEFT_WEIGHTS, tensors, entry.weights_sha256)
-        shutil.copymode(out / CONFIG, out / PEFT_WEIGHTS)  # safetensors lets nobody else read it
+        shutil.copymode(out / CONFIG, out / PEFT_WEIGHTS)  # safetensors lets only the owner read
     return is_original
 
 
 def _write_weights(path: Path, tensors: dict[str, Tensor], original_sha256: str) -> bool:
-    """Write an adapter's tensors, as the original file if one of their exact casts gives it."""
+    """Write an adapter's tensors; return whether one of their exact casts is the original file."""
     # the stack may be wider than this adapter's own file
     for candidate in _exact_casts(tensors):
         save_file(candidate, path, {"format": "pt"})
@@ -88,7 +88,7 @@ def _readme(entry: ExpertEntry, base: str) -> str:
 
 @contextmanager
 def new_folder(out: Path) -> Generator[None]:
-    """A folder to write into, new or empty; after an error it is as it was before.
+    """Make an empty folder to write into; after an error it is as it was before.
 
     Raises:
         ExportError: something is in it.
@@ -134,7 +134,7 @@ def adapter_config(manifest: Manifest, e: int, base_model: str = "") -> dict[str
     """Return the PEFT config of expert `e`: every module by its path, with rank and alpha.
 
     Args:
-        base_model: named where the checkpoint's own base is no repository
+        base_model: named if the checkpoint's base is not on the Hub
     """
     own = {
         path: (entry.ranks[e], entry.scaling[e])
@@ -143,7 +143,7 @@ def adapter_config(manifest: Manifest, e: int, base_model: str = "") -> dict[str
     }
     plain = {path: scaling * r for path, (r, scaling) in own.items()}
     rooted = {path: scaling * r**0.5 for path, (r, scaling) in own.items()}
-    use_rslora = not _whole(plain) and _whole(rooted)  # an alpha that a person would write
+    use_rslora = not _whole(plain) and _whole(rooted)  # people choose whole numbers as alpha
     alphas = {path: _rounded(alpha) for path, alpha in (rooted if use_rslora else plain).items()}
     ranks = {path: r for path, (r, _) in own.items()}
     r = Counter(ranks.values()).most_common(1)[0][0]
@@ -171,6 +171,6 @@ def _whole(alphas: Mapping[str, float]) -> bool:
 
 
 def _rounded(alpha: float) -> float:
-    """Return a whole number where only rounding errors of a division keep `alpha` from one."""
+    """Return the nearest whole number if `alpha` differs from it by rounding errors alone."""
     nearest = round(alpha)
     return nearest if math.isclose(alpha, nearest) else alpha

@@ -2,9 +2,9 @@
 
     model.layers.0.self_attn.q_proj      blk.0.attn_q.weight.lora_a [r, IN], .lora_b [OUT, r]
 
-llama.cpp scales an adapter by alpha / r with one alpha for all modules. Where modules need another,
-their B has the rest. It lays out the rows of q and k of some bases' heads in another order; so does
-B. There are no gates: llama.cpp takes one adapter for a whole request.
+llama.cpp scales an adapter by alpha / r with one alpha for all modules. If a module needs another
+alpha, its B is scaled. llama.cpp orders the rows of q and k differently for some bases; so does B
+here. There are no gates: llama.cpp takes one adapter for a whole request.
 """
 
 from __future__ import annotations
@@ -45,10 +45,10 @@ ARCHITECTURES = {
     "StableLmForCausalLM": MODEL_ARCH.STABLELM,
     "Starcoder2ForCausalLM": MODEL_ARCH.STARCODER2,
 }
-"""Bases by their class in transformers; of each, llama.cpp gave the tokens of transformers
+"""llama.cpp's architecture by the class in transformers. For each, both generate the same tokens
 (`tests/benchmarks/llama_cpp_bases.py`)."""
 IN_PAIRS = {MODEL_ARCH.LLAMA, MODEL_ARCH.GRANITE, MODEL_ARCH.SMOLLM3}
-"""Of these, q and k are laid out in another order."""
+"""Architectures whose q and k have another order of rows in llama.cpp."""
 
 
 def export_gguf(folder: Path, out: Path, name: str = "") -> list[Path]:
@@ -57,10 +57,10 @@ def export_gguf(folder: Path, out: Path, name: str = "") -> list[Path]:
     Args:
         folder: the checkpoint; it stays as it is
         out: a folder, new or empty
-        name: of one expert; without it, all
+        name: of one expert; empty: all experts
 
     Returns:
-        the files
+        the paths of the files
 
     Raises:
         ExportError: llama.cpp has no such base or module, there is no such expert, or the folder is
@@ -90,7 +90,7 @@ def _tensor_names(folder: Path, manifest: Manifest) -> dict[str, str]:
         )
     known = gguf.get_tensor_name_map(architecture, base.num_hidden_layers)
     names = {path: known.get_name(path) for path in manifest.modules}
-    if unknown := [path for path, found in names.items() if found is None]:
+    if unknown := [path for path, name in names.items() if name is None]:
         raise ExportError(f"{folder}: llama.cpp has no name for {unknown[0]}; drop its experts")
     for path, entry in manifest.modules.items():
         heads = _heads(path, base)
@@ -99,7 +99,7 @@ def _tensor_names(folder: Path, manifest: Manifest) -> dict[str, str]:
                 f"{folder}: {path} has {entry.out_features} outputs, which are not those of {heads}"
                 f" heads; {AGAIN}"
             )
-    return {path: f"{found}.weight" for path, found in names.items()}
+    return {path: f"{name}.weight" for path, name in names.items()}
 
 
 def _write(out: Path, stack: ExpertsFile, e: int, names: dict[str, str]) -> None:
@@ -129,7 +129,7 @@ def _write(out: Path, stack: ExpertsFile, e: int, names: dict[str, str]) -> None
 
 
 def _factors(stack: ExpertsFile, e: int, alpha: float) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """A [r, IN] and B [OUT, r] of each module of an expert; B as it is with this alpha."""
+    """Path, A [r, IN] and B [OUT, r] of each module of an expert, with B scaled for this alpha."""
     for path, entry in stack.manifest.modules.items():
         ranks, own = list(entry.ranks), entry.scaling[e] * entry.ranks[e]
         if ranks[e]:
@@ -139,13 +139,13 @@ def _factors(stack: ExpertsFile, e: int, alpha: float) -> Iterator[tuple[str, Te
 
 
 def _interleaved(b: Tensor, path: str, base: Fingerprint) -> Tensor:
-    """B with the rows of each head of q and k as llama.cpp has them: those of a pair together."""
+    """B with the rows of each head of q and k in llama.cpp's order: the two of a pair together."""
     if (heads := _heads(path, base)) is None:
         return b
     return b.unflatten(0, (heads, 2, -1)).swapaxes(1, 2).flatten(0, 2)
 
 
 def _heads(path: str, base: Fingerprint) -> int | None:
-    """How many heads the outputs of q or k are; None of another module."""
+    """The number of heads of q or k; None for other modules."""
     heads = {"q_proj": base.num_attention_heads, "k_proj": base.num_key_value_heads}
     return heads.get(path.rpartition(".")[2])

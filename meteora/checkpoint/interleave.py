@@ -1,13 +1,13 @@
-"""Rows of stacked factors: A's one above the other, B's side by side, as fast as memory allows.
+"""Make the rows of stacked factors: A's one above the other, B's side by side, at memory speed.
 
     A of expert 0  [8, IN]        B of expert 0 | 1  [OUT, 8 | OUT, 4]
     A of expert 1  [4, IN]        in the file: row by row, a few bytes of each expert in turn
 
 The bytes of A are contiguous in the stack, as in the adapters' files. Those of B alternate every
 few bytes, and moving them is fast only in the processor's cache. So each B is read into blocks of
-rows, and the rows of one block are joined while it is in the cache. The layout is computed once for
-all modules of the same sizes, since Python's own time would count otherwise. `torch.cat` of a whole
-module has half of this speed (tests/benchmarks/results/fuse.md).
+rows, and the rows of one block are joined while it is in the cache. Modules of the same sizes share
+one layout, which saves time in Python. `torch.cat` of a whole module has half of this speed
+(tests/benchmarks/results/fuse.md).
 """
 
 from __future__ import annotations
@@ -26,25 +26,26 @@ if TYPE_CHECKING:
     from meteora.adapters.weights import AdapterWeights
 
     Source = tuple[AdapterWeights, AdapterTensors]
-    """An open adapter, and which of its tensors are the factors of a module."""
+    """An open adapter, and the names of its factors of one module."""
 
 BLOCK = 1 << 19
 """Bytes that are joined at once; twice that fits into the second-level cache of common CPUs."""
 LINE = 64
 """Bytes of a cache line."""
 UNITS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
-"""A dtype for each size in bytes, to move bytes in large units; nothing is computed."""
+"""A dtype for each size in bytes, to move bytes in large units; its meaning does not matter."""
 
 
 class _Step(NamedTuple):
-    """Some rows of one adapter's A, and where they are read to."""
+    """Reads some rows of one adapter's A."""
 
     expert: int
     skip: int
-    """Rows of this adapter that were read before."""
+    """Rows of this adapter that earlier steps read."""
     count: int
+    """Rows to read."""
     data: memoryview
-    """The memory that they are read to."""
+    """The memory to read them to."""
     full: Tensor | None
     """The rows that are complete after this step; None if more follow."""
 
@@ -85,7 +86,7 @@ class StackOfA:
 
 
 class _Run(NamedTuple):
-    """Neighbouring adapters of one rank, and where their rows of a block are staged.
+    """Neighbouring adapters of one rank, and the place of their rows in a staged block.
 
     The rows of the next adapter begin `stride` bytes later: an odd number of cache lines, since
     lines at distances of a power of two would evict each other.
@@ -94,15 +95,16 @@ class _Run(NamedTuple):
     experts: range
     r: int
     column: int
-    """Of the stack, where the first of these adapters begins."""
+    """The first column of these adapters in the stack."""
     begin: int
+    """The first byte of these adapters in the block."""
     stride: int
 
 
 class StackOfB:
     """B [OUT, R], made a few rows at a time from adapters of given ranks.
 
-    It takes the memory of B, which `stage` is given, and that of one block.
+    It needs memory for all of B, which `stage` takes, and for one block.
     """
 
     def __init__(self, ranks: Sequence[int], num_out: int, dtype: torch.dtype) -> None:
@@ -116,7 +118,7 @@ class StackOfB:
         self.num_bytes = len(self._counts) * self._block_bytes
 
     def stage(self, memory: Tensor) -> None:
-        """Set the memory that B's are read to, uint8 [num_bytes] or more; `rows` uses it."""
+        """Set the memory into which `rows` reads the B's, uint8 [num_bytes] or more."""
         data, size = memoryview(memory.numpy()), self._block_bytes
         starts = [
             start
@@ -132,7 +134,7 @@ class StackOfB:
             for start, width in zip(starts, widths, strict=True)
         ]
         self._pieces: list[tuple[Tensor, list[tuple[Tensor, Tensor]], Tensor]] = []
-        """A block, its moves of bytes (from, to), and the rows that result."""
+        """A block, the (source, target) of its moves, and the joined rows."""
         for n, count in enumerate(self._counts):
             block = memory[n * size : (n + 1) * size]
             rows = self._joined[: count * self._row_bytes].view(count, self._row_bytes)
@@ -156,7 +158,7 @@ class StackOfB:
 
 
 def _runs(ranks: Sequence[int], column_bytes: int) -> tuple[list[_Run], int]:
-    """Return the runs, and the bytes of a block whose columns have `column_bytes` each."""
+    """Return the runs, and the size of a block in bytes, with `column_bytes` for each column."""
     starts = list(accumulate(ranks, initial=0))
     runs, begin = [], 0
     for r, members in groupby(range(len(ranks)), key=ranks.__getitem__):
@@ -175,7 +177,7 @@ def _move(run: _Run, block: Tensor, rows: Tensor, itemsize: int) -> tuple[Tensor
     """
     width, first, num_experts = run.r * itemsize, run.column * itemsize, len(run.experts)
     unit = gcd(max(UNITS), width, first, rows.shape[1])
-    # `as_strided` counts from where the memory of a slice begins, not from the slice
+    # `as_strided` counts from the beginning of the storage, not of the slice
     offset = (block.storage_offset() + run.begin) // unit
     size = len(rows), num_experts, width // unit
     own = block.view(UNITS[unit]).as_strided(size, (width // unit, run.stride // unit, 1), offset)
@@ -196,6 +198,6 @@ def staging(num_bytes: int) -> Tensor:
 def _converted(
     weights: AdapterWeights, key: str, names: AdapterTensors, dtype: torch.dtype
 ) -> Tensor:
-    """Return a transposed factor, or one of a narrower dtype, in the form of the stack."""
+    """Read a factor that is transposed or of a narrower dtype, in the form of the stack."""
     tensor = weights.tensor(key)
     return (tensor.T if names.transposed else tensor).to(dtype)

@@ -1,7 +1,7 @@
-"""`meteora.json`, which describes a checkpoint, and the names of all its files.
+"""Read and write `meteora.json`, which describes a checkpoint; the names of all its files.
 
-A checkpoint may come from a stranger: each field is read as its type, within its range, and bounds
-hold before anything large is parsed. Reading it takes no tensors, and so no torch.
+A checkpoint may come from a stranger: the type and range of each field are checked, and limits
+apply before anything large is parsed. Reading needs no tensors, and so no torch.
 """
 
 from __future__ import annotations
@@ -55,13 +55,13 @@ MAX_MODULES = 10_000
 MAX_NAME = 128
 """Bytes of an expert's name in UTF-8; a recipe takes 64, and a file system 255."""
 UNSAFE = frozenset("`|<>[]\\/")
-"""Characters that a name does not have: on a model card it is text, and in a folder one file."""
+"""Characters that no name may have: it is text on a model card, and a file in a folder."""
 MIN_FACTOR = 1e-30
-"""Of a scaling or a temperature: dividing by it stays finite in float32."""
+"""The smallest scaling or temperature: dividing by it stays finite in float32."""
 MAX_TEMPERATURE = 1_000.0
 MAX_MARGIN = 1_000.0
 MOST_REASONS = 5
-"""Faults that one message names."""
+"""Most faults in one message."""
 
 OPENINGS = ("own", "prompt", "shared")
 SHARES = ("module", "point", "layer", "token", "turn")
@@ -79,7 +79,7 @@ class CheckpointError(MeteoraError):
 
 
 def check_name(name: object) -> str:
-    """Return what is wrong with the name of an expert; empty if nothing is."""
+    """Return the reason against the name of an expert; empty if there is none."""
     if (
         not isinstance(name, str)
         or not name.isprintable()
@@ -100,7 +100,7 @@ class BaseEntry(Noun):
     fingerprint: Fingerprint
     licence: str = ""
     quantise: str = ""
-    """See `BaseSpec.quantise`; the base is loaded so, unless another way is asked for."""
+    """See `BaseSpec.quantise`; the way to load the base, unless the user names another."""
 
     @property
     def spec(self) -> BaseSpec:
@@ -109,7 +109,7 @@ class BaseEntry(Noun):
 
     @classmethod
     def read(cls, body: Mapping[str, Any], found: Findings) -> Self:
-        """Read the reference to a base: a commit, a file by its hash, or the name of a folder."""
+        """Read the reference to a base, in a form of `REFERENCES`."""
         name, revision = (config_fields.text(body, key, found) for key in ("repo_id", "revision"))
         if not is_reference(name, revision):
             base = f"{shortened(name)!r} at {shortened(revision)!r}"
@@ -142,7 +142,7 @@ class BaseEntry(Noun):
 
 @dataclass(frozen=True)
 class ExpertEntry(Noun):
-    """One expert: its name, and the adapter that it is."""
+    """One expert: its name and its adapter."""
 
     name: str
     adapter_id: str
@@ -178,7 +178,7 @@ class ExpertEntry(Noun):
 
 @dataclass(frozen=True)
 class ModuleEntry:
-    """One routed layer: sizes, and rank and scaling of each expert in order."""
+    """One routed linear layer: its sizes, and the rank and scaling of each expert in order."""
 
     in_features: int
     out_features: int
@@ -188,7 +188,7 @@ class ModuleEntry:
 
     @property
     def num_ranks(self) -> int:
-        """R, of all experts together."""
+        """R, the sum of all experts' ranks."""
         return sum(self.ranks)
 
     @classmethod
@@ -233,7 +233,7 @@ class Manifest:
     fused_id: str = ""
     router_id: str = ""
     files: dict[str, str] = field(default_factory=dict)
-    """SHA-256 of the files of tensors, by name; empty in checkpoints of earlier versions."""
+    """SHA-256 of each file of tensors, by name; empty in checkpoints of earlier versions."""
 
     @property
     def names(self) -> list[str]:
@@ -241,7 +241,7 @@ class Manifest:
 
     @property
     def choices(self) -> list[str]:
-        """What a router's logits stand for, in order: the experts, their mean, and the base."""
+        """The choices of a router, in the order of its logits: experts, their mean, the base."""
         shared = [SHARED] if self.router.opening == "shared" else []
         return [*self.names, *shared, *([NULL] if self.router.null else [])]
 
@@ -321,7 +321,7 @@ class Manifest:
 
 
 def read_router(body: Mapping[str, Any], names: Collection[str], found: Findings) -> RouterOptions:
-    """Read how to route.
+    """Read the routing options.
 
     Args:
         names: of the experts
@@ -361,7 +361,7 @@ def _read_stand_ins(body: Mapping[str, Any], names: Collection[str], found: Find
 
 
 def _read_gates(body: Mapping[str, Any], found: Findings) -> dict[str, Any]:
-    """Read how the gates were made; empty for a router without gates."""
+    """Read the facts about the gates' fit; empty for a router without gates."""
     gates = config_fields.plain(config_fields.table(body, "gates", found), "gates", found)
     if not isinstance(gates, dict) or not gates:
         return {}
@@ -386,7 +386,7 @@ def _text_of(body: Mapping[str, Any], key: str, pattern: re.Pattern[str], found:
 
 
 def no_expert(folder: Path, manifest: Manifest, name: str) -> str:
-    """Return the sentence that a checkpoint has no expert of this name."""
+    """Return the message that a checkpoint has no expert of this name."""
     names = manifest.names
     return (
         f"there is no expert {name!r}{did_you_mean(name, names)}; {folder} has {', '.join(names)}"
@@ -409,7 +409,7 @@ def _parse(data: bytes) -> dict[str, Any]:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Read the manifest of a checkpoint; raises `CheckpointError` where that is not possible."""
+    """Read the manifest of a checkpoint; raises `CheckpointError` if that is not possible."""
     path = folder / MANIFEST
     if not path.is_file():
         raise CheckpointError(

@@ -46,12 +46,12 @@ def load_tokenizer(
     """Load the tokenizer of a fused model, which is that of its base; no tensors are read.
 
     Args:
-        settings: options of the tokenizer, such as `padding_side`; the others are those of `load`
+        settings: options of the tokenizer, such as `padding_side`; for the others see `load`
     """
     folder = find_checkpoint(checkpoint_folder, revision, download=download, whole=False)
     manifest = read_manifest(folder)
-    asked = base_download(checkpoint_folder, manifest, download)
-    source = _find_base(manifest, base_folder, asked, weights=False)
+    options = base_download(checkpoint_folder, manifest, download)
+    source = _find_base(manifest, base_folder, options, weights=False)
     if source.is_file():
         return loading.load_tokenizer(source.parent, gguf_file=source.name, options=settings)
     return loading.load_tokenizer(source, options=settings)
@@ -69,31 +69,36 @@ def find_checkpoint(
     """Return the folder of a checkpoint; a Hub id is downloaded to the Hub's cache, at one commit.
 
     Args:
-        subfolder: Of the repository, where the checkpoint is not all of it.
+        subfolder: The folder of the checkpoint in the repository; empty: the whole repository.
         whole: Download the tensors too; else only the manifest.
-        statistics: Also those that its gates were fitted to, if it has them, to add an expert.
+        statistics: Also download the statistics of the gates, if any, to add an expert.
+
+    Raises:
+        CheckpointError: There is no such folder, and no checkpoint of that name on the Hub.
     """
     folder = Path(name)
     if folder.is_dir() or not is_hub_id(str(name)):
         return folder
-    asked: dict[str, Any] = {**(download or {}), "subfolder": subfolder}
+    options: dict[str, Any] = {**(download or {}), "subfolder": subfolder}
     # once for all files: a branch can move between two downloads
-    places = {key: asked[key] for key in ("token", "local_files_only", "cache_dir") if key in asked}
-    asked["revision"] = resolve_revision(str(name), revision, **places)
+    keys = ("token", "local_files_only", "cache_dir")
+    options["revision"] = resolve_revision(
+        str(name), revision, **{key: options[key] for key in keys if key in options}
+    )
     try:
-        found = cached_file(str(name), MANIFEST, **asked)
+        manifest = cached_file(str(name), MANIFEST, **options)
         if whole:
-            cached_file(str(name), EXPERTS, **asked)
+            cached_file(str(name), EXPERTS, **options)
             # a router that needs no training comes without gates
-            asked["_raise_exceptions_for_missing_entries"] = False
-            for further in (GATES, *([STATISTICS] if statistics else [])):
-                cached_file(str(name), further, **asked)
+            options["_raise_exceptions_for_missing_entries"] = False
+            for optional in (GATES, *([STATISTICS] if statistics else [])):
+                cached_file(str(name), optional, **options)
     except OSError as error:
         raise CheckpointError(
             f"{name}: there is no such folder here, and no fused checkpoint of that name came from"
             f" the Hub: {brief(error)}"
         ) from error
-    return Path(str(found)).parent
+    return Path(str(manifest)).parent
 
 
 def is_hub_id(name: str) -> bool:
@@ -106,19 +111,21 @@ def base_download(
 ) -> dict[str, Any]:
     """Return the options with which the base of a checkpoint is downloaded.
 
-    A checkpoint names its base itself. So a token, given or saved, that is sent for a checkpoint on
-    the Hub is sent for its base only where both have one owner. For a checkpoint in a folder, only
-    a token that is given is sent.
+    A stranger's checkpoint may name any base. So the token for a checkpoint on the Hub, given or
+    saved, is sent for its base only if both have the same owner. For a checkpoint in a folder, only
+    a token in `download` is sent.
 
     Args:
         name: of the checkpoint: a folder, or a Hub id
         download: options for the checkpoint
     """
-    asked = dict(download or {})
+    options = dict(download or {})
     if Path(name).is_dir():
-        return {**NO_TOKEN, **asked}
+        return {**NO_TOKEN, **options}
     owner = manifest.base.repo_id.partition("/")[0]
-    return {"token": None, **asked} if str(name).partition("/")[0] == owner else asked | NO_TOKEN
+    if str(name).partition("/")[0] == owner:
+        return {"token": None, **options}
+    return options | NO_TOKEN
 
 
 def load_base(
@@ -134,14 +141,14 @@ def load_base(
     It is quantised as the checkpoint says, or by a `quantization_config` among the options.
 
     Raises:
-        SourceError: there is no such folder, or the base does not come from where it is.
+        SourceError: there is no such folder, or the base cannot be downloaded or loaded.
     """
     source = _find_base(manifest, folder, download)
-    given = "quantization_config" in (options or {})
-    quantise = "" if given else manifest.base.quantise
+    has_config = "quantization_config" in (options or {})
+    quantise = "" if has_config else manifest.base.quantise
     if not source.is_file():
         return loading.load_folder(source, dtype, options=options, quantise=quantise)
-    if given or quantise:
+    if has_config or quantise:
         raise SourceError(
             f"{manifest.base.repo_id} is dequantised from GGUF, which takes no"
             " quantization_config; give the base as safetensors with base_folder="
@@ -188,9 +195,9 @@ def _find_base(
 
 
 def find_packaged(base: BaseSpec) -> Path:
-    """Return a GGUF file in an installed package, if it is the file that a checkpoint means.
+    """Return a GGUF file in an installed package, if it has the hash that a checkpoint names.
 
-    No advice is given to install a package that only a checkpoint names: it may be a stranger's.
+    No message tells a user to install a package that only a checkpoint names: it may be malicious.
 
     Raises:
         SourceError: it is not installed, or has another hash.

@@ -1,7 +1,8 @@
-"""Open a file of tensors that may come from a stranger, only if it is sound.
+"""Open a file of tensors only if it is sound; it may come from a stranger.
 
-Before a tensor is loaded, its header is within bounds, every tensor is of a float type, its bytes
-have the SHA-256 that the manifest names, if it names one, and no number is NaN or infinite.
+Before a tensor is loaded, four things are checked: the header is within limits; every tensor has a
+float type; the file has the SHA-256 that the manifest names, if it names one; no number is NaN or
+infinite.
 """
 
 from __future__ import annotations
@@ -65,7 +66,7 @@ def open_sound(
 def _read_header(path: Path) -> dict[str, TensorInfo]:
     try:
         with path.open("rb") as file:
-            # an expert that is dropped leaves modules without ranks, whose tensors are empty
+            # a dropped expert can leave modules without ranks, whose tensors are empty
             return read_header(file, path.stat().st_size, empty=True)
     except HeaderError as error:
         raise CheckpointError(f"{path}: it is damaged: {error}; {AGAIN}") from None

@@ -4,8 +4,8 @@
                   [4, IN] of expert 1                      side by side
                   one above the other
 
-The numbers are copied and never changed: the slice of expert e holds what its file holds, and the
-scaling stays beside the tensors, in the manifest.
+The numbers are copied and never changed: the slice of expert e equals the tensors of its file, and
+the scaling is in the manifest, not in the tensors.
 """
 
 from __future__ import annotations
@@ -74,7 +74,7 @@ def stack_adapters(adapters: Sequence[Adapter], out: Path) -> None:
 
     Raises:
         ChangedAdapterError: a file has changed since it was read and checked.
-        OpenFilesError: so many files cannot be open at once.
+        OpenFilesError: the process may not open so many files at once.
     """
     specs = [adapter.spec for adapter in adapters]
     entries, dtype = module_entries(specs), common_dtype(specs)
@@ -107,7 +107,7 @@ def stack_adapters(adapters: Sequence[Adapter], out: Path) -> None:
 def _opened(
     adapters: Sequence[Adapter], files: ExitStack
 ) -> list[tuple[AdapterWeights, Mapping[str, AdapterTensors]]]:
-    """Open every adapter's file, with a higher limit where the usual one is too low."""
+    """Open every adapter's file; raise the limit of open files if it is too low."""
     wanted = len(adapters) + OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if resource.RLIM_INFINITY != soft < wanted:

@@ -1,13 +1,13 @@
 """Write and read the tensors of experts and gates; the only module that knows their keys.
 
-    meteora.json          what is in it: base, experts in order, modules, router
+    meteora.json          base, experts in order, modules, router
     experts.safetensors   "<module path>.lora_A" [R, IN], "<module path>.lora_B" [OUT, R]
     gates.safetensors     "<module path>.gate.weight" [E, IN], "<module path>.gate.bias" [E];
                           "<module path>.gate.stand_in" [3, U] where U experts had no examples;
                           "<module path>.offsets" [C, OUT] of modules that have them;
                           of a router of kind `prompt` instead "<module path>.gate.rows" [R, IN],
                           "<module path>.gate.offset" [R], "standard" [3, C]
-    statistics.safetensors  what gates of `calibrate` were fitted to, to add experts later
+    statistics.safetensors  statistics of the tokens behind the gates, to add experts later
     README.md             model card
     lineage.json          in-toto statement
     config.json           for the auto classes of transformers: the model type
@@ -51,12 +51,12 @@ if TYPE_CHECKING:
     from meteora.checkpoint.manifest import Manifest, ModuleEntry
 
 NOTES = "meteora"
-"""The key in the metadata of a gates file for everything but weights, as JSON."""
+"""The metadata key of a gates file that holds everything but tensors, as JSON."""
 
 WRITE_BYTES = 1 << 20
-"""Bytes of one write: the page cache takes a whole tensor at a quarter of the speed."""
+"""Bytes of one write: one write of a whole tensor has a quarter of the speed."""
 MAX_TEMPLATE = 20_000
-"""Tokens before a prompt, or after it; a long system prompt has thousands."""
+"""Most tokens before a prompt, or after it; a long system prompt has thousands."""
 MAX_TOKEN = (1 << 31) - 1
 
 
@@ -66,7 +66,7 @@ def write_experts(
     dtype: torch.dtype,
     tensors: Iterable[tuple[Tensor | Iterable[Tensor], Tensor | Iterable[Tensor]]],
 ) -> None:
-    """Write the stack a few rows at a time, so that not even one module has to be in memory.
+    """Write the stack a few rows at a time, so that no whole module has to be in memory.
 
     Args:
         path: written in place; the caller renames it when it is whole
@@ -93,10 +93,10 @@ def write_experts(
         file.write(struct.pack("<Q", len(text)))
         file.write(text)
         for (module, needed), pair in zip(shapes.items(), tensors, strict=True):
-            found = [_write_rows(file, rows, dtype) for rows in pair]
-            if found != [*needed.values()]:
+            written = [_write_rows(file, rows, dtype) for rows in pair]
+            if written != [*needed.values()]:
                 raise CheckpointError(
-                    f"{module}: its adapters have A and B of {found}, {[*needed.values()]} is"
+                    f"{module}: its adapters have A and B of {written}, {[*needed.values()]} is"
                     " needed; their sizes do not agree"
                 )
 
@@ -113,7 +113,7 @@ def _reserve(file: BinaryIO, num_bytes: int) -> None:
     """Claim the disk's space: a full disk shows at once, and writing takes a third less time.
 
     Raises:
-        OSError: there is not as much.
+        OSError: the disk has too little space.
     """
     if not hasattr(os, "posix_fallocate"):  # as on macOS
         return
@@ -149,7 +149,7 @@ class ExpertsFile:
 
     @property
     def dtype(self) -> torch.dtype:
-        """The narrowest dtype that holds all numbers exactly: a stranger's file may mix several."""
+        """The narrowest dtype that holds all numbers exactly; a foreign file may mix dtypes."""
         slices = map(self._file.get_slice, self._file.keys())
         return reduce(torch.promote_types, {DTYPES[one.get_dtype()] for one in slices})
 
@@ -165,7 +165,7 @@ def open_experts(folder: Path, manifest: Manifest) -> Generator[ExpertsFile]:
     """Open the file of experts.
 
     Raises:
-        CheckpointError: the file is damaged, or holds what the manifest does not name.
+        CheckpointError: the file is damaged, or holds tensors that the manifest does not name.
     """
     with open_sound(folder, EXPERTS, manifest, dtypes=DTYPES) as file:
         named = {f"{module}.lora_{factor}" for module in manifest.modules for factor in "AB"}
@@ -184,7 +184,7 @@ def read_experts(folder: Path, manifest: Manifest) -> Iterator[tuple[str, Tensor
 
 
 def _refuse_others(path: Path, file: safe_open, named: AbstractSet[str]) -> None:
-    """Refuse a file with tensors that nothing names."""
+    """Refuse a file with tensors other than `named`."""
     if others := sorted(set(file.keys()) - named):
         raise CheckpointError(
             f"{path}: it holds {listed(others)}, which {MANIFEST} does not name; the two files do"
@@ -193,12 +193,12 @@ def _refuse_others(path: Path, file: safe_open, named: AbstractSet[str]) -> None
 
 
 def _read(file: safe_open, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
-    """Read tensors by their keys; refuses other shapes than these, and several types."""
+    """Read tensors by their keys; refuses other shapes than these, and several dtypes."""
     tensors = [file.get_tensor(key) for key in shapes]
-    found, needed = [tuple(one.shape) for one in tensors], [*shapes.values()]
-    if found != needed or len({one.dtype for one in tensors}) > 1:
+    actual, needed = [tuple(one.shape) for one in tensors], [*shapes.values()]
+    if actual != needed or len({one.dtype for one in tensors}) > 1:
         raise CheckpointError(
-            f"{path}: {listed([*shapes])} has the shapes {found}, {MANIFEST} asks for {needed} of"
+            f"{path}: {listed([*shapes])} has the shapes {actual}, {MANIFEST} asks for {needed} of"
             f" one type; the two files do not belong together, {AGAIN}"
         )
     return tensors
@@ -206,34 +206,35 @@ def _read(file: safe_open, path: Path, shapes: Mapping[str, tuple[int, ...]]) ->
 
 @dataclass(frozen=True)
 class Gates:
-    """The gates of a model, and the notes that they need to run."""
+    """The gates of a model, with the template and the offsets that they need to run."""
 
     own: dict[str, tuple[Tensor, Tensor]]
     """G [E, IN] and c [E] of each module that has a gate."""
     follows: dict[str, str] = field(default_factory=dict)
-    """Modules without a gate, and the earlier module whose gate decides for them."""
+    """For each module without a gate, the earlier module whose gate decides for it."""
     template: Template = field(default_factory=Template)
-    """The tokens around every prompt; empty where each token decides for itself."""
+    """The tokens around every prompt; empty if each token is routed by itself."""
     stand_ins: dict[str, Tensor] = field(default_factory=dict)
-    """Of each module that has a gate, where U experts had no examples: [3, U] float32."""
+    """[3, U] float32 of each module with a gate, if U experts had no examples: see
+    `meteora.routing.weight_scores`."""
     without_examples: tuple[int, ...] = ()
-    """The places of those experts."""
+    """The numbers of the experts without examples."""
     offsets: dict[str, Tensor] = field(default_factory=dict)
-    """Of modules that have them, [C, OUT] float32: see `meteora.model.opening_offsets`."""
+    """[C, OUT] float32 of modules that have offsets: see `meteora.model.opening_offsets`."""
 
 
 @dataclass(frozen=True)
 class PromptGates:
-    """What a model's routers of kind `prompt` are made of: see `meteora.model.prompt_choice`."""
+    """The tensors of a model's routers of kind `prompt`: see `meteora.model.prompt_choice`."""
 
     rows: dict[str, Tensor]
     """R_c A_c (Σ + λ I)^-½ of each module, [R, IN] in bfloat16 (float32 in checkpoints of earlier
     versions): the experts end to end along the rank."""
     offsets: dict[str, Tensor]
-    """Their products with μ, [R] float32."""
+    """The products of these rows with μ, [R] float32."""
     standard: Tensor
     """[3, C] intercept, slope and deviation of each choice's size on background texts. The base has
-    the size 0, and an intercept below zero: so its logit is always the same."""
+    the size 0 and an intercept below zero, so its logit is constant."""
     template: Template
     """The tokens around every prompt."""
 
@@ -255,7 +256,7 @@ def _save(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -
 
 
 def read_gates(folder: Path, manifest: Manifest) -> Gates:
-    """Read the gates of a checkpoint; raises `CheckpointError` where they do not fit it."""
+    """Read the gates of a checkpoint; raises `CheckpointError` if they do not fit it."""
     path, num_choices, lacking = folder / GATES, len(manifest.choices), manifest.router.stand_ins
     own: dict[str, tuple[Tensor, Tensor]] = {}
     stand_ins: dict[str, Tensor] = {}
@@ -285,7 +286,7 @@ def read_gates(folder: Path, manifest: Manifest) -> Gates:
 
 
 def write_prompt_gates(path: Path, gates: PromptGates) -> None:
-    """Write what routers of kind `prompt` are made of."""
+    """Write the tensors of routers of kind `prompt`."""
     tensors = {f"{module}.gate.rows": rows for module, rows in gates.rows.items()}
     tensors |= {f"{module}.gate.offset": offset for module, offset in gates.offsets.items()}
     notes = {"template": _template_notes(gates.template)}
@@ -293,7 +294,7 @@ def write_prompt_gates(path: Path, gates: PromptGates) -> None:
 
 
 def read_prompt_gates(folder: Path, manifest: Manifest) -> PromptGates:
-    """Read what routers of kind `prompt` are made of; a `CheckpointError` if it does not fit."""
+    """Read the tensors of `prompt` routers; raises `CheckpointError` if they do not fit."""
     path = folder / GATES
     rows: dict[str, Tensor] = {}
     offsets: dict[str, Tensor] = {}
@@ -318,7 +319,7 @@ def read_prompt_gates(folder: Path, manifest: Manifest) -> PromptGates:
 
 
 def _read_notes(file: safe_open, path: Path, manifest: Manifest) -> tuple[dict[str, str], Template]:
-    """Read which module follows which, and the tokens around every prompt."""
+    """Read the leader of each module without a gate, and the tokens around every prompt."""
     found = Findings()
     try:
         notes = parse_object((file.metadata() or {}).get(NOTES, "{}").encode())
@@ -349,7 +350,7 @@ def _read_notes(file: safe_open, path: Path, manifest: Manifest) -> tuple[dict[s
 
 
 def _template_notes(template: Template) -> dict[str, Any]:
-    """Its parts; a header or footer that is empty is left out, as before there was one."""
+    """The parts of a template; an empty header or footer is left out, as older versions did."""
     parts = template.to_dict().items()
     return {part: ids for part, ids in parts if ids or part in {"opening", "closing"}}
 
@@ -357,7 +358,7 @@ def _template_notes(template: Template) -> dict[str, Any]:
 def _can_follow(
     module: str, leader: object, follows: Mapping[str, Any], manifest: Manifest
 ) -> bool:
-    """Whether a module can do what a gate decides; the modules of one layer may have any order."""
+    """Whether a module can use the decision of a gate: one of an earlier layer, or its own."""
     if not isinstance(leader, str) or leader in follows:
         return False
     if not {module, leader} <= manifest.modules.keys():

@@ -1,4 +1,4 @@
-"""How gates are made: in one sweep over the inputs, by gradient descent, and for an added expert.
+"""Fit gates: in one sweep over the inputs, by gradient descent, or for an added expert.
 
 calibrate       fit all gates in one sweep, layer by layer
 layerwise       run a model one decoder layer at a time
@@ -7,7 +7,7 @@ logistic        logistic regression: the closed form, refined on the tokens them
 covariance      class means and covariance, from sums over tokens
 statistics      means and covariance as a file, so that experts can be added later
 sequences       examples as tokens with labels, and how much each token counts
-background      texts with which routers of whole prompts compare a prompt
+background      texts without a task, with which `prompt` routers compare a prompt
 add_expert      add an expert to fitted gates, or drop one
 joint           train the gates by gradient descent, as the paper does
 losses          the paper's loss and its gradient

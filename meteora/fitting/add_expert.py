@@ -47,7 +47,7 @@ if TYPE_CHECKING:
     from meteora.fitting.statistics import PointStatistics
 
 DRAWN = 512
-"""Tokens of each other expert that are drawn at a point, at most; of all together `MAX_ROWS`."""
+"""Most tokens of each other expert that are drawn at a point; of all together `MAX_ROWS`."""
 
 
 @dataclass(frozen=True)
@@ -55,9 +55,9 @@ class Growth:
     """The result of a sweep over a new expert's examples; the gates themselves are in the model."""
 
     statistics: dict[str, PointStatistics]
-    """Of all experts, the new one included, by the path of each point's first module."""
+    """The statistics of all experts, by the path of each point's first module."""
     num_tokens: int
-    """Tokens of the new expert in its examples."""
+    """Labelled tokens in the new expert's examples."""
     heldout_accuracy: float
     """Share of the new expert's held-out tokens that go to it, weighted as in the fit (`by_kind`);
     the mean over input points."""
@@ -79,10 +79,10 @@ def grow(
         model: with all experts inserted, the new one included
         sequences: two or more, of the new expert alone; with lists of its examples if the others
             were fitted to prompts of several tasks. Tokens before those that show its task may be
-            of the mean of all experts, where that is a choice
+            labelled with the mean of all experts, if that is a choice
         gates: without the new expert
         statistics: of these gates, by module path
-        options: how the gates route, now and before
+        options: how the gates route; the same as before
         progress: called with (layers done, layers in all)
 
     Raises:
@@ -91,7 +91,7 @@ def grow(
         SweepError: the model cannot be run layer by layer.
     """
     started = time.perf_counter()
-    expert = _the_new_one(model, sequences, statistics)
+    expert = _new_expert(model, sequences, statistics)
     names = expert_names(model)
     null = names[-1] == NULL
     alone = [
@@ -105,7 +105,7 @@ def grow(
 
     def fit(paths: Sequence[str], inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor] | None:
         before = next((path for path in paths if path in statistics), None)
-        if before is None:  # no adapter changed this point before: it uses the gate before it
+        if before is None:  # a new point: it follows the gate of an earlier one
             return None
         fitted, checked = _apart(inputs, batches)
         known = statistics[before].to(input_device(model))
@@ -120,8 +120,8 @@ def grow(
         accuracies.append(sum(s * own.mean().item() for s, own in zip(shares, right, strict=True)))
         return gate
 
-    asks = bool(gates.template.opening) or options.by_turns
-    template = gates.template if asks else None
+    needs_template = bool(gates.template.opening) or options.by_turns
+    template = gates.template if needs_template else None
     offsets = _more_offsets(model, sequences, gates.offsets, expert)
     sweep_gates(
         model, batches, options, template, fit, leaves_out=True, offsets=offsets, progress=progress
@@ -140,14 +140,14 @@ def _more_offsets(
     before: Mapping[str, Tensor],
     expert: int,
 ) -> dict[str, Tensor]:
-    """Offsets with a row for one more expert, of the modules that have some."""
+    """Offsets with a row for one more expert, of the modules that have offsets."""
     if not before:
         return {}
     pairs = [(sequence.input_ids, sequence.experts) for sequence in sequences]
-    found = find_offsets(model, pairs, expert_names(model).index(SHARED), list(before))
+    new = find_offsets(model, pairs, expert_names(model).index(SHARED), list(before))
     more = {}
     for path, rows in before.items():
-        own = found[path][expert] if path in found else torch.zeros(rows.shape[1])
+        own = new[path][expert] if path in new else torch.zeros(rows.shape[1])
         more[path] = torch.cat([rows[:expert], own[None], rows[expert:]])
     return more
 
@@ -165,13 +165,13 @@ def _with_one_more(
     """A gate with a row for one more expert; the rows of the others do not change in any bit.
 
     The row is that of linear discriminant analysis, scaled on the expert's own tokens and on tokens
-    of the others that are drawn from their statistics. It is not refined on these: what all experts
-    have in common, such as the template's tokens, lies in a few places where no drawn token does,
-    and the new row would take all of it from the others.
+    of the others that are drawn from their statistics. It is not refined on these: tokens that all
+    experts share, such as the template's, lie in a few places where no drawn token does, and the
+    new row would take all of them from the others.
 
     With `null` the base, the last choice, has the lead that was right for the others
-    (`lead_of_last`). The new row is raised until it, too, gives `GIVEN_UP` of its own tokens to the
-    base at most; but not beyond where it takes `GIVEN_UP` of those that are drawn of the others.
+    (`lead_of_last`). The new bias is raised until at most `GIVEN_UP` of the expert's own tokens go
+    to the base, but not further than where it takes `GIVEN_UP` of the others' drawn tokens.
     """
     mean = point.means[expert : expert + 1].double()
     row = solve_gate(covariance, mean, point.shift, point.shrinkage)
@@ -205,32 +205,33 @@ def _apart(
     inputs: Iterator[Tensor], batches: Sequence[Batch]
 ) -> tuple[list[tuple[float, Tensor]], list[tuple[float, Tensor]]]:
     """The labelled tokens of the sequences to fit, and of the held-out ones, each by kind."""
-    found = []
-    kept: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
+    by_half = []
+    halves: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
     for x, batch in zip(inputs, batches, strict=True):
         for held in (False, True):
             chosen = (batch.labels != UNLABELLED) & (batch.heldout == held)
-            kept[held].append((x[chosen].float(), batch.openings[chosen]))
-    for parts in kept:
+            halves[held].append((x[chosen].float(), batch.openings[chosen]))
+    for parts in halves:
         tokens, openings = (torch.cat(column) for column in zip(*parts, strict=True))
-        found.append(by_kind(tokens, openings))
-    return found[0], found[1]
+        by_half.append(by_kind(tokens, openings))
+    return by_half[0], by_half[1]
 
 
-def _the_new_one(
+def _new_expert(
     model: PreTrainedModel,
     sequences: Sequence[LabelledSequence],
     statistics: Mapping[str, PointStatistics],
 ) -> int:
+    """The number of the new expert; refuses examples or statistics that do not fit the model."""
     names = expert_names(model)
-    nobody = {names.index(SHARED)} if SHARED in names else set()
-    owners = set().union(*(sequence.owners for sequence in sequences)) - nobody
-    found = {len(point.means) for point in statistics.values()}
+    shared = {names.index(SHARED)} if SHARED in names else set()
+    owners = set().union(*(sequence.owners for sequence in sequences)) - shared
+    sizes = {len(point.means) for point in statistics.values()}
     num_choices = len(names)
-    if len(owners) != 1 or found != {num_choices - 1}:
+    if len(owners) != 1 or sizes != {num_choices - 1}:
         raise TrainingError(
             f"the examples are of {len(owners)} experts, the model has {num_choices} choices and"
-            f" the statistics are of {', '.join(map(str, sorted(found))) or 'none'}; one expert is"
+            f" the statistics are of {', '.join(map(str, sorted(sizes))) or 'none'}; one expert is"
             " added at a time: give its examples only, and the statistics of all others"
         )
     return owners.pop()
@@ -244,7 +245,7 @@ def drop(
 ) -> tuple[Gates, dict[str, PointStatistics]]:
     """Gates and statistics without one expert; the rows of the others do not change.
 
-    But an expert that is left alone has offsets of zero: the mean of all is itself.
+    If only one expert is left, its offsets become zero: the mean of all experts is itself.
 
     Args:
         expert: its number

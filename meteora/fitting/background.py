@@ -1,7 +1,7 @@
-"""What routers of kind `prompt` compare a prompt with: texts that belong to no expert.
+"""Fit routers of kind `prompt` to background texts, which belong to no expert.
 
-One sweep over them gives, at each input, the mean μ and the covariance Σ of the base's own tokens,
-and the size of each expert's update on each text; see `meteora.model.prompt_choice`.
+One sweep over these texts gives, at each input, the mean μ and the covariance Σ of the base's
+tokens, and the size of each expert's update on each text; see `meteora.model.prompt_choice`.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ if TYPE_CHECKING:
 RIDGE = 0.3
 """Added to the diagonal of the covariance, as a share of its mean."""
 LEAST = 1e-12
+"""The least value of a divisor."""
 LEAST_TEXTS = 8
-"""The standard deviation over fewer texts means little."""
+"""A standard deviation over fewer texts says little."""
 
 
 def fit_to_background(
@@ -53,7 +54,7 @@ def fit_to_background(
         texts: token ids of texts that belong to no expert, in the chat template or not
         options: how it routes; with `null`, the base answers a prompt on which no expert stands out
             more than on any of the texts
-        template: the tokens around every prompt, which are no evidence
+        template: the tokens around every prompt, which do not count
         scratch: a folder for hidden states that do not fit in memory
         progress: called with (layers done, layers in all)
 
@@ -106,7 +107,7 @@ def fit_to_background(
 def _router_of(
     stack: ExpertStack, centred: Tensor, mean: Tensor, options: RouterOptions
 ) -> PromptRouter:
-    """The router of a module whose inputs on the texts are `centred` [T, IN] around a mean."""
+    """The router of a module; `centred` [T, IN] are its inputs on the texts, less their mean."""
     folded = Norm(stack, RouterOptions("norm", 1, 1.0)).folded
     # in 16 bits, since they are as large as the experts; the offset is that of the rounded rows
     rows = whitened(folded, centred).bfloat16()
@@ -116,7 +117,8 @@ def _router_of(
 def whitened(rows: Tensor, centred: Tensor) -> Tensor:
     """Rows (Σ + λ I)^-½, [R, IN], with Σ the covariance of `centred` [T, IN].
 
-    λ is `RIDGE` times the mean of Σ's diagonal. By the eigenvectors of the smaller Gram matrix.
+    λ is `RIDGE` times the mean of Σ's diagonal. Σ^-½ comes from the eigenvectors of Σ or of the
+    Gram matrix of tokens, whichever is smaller.
     """
     x, wide = centred.double(), rows.double()
     num_tokens, num_inputs = x.shape
@@ -128,7 +130,7 @@ def whitened(rows: Tensor, centred: Tensor) -> Tensor:
         variances, of_tokens = torch.linalg.eigh(x @ x.T)
         lengths = torch.where(variances > LEAST * variances[-1], variances.rsqrt(), 0.0)
         directions = x.T @ (of_tokens * lengths)
-    # outside these directions the texts do not vary, and the ridge is alone
+    # outside these directions the texts do not vary, and only the ridge is left
     outside = ridge.rsqrt()
     inside = (variances.clamp_min(0) + ridge).rsqrt() - outside
     return (wide * outside + (wide @ directions * inside) @ directions.T).to(rows.dtype)
@@ -137,9 +139,9 @@ def whitened(rows: Tensor, centred: Tensor) -> Tensor:
 def standard_of(sizes: Tensor, *, null: bool) -> Tensor:
     """Intercept, slope and deviation of each choice, from background texts, [3, C].
 
-    An expert's size is compared with what it has on texts on which the other experts' sizes are the
-    same: a line is fitted to its sizes [N, E] over their mean. With `null` the last choice is the
-    base, whose logit is always the largest that an expert has on any of the texts.
+    The size of an expert is compared with its expected size, given those of the other experts: a
+    line is fitted to its sizes [N, E] over the mean of the others. With `null` the last choice is
+    the base, with a constant logit: the largest of any expert on any of the texts.
     """
     others = mean_of_others(sizes)
     centred, apart = sizes - sizes.mean(0), others - others.mean(0)
@@ -147,18 +149,18 @@ def standard_of(sizes: Tensor, *, null: bool) -> Tensor:
     intercept = sizes.mean(0) - slope * others.mean(0)
     residual = sizes - intercept - slope * others
     deviation = residual.std(0).clamp_min(1e-6)
-    found = torch.stack([intercept, slope, deviation])
+    standard = torch.stack([intercept, slope, deviation])
     if not null:
-        return found
+        return standard
     largest = (residual / deviation).max()
     base = torch.stack([-largest, torch.zeros(()), torch.ones(())])
-    return torch.cat([found, base.unsqueeze(1)], 1)
+    return torch.cat([standard, base.unsqueeze(1)], 1)
 
 
 def _labelled(ids: tuple[int, ...], template: Template) -> LabelledSequence:
-    """The ids with the label 0 of those between opening and closing of the template.
+    """The ids, with the label 0 between the template's opening and closing.
 
-    All of them where they are not between these two, or nothing is.
+    If the text has no template, or nothing between the two, all ids have the label 0.
     """
     start, end = len(template.opening), len(template.closing)
     between = ids[:start] == template.opening and ids[len(ids) - end :] == template.closing

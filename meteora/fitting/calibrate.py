@@ -6,10 +6,10 @@ layers below produce it with their new gates*, then goes on with this gate in pl
 layers at once, on inputs that are routed by the labels, does not see that wrong choices below
 change the inputs above.
 
-Gates memorise the sequences of their fit. There they choose correctly even where the text does not
-show the expert yet, such as at the number of a list. The gates above would then learn to follow
-this choice, which is mostly wrong in new prompts. So a sweep may be `crossed`: it routes each half
-of the sequences by gates that were fitted to the other half, as stacked generalization does
+Gates memorise the sequences of their fit. On these they choose correctly even at tokens that do not
+show the expert yet, such as the number of a list. The gates above would learn to follow this
+choice, which is mostly wrong in new prompts. So a sweep may be `crossed`: it routes each half of
+the sequences by gates that were fitted to the other half, as stacked generalization does
 (Wolpert 1992). The final gates are fitted to all sequences, on these inputs.
 """
 
@@ -70,7 +70,7 @@ if TYPE_CHECKING:
     from meteora.base.chat_template import Template
 
 MAX_TOKEN_BYTES = 1 << 30
-"""Tokens of a point are kept in memory up to this size; of more, only a sample is."""
+"""Up to this size all tokens of a point are kept in memory; above it, a sample."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class Calibration:
     added later."""
     wall_seconds: float
     not_crossed: tuple[str, ...] = ()
-    """The experts because of which a sweep was not crossed: they have tokens in one half alone."""
+    """The experts with tokens in one half alone: because of them a sweep was not crossed."""
 
 
 _Tensors = tuple[torch.Tensor, torch.Tensor]
@@ -104,9 +104,9 @@ class _Halves:
         self.crosses = bool(batches)
         self._is_held = [bool(batch.heldout.any()) for batch in batches]
         self.gates: tuple[_Tensors, ...] = ()
-        """Of the point that was fitted last: of the sequences to fit, and of those held out."""
+        """The gates of the last fitted point: of the sequences to fit, and of the held-out ones."""
         self._placed: list[tuple[Gate, _Tensors, tuple[_Tensors, ...]]] = []
-        """The gates of the present layer, what they end up with, and those of the halves."""
+        """The gates of the present layer, their final tensors, and those of the halves."""
 
     def place(self, router: Router | None) -> None:
         """Add a gate of the point that was fitted last to those that are exchanged."""
@@ -155,16 +155,15 @@ def calibrate(
         options: how the gates route, during the sweep and afterwards. With a `stand_in`, experts
             without sequences are scored from their weights, and every module has its own gate;
             without it every expert needs sequences
-        template: the chat template's opening, if the whole prompt decides for these tokens
-        refined: whether the closed form is where logistic regression starts, or is the gate
+        template: the tokens around every prompt, if the prompt or a turn decides as a whole
+        refined: whether logistic regression refines the closed form
         crossed: whether each half of the sequences is routed by gates of the other half during the
-            sweep; with `refined`, and where each expert has tokens in both
-        offsets: whether each expert gets those that make up for an opening by all experts, where
-            the router has such openings
+            sweep; only with `refined`, and if each expert has tokens in both halves
+        offsets: whether experts get offsets, if the router has a choice of all experts
         seed: chooses the held-out sequences
         scratch: a folder for hidden states that do not fit in memory
-        folder: where each point is kept when it is fitted; those that a sweep of the same sequences
-            has left there are not fitted again. Without effect where an expert has no sequences
+        folder: keeps each fitted point; a later sweep of the same sequences does not fit it again.
+            Without effect if an expert has no sequences
         progress: called with (layers done, layers in all)
 
     Raises:
@@ -172,19 +171,19 @@ def calibrate(
         SweepError: the model cannot be run layer by layer.
     """
     started = time.perf_counter()
-    every, owners = expert_names(model), {e for s in sequences for e in s.owners}
-    without = [e for e in range(len(every)) if options.stand_in and e not in owners]
-    fitted = [e for e in range(len(every)) if e not in without]
-    if {every[e] for e in fitted} <= {SHARED, NULL}:
+    choices, owners = expert_names(model), {e for s in sequences for e in s.owners}
+    without = [e for e in range(len(choices)) if options.stand_in and e not in owners]
+    fitted = [e for e in range(len(choices)) if e not in without]
+    if {choices[e] for e in fitted} <= {SHARED, NULL}:
         raise TrainingError(
             "no expert has examples, and the other experts are scored beside one that has; give two"
             f" or more of one, or a router of kind {options.stand_in!r}"
         )
-    names = [every[e] for e in fitted]
+    names = [choices[e] for e in fitted]
     added: dict[str, Tensor] = {}
-    if offsets and SHARED in every:
+    if offsets and SHARED in choices:
         pairs = [(s.input_ids, s.experts) for s in sequences]
-        added = find_offsets(model, pairs, every.index(SHARED))
+        added = find_offsets(model, pairs, choices.index(SHARED))
     sequences = [renumbered(sequence, fitted) for sequence in sequences]
     device = input_device(model)
     divided = _divided(sequences, names, seed, device, crossed=crossed and refined)
@@ -192,10 +191,10 @@ def calibrate(
     weights = token_weights(batches, len(names))
     accuracy_of: dict[str, float] = {}
     statistics: dict[str, PointStatistics] = {}
-    tokens_of_others = torch.empty(0)  # of the last point, where experts have no sequences
+    heldout_tokens = torch.empty(0)  # of the last point, to scale stand-ins on
 
     def fit(paths: Sequence[str], inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
-        nonlocal tokens_of_others
+        nonlocal heldout_tokens
         path = paths[0]
         scatter, every_token, num_fit = _scatter_of(inputs, batches, weights, len(names))
         held = every_token.between(num_fit)
@@ -214,13 +213,13 @@ def calibrate(
                 own[-1] += lead
         if not without:
             return weight, bias
-        tokens_of_others = held.x
-        halves.gates = tuple(_spread(*gate, fitted, len(every)) for gate in halves.gates)
-        return _spread(weight, bias, fitted, len(every))
+        heldout_tokens = held.x
+        halves.gates = tuple(_spread(*gate, fitted, len(choices)) for gate in halves.gates)
+        return _spread(weight, bias, fitted, len(choices))
 
-    def give(layer: MoELoRALinear, *asked: Any) -> None:  # noqa: ANN401  (those of `give_gate`)
-        scaled_on = layer, without, tokens_of_others
-        give_gate(layer, *asked, stand_in=StandIn.scaled(options, *scaled_on, GIVEN_UP))
+    def give(layer: MoELoRALinear, *args: Any) -> None:  # noqa: ANN401  (those of `give_gate`)
+        stand_in = StandIn.scaled(options, layer, without, heldout_tokens, GIVEN_UP)
+        give_gate(layer, *args, stand_in=stand_in)
 
     if without:  # a stand-in is scaled on the tokens of each point, so it is fitted each time
         own = options.share if options.share == "turn" else "module"
@@ -258,10 +257,10 @@ def _divided(
     *,
     crossed: bool,
 ) -> tuple[list[Batch], _Halves, tuple[str, ...]]:
-    """Batches of a sweep, the gates of their halves, and which experts are in one half alone."""
+    """Batches of a sweep, the gates of their halves, and the experts in one half alone."""
     share = 0.5 if crossed else HELDOUT_SHARE
     heldout = hold_out(sequences, names, seed, share)
-    both = {e for i in heldout for e in sequences[i].owners}  # all are in the other half
+    both = {e for i in heldout for e in sequences[i].owners}  # the other half has every expert
     missing = tuple(name for e, name in enumerate(names) if crossed and e not in both)
     divide = in_halves if crossed and not missing else batched
     batches = sampled(list(divide(sequences, heldout, device)), len(names), share)
@@ -286,12 +285,12 @@ def _refined(
     shrinkage: float,
     halves: _Halves,
 ) -> tuple[_Tensors, float]:
-    """The gate by logistic regression, and its accuracy before it saw the held-out tokens.
+    """The gate by logistic regression, and its accuracy before it was fitted to held-out tokens.
 
     Args:
         scatter: sums over the tokens to fit, and over those held out
         parts: the tokens to fit, those held out, and all
-        halves: is given the gates of both
+        halves: receives the gates of both halves
     """
     tokens, held, every = parts
     gate = refine(*gate_from(scatter[0], shrinkage), tokens, point)
@@ -315,7 +314,7 @@ class _Once:
     asked_sha256: str
     halves: _Halves
     seconds_before: float = 0.0
-    """How long the fits took that are not repeated."""
+    """Time of the fits that were read from the folder."""
 
     def __call__(self, paths: Sequence[str], inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
         """The gate of the modules that share an input, G [E, IN] and c [E]."""
@@ -326,8 +325,8 @@ class _Once:
         if point is None:
             gate = self.fit(paths, inputs)
             spent = time.perf_counter() - began
-            found = self.statistics[path], self.accuracy_of[path]
-            point = FittedPoint(*gate, *found, spent, self.halves.gates)
+            facts = self.statistics[path], self.accuracy_of[path]
+            point = FittedPoint(*gate, *facts, spent, self.halves.gates)
             point.write(self.folder, path, self.asked_sha256)
             return gate
         self.halves.gates = point.halves
@@ -339,7 +338,7 @@ class _Once:
 def _asked_sha256(
     model: PreTrainedModel, sequences: Sequence[LabelledSequence], asked: list[Any]
 ) -> str:
-    """A hash of all that a gate depends on, except the weights of base and experts."""
+    """A hash of everything that changes a gate, except the weights of base and experts."""
     machine = [
         __version__,
         str(torch.__version__),
@@ -419,7 +418,7 @@ def sweep_gates(
 
 
 def _refuse_readers_of_the_cache(paths: Iterable[str], options: RouterOptions) -> None:
-    """Refuse decisions for one token of a module that gets every token again with each new one."""
+    """Refuse decisions that are made once for a token, if a module gets each token repeatedly."""
     again = next((path for path in paths if path.endswith(".kv_b_proj")), None)
     if again and options.share in ("layer", "token", "turn"):
         raise TrainingError(
@@ -433,7 +432,7 @@ def _fit_point(
     paths: Sequence[str],
     inputs: Iterator[Tensor],
 ) -> tuple[Tensor, Tensor] | None:
-    """What `fit` gives; its errors say which module they are about."""
+    """Call `fit`; an error names the first module of the point."""
     try:
         return fit(paths, inputs)
     except SingularError as error:
@@ -467,7 +466,7 @@ def _scatter_of(
     for x, batch, counted in zip(inputs, batches, weights, strict=True):
         num_inputs = x.shape[-1]
         is_sampled = 4 * num_inputs * num_labelled > MAX_TOKEN_BYTES
-        if not places:  # room for all, since copies of a gigabyte count
+        if not places:  # allocated once: growing would copy gigabytes
             num_fit, num_checked = _num_kept(batches, is_sampled=is_sampled)
             every = Tokens.empty(num_fit + num_checked, x)
             places = [0, num_fit]

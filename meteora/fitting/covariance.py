@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 COLUMNS = 1024
-"""How many columns of float32 rows are converted to float64 at a time."""
+"""Columns of float32 rows that are converted to float64 at a time."""
 BLOCK = 512
 """Rows of second moments that are computed at a time, from their diagonal to the right."""
 ITERATIONS = 3
@@ -101,8 +101,8 @@ class Sums(ABC):
             x: [T, IN] float32
             labels: [T] experts
             weights: [T]
-            stands_for: [T], from `sample`, for the form that keeps tokens: it keeps those above 0,
-                each in place of so many. None: it keeps all.
+            stands_for: [T], from `sample`: how many tokens each one stands for. The form that keeps
+                tokens keeps those above 0. None: it keeps all.
         """
 
     def _add_up(self, labels: Tensor, weights: Tensor, weighted: Tensor) -> None:
@@ -123,7 +123,7 @@ class Scatter(Sums):
     """Second moments: memory does not grow with the number of tokens."""
 
     moment: Tensor
-    """[IN, IN] Σ weight · x xᵀ over all tokens; what lies below its diagonal does not count"""
+    """[IN, IN] Σ weight · x xᵀ over all tokens; only the upper triangle is valid"""
 
     @classmethod
     def empty(cls, num_experts: int, shift: Tensor) -> Self:
@@ -244,7 +244,7 @@ class Rows(Covariance):
         self.level = _positive(self.gram.diagonal().sum() / rows.shape[1] + floor)
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:
-        """`COLUMNS` columns of the rows at a time, in float64, and which they are."""
+        """Slices of `COLUMNS` columns, and the rows there in float64."""
         for start in range(0, self.rows.shape[1], COLUMNS):
             part = slice(start, start + COLUMNS)
             yield part, self.rows[:, part].double()
@@ -297,15 +297,15 @@ def _orthonormal(rows: Tensor) -> Tensor:
     By two Cholesky factorisations (Yamamoto et al. 2015). Householder QR takes many small steps; on
     busy processors its threads wait for each other, and it took fifty times as long.
     """
-    found = rows
+    basis = rows
     for _ in range(2):
-        factor, failed = torch.linalg.cholesky_ex(found @ found.T)
+        factor, failed = torch.linalg.cholesky_ex(basis @ basis.T)
         if failed:
             return torch.linalg.qr(rows.T).Q.T
-        found = torch.linalg.solve_triangular(factor, found, upper=False)
-    return found
+        basis = torch.linalg.solve_triangular(factor, basis, upper=False)
+    return basis
 
 
 def _positive(level: Tensor) -> Tensor:
-    """The level, or the smallest positive float32 if inputs never vary: it is divided by."""
+    """The level, or the smallest positive float32 if inputs never vary, since it is a divisor."""
     return level.clamp_min(torch.finfo(torch.float32).tiny)

@@ -63,7 +63,7 @@ class Training:
     heldout_accuracy: None
     """None: all sequences are trained on, and none is held out."""
     wall_seconds: float
-    """Of this call alone, if it resumed an earlier one."""
+    """Without the time of an earlier call that this one resumed."""
 
 
 def train_jointly(
@@ -85,8 +85,8 @@ def train_jointly(
     """Give every routed layer a gate that is trained on `sequences`, in place.
 
     Under `accelerate launch` the processes share every batch, and the gates are those of a single
-    process up to rounding. With FSDP each process holds a part of the base only, from the start
-    where the model's layers lie on the disk (`placement.layers_on_disk`).
+    process up to rounding. With FSDP each process holds only a part of the base, even at the start
+    if the layers are still on disk (`placement.layers_on_disk`).
 
     Args:
         model: with its experts inserted; routers that it has are replaced
@@ -94,9 +94,9 @@ def train_jointly(
         settings: as recorded in the router's spec
         options: how the gates route, in training and afterwards
         template: as in `calibrate`
-        offsets: as in `calibrate`; they stay as they are found
+        offsets: as in `calibrate`; they are not trained
         seed: shuffles the sequences
-        folder: where the state is written; the training resumes from a state that it finds there
+        folder: for the state; a training resumes from a state that is there
         checkpoint_every: steps from one state to the next
         gradient_checkpointing: compute layers again in the backward pass, to save memory
         sharded: divide the base among the processes; None: as `accelerate launch` configures it
@@ -120,20 +120,20 @@ def train_jointly(
         )
     _refuse_lost_gradients(model, options)
     routing = [options.top_k, options.temperature, options.margin, options.share]
-    routing += [offsets] if offsets else []  # so a training that began without them goes on
+    routing += [offsets] if offsets else []  # without them the hash is that of older versions
     asked_sha256 = canonical_sha256(
         [settings.to_dict(), *routing, seed, names]
         + [list(routed_layers(model)), None if template is None else asdict(template)]
-        + [_asked(sequence) for sequence in sequences]
+        + [_hashed(sequence) for sequence in sequences]
     )
     state = None if folder is None else TrainingState.read(folder, asked_sha256)
     if accelerator.num_processes > 1 and not any(map(is_offloaded, model.modules())):
         torch.nn.Module.to(model, accelerator.device)
     calibrated = state is None and settings.start == "calibrate"
     with frozen(model):
-        asked = {"template": template, "seed": seed, "scratch": scratch}
+        further = {"template": template, "seed": seed, "scratch": scratch}
         gates = _first_gates(
-            model, sequences, options, calibrated=calibrated, offsets=offsets, **asked
+            model, sequences, options, calibrated=calibrated, offsets=offsets, **further
         )
         each = loss_weights(sequences, len(names))
         learner = _Learner(model, gates, settings, accelerator, each)
@@ -145,8 +145,8 @@ def train_jointly(
 
         def save(step: int) -> None:
             if folder is not None and accelerator.is_main_process:
-                done = TrainingState.of(step, learner.parameters, learner.optimizer)
-                done.write(folder, asked_sha256)
+                present = TrainingState.of(step, learner.parameters, learner.optimizer)
+                present.write(folder, asked_sha256)
 
         layers = decoder_layers(model, routed_layers(model))
         with computed_again(layers) if gradient_checkpointing else nullcontext():
@@ -167,7 +167,7 @@ def train_jointly(
     )
 
 
-def _asked(sequence: LabelledSequence) -> list[object]:
+def _hashed(sequence: LabelledSequence) -> list[object]:
     openings = [sequence.openings, OPENING_SHARE] if sequence.openings else []
     return [sequence.input_ids, sequence.experts, *openings]
 
@@ -179,22 +179,22 @@ def _first_gates(
     *,
     calibrated: bool,
     offsets: bool,
-    **asked: Any,  # noqa: ANN401
+    **further: Any,  # noqa: ANN401
 ) -> dict[str, Gate]:
-    """Gates that can learn, by module path: in closed form, or zero.
+    """Trainable gates by module path: in closed form, or zero.
 
     Args:
-        asked: further arguments of `calibrate`
+        further: arguments of `calibrate`
     """
     names = expert_names(model)
-    # otherwise two sequences of each expert suffice: only the sharing of gates is needed
+    # gates that start at zero need no fit, only their places: two sequences of each expert suffice
     few = sequences if calibrated else _two_of_each(sequences, names)
-    calibrate(model, few, options, refined=False, offsets=offsets and calibrated, **asked)
+    calibrate(model, few, options, refined=False, offsets=offsets and calibrated, **further)
     if offsets and not calibrated and SHARED in names:
         pairs = [(sequence.input_ids, sequence.experts) for sequence in sequences]
-        found = find_offsets(model, pairs, names.index(SHARED))
+        rows = find_offsets(model, pairs, names.index(SHARED))
         for path, layer in routed_layers(model).items():
-            give_offsets(layer, found.get(path))
+            give_offsets(layer, rows.get(path))
     return learning_gates(model, zeros=not calibrated)
 
 
@@ -206,7 +206,7 @@ def _two_of_each(
 
 
 def _refuse_lost_gradients(model: PreTrainedModel, options: RouterOptions) -> None:
-    """Refuse bitsandbytes' layers of 4 bits in the form for new CPUs: no gradient goes through."""
+    """Refuse bitsandbytes' 4-bit layers in the form for new CPUs: they pass no gradient."""
     for path, module in model.named_modules():
         packed = getattr(module, "support_avx512bf16_for_cpu", False)
         if options.top_k > 1 and packed and next(module.parameters()).device.type == "cpu":
@@ -257,7 +257,7 @@ class _Learner:
         self._add_up()
         grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
         norm = torch.nn.utils.get_total_norm(grads.values())
-        if not norm.isfinite():  # not clipped before: that spreads NaN to all of them
+        if not norm.isfinite():  # before clipping, which would spread NaN to all gradients
             raise _diverged(step, grads)
         torch.nn.utils.clip_grads_with_norm_(
             self.parameters.values(), self.settings.max_grad_norm, norm
@@ -279,7 +279,7 @@ class _Learner:
 
 
 def _diverged(step: int, grads: Mapping[str, Tensor]) -> DivergedError:
-    """Names the first gate whose gradient is not finite; else the largest: its square is not."""
+    """Name the first gate whose gradient is not finite, or the largest, whose square is not."""
     name = max(grads, key=lambda name: grads[name].abs().max().nan_to_num(torch.inf).item())
     return DivergedError(
         f"step {step + 1}: the gradient of the gate of {name.rpartition('.')[0]} is not finite,"
@@ -302,7 +302,7 @@ def _fast(model: PreTrainedModel, device: torch.device) -> torch.autocast:
 def shard(model: PreTrainedModel) -> None:
     """Divide the base among the processes, layer by layer; every process has all gates.
 
-    Of layers that lie in their files, a process reads and holds one at a time as a whole.
+    Layers on disk are read one at a time, so a process holds at most one of them as a whole.
     """
     from torch.distributed.fsdp import fully_shard  # noqa: PLC0415  (a second, and few recipes need it)
 

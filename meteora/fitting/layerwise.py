@@ -1,6 +1,6 @@
 """Run a model one decoder layer at a time over many sequences, and read the input of any module.
 
-No architecture is known here. The layers are found from the paths of the routed modules. The
+This works for any architecture. The layers are found from the paths of the routed modules. The
 arguments of each layer are recorded during the model's own forward pass. Modules share an input if
 they receive the same tensor.
 """
@@ -33,9 +33,9 @@ if TYPE_CHECKING:
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """Positional and named arguments of a layer, without the hidden states."""
 MAX_HIDDEN_BYTES = 2 << 30
-"""Hidden states beyond this size are all mapped from files, so that the system can page them."""
+"""If hidden states are larger, all are mapped from files, so that the system can page them."""
 MAX_OUTPUT_BYTES = 1 << 30
-"""Outputs of a layer's modules are kept up to this size; the others are computed again."""
+"""Outputs of a layer's modules are kept up to this size; further ones are computed again."""
 
 
 class SweepError(MeteoraError):
@@ -53,8 +53,7 @@ class _Reached(Exception):  # noqa: N818  (a signal, not an error)
 class Sweep:
     """The hidden states of all sequences at the input of one layer; `advance` runs that layer.
 
-    What is kept from one call to the next lies in the memory of the CPU, so that a device holds the
-    states of one batch.
+    Between calls everything is kept in CPU memory, so that a device holds the states of one batch.
 
     Use in order: for each layer, inside `held`: for each of its points, `inputs`; then `advance`.
     """
@@ -70,7 +69,7 @@ class Sweep:
         """Take batches of (input_ids [B, L], attention_mask [B, L]), padded on the right.
 
         Args:
-            watcher: is given each batch before it runs, since the model's own forward does not run
+            watcher: sees each batch before it runs, since the model's own forward does not run
             scratch: a folder for hidden states beyond `MAX_HIDDEN_BYTES`; None: keep all in memory
 
         Raises:
@@ -82,19 +81,19 @@ class Sweep:
         """Called with the number of a batch before a layer runs on it."""
         self._scratch: Path | None = None
         prefix, self._routed = _by_layer(model)
-        """The routed modules of each layer, by path."""
+        """The routed modules of each layer, by module path."""
         self.layers = cast("nn.ModuleList", model.get_submodule(prefix))
         self._num_outputs = 0
-        """How many values a layer returns as a tuple, hidden states first; 0 where it returns these
-        alone."""
+        """The length of the tuple that a layer returns, hidden states first; 0 if it returns no
+        tuple, but hidden states alone."""
         self._decision: Decision | None = None
         self._decided: dict[int, tuple[Decision, Tensor]] = {}
-        """By batch: what the gate that later layers follow has decided in the layers so far."""
+        """By batch: the decision of the gate that later layers follow."""
         self._hidden: list[Tensor] = []
         self._calls: dict[int, list[Call]] = {}
         """By batch: the arguments of each layer; with a scratch folder, of one batch only."""
         self._outputs: dict[tuple[int, str], tuple[Tensor, Tensor | None]] = {}
-        """By batch and path: what a module of the present layer gave, and what its gate decided."""
+        """By batch and path: the output of a module of the present layer, and its gate's logits."""
         self._output_bytes = 0
         self._device = batches[0][0].device
         self._rehearse(*(part[:1] for part in batches[0]))
@@ -156,10 +155,10 @@ class Sweep:
         return first[0], calls
 
     def _in_a_file(self, hidden: Tensor, folder: Path) -> Tensor:
-        """The same numbers, mapped from an unlinked file that goes away with the tensor."""
+        """The same numbers, mapped from an unlinked file, which is freed with the tensor."""
         path = folder / f"hidden-{len(self._hidden)}"
         try:
-            # written first: a full disk is an error here, but a crash in a mapping
+            # written before it is mapped: a full disk raises an error here, and kills there
             path.write_bytes(hidden.cpu().contiguous().view(torch.uint8).numpy().data)
             mapped = torch.from_file(
                 str(path), shared=True, size=hidden.numel(), dtype=hidden.dtype
@@ -189,10 +188,10 @@ class Sweep:
         return out[0] if self._num_outputs else out
 
     def _output(self, batch: int, path: str, layer: MoELoRALinear, x: Tensor) -> Tensor:
-        """The output of a module whose router does not change any more, computed once a batch."""
+        """The output of a module with its final router, computed once for each batch."""
         decision = getattr(layer.router, "decision", None)
-        if (found := self._outputs.get((batch, path))) is not None:
-            output, logits = found
+        if (saved := self._outputs.get((batch, path))) is not None:
+            output, logits = saved
             if decision is not None and logits is not None:
                 decision.hold(logits)
             return output.to(x.device, copy=True)  # a model may add to it in place
@@ -204,7 +203,7 @@ class Sweep:
         return output
 
     def _run_once(self, index: int, batch: int) -> Tensor:
-        """As `_run`, without the modules that ran before for this batch."""
+        """As `_run`, but modules that already ran for this batch return their saved output."""
         with ExitStack() as replaced:
             for path, layer in self._routed[index].items():
                 forward = partial(self._output, batch, path, layer)
@@ -213,9 +212,9 @@ class Sweep:
 
     @contextmanager
     def held(self, index: int) -> Generator[None]:
-        """Keep a layer and its experts on its device; one that is offloaded goes again at the end.
+        """A context in which a layer and its experts stay on its device, even if it is offloaded.
 
-        So a base that does not fit on a device is read once, and not once for each call.
+        So a base that does not fit on a device is read once, not once for each call.
         """
         with ExitStack() as stack:
             stack.enter_context(placement.held(self.layers[index]))
@@ -224,9 +223,9 @@ class Sweep:
             yield
 
     def follow(self, decision: Decision) -> None:
-        """Remember what a gate decides for each batch, for the layers above that follow it.
+        """Remember a gate's decision for each batch, for the layers above that follow it.
 
-        The modules of the present layer may still follow the gate that was remembered before it.
+        Modules of the present layer may still follow the gate before it.
         """
         self._decision = decision
 
@@ -260,7 +259,7 @@ class Sweep:
     def inputs(self, index: int, path: str) -> Iterator[Tensor]:
         """The input of one routed module, batch by batch: [B, L, IN]. The layer stops there.
 
-        The modules before it keep their routers from now on until `advance`.
+        The routers of the modules before it must not change until `advance`.
         """
 
         def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -300,7 +299,7 @@ def _by_layer(model: PreTrainedModel) -> tuple[str, dict[int, dict[str, MoELoRAL
     Raises:
         SweepError: a module is in no numbered layer, or they are in several stacks.
     """
-    found: dict[int, dict[str, MoELoRALinear]] = defaultdict(dict)
+    by_layer: dict[int, dict[str, MoELoRALinear]] = defaultdict(dict)
     prefixes = set()
     for path, layer in routed_layers(model).items():
         match = placement.LAYER.match(path)
@@ -310,10 +309,10 @@ def _by_layer(model: PreTrainedModel) -> tuple[str, dict[int, dict[str, MoELoRAL
                 " layer; leave the adapters that target it out, or use a router without gates"
             )
         prefixes.add(match[1])
-        found[int(match[2])][path] = layer
+        by_layer[int(match[2])][path] = layer
     if len(prefixes) != 1:
         raise SweepError(
             f"the routed modules lie in {', '.join(sorted(prefixes)) or 'no layers'}; gates can"
             " be fitted for one stack of layers"
         )
-    return prefixes.pop(), found
+    return prefixes.pop(), by_layer

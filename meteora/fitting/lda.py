@@ -5,7 +5,7 @@ With class means mu_e and the shared within-class covariance S of an input point
     G = S⁻¹ mu        c = -½ muᵀ S⁻¹ mu        S = (1 - s) S_within + s · mean(diag S_within) · I
 
 is the best linear gate if classes are normally distributed with one covariance. s, the shrinkage,
-is chosen on held-out sequences. A `scatter` holds the sums over tokens from which all this follows.
+is chosen on held-out sequences. A `scatter` holds the sums over tokens from which mu and S follow.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ GIVEN_UP = 0.01
 """Share of the experts' own tokens that may go to the base, so that foreign text goes there."""
 
 TOO_LARGE = 1e18
-"""A number of a gate beyond which its logits may not be finite in float32."""
+"""A gate with larger numbers may have logits that are not finite in float32."""
 
 
 class SingularError(MeteoraError):
@@ -35,7 +35,7 @@ class SingularError(MeteoraError):
 
 
 def gate_from(scatter: Sums, shrinkage: float) -> tuple[Tensor, Tensor]:
-    """G [E, IN] and c [E] in float32, for this shrinkage in (0, 1] or the next that can be solved.
+    """G [E, IN] and c [E] in float32, for a shrinkage in (0, 1] or the next that can be solved.
 
     Raises:
         SingularError: the sums hold NaN or infinity, or tokens of an expert are all alike.
@@ -74,11 +74,11 @@ def solve_gate(
 def choose_shrinkage(
     scatter: Sums, accuracy_of: Callable[[Tensor, Tensor], float]
 ) -> tuple[float, float]:
-    """The shrinkage whose gate is right most often on held-out tokens; the largest of equal ones.
+    """The shrinkage with the best accuracy on held-out tokens; the largest of equal ones.
 
     Args:
         scatter: of the sequences that are not held out
-        accuracy_of: the weighted share of held-out tokens that a gate gives to their expert
+        accuracy_of: of a gate G, c, the weighted share of held-out tokens that go to their expert
 
     Returns:
         the shrinkage, and its weighted accuracy in [0, 1]; the largest candidate and -1 if none
@@ -98,9 +98,8 @@ def choose_shrinkage(
 def lead_of_last(logits: Tensor, labels: Tensor) -> float:
     """A bonus for the logit of the last choice, the base, in nats; never negative.
 
-    Examples of foreign text can never be complete; those of the experts can. So tokens that do not
-    clearly belong to an expert go to the base: with this bonus also the share `GIVEN_UP` of the
-    experts' own held-out tokens.
+    Examples can cover the experts' tasks, but never all foreign text. So tokens that do not clearly
+    belong to an expert go to the base, even `GIVEN_UP` of the experts' own held-out tokens.
 
     Args:
         logits: [T, E] of held-out tokens

@@ -1,8 +1,8 @@
 """Logistic regression: a gate in closed form, refined on the tokens themselves.
 
-The closed form (`lda`) takes the tokens of an expert to be normally distributed, with one
+The closed form (`lda`) assumes that the tokens of an expert are normally distributed, with one
 covariance for all experts. Hidden states are not: a template's tokens lie in a few places, far
-apart. So the closed form is where a search starts, and it is too sure of itself: first G and c are
+apart. So the closed form is only the start of a search. It is overconfident: first G and c are
 multiplied by the one of `SCALES` with the least loss (temperature scaling, arXiv 1706.04599). Then
 the search changes G by D and c by d to minimise
 
@@ -14,7 +14,7 @@ is convex, and L-BFGS solves it in seconds, in the coordinates x S^-½, in which
 vary alike.
 
 In most layers a gate is sure of most tokens, and these change nothing. So each round of the search
-has the tokens that it is not sure of, and few of the others (`Tokens.telling`). Time and memory
+takes all tokens that the gate is not sure of, and few others (`Tokens.telling`). Time and memory
 grow with tokens times experts, so hundreds of experts give fewer tokens each (`MAX_LOGITS`).
 """
 
@@ -32,20 +32,20 @@ if TYPE_CHECKING:
     from meteora.fitting.statistics import PointStatistics
 
 SCALES = (1.0, 0.7, 0.5, 0.35, 0.25, 0.18, 0.12)
-"""The candidates of a gate's scale."""
+"""Candidates for a gate's scale."""
 PULL = 2e-4
-"""How much a gate is held back to where the search starts. 1e-4 and 3e-4 are about as good; with
-1e-3 fewer tokens of low layers go to their expert."""
+"""The weight of the penalty on D. 1e-4 and 3e-4 are about as good; with 1e-3 fewer tokens of low
+layers go to their expert."""
 ROUNDS = (15, 15)
-"""Iterations of L-BFGS, of each round."""
+"""Iterations of L-BFGS in each round."""
 ONE_ROUND = (8,)
-"""Where a gate was refined before, on most of the same tokens."""
+"""For a gate that was refined before, on most of the same tokens."""
 SURE = 0.01
 """Cross-entropy of a token, in nats, below which its gate is sure of it."""
 SURE_TAKEN = 8
-"""Of so many tokens that a gate is sure of, one is taken, in place of all of them."""
+"""One in so many tokens that a gate is sure of is taken, with the weight of all of them."""
 MAX_LOGITS = 1 << 23
-"""Tokens times experts of a round at most: of 28 experts 10,000 tokens each, of 256 experts 128."""
+"""Most tokens times experts in a round: 10,000 tokens of each of 28 experts, 128 of each of 256."""
 
 
 class Tokens(NamedTuple):
@@ -65,12 +65,12 @@ class Tokens(NamedTuple):
         return cls(x, x.new_empty(count, dtype=torch.long), x.new_empty(count))
 
     def put(self, start: int, part: Tokens) -> None:
-        """Copy tokens into the room from `start` on."""
+        """Copy tokens to the places from `start` on."""
         for column, own in zip(self.between(start, start + len(part.x)), part, strict=True):
             column.copy_(own)
 
     def sampled(self, stands_for: Tensor) -> Tokens:
-        """The tokens that stand for others too, [T] of how many, with the weight of all these."""
+        """The tokens with `stands_for` [T] above 0, with the weight of all that they stand for."""
         taken = stands_for > 0
         counted = self.weights[taken] * stands_for[taken]
         return Tokens(self.x[taken], self.labels[taken], counted)
@@ -114,7 +114,7 @@ class Tokens(NamedTuple):
 
 
 class Whitening:
-    """The linear map x -> x S^-½, for the covariance that a point's statistics hold.
+    """The linear map x -> x S^-½, for the shrunk covariance S in a point's statistics.
 
     S has a few directions of large variance, and one variance for all others:
 
@@ -133,7 +133,7 @@ class Whitening:
         self.apart = ((1 - shrinkage) * spread + ridge).rsqrt() - self.rest
 
     def __call__(self, x: Tensor, *, in_place: bool = False) -> Tensor:
-        """X S^-½ of rows x [N, IN]; in their place where a copy would be a gigabyte."""
+        """Map rows x [N, IN]; `in_place` saves a copy, which can be a gigabyte."""
         along = (x @ self.directions.T) * self.apart
         out = x if in_place else None
         return torch.addmm(x, along, self.directions, beta=self.rest, out=out)
@@ -146,14 +146,14 @@ def refine(
     statistics: PointStatistics,
     rounds: Sequence[int] = ROUNDS,
 ) -> tuple[Tensor, Tensor]:
-    """The gate nearby that gives these tokens to their experts best, G [E, IN] and c [E].
+    """Refine a gate on tokens; returns G [E, IN] and c [E].
 
     Args:
         weight: G [E, IN] to start from, float32
         bias: c [E]
         tokens: to fit
-        statistics: of the point, whose covariance says how far directions vary
-        rounds: iterations of L-BFGS, of each round
+        statistics: of the point, for its covariance
+        rounds: iterations of L-BFGS in each round
     """
     whiten = Whitening(statistics)
     gate = scaled(weight, bias, tokens.limited(len(bias)))
@@ -188,7 +188,7 @@ def search(
     whiten: Whitening,
     iterations: int,
 ) -> tuple[Tensor, Tensor]:
-    """One round of `refine`, on all of these tokens, whose inputs are overwritten."""
+    """One round of `refine` on all of these tokens; overwrites their inputs."""
     shares = tokens.weights / tokens.weights.sum()
     centre = shares @ tokens.x
     start = tokens.x @ weight.T + bias
@@ -198,7 +198,7 @@ def search(
     inside, offset = change[:, :-1], change[:, -1]
 
     def loss() -> float:
-        """The loss where `change` is, with its gradient left there."""
+        """The loss at `change`; sets its gradient."""
         logs = (start + torch.addmm(offset, u, inside.T)).log_softmax(-1)
         value = PULL * inside.square().sum() - (logs.gather(1, own)[:, 0] * shares).sum()
         missing = logs.exp_()

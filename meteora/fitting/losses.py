@@ -4,9 +4,9 @@
 
     L_LM     mean cross-entropy of the next token, over all tokens of prompt and response
     L_gate   mean cross-entropy of a gate's logits against the token's expert, over all gates and
-             all labelled tokens, without temperature or load balancing. If an expert has tokens
-             that open answers, these have `OPENING_SHARE` of its weight (the paper has no such
-             weights: its examples hold one task each)
+             all labelled tokens, without temperature or load balancing. Tokens that open answers
+             have `OPENING_SHARE` of their expert's weight (the paper has no such weights: its
+             examples hold one task each)
 
 `backward_together` is the definition. With `top_k = 1` the weight of the chosen expert is the
 constant 1: no gradient passes through the routing, so only the gate loss has a gradient, and each
@@ -165,9 +165,8 @@ def backward_apart(
             (gate_loss_weight * loss / len(gates)).backward()
         losses.append(loss.detach())
 
-    # the whole model, which gates that decide by a prompt or a turn watch, and FSDP gathers; nobody
-    # reads its logits
-    last_alone = "logits_to_keep" in inspect.signature(model.forward).parameters
+    # the whole model, since watchers of prompts and FSDP hook its forward; its logits are not used
+    can_skip_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
     with ExitStack() as hooks, torch.no_grad():
         for gate in gates:
             hooks.enter_context(gate.register_forward_hook(teach))
@@ -175,7 +174,7 @@ def backward_apart(
             input_ids=batch.input_ids,
             attention_mask=batch.attention_mask,
             use_cache=False,
-            **({"logits_to_keep": 1} if last_alone else {}),
+            **({"logits_to_keep": 1} if can_skip_logits else {}),
         )
     return torch.stack([*losses, losses[0].new_tensor(torch.nan)])
 
@@ -194,19 +193,19 @@ def learning_gates(model: PreTrainedModel, *, zeros: bool) -> dict[str, Gate]:
 
 @contextmanager
 def frozen(model: PreTrainedModel) -> Generator[None]:
-    """Freeze the whole model; gates that are added inside are frozen at the end.
+    """A context in which the whole model is frozen; gates that are added are frozen at the end.
 
     After an error the old routers are put back. Dropout is off, as it is when gates route later.
     """
-    wanted = [(p, p.requires_grad) for p in model.parameters()]
+    before = [(p, p.requires_grad) for p in model.parameters()]
     with without_dropout(model):
         model.requires_grad_(requires_grad=False)
         try:
             with old_routers_after_error(model):
                 yield
         finally:
-            for parameter, learned in wanted:
-                parameter.requires_grad_(learned)
+            for parameter, requires_grad in before:
+                parameter.requires_grad_(requires_grad)
             for gate in gates_in(model).values():
                 gate.requires_grad_(requires_grad=False)
                 gate.__dict__.pop("forward", None)
@@ -228,7 +227,7 @@ def decoder_layers(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
 
 @contextmanager
 def computed_again(layers: Sequence[nn.Module]) -> Generator[None]:
-    """Keep no activations inside layers; the backward pass computes them again.
+    """A context in which layers keep no activations; the backward pass computes them again.
 
     transformers' own switch needs training mode, which turns dropout on.
     """
@@ -245,6 +244,6 @@ def _checkpointed(
     *args: Any,  # noqa: ANN401
     **kwargs: Any,  # noqa: ANN401
 ) -> Any:  # noqa: ANN401
-    """A layer's output; computed again, it is routed as in this pass, whatever ran since."""
+    """A layer's output; the backward pass computes it again with the routes of this pass."""
     run = as_in_this_pass(layer, forward)
     return checkpoint(run, *args, use_reentrant=False, **kwargs)

@@ -1,4 +1,4 @@
-"""Labelled sequences for a fit: which are held out, how they are batched, how much tokens count.
+"""Labelled sequences for a fit: hold some out, batch them, weigh their tokens.
 
 A label is the number of the expert that a token belongs to.
 """
@@ -21,10 +21,10 @@ HELDOUT_SHARE = 0.25
 """Share of each expert's sequences that choose the shrinkage; the final fit uses them too."""
 MAX_ROWS = 4096
 """At a point with more inputs than this, the covariance is estimated from at most this many tokens
-(the closed form then has a matrix of tokens by tokens). The means of a fit use all tokens; of an
-expert that is added later at most so many of each kind are used, for its mean, too."""
+(the closed form then has a matrix of tokens by tokens). Means use all tokens. For an expert that is
+added later, covariance and mean use at most this many tokens of each kind."""
 TOKENS_PER_BATCH = 2048
-"""Padding included."""
+"""Most tokens of a batch, padding included; a longer sequence is a batch of its own."""
 UNLABELLED = -1
 """The label of a token that belongs to no expert; the fit leaves it out."""
 
@@ -95,9 +95,9 @@ def hold_out(
 ) -> set[int]:
     """Choose the held-out sequences: this share of each expert's, as indices.
 
-    A sequence of several experts counts for each of them. Each expert keeps at least one sequence
-    to be fitted on; so one that shares its few with others may have none that is held out. Those
-    with the same tokens are held out together, where that leaves others to be fitted on.
+    A sequence of several experts counts for each of them. At least one sequence of each expert
+    stays in the fit, so an expert with few, shared sequences may have none that is held out. Equal
+    sequences are held out together, if that leaves others for the fit.
 
     Args:
         names: of all experts, in order, for messages
@@ -112,7 +112,7 @@ def hold_out(
         alike.setdefault(sequence.input_ids, []).append(i)
     heldout: set[int] = set()
     for e, indices in enumerate(own):
-        random.Random(seed * len(names) + e).shuffle(indices)  # noqa: S311  (a deal, no secret)
+        random.Random(seed * len(names) + e).shuffle(indices)  # noqa: S311  (no secret)
         wanted = max(1, round(len(indices) * share))
         for i in indices:
             if len(indices) - left[e] >= wanted:
@@ -194,11 +194,11 @@ def sampled(
 ) -> list[Batch]:
     """Choose the tokens that estimate the covariance at points with more than `MAX_ROWS` inputs.
 
-    They are the same tokens at every point. Tokens that open answers are few and count much, so
-    they are sampled separately.
+    They are the same tokens at every point. Tokens that open answers are few and have much weight,
+    so they are sampled separately.
 
     Args:
-        share: of the sequences that are held out
+        share: the share of sequences that are held out
     """
     kinds = torch.cat([b.kinds.flatten() for b in batches])
     held = torch.cat([b.heldout.expand_as(b.labels).flatten() for b in batches])
@@ -219,7 +219,7 @@ def sample(labels: Tensor, num_experts: int, limit: int) -> Tensor:
         labels: [T] experts
 
     Returns:
-        [T] float32: how many tokens each stands for; 0 for a token that is left out
+        [T] float32: the number of tokens that each stands for; 0 for a token that is left out
     """
     counts = torch.bincount(labels, minlength=num_experts)
     taken = counts.clamp_max(_quota(counts.tolist(), limit))[labels]
@@ -232,10 +232,10 @@ def sample(labels: Tensor, num_experts: int, limit: int) -> Tensor:
 
 
 def _quota(counts: list[int], limit: int) -> int:
-    """How many tokens each expert may give at most, if experts with fewer give all they have."""
+    """The most tokens of one expert, if experts with fewer give all of theirs."""
     left = limit
-    for given, count in enumerate(sorted(counts)):
-        share = left // (len(counts) - given)
+    for num_done, count in enumerate(sorted(counts)):
+        share = left // (len(counts) - num_done)
         if count > share:
             return max(1, share)
         left -= count
@@ -272,7 +272,7 @@ def each_of_kind(counts: Tensor) -> Tensor:
 
 
 def by_kind(tokens: Tensor, openings: Tensor) -> list[tuple[float, Tensor]]:
-    """Split one expert's tokens by kind, each with the share of the expert's weight that it has.
+    """Split one expert's tokens by kind, each kind with its share of the expert's weight.
 
     Args:
         tokens: [T, IN]

@@ -20,15 +20,15 @@ if TYPE_CHECKING:
     from meteora.checkpoint.tensors import Gates
 
 MAX_DIRECTIONS = 256
-"""Directions of the covariance that a fit has of a point at most."""
+"""Most directions of the covariance that a fit has of a point."""
 MAX_WRITTEN = 128
-"""Those of them that are written at most. They can be larger than the experts: the quickstart's six
-experts have 10 MB, their statistics 27 MB. With 256 the experts that are added route as well. In 8
-bits they do not: the widest direction is some fifty times as wide as the last, and its rounding
-adds to that of all others."""
+"""Most directions that a file has of a point. They can be larger than the experts: the quickstart's
+six experts have 10 MB, their statistics 27 MB. Experts that are added route as well as with 256
+directions. With 256 in 8 bits they do not: the widest direction is some fifty times as wide as the
+last, and its rounding error adds to the variance of all others."""
 RIDGES = 10.0
-"""A direction is kept if its variance is more than this many times what shrinkage adds to it: below
-that, it hardly changes the inverse."""
+"""A direction is kept if its variance is more than this many times the addend of the shrinkage: a
+smaller one hardly changes the inverse."""
 
 
 @dataclass(frozen=True)
@@ -89,7 +89,7 @@ class PointStatistics:
     def drawn(self, count: int) -> Tensor:
         """Tokens drawn from the normal distributions of the statistics, [E, count, IN].
 
-        Each call draws the same ones.
+        Each call draws the same tokens.
         """
         generator = torch.Generator().manual_seed(0)
         unit, floor, _ = self.scalars.tolist()
@@ -140,7 +140,7 @@ def write_statistics(path: Path, statistics: Mapping[str, PointStatistics]) -> N
 
 
 def read_statistics(folder: Path, manifest: Manifest, gates: Gates) -> dict[str, PointStatistics]:
-    """What the gates of a checkpoint were fitted to, by the path of each point's first module.
+    """Read the statistics of a checkpoint's gates, by the path of each point's first module.
 
     Raises:
         CheckpointError: the file is damaged, or does not fit the gates.
@@ -148,13 +148,13 @@ def read_statistics(folder: Path, manifest: Manifest, gates: Gates) -> dict[str,
     with open_sound(folder, STATISTICS, manifest) as file:
         keys: list[str] = file.keys()
         modules = {key.removesuffix(".gate.means") for key in keys if key.endswith(".gate.means")}
-        found = {
+        statistics = {
             module: PointStatistics(
                 *(file.get_tensor(f"{module}.gate.{f.name}") for f in fields(PointStatistics))
             )
             for module in sorted(modules)
         }
-    for module, point in found.items():
+    for module, point in statistics.items():
         gate = tuple(gates.own[module][0].shape) if module in gates.own else (0, 0)
         shapes = [tuple(part.shape) for part in (point.means, point.shift, point.scalars)]
         fit = shapes == [gate, gate[1:], (3,)] and point.rows.shape[1:] == gate[1:]
@@ -164,4 +164,4 @@ def read_statistics(folder: Path, manifest: Manifest, gates: Gates) -> dict[str,
                 f"{folder / STATISTICS}: {shortened(module)} has statistics that do not fit its"
                 f" gate in {GATES}; {AGAIN}"
             )
-    return found
+    return statistics

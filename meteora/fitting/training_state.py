@@ -31,7 +31,7 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 
 
 class StateError(MeteoraError):
-    """A training cannot resume from the file that it finds."""
+    """A training cannot resume from the file in its folder."""
 
 
 def learning_rate(settings: JointSettings, step: int) -> float:
@@ -59,10 +59,10 @@ def chosen_sequences(count: int, settings: JointSettings, seed: int, step: int) 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """Parameters and optimiser state after some step."""
+    """Parameters and optimiser state after a step."""
 
     step: int
-    """Steps that are done."""
+    """The number of finished steps."""
     tensors: dict[str, Tensor]
     """Parameters by name, and "<name>.exp_avg", "<name>.exp_avg_sq" after the first step."""
 
@@ -90,7 +90,7 @@ class TrainingState:
                 }
 
     def write(self, folder: Path, asked_sha256: str) -> None:
-        """Write the state into a folder; `asked_sha256` identifies the training."""
+        """Write the state into a folder; `asked_sha256` hashes all that changes the result."""
         _write(folder / FILE, self.tensors, {"step": str(self.step), "asked_sha256": asked_sha256})
 
     @classmethod
@@ -133,14 +133,14 @@ class FittedPoint:
     wall_seconds: float
     """The time that the fit took."""
     halves: tuple[tuple[Tensor, Tensor], ...] = ()
-    """G and c of each half of the sequences, where these are routed by each other's gates."""
+    """G and c of each half of the sequences, if the sweep is crossed."""
 
     def write(self, folder: Path, path: str, asked_sha256: str) -> None:
         """Write the point into a folder.
 
         Args:
             path: of its first module
-            asked_sha256: identifies everything that the sweep depends on
+            asked_sha256: hashes everything that changes the result of the sweep
         """
         tensors = {"weight": self.weight, "bias": self.bias} | vars(self.statistics)
         for half, (weight, bias) in enumerate(self.halves):
@@ -153,8 +153,8 @@ class FittedPoint:
     def read(cls, folder: Path, path: str, asked_sha256: str) -> FittedPoint | None:
         """A point that an earlier sweep has fitted, on the CPU.
 
-        None if there is none, if its file is damaged, or if it belongs to another sweep: it is
-        fitted again then.
+        None if there is none, its file is damaged, or it belongs to another sweep: the point is
+        then fitted again.
         """
         try:
             tensors, about = _read(_point_file(folder, path))
@@ -177,7 +177,7 @@ def _point_file(folder: Path, path: str) -> Path:
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:
-    """Write a file by a rename: a kill at any moment leaves the old one or the new one."""
+    """Write a file by a rename: a kill at any moment leaves the old file or the new one."""
     path.parent.mkdir(parents=True, exist_ok=True)
     part = path.with_name(f"{path.name}.part")
     whole = {name: tensor.cpu().contiguous() for name, tensor in tensors.items()}
@@ -188,11 +188,11 @@ def _write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) 
 
 
 def _read(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """The tensors of a file, and what is written beside them.
+    """The tensors of a file, and its metadata.
 
     Raises:
         SafetensorError, OSError: it cannot be read.
-        ValueError: its tensors are not those that were written.
+        ValueError: its tensors have changed since they were written.
     """
     with safe_open(path, framework="pt") as file:
         about = file.metadata() or {}

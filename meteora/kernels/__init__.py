@@ -1,8 +1,8 @@
-"""What the chosen experts add to a layer: one definition, and faster kernels that equal it.
+"""Compute the update of the chosen experts: one definition, and faster kernels that equal it.
 
 stack           the experts of one layer, and the choices of a router
 reference       the definition, and the legend of all axes
-dispatch        which kernel is the fastest for a shape
+dispatch        choose the fastest kernel for a shape
 gather_grouped  kernels in plain torch operations
 addmm           a 16-bit projection and its experts as one matmul
 triton_launch   the Triton kernels as differentiable functions

@@ -1,4 +1,4 @@
-"""Choose the fastest kernel for a layer, by a model of costs that is fitted to measurements."""
+"""Choose the fastest kernel for a layer, by a cost model that is fitted to measurements."""
 
 from __future__ import annotations
 
@@ -44,22 +44,22 @@ def find_kernel(name: KernelName) -> Kernel:
         return gather_grouped.lora_delta_gather
     if name == "grouped":
         return gather_grouped.lora_delta_grouped
-    found = gather_grouped.triton_launch()
-    return found.lora_delta_gather if name == "gather_triton" else found.lora_delta_grouped
+    launch = gather_grouped.triton_launch()
+    return launch.lora_delta_gather if name == "gather_triton" else launch.lora_delta_grouped
 
 
 FEW_TOKENS = 16
-"""On a GPU a tile of that many is the least that tensor cores multiply."""
+"""Tokens of the smallest tile that a GPU's tensor cores multiply."""
 
 
 @dataclass(frozen=True)
 class _Costs:
-    """Of one token, in units of what one rank costs it in a large matmul."""
+    """Costs per token; the unit is the cost of one rank in a large matmul."""
 
     gather: float
-    """A chosen rank, where there are many tokens."""
+    """A chosen rank, with many tokens."""
     gather_half: float
-    """With this many tokens it costs half of that: few tokens wait for memory in any kernel."""
+    """The number of tokens with which it costs half: few tokens wait for memory in any kernel."""
     gather_call: float
     """A call, times (IN + OUT) and divided by T."""
     grouped: float
@@ -104,7 +104,7 @@ def choose_kernel(
     """The fastest kernel by the costs above, which were fitted to measurements.
 
     Args:
-        num_chosen: how many experts are chosen by any token; without it as many as may be
+        num_chosen: the number of experts that any token chose; None: the most possible
 
     Time of a routed layer, gate and routing included, over that of the bare one: 2048 → 2048,
     top-2, random routes, one Intel Xeon core with AVX-512 and AMX, torch 2.13; the
@@ -128,15 +128,16 @@ def choose_kernel(
     (`meteora.routing.shared_input`): of q, k and v, up to 64 tokens, that saves 1 to 6 % with
     gather, and between -2 and 6 % with dense.
 
-    Where all tokens chose the same experts, as those of one task do, `grouped` copies no rows, and
-    is chosen sooner: on a CPU the layer looks.
+    If all tokens chose the same experts, as those of one task do, `grouped` copies no rows and is
+    chosen sooner; on a CPU the layer counts the chosen experts.
 
-    All kernels are linear in IN + OUT, so the sizes of a layer matter only for small ones, where
-    the calls themselves show. `python -m tests.benchmarks.twins` measures again.
+    All kernels are linear in IN + OUT, so the sizes of a layer matter only for small layers, where
+    the calls themselves take time. `python -m tests.benchmarks.twins` measures again.
 
-    On accelerators nothing has been measured yet, and the choice is by arithmetic: on CUDA Triton's
-    kernels, which read the chosen ranks alone, one token at a time or in tiles; `dense` elsewhere,
-    and where every rank is chosen anyway. None of these waits for the host.
+    On accelerators nothing has been measured yet, and the choice is by arithmetic. On CUDA it is a
+    Triton kernel, which reads only the chosen ranks, one token at a time or in tiles. It is `dense`
+    on other devices, without Triton, and if every rank is chosen anyway. None of these waits for
+    the host.
     """
     if device_type != "cpu":
         width = max(sizes.max_rank, sizes.max_width)
@@ -159,11 +160,11 @@ def _cheapest(
     if num_chosen is None:
         num_chosen = min(sizes.num_choices, num_tokens * top_k)
     if num_tokens == 1:
-        # of each expert as many ranks as it has, which is the mean one where ranks are mixed
+        # the mean rank of the experts: which one is chosen is not known
         own = top_k * sizes.num_ranks / sizes.num_choices
         grouped = own + cost.grouped_one * (num_chosen - 1) / size
     else:
-        # where all tokens chose the same experts, their rows are used where they lie
+        # if all tokens chose the same experts, no row is copied
         rows = cost.grouped_row * top_k if num_chosen > top_k else 0
         grouped = cost.grouped * chosen + rows + cost.grouped_call * num_chosen / size
     costs: dict[KernelName, float] = {

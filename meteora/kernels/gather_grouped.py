@@ -1,12 +1,12 @@
-"""Faster kernels than `reference.lora_delta_loop`; `dispatch` says which is the fastest where.
+"""Faster kernels than `reference.lora_delta_loop`; `dispatch` chooses among them.
 
     dense     in `reference`: every rank for every token, two plain matmuls, static shapes
-    gather    only the chosen ranks of each token, read where they lie
-    grouped   tokens sorted by choice, then two matmuls a choice
+    gather    only the chosen ranks of each token, without copying them
+    grouped   tokens sorted by choice, then two matmuls for each choice
     gather_triton, grouped_triton   the same for GPUs, in `triton_launch`
 
-None makes a private copy of A or B for a token, and none needs memory of IN or OUT times the tokens
-beyond its result: with `add_to` they add to the projection's own output, a few rows at a time.
+None copies A or B for each token, and none needs [T, IN] or [T, OUT] beside its result: with
+`add_to` they add to the projection's own output, a few rows at a time.
 """
 
 from __future__ import annotations
@@ -29,22 +29,22 @@ if TYPE_CHECKING:
     from meteora.kernels.stack import ExpertStack
 
 ROWS_AT_ONCE = 256
-"""Rows [·, IN] or [·, OUT] that are held beside the result: their number does not grow with T."""
+"""Rows [·, IN] or [·, OUT] that are in memory beside the result, whatever T is."""
 
 NEAR_BYTES = 2 << 20
-"""The size of one core's cache. Where the rows are larger, and several tokens read each of them,
-the tokens are sorted by expert: up to two fifths less time in 32 bits."""
+"""The size of one core's cache. If the rows are larger, and several tokens read each of them, the
+tokens are sorted by expert: up to two fifths less time in 32 bits."""
 
 SPARSE_NUMBERS = 1 << 17
-"""A result of more numbers than that is summed up as a sparse matmul, where there is one: it adds
-in place, and takes up to half less time. For fewer it takes longer to set up."""
+"""A result of more numbers is summed up by a sparse matmul, if there is one: it adds in place, and
+takes up to half less time. For fewer numbers its set-up takes longer."""
 
 SUM = 0
 """The mode of torch's embedding bags that adds rows up."""
 
 
 class MissingTritonError(MeteoraError):
-    """A kernel was asked for that needs Triton."""
+    """A kernel needs Triton, which is not installed."""
 
 
 @cache
@@ -70,9 +70,9 @@ def triton_launch() -> ModuleType:
     """
     if find_spec("triton") is None:
         raise MissingTritonError(_NO_TRITON)
-    from meteora.kernels import triton_launch as found  # noqa: PLC0415  (Triton is optional, and slow to import)
+    from meteora.kernels import triton_launch as launch  # noqa: PLC0415  (Triton is optional, and slow to import)
 
-    return found
+    return launch
 
 
 class _ChosenDots(torch.autograd.Function):
@@ -99,10 +99,10 @@ class _ChosenDots(torch.autograd.Function):
 def chosen_dots(x: Tensor, rows: Tensor, index: Tensor, width: int = 1) -> Tensor:
     """dots[t, n] = x[t] · rows[index[t, n]] of x [T, D], rows [R, D] and index [T, N]: [T, N].
 
-    Where nothing needs a gradient, several indices may be stacked: [L, T, N].
+    If nothing needs a gradient, several indices may be stacked: [L, T, N].
 
     Args:
-        width: so many of N in a row name rows that lie together, those of one expert
+        width: the N indices are groups of so many neighbouring rows, those of one expert
     """
     if torch.is_grad_enabled() and (x.requires_grad or rows.requires_grad):
         return _ChosenDots.apply(x, rows, index)
@@ -110,7 +110,7 @@ def chosen_dots(x: Tensor, rows: Tensor, index: Tensor, width: int = 1) -> Tenso
 
 
 def _dots(x: Tensor, rows: Tensor, index: Tensor, width: int = 1) -> Tensor:
-    """No copy of the rows: it is the gradient of an embedding bag for its per-sample weights."""
+    """As `chosen_dots`; the gradient of an embedding bag computes this without copying rows."""
     if not len(rows):
         return x.new_zeros(index.shape)
     num_tokens, num_chosen = index.shape[-2:]
@@ -118,13 +118,13 @@ def _dots(x: Tensor, rows: Tensor, index: Tensor, width: int = 1) -> Tensor:
     owners = bags.repeat_interleave(num_chosen, output_size=num_tokens * num_chosen)
     if index.dim() == 3:
         owners = owners.repeat(len(index))
-    wanted, owners, order = index.reshape(-1, width), owners.view(-1, width), None
+    groups, owners, order = index.reshape(-1, width), owners.view(-1, width), None
     if rows.nbytes > NEAR_BYTES and index.numel() >= 2 * len(rows):
-        order = wanted[:, 0].argsort()
-        wanted, owners = wanted[order], owners[order]
+        order = groups[:, 0].argsort()
+        groups, owners = groups[order], owners[order]
     dots = torch.ops.aten._embedding_bag_per_sample_weights_backward(
-        x.contiguous(), rows, wanted.flatten(), bags * num_chosen, owners.flatten(), SUM
-    ).view(wanted.shape)
+        x.contiguous(), rows, groups.flatten(), bags * num_chosen, owners.flatten(), SUM
+    ).view(groups.shape)
     if order is not None:
         dots = torch.empty_like(dots).index_copy_(0, order, dots)
     return dots.view(index.shape)
@@ -132,7 +132,7 @@ def _dots(x: Tensor, rows: Tensor, index: Tensor, width: int = 1) -> Tensor:
 
 def chosen_sums(rows: Tensor, index: Tensor, factors: Tensor) -> Tensor:
     """sums[t] = Σ_n factors[t, n] · rows[index[t, n]] of rows [R, D], index and factors [T, N]."""
-    if not len(rows):  # a layer whose gate decides for others, and whose own experts are gone
+    if not len(rows):  # a layer without experts, whose gate decides for others
         return factors.new_zeros(len(factors), rows.shape[1])
     return torch.nn.functional.embedding_bag(
         index, rows, mode="sum", per_sample_weights=factors.contiguous()
@@ -142,10 +142,10 @@ def chosen_sums(rows: Tensor, index: Tensor, factors: Tensor) -> Tensor:
 def lora_delta_gather(
     x: Tensor, stack: ExpertStack, weights: Tensor, experts: Tensor, *, add_to: Tensor | None = None
 ) -> Tensor:
-    """`lora_delta_loop` over the chosen ranks alone, K · W a token, W those of the widest choice.
+    """`lora_delta_loop` over the chosen ranks alone: K · W for a token, W of the widest choice.
 
-    Static shapes and no waiting for the host. Choices of fewer ranks are filled up with rank 0 at
-    scaling 0. Fastest where `b.T` is contiguous.
+    Static shapes, and no waiting for the host. Choices of fewer ranks are filled up with rank 0 at
+    scaling 0. Fastest if `b.T` is contiguous.
     """
     table, scaling = stack.rank_table()
     owners, rows = experts.flatten(), stack.b.T
@@ -175,13 +175,13 @@ def add_sums(rows: Tensor, index: Tensor, factors: Tensor, add_to: Tensor) -> Te
     if len(add_to) <= ROWS_AT_ONCE:
         return add_to.add_(chosen_sums(rows, index, factors))
     for start in range(0, len(add_to), ROWS_AT_ONCE):
-        some = slice(start, start + ROWS_AT_ONCE)
-        add_to[some].add_(chosen_sums(rows, index[some], factors[some]))
+        part = slice(start, start + ROWS_AT_ONCE)
+        add_to[part].add_(chosen_sums(rows, index[part], factors[part]))
     return add_to
 
 
 def _has_sparse_sums(*factors: Tensor) -> bool:
-    """Whether torch multiplies sparse matrices of these fast, as Intel's library does."""
+    """Whether torch multiplies such sparse matrices fast, by Intel's library."""
     if torch.is_grad_enabled() and any(t.requires_grad for t in factors):
         return False
     return all(t.dtype == torch.float32 and t.device.type == "cpu" for t in factors) and _has_mkl()
@@ -192,7 +192,7 @@ def _has_mkl() -> bool:
     if not torch.backends.mkl.is_available():
         return False
     with warnings.catch_warnings():
-        # a warning with the first matrix of a process: torch may change how they are made
+        # the first matrix of a process warns that torch may change this interface
         warnings.filterwarnings("ignore", message="Sparse CSR")
         torch.sparse_csr_tensor([0, 0], [], [], (1, 1), check_invariants=False)
     return True
@@ -203,7 +203,7 @@ def lora_delta_grouped(
 ) -> Tensor:
     """`lora_delta_loop` as two matmuls for each choice that was made, over its own tokens.
 
-    How many tokens a choice has decides the shapes, so an accelerator waits for the host.
+    The shapes depend on the number of tokens of a choice, so an accelerator waits for the host.
 
     Args:
         experts: [T, K], K different ones for each token, as `route` gives them
@@ -226,14 +226,14 @@ def add_grouped(
     out: Tensor,
     pair: Callable[[int], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Add what the choices add to `out` [T, OUT]; `pair` is called once for each of them.
+    """Add the updates of the choices to `out` [T, OUT]; `pair` is called once for each choice.
 
     Args:
         pair: A [r, IN] and B [OUT, r] of a choice; only for one that was made and has ranks
     """
     widths = stack.widths
     if x.shape[0] == 1 and not (weights.requires_grad and torch.is_grad_enabled()):
-        # one token has nothing to sort, and its weights can be numbers: a third of the calls
+        # one token needs no sorting, and its weights can be numbers: a third of the calls
         for c, weight in zip(experts.tolist()[0], weights.tolist()[0], strict=True):
             if not widths[c]:
                 continue

@@ -1,4 +1,4 @@
-"""The arithmetic, as pure functions of tensors.
+"""The arithmetic of routing and of the experts' update, as pure functions of tensors.
 
 Axes, everywhere in `meteora`:
     T    tokens (batch × sequence)     IN   in_features of the layer
@@ -28,18 +28,18 @@ def route(
 
     Semantics:
         experts[t] = topk(logits[t])
-        weights[t] = softmax(logits[t, experts[t]] / temperature), in float32 at least, over those
-                     that are at most `margin` below the best
+        weights[t] = softmax(logits[t, experts[t]] / temperature), in float32 at least, over logits
+                     at most `margin` below the best
 
     Args:
         logits: [T, E]
-        margin: without it all K experts have a weight
+        margin: None: all K experts have a weight
 
     Returns:
         weights [T, K], which sum to one over K, and experts [T, K]. K is at most E.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
-    if top_k == 1:  # less work, which a compiler can join to what is around it
+    if top_k == 1:  # less work, and a compiler can fuse it with its neighbours
         experts = logits.argmax(dim=-1, keepdim=True)
         return torch.ones_like(experts, dtype=wide), experts
     top, experts = logits.to(wide).topk(min(top_k, logits.shape[-1]), dim=-1)
@@ -53,7 +53,7 @@ def route(
 def lora_delta_loop(
     x: Tensor, stack: ExpertStack, weights: Tensor, experts: Tensor, *, add_to: Tensor | None = None
 ) -> Tensor:
-    """What the chosen experts add to a layer's output: the definition.
+    """The update of the chosen experts, which is added to a layer's output: the definition.
 
     Semantics:
         delta[t] = Σ_k weights[t, k] · factor_c · Σ_j scaling_j · B[:, j] (A[j] · x[t])
@@ -67,7 +67,7 @@ def lora_delta_loop(
         add_to: [T, OUT] to add to, in place
 
     Returns:
-        [T, OUT] in the dtype of `x`, or `add_to`; sums are taken in float32 where that is wider.
+        [T, OUT] in the dtype of `x`, or `add_to`; sums are in float32 at least.
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     delta = x.new_zeros((len(x), len(stack.b)), dtype=wide)
@@ -80,7 +80,7 @@ def lora_delta_loop(
 
 
 def rank_weights(weights: Tensor, experts: Tensor, choice_scaling: Tensor) -> Tensor:
-    """The factor of every rank for every token: what its choices weigh, times its scaling.
+    """The factor of every rank for every token: the weight of its choices times its scaling.
 
     Args:
         weights, experts: [T, K], from `route`
@@ -99,10 +99,10 @@ def rank_weights(weights: Tensor, experts: Tensor, choice_scaling: Tensor) -> Te
 def lora_delta_dense(
     x: Tensor, stack: ExpertStack, weights: Tensor, experts: Tensor, *, add_to: Tensor | None = None
 ) -> Tensor:
-    """`lora_delta_loop` as two matmuls over all ranks and one mask between them.
+    """`lora_delta_loop` as two matmuls over all ranks, with factors between them.
 
     Static shapes, no loop over experts, no gather of weights; the extra memory is [T, R]. Best
-    while R is small against IN, since the ranks of experts that were not chosen are computed too.
+    while R is small against IN, since the ranks of all experts are computed.
     """
     factors = rank_weights(weights, experts, stack.choice_scaling())
     shrunk = ((x @ stack.a.T) * factors).to(x.dtype)
@@ -110,18 +110,17 @@ def lora_delta_dense(
 
 
 def add_expanded(shrunk: Tensor, b: Tensor, add_to: Tensor, *, share: float = 1.0) -> Tensor:
-    """The second half: `share` times B [OUT, R] of shrunk [T, R], added to [T, OUT] in place."""
+    """Add `share` · shrunk [T, R] · Bᵀ, with B [OUT, R], to `add_to` [T, OUT] in place."""
     if add_to.dtype == shrunk.dtype:
         return add_to.addmm_(shrunk, b.T, alpha=share)
     return add_to.add_(shrunk @ b.T, alpha=share)
 
 
 def add_projected(addend: Tensor, x: Tensor, weight: Tensor) -> Tensor:
-    """The sum addend + x W of x [T, IN] and W [IN, OUT]; in place where no gradient is due.
+    """The sum addend + x W of x [T, IN] and W [IN, OUT]; in place if nothing needs a gradient.
 
-    In 16 bits a matmul keeps its sums in float32 and rounds them once at the end, and an addend
-    [T, OUT] is the first term of each. To add it to a product that is rounded already would round
-    the result twice.
+    In 16 bits a matmul keeps its sums in float32 and rounds them once at the end, and the addend
+    [T, OUT] is the first term of each sum. Adding it to a rounded product would round twice.
     """
     if torch.is_grad_enabled() and any(t.requires_grad for t in (addend, x, weight)):
         return torch.addmm(addend, x, weight)

@@ -1,12 +1,12 @@
-"""The experts of one layer, and the choices that a router has among them.
+"""The experts of one layer, and the choices of its router.
 
     A [R, IN]     rows      │ expert 0 │ expert 1 │ expert 2 │     each as many ranks as it has
     B [OUT, R]    columns   │ expert 0 │ expert 1 │ expert 2 │
     choices       [start, end) · factor: one for each expert, and any others
 
-A choice is a segment of ranks with a factor. The segment is empty where an expert lacks the layer,
-and for a choice that stands for the base alone. Segments may overlap: that of all ranks with the
-factor 1 / E is the mean of all experts.
+A choice is a segment of ranks with a factor. The segment is empty if an expert lacks the layer, and
+for the choice of the base alone. Segments may overlap: all ranks with the factor 1 / E are the mean
+of all experts.
 """
 
 from __future__ import annotations
@@ -19,8 +19,8 @@ import torch
 from torch import Tensor, nn
 
 ALIGNMENT = 64
-"""Bytes of a cache line. Torch's own memory begins at one, that of a mapped file anywhere, and dot
-products are six times slower where rows do not begin at 16 bytes."""
+"""Bytes of a cache line. Torch's own memory is aligned to it, that of a mapped file is not, and dot
+products are six times slower if rows do not begin at a multiple of 16 bytes."""
 
 
 class Choice(NamedTuple):
@@ -32,33 +32,33 @@ class Choice(NamedTuple):
 
 
 class Sizes(NamedTuple):
-    """What of a layer decides which kernel is the fastest."""
+    """The sizes of a layer that decide which kernel is the fastest."""
 
     num_in: int
     num_out: int
     num_choices: int
     num_ranks: int
-    """R, of all experts together"""
+    """R, the ranks of all experts together."""
     max_rank: int
-    """Of one expert."""
+    """The most ranks of one expert."""
     max_width: int = 0
-    """Of one choice, where that is more ranks than an expert has."""
+    """The most ranks of one choice, which can be several experts."""
 
 
 class RankTable(NamedTuple):
     """The ranks of every choice; a row is filled up with rank 0 at scaling 0."""
 
     index: Tensor
-    """[C, W], W the ranks of the widest choice; int64"""
+    """[C, W] int64; W is the number of ranks of the widest choice"""
     scaling: Tensor
     """[C, W], float32"""
 
 
 class ExpertStack(nn.Module):
-    """A and B of all experts of a layer, and every table that a kernel looks choices up in.
+    """A and B of all experts of a layer, and the tables in which kernels look choices up.
 
-    All of it are buffers that no checkpoint has, and the scaling stays in float32 when the module
-    moves to another dtype.
+    All are buffers that no state dict has. The scaling stays in float32 when the module is
+    converted to another dtype.
     """
 
     a: Tensor
@@ -88,11 +88,11 @@ class ExpertStack(nn.Module):
         Args:
             a: [R, IN]
             b: [OUT, R]
-            ranks: of each expert, summing to R; zero where it lacks the layer. An expert may be
-                several entries, each with a scaling of its own, where `choices` joins them
+            ranks: of each expert, summing to R; zero if it lacks the layer. An expert may have
+                several entries, each with its own scaling, if `choices` joins them
             scaling: of each entry
-            choices: of the router, in the order of its logits; without it, each expert alone
-            mapped: leave A and B where and as they lie, when the module moves too
+            choices: of the router, in the order of its logits; None: each expert alone
+            mapped: leave A and B in their memory, unchanged, even when the module moves
         """
         super().__init__()
         self.ranks, self.scaling = list(ranks), list(scaling)
@@ -102,7 +102,7 @@ class ExpertStack(nn.Module):
         else:
             a = a if a.data_ptr() % ALIGNMENT == 0 else a.clone()
             self.register_buffer("a", a, persistent=False)
-            # the columns of B lie one after the other in memory: a rank's is read in one piece
+            # column by column in memory, so that the column of a rank is read in one piece
             self.register_buffer("b", b.T.contiguous().T, persistent=False)
         self.widths = [end - start for start, end, _ in self.choices]
         alone = [choice.end - choice.start for choice in self.choices if choice.factor == 1.0]
@@ -121,7 +121,7 @@ class ExpertStack(nn.Module):
         ]
         starts = [choice.start for choice in self.choices]
         factors = [choice.factor for choice in self.choices]
-        # who makes or moves a model in inference mode may still want to train it
+        # a model that is made or moved in inference mode may be trained later
         with torch.inference_mode(mode=False):
             segments = torch.tensor([starts, self.widths]).to(a.device)
             self._exact = {
@@ -132,13 +132,13 @@ class ExpertStack(nn.Module):
         self._scale()
 
     def _scale(self) -> None:
-        """Lay the exact scaling on the device of the other tables."""
+        """Copy the exact scaling to the device of the other tables."""
         with torch.inference_mode(mode=False):
             for name, table in self._exact.items():
                 self.register_buffer(name, table.to(self.segments.device), persistent=False)
         self._rank_table: RankTable | None = None
         self.register_buffer("_choice_scaling", None, persistent=False)
-        if self.num_choices <= self.sizes.num_in:  # it is smaller than A
+        if self.num_choices <= self.sizes.num_in:  # [C, R] is no larger than A
             self.choice_scaling()
 
     def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> Self:
@@ -148,7 +148,7 @@ class ExpertStack(nn.Module):
         return self
 
     def whole(self, device: torch.device, dtype: torch.dtype) -> ExpertStack:
-        """The same experts, all of them on a device."""
+        """The same experts, copied to a device and dtype."""
         a, b = self.a.to(device, dtype), self.b.to(device, dtype)
         return ExpertStack(a, b, self.ranks, self.scaling, self.choices)
 
@@ -159,7 +159,7 @@ class ExpertStack(nn.Module):
 
     @property
     def blends(self) -> list[int]:
-        """The choices that are more than one expert: only gates learn to take them."""
+        """The choices of several experts at once: only fitted gates may take them."""
         return [c for c, choice in enumerate(self.choices) if choice.factor != 1.0]
 
     def pair(self, choice: int) -> tuple[Tensor, Tensor]:
@@ -168,16 +168,16 @@ class ExpertStack(nn.Module):
         return self.a[start:end], self.b[:, start:end]
 
     def scale(self, choice: int) -> float | Tensor:
-        """What A x of a choice is multiplied by: a number, or [r] where its ranks differ."""
+        """The factor of A x of a choice: a number, or [r] if its ranks differ."""
         if (scale := self._scales[choice]) is not None:
             return scale
         start, end, factor = self.choices[choice]
         return self.rank_scaling[start:end] * factor
 
     def rank_table(self) -> RankTable:
-        """The ranks of every choice, side by side; made when it is first asked for.
+        """The ranks of every choice, side by side; made at the first call.
 
-        It takes C times the ranks of the widest choice, which is much where one choice is all.
+        Its size is C times the ranks of the widest choice, which can be all ranks.
         """
         if self._rank_table is None:
             with torch.inference_mode(mode=False):
@@ -192,10 +192,10 @@ class ExpertStack(nn.Module):
         return self._rank_table
 
     def choice_scaling(self) -> Tensor:
-        """The scaling of the ranks that each choice holds, times its factor; 0 for the others.
+        """The scaling of each choice's ranks, times its factor; 0 for the other ranks.
 
         Returns:
-            [C, R]; where it would be larger than A, made when it is first asked for
+            [C, R]; if it is larger than A, it is made at the first call
         """
         if self._choice_scaling is None:
             with torch.inference_mode(mode=False):
@@ -216,5 +216,5 @@ def own_choices(ranks: Sequence[int]) -> list[Choice]:
 
 
 def mean_of_all(ranks: Sequence[int]) -> Choice:
-    """All experts at once, each with weight 1 / E; one that lacks the layer counts among the E."""
+    """All experts at once, each with weight 1 / E; E includes experts that lack the layer."""
     return Choice(0, sum(ranks), 1 / len(ranks))

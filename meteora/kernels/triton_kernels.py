@@ -3,8 +3,8 @@
 A tile may be larger than the ranks of a choice; the rest is masked, so any rank works. Offsets have
 64 bits, since tokens times OUT, or R times IN, may need more than 32. WIDE is the dtype of sums,
 DOT that of the tensor cores' factors; RANKS, TOKENS and COLUMNS are the sizes of a tile. Triton
-compiles a kernel again for numbers and places that 16 divides. It must not do so for what depends
-on the number of tokens, or prompt after prompt would wait for it.
+compiles a kernel again for integers and pointers that are multiples of 16. It must not do so for
+arguments that depend on the number of tokens, or many prompts would wait for a compilation.
 """
 
 # ruff: noqa: ANN001, ANN201, N803  (arguments are pointers, and constants in capitals)
@@ -71,7 +71,7 @@ def shrink_grouped(
     WIDE: tl.constexpr, DOT: tl.constexpr,
     TOKENS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """A tile of `shrunk`, whose tokens made the same choice as their k-th, k being the slot."""
+    """A tile of `shrunk`: tokens whose k-th choice is the same, where k is the slot."""
     job = tl.program_id(0).to(tl.int64)
     slot = job // jobs_per_slot
     c, begin, end = (
@@ -110,7 +110,7 @@ def expand_grouped(
     WIDE: tl.constexpr, DOT: tl.constexpr,
     TOKENS: tl.constexpr, RANKS: tl.constexpr, COLUMNS: tl.constexpr,
 ):  # fmt: skip
-    """out[t] += B_c shrunk[t] for a tile of one slot: there a token stands only once."""
+    """out[t] += B_c shrunk[t] for a tile of one slot, which has each token only once."""
     job = tl.program_id(0).to(tl.int64)
     c, begin, end = (
         tl.load(jobs + job * 3),

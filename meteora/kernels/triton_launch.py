@@ -1,11 +1,11 @@
-"""`gather` and `grouped` by Triton's kernels, for GPUs.
+"""Launch Triton's kernels for `gather` and `grouped`, on GPUs.
 
     gather    [token, choice] ─shrink▶ [T, K, W] ─expand▶ added to the output
     grouped   the same in tiles of tokens that made one choice, on tensor cores
 
-W is the number of ranks of the widest choice. Any rank: what a tile has beyond the ranks of its
-choice is masked. Sums are taken in float32 at least. Shapes never depend on what was chosen, so
-nothing waits for the host. Import it by `gather_grouped.triton_launch`, as it imports Triton.
+W is the number of ranks of the widest choice. Any rank works: a tile masks places beyond the ranks
+of its choice. Sums are in float32 at least. Shapes do not depend on the choices, so nothing waits
+for the host. Import this module by `gather_grouped.triton_launch`, since it imports Triton.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def _gather(x: Tensor, stack: ExpertStack, weights: Tensor, experts: Tensor, out
     num_tokens, top_k = experts.shape
     wide = torch.promote_types(x.dtype, torch.float32)
     shrunk = x.new_empty(num_tokens, top_k, max_width, dtype=wide)
-    # one token has few pairs: a rank or two a program spread them over the device
+    # few tokens have few pairs: two ranks for each program spread them over the device
     few = 2 if num_tokens <= 16 else 8
     triton_kernels.shrink_chosen[(experts.numel(), triton.cdiv(max_width, few))](
         x, a, starts, widths, stack.rank_scaling, stack.factors, weights, experts, shrunk,
@@ -60,8 +60,8 @@ def _gather(x: Tensor, stack: ExpertStack, weights: Tensor, experts: Tensor, out
 def _jobs(experts: Tensor, num_choices: int) -> tuple[Tensor, Tensor]:
     """The tokens of each slot sorted by choice, [K, T], and tiles of them, [K, jobs, 3].
 
-    A tile is (choice, begin, end) within the slot. How many there may be at most is known without
-    asking the device; those that are not needed are empty.
+    A tile is (choice, begin, end) within the slot. The number of tiles is an upper bound that the
+    host knows; surplus tiles are empty.
     """
     num_tokens = len(experts)
     owners, tokens = experts.T.contiguous().sort(dim=1, stable=True)
@@ -72,10 +72,10 @@ def _jobs(experts: Tensor, num_choices: int) -> tuple[Tensor, Tensor]:
     ends = tiles.cumsum(1)
     most = triton.cdiv(num_tokens, BLOCK_TOKENS) + min(num_choices, num_tokens)
     numbers = torch.arange(most, device=experts.device).expand(top_k, -1).contiguous()
-    found = torch.searchsorted(ends, numbers, right=True)
-    owner = found.clamp_max(num_choices - 1)
+    choice = torch.searchsorted(ends, numbers, right=True)
+    owner = choice.clamp_max(num_choices - 1)
     begin = bounds.gather(1, owner) + (numbers - (ends - tiles).gather(1, owner)) * BLOCK_TOKENS
-    end = torch.where(found < num_choices, bounds.gather(1, owner + 1), begin)
+    end = torch.where(choice < num_choices, bounds.gather(1, owner + 1), begin)
     return tokens, torch.stack([owner, begin, end], dim=2)
 
 
@@ -99,7 +99,7 @@ def _grouped(x: Tensor, stack: ExpertStack, weights: Tensor, experts: Tensor, ou
         num_tokens, x.shape[1], top_k, max_width, num_jobs,
         COLUMNS=BLOCK_IN // 2, **constants,
     )  # fmt: skip
-    for slot in range(top_k):  # one after the other: a token is added to by one tile at a time
+    for slot in range(top_k):  # one after the other, so that only one tile adds to a token
         triton_kernels.expand_grouped[(num_jobs, triton.cdiv(out.shape[1], BLOCK_OUT))](
             shrunk[slot], b, starts, widths, tokens[slot], jobs[slot], out,
             out.shape[1], max_width, b.stride(1), b.stride(0),
@@ -108,7 +108,7 @@ def _grouped(x: Tensor, stack: ExpertStack, weights: Tensor, experts: Tensor, ou
 
 
 def _factors(stack: ExpertStack) -> tuple[Tensor, Tensor, Tensor, int]:
-    """A without gaps between its rows, B, where the choices lie in them, and the widest's ranks."""
+    """Contiguous A, B, the segments of the choices, and the ranks of the widest choice."""
     return stack.a.contiguous(), stack.b, stack.segments, max(stack.widths)
 
 
@@ -139,12 +139,12 @@ class _Differentiable(torch.autograd.Function):
         stack, experts = ctx.stack, ctx.saved_tensors[-1]
         x, a, b, weights = (tensor.detach() for tensor in ctx.saved_tensors[:-1])
         leaves = {1: x, 2: a, 3: b, 5: weights}
-        asked = {n: t.requires_grad_() for n, t in leaves.items() if ctx.needs_input_grad[n]}
+        inputs = {n: t.requires_grad_() for n, t in leaves.items() if ctx.needs_input_grad[n]}
         with torch.enable_grad():
             factors = reference.rank_weights(weights, experts, stack.choice_scaling())
             delta = ((x @ a.T) * factors).to(x.dtype) @ b.T
         grads = dict(
-            zip(asked, torch.autograd.grad(delta, list(asked.values()), grad), strict=True)
+            zip(inputs, torch.autograd.grad(delta, list(inputs.values()), grad), strict=True)
         )
         return tuple(grads.get(n) for n in range(7))
 
@@ -157,7 +157,7 @@ def _launch(
     experts: Tensor,
     out: Tensor,
 ) -> Tensor:
-    """Run kernels where the tensors lie: Triton itself launches on the current device."""
+    """Run kernels on the device of the tensors: Triton itself uses the current device."""
     if len(x) and max(stack.widths):
         with torch.cuda.device_of(x):
             run(x, stack, weights, experts, out)
@@ -180,18 +180,18 @@ def _add(
     if add_to is None:
         return _launch(run, x, stack, weights, experts, x.new_zeros(len(x), len(b)))
     out = _launch(run, x, stack, weights, experts, add_to.contiguous())
-    return add_to if out is add_to else add_to.copy_(out)  # the kernels write rows without gaps
+    return add_to if out is add_to else add_to.copy_(out)  # kernels need contiguous rows
 
 
 def lora_delta_gather(
     x: Tensor, stack: ExpertStack, weights: Tensor, experts: Tensor, *, add_to: Tensor | None = None
 ) -> Tensor:
-    """`reference.lora_delta_loop` a token at a time: for decoding."""
+    """`reference.lora_delta_loop`, one token at a time: for decoding."""
     return _add(_gather, x, stack, weights, experts, add_to)
 
 
 def lora_delta_grouped(
     x: Tensor, stack: ExpertStack, weights: Tensor, experts: Tensor, *, add_to: Tensor | None = None
 ) -> Tensor:
-    """`reference.lora_delta_loop` a tile of tokens of one choice at a time: for prefills."""
+    """`reference.lora_delta_loop`, one tile of tokens of one choice at a time: for prefills."""
     return _add(_grouped, x, stack, weights, experts, add_to)

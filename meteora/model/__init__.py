@@ -5,10 +5,10 @@ prompt_choice    one expert for a whole prompt, without examples
 shared_prefix    the common beginning of a batch's prompts, read once
 generate         an answer to a prompt
 chat             a conversation: answers that stream, each token with its expert
-trace            which expert each token went to, layer by layer
-opening_offsets  offsets: what experts miss behind an opening that all of them computed
+trace            the expert of each token, layer by layer
+opening_offsets  offsets, which make up for an opening that all experts computed together
 silent_experts   experts that change nothing on a probe
 update_sizes     how strongly each expert acts on prompts, and which prompts are alike
 auto_classes     transformers' auto classes for fused checkpoints
-registration     registers them with transformers, without importing it
+registration     register these classes with transformers, without importing it
 """

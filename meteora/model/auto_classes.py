@@ -1,10 +1,10 @@
-"""Load fused checkpoints by the auto classes of transformers.
+"""Load fused checkpoints with the auto classes of transformers.
 
     AutoModelForCausalLM.from_pretrained("org/name")     the base's own class, with routed layers
     AutoTokenizer.from_pretrained("org/name")            the base's own tokenizer
     pipeline("text-generation", model="org/name")
 
-The checkpoint's `config.json` says only that it is one; everything else is in its manifest.
+The checkpoint's `config.json` names only the model type; everything else is in its manifest.
 """
 
 from __future__ import annotations
@@ -26,6 +26,7 @@ OURS = (
     "base_folder", "expert_cache_bytes", "dtype", "quantization_config",
     "device_map", "max_memory", "offload_folder",
 )  # fmt: skip
+"""Arguments that `meteora.load` has too."""
 IDLE = {
     "adapter_kwargs", "code_revision", "low_cpu_mem_usage", "trust_remote_code", "use_fast",
     "use_safetensors", "weights_only",
@@ -34,17 +35,17 @@ IDLE = {
 
 
 class UnsupportedArgumentError(MeteoraError, TypeError):
-    """An argument of `from_pretrained` that a fused model cannot be loaded with."""
+    """A fused model cannot be loaded with an argument of `from_pretrained`."""
 
 
 class MeteoraConfig(PreTrainedConfig):
-    """Says that a folder is a fused checkpoint; a loaded model has its base's configuration."""
+    """Marks a folder as a fused checkpoint; a loaded model has the configuration of its base."""
 
     model_type = MODEL_TYPE
 
 
 class MeteoraForCausalLM:
-    """Loads fused models; what comes out is of the base's own class."""
+    """Loads fused models; a loaded model is of the base's own class."""
 
     config_class = MeteoraConfig
 
@@ -55,24 +56,24 @@ class MeteoraForCausalLM:
         *,
         config: MeteoraConfig,
         revision: str | None = None,
-        **asked: Any,  # noqa: ANN401
+        **options: Any,  # noqa: ANN401
     ) -> PreTrainedModel:
-        """Load what `meteora.load` loads, from the arguments of transformers.
+        """Load a model as `meteora.load` does, with the arguments of transformers.
 
         Raises:
             UnsupportedArgumentError: an argument asks for something that is not supported.
         """
         from meteora.model.fused import load  # noqa: PLC0415  (torch: only loading needs it)
 
-        _refuse_subfolder(name, asked.pop("subfolder", None))
-        download = {key: asked.pop(key) for key in DOWNLOAD if key in asked}
-        ours = {key: asked.pop(key) for key in OURS if key in asked}
-        if (legacy := asked.pop("torch_dtype", None)) is not None:
+        _refuse_subfolder(name, options.pop("subfolder", None))
+        download = {key: options.pop(key) for key in DOWNLOAD if key in options}
+        ours = {key: options.pop(key) for key in OURS if key in options}
+        if (legacy := options.pop("torch_dtype", None)) is not None:
             ours.setdefault("dtype", legacy)
-        attention = asked.pop("attn_implementation", config._attn_implementation)
+        attention = options.pop("attn_implementation", config._attn_implementation)
         unknown = sorted(
             key
-            for key, value in asked.items()
+            for key, value in options.items()
             if not key.startswith("_") and key not in IDLE and value is not None
         )
         if unknown:
@@ -96,17 +97,17 @@ class MeteoraTokenizer:
         *,
         revision: str | None = None,
         base_folder: str | Path | None = None,
-        **asked: Any,  # noqa: ANN401
+        **options: Any,  # noqa: ANN401
     ) -> PreTrainedTokenizerBase:
-        """Load it, from the arguments of transformers.
+        """Load it, with the arguments of transformers.
 
         Raises:
-            UnsupportedArgumentError: it is asked for in a subfolder.
+            UnsupportedArgumentError: a subfolder is named.
         """
         from meteora.checkpoint.resolve import load_tokenizer  # noqa: PLC0415
 
-        _refuse_subfolder(name, asked.pop("subfolder", None))
-        download = {key: asked.pop(key) for key in DOWNLOAD if key in asked}
+        _refuse_subfolder(name, options.pop("subfolder", None))
+        download = {key: options.pop(key) for key in DOWNLOAD if key in options}
         return load_tokenizer(
             name,
             base_folder=base_folder,
@@ -114,14 +115,14 @@ class MeteoraTokenizer:
             download=download,
             settings={
                 key: value
-                for key, value in asked.items()
+                for key, value in options.items()
                 if not key.startswith("_") and key not in {*IDLE, *OURS}
             },
         )
 
 
 def _refuse_subfolder(name: str | Path, subfolder: str | None) -> None:
-    if subfolder:  # what lies above it may be another checkpoint
+    if subfolder:  # the folder above it may be another checkpoint
         raise UnsupportedArgumentError(
             f"{name}: a fused model is not loaded from a subfolder, such as {subfolder!r}; give its"
             " own folder"
@@ -133,4 +134,4 @@ CLASSES = {
     "AutoModelForCausalLM": (MeteoraConfig, MeteoraForCausalLM),
     "AutoTokenizer": (MeteoraConfig, MeteoraTokenizer),
 }
-"""What is registered with each auto class."""
+"""The arguments of `register` for each auto class."""

@@ -4,10 +4,9 @@
     messages = [{"role": "user", "content": "What is 12 plus 30?"}]
     answer = chat.answer(messages, on_token=lambda token: print(token.text, token.expert))
 
-The keys and values of the last conversation are kept. An answer goes on with the tokens that its
-messages have in common with it, which is the whole history when a conversation continues. They are
-used for the same routing only, so an answer does not depend on what was asked before, up to
-rounding.
+The keys and values of the last conversation are kept. The next answer reuses those of the tokens
+with which both begin: the whole history, when a conversation continues. They are reused only if the
+routing is the same, so earlier questions do not change an answer, up to rounding.
 """
 
 from __future__ import annotations
@@ -53,12 +52,12 @@ if TYPE_CHECKING:
 
 
 LEAST_TEMPERATURE = 1e-4
-"""Logits that are divided by less overflow."""
+"""The least temperature: logits that are divided by less overflow."""
 
 
 @dataclass(frozen=True)
 class Sampling:
-    """How the next token is chosen."""
+    """The way to choose the next token."""
 
     temperature: float = 0.0
     """Below `LEAST_TEMPERATURE`, such as 0, the most likely token is taken."""
@@ -82,17 +81,19 @@ GREEDY = Sampling()
 
 @dataclass(frozen=True)
 class Answer:
+    """The text of an answer, and how it was generated."""
+
     text: str
     tokens: tuple[Token, ...]
-    """Together they are the text; the token that ends an answer is not among them."""
+    """Their texts join to `text`; the end token is not among them."""
     truncated: bool
-    """It was cut at the longest allowed."""
+    """Whether the answer was cut at the most tokens that were allowed."""
     num_new: int
-    """Tokens that were generated, with the one that ends the answer."""
+    """Tokens that were generated, the end token included."""
     num_prompt: int
     """Tokens of the messages in the chat template."""
     num_cached: int
-    """How many of them were not computed again."""
+    """Tokens of the prompt that were not computed again."""
 
 
 @dataclass
@@ -100,15 +101,15 @@ class _Reading:
     """T tokens that the model has read, with their keys, values and routes."""
 
     expert: str
-    """The forced expert; empty where the routers decide."""
+    """The forced expert; empty if the routers decide."""
     num_first: int
-    """The length of the prompt that began it."""
+    """The length of the first prompt."""
     num_prompt: int
     """The length of the last prompt; the last answer follows it."""
     ids: list[int]
     cache: DynamicCache | None
-    """None where it cannot be cut, such as one with a sliding window, which forgets tokens; and
-    where keys depend on the length of the whole text."""
+    """None if it cannot be cut, such as one with a sliding window, which forgets tokens, or if keys
+    depend on the length of the whole text."""
     modules: tuple[str, ...]
     weights: Tensor
     """[M, T, K]"""
@@ -116,7 +117,7 @@ class _Reading:
     """[M, T, K]"""
 
     def cut(self, length: int) -> None:
-        """Keep the first tokens only."""
+        """Keep only the first `length` tokens."""
         if self.cache is not None:
             self.cache.crop(length - len(self.ids))
         self.ids = self.ids[:length]
@@ -134,14 +135,14 @@ class Chat:
         """
         self.model, self.tokenizer = model, tokenizer
         self.routed = tuple(expert_names(model))
-        """What its routers choose from."""
+        """The choices of its routers."""
         missing = () if NULL in self.routed else (NULL,)
         self.experts = (*self.routed, *missing)
-        """What may answer alone: each of these, and `(base)`, the base without experts."""
+        """The names that `answer` takes as `expert`: these choices, and `(base)`."""
         self.longest: int | None = getattr(
             model.config.get_text_config(), "max_position_embeddings", None
         )
-        """The number of tokens that a prompt and its answer may have together."""
+        """The most tokens of a prompt and its answer together; None if there is no limit."""
         self._reading: _Reading | None = None
 
     def answer(
@@ -159,10 +160,10 @@ class Chat:
         Args:
             messages: `role` and `content` of each, the oldest first
             expert: one of `experts`, which gets every token; empty for the model's own routing
-            max_new_tokens: the answer is cut at this many tokens, or where the model's end is
+            max_new_tokens: the answer is cut at this many tokens, or at the model's longest text
             stop: texts that end the answer, and are no part of it
-            on_token: called with each token, once the pass that reads it has decided its expert.
-                What it raises ends the answer.
+            on_token: called with each token, once its expert is known; an exception that it raises
+                ends the answer
 
         Raises:
             ConversationError: the chat template does not take the messages, or they are too long.
@@ -209,7 +210,7 @@ class Chat:
         """Check that the token ids of a prompt leave room for an answer.
 
         Raises:
-            ConversationError: they do not.
+            ConversationError: the prompt is too long.
         """
         if self.longest is not None and len(ids) >= self.longest:
             raise ConversationError(
@@ -218,11 +219,11 @@ class Chat:
             )
 
     def trace(self) -> Trace:
-        """Where every token of the last conversation was sent, its answer included.
+        """The routes of every token of the last conversation, its answer included.
 
         Raises:
-            ConversationError: there is no answer, the last one was interrupted, or it is the
-                base's alone.
+            ConversationError: there is no answer, the last one was interrupted, or the base alone
+                gave it.
         """
         read = self._reading
         if read is None:
@@ -240,38 +241,38 @@ class Chat:
         )
 
     def forget(self) -> None:
-        """Keep nothing of the last conversation."""
+        """Drop the last conversation."""
         self._reading = None
 
     def _routing(self, expert: str) -> AbstractContextManager[None]:
-        """Who gets the tokens, inside a `with` block."""
+        """A context in which a forced expert gets all tokens; empty: the routers decide."""
         return force_expert(self.model, expert) if expert else nullcontext()
 
     def _take(self, ids: list[int], expert: str) -> _Reading | None:
-        """Take what was read, cut to what a prompt begins with; None where that is of no use.
+        """Take the last reading, cut to its common beginning with a prompt; None if it is no use.
 
-        Nothing is left behind: an answer that is interrupted leaves a cache in an unknown state.
+        It is always removed: an answer that is interrupted leaves a cache in an unknown state.
         """
-        found, self._reading = self._reading, None
-        if found is None or found.cache is None or found.expert != expert:
+        reading, self._reading = self._reading, None
+        if reading is None or reading.cache is None or reading.expert != expert:
             return None
         if not expert and isinstance(watcher_of(self.model), PromptReader):
             return None  # the last question decides for all turns
-        length = len(common_beginning(found.ids, ids[:-1]))
-        if length < self._least(found):
+        length = len(common_beginning(reading.ids, ids[:-1]))
+        if length < self._least(reading):
             return None
-        found.cut(length)
-        return found
+        reading.cut(length)
+        return reading
 
-    def _least(self, found: _Reading) -> int:
-        """How many tokens a prompt has in common with what was read, for that to be of use.
+    def _least(self, reading: _Reading) -> int:
+        """The least tokens that a prompt must share with a reading to reuse it.
 
-        Where routers look ahead, routes hold for the question that decided them.
+        If routers look ahead, these must include the question that decided their routes.
         """
         watcher = watcher_of(self.model)
         if isinstance(watcher, Turns):
-            return found.num_prompt
-        return found.num_first if isinstance(watcher, PromptOpening) else 1
+            return reading.num_prompt
+        return reading.num_first if isinstance(watcher, PromptOpening) else 1
 
     def _keep(
         self,
@@ -281,7 +282,7 @@ class Chat:
         expert: str,
         before: _Reading | None,
     ) -> None:
-        """Keep what was read, for the next answer and for a trace."""
+        """Keep the tokens, cache and routes for the next answer and for a trace."""
         read = out.sequences[0].tolist()
         weights, chosen = joined(passes, 0).float().cpu(), joined(passes, 1).cpu()
         if before:
@@ -304,7 +305,7 @@ class Chat:
 
 @contextmanager
 def _seeded(sampling: Sampling, device: torch.device) -> Generator[None]:
-    """Draw from the seed for a while, if there is one, and leave the random numbers alone."""
+    """A context that draws from the seed, if there is one; torch's own random state stays."""
     if sampling.seed is None:
         yield
         return
@@ -314,10 +315,10 @@ def _seeded(sampling: Sampling, device: torch.device) -> Generator[None]:
 
 
 class _Listener:
-    """Hands each token of an answer on, once its text and its expert are sure.
+    """Passes each token of an answer to `on_token`, once its text and its expert are certain.
 
     The expert is known after the next pass, which reads the token. The text waits while it may be
-    the beginning of one that ends the answer.
+    the beginning of a stop text.
     """
 
     def __init__(
@@ -336,11 +337,11 @@ class _Listener:
         self._experts = chat.experts
         self._pieces = Pieces(chat.tokenizer, skip_special_tokens=True)
         self._bounds = [0]
-        """Where the text of each token begins, and where that of the last ends."""
+        """The start of each token in the text, and the end of the last token."""
         self._winners: list[tuple[int, float, tuple[LayerWinner, ...]]] = []
 
     def __call__(self, ids: Tensor, _scores: object, **_kwargs: object) -> Tensor:
-        """Take the newest of the tokens [1, T]; a stopping criterion of transformers."""
+        """Take the newest of the tokens [1, T]; transformers calls this as a stopping criterion."""
         if self.ended or self.stopped:  # on some devices one more token is made, and undone
             return torch.ones(1, dtype=torch.bool, device=ids.device)
         if self.ids:
@@ -348,13 +349,13 @@ class _Listener:
         token = int(ids[0, -1])
         self.ids.append(token)
         self.ended = token in self._ends
-        if not self.ended:  # else what waits for the rest of its character is handed on in `finish`
+        if not self.ended:  # else `finish` passes on the rest
             self._append(self._pieces.add(token))
             self._hand_on()
         return torch.full((1,), self.stopped, device=ids.device)
 
     def finish(self) -> None:
-        """Hand on what waited, after the pass that read the last token."""
+        """Pass on waiting text, after the pass that read the last token."""
         self._see_winner()
         if not self.stopped and (rest := self._pieces.rest()):
             self._bounds.pop()
@@ -374,10 +375,10 @@ class _Listener:
 
     def _append(self, piece: str) -> None:
         self.text += piece
-        found = [self.text.find(one) for one in self._stop]
-        if place := [start for start in found if start >= 0]:
+        starts = [start for one in self._stop if (start := self.text.find(one)) >= 0]
+        if starts:
             self.stopped = True
-            self.text = self.text[: min(place)]
+            self.text = self.text[: min(starts)]
             self._bounds = [min(bound, len(self.text)) for bound in self._bounds]
         self._bounds.append(len(self.text))
 

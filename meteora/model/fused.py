@@ -1,4 +1,4 @@
-"""Put routed layers into a Hugging Face model, and reach their routers.
+"""Put routed layers into a Hugging Face model, and control their routers.
 
     model.layers.0.self_attn.q_proj   Linear         ─insert▶  MoELoRALinear(Linear, A, B, Gate)
     model.layers.0.mlp.down_proj      Linear (no adapter targets it)        stays as it is
@@ -42,7 +42,7 @@ EXPERTS = "meteora_experts"
 """The attribute of a fused model that names its experts, in order."""
 
 CACHE = "meteora_expert_cache"
-"""The attribute that holds its `ExpertCache`; None where it was loaded without."""
+"""The attribute of a fused model that holds its `ExpertCache`, or None."""
 
 
 class WrongBaseError(MeteoraError):
@@ -54,11 +54,11 @@ class UnknownExpertError(MeteoraError):
 
 
 class UnsavableError(MeteoraError):
-    """A fused model was to be saved as its base would be, whose class could not load it."""
+    """A fused model cannot be saved by transformers: the class of its base could not load it."""
 
 
 class RoutedAdaptersError(MeteoraError):
-    """One adapter was to be set or added, in a model that routes among all that it has."""
+    """No single adapter can be set or added in a model that routes among all of its experts."""
 
 
 def load(
@@ -77,8 +77,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a fused model: the base, every expert, and the router.
 
-    Call the model from one thread at a time: a gate's decision for other layers is kept in the
-    model until they are called.
+    Call the model from one thread at a time: it keeps a gate's decision until the layers that
+    follow the gate are called.
 
     Args:
         checkpoint_folder: a folder that `meteora run` wrote, or a Hub id
@@ -87,7 +87,7 @@ def load(
         device: the device of the model. Default: where the base loads
         device_map: in place of `device`, to spread the model: `auto`, `balanced`, or a mapping from
             the base's modules to devices, `cpu` and `disk`, as transformers takes it. Gates and
-            experts are where their layer computes; but experts of an offloaded layer stay in the
+            experts are on the device of their layer; but experts of an offloaded layer stay in the
             mapped file, and only the chosen ones are copied to the device
         max_memory: with `auto` or `balanced`: the most bytes for each device
         offload_folder: for modules on `disk`, if their weights are not in the base's files in the
@@ -96,15 +96,15 @@ def load(
         expert_cache_bytes: leave the experts in the mapped file, and keep at most this many bytes
             of them on the device, the last used ones; see `expert_cache`
         quantization_config: of the base, as transformers takes it, such as `BitsAndBytesConfig`;
-            the experts keep their precision. Without it, the base is as it was when the gates were
-            fitted
-        download: arguments of transformers about downloads, such as `token` or `cache_dir`. A
-            token, given or saved, that is sent for a Hub id is sent for its base only if one owner
-            has both; for a folder, only a given one is
+            the experts keep their precision. Without it, the base is quantised as it was when the
+            gates were fitted
+        download: arguments of transformers about downloads, such as `token` or `cache_dir`. The
+            token for a checkpoint on the Hub, given or saved, is sent for its base only if both
+            have the same owner; for a folder, only a given token is sent
 
     Raises:
         CheckpointError: the folder is not a fused checkpoint, or a file in it is damaged.
-        SourceError: the base does not come from where the checkpoint says.
+        SourceError: the base cannot be downloaded or loaded.
         WrongBaseError: the base is not the one that the checkpoint was made for.
         PlacementError: it cannot be placed as asked, or `expert_cache_bytes` is below 0.
     """
@@ -115,7 +115,7 @@ def load(
     if quantization_config is not None:
         options["quantization_config"] = quantization_config
     if device is not None and (quantization_config is not None or manifest.base.quantise):
-        options["device_map"] = {"": device}  # what is quantised is made where it is to lie
+        options["device_map"] = {"": device}  # a quantised model is loaded onto its device
     if device_map is not None:
         if device is not None:
             raise PlacementError(
@@ -123,8 +123,8 @@ def load(
                 " to lie; give one of them"
             )
         options |= placed(device_map, max_memory=max_memory, offload_folder=offload_folder)
-    asked = base_download(checkpoint_folder, manifest, download)
-    model, tokenizer = load_base(manifest, base_folder, dtype, download=asked, options=options)
+    of_base = base_download(checkpoint_folder, manifest, download)
+    model, tokenizer = load_base(manifest, base_folder, dtype, download=of_base, options=options)
     check_base(manifest, model, tokenizer, folder)
     if base_folder is not None:
         check_weights(manifest, Path(base_folder))
@@ -151,18 +151,22 @@ def check_base(
 def check_weights(manifest: Manifest, folder: Path) -> None:
     """Refuse other weights than those of the local base that the checkpoint was made for.
 
-    Of a base from the Hub or a Python package no hash is known: those are found by their names. Nor
-    is one known of the same weights where they were saved quantised.
+    Nothing is checked if the manifest names no hash (a base from the Hub or a Python package), or
+    if the weights were saved quantised, which changes their hash.
     """
     saved = getattr(loading.load_config(folder), "quantization_config", None)
     if manifest.base.repo_id.startswith(PATH) and saved is None:
-        found = f"sha256:{weights_sha256(folder)}"
-        if found != manifest.base.revision:
-            raise wrong_base(manifest, folder, f"weights with {found[:19]}")
+        actual = f"sha256:{weights_sha256(folder)}"
+        if actual != manifest.base.revision:
+            raise wrong_base(manifest, folder, f"weights with {actual[:19]}")
 
 
 def wrong_base(manifest: Manifest, where: Path, has: str) -> WrongBaseError:
-    """The error that says in what a base differs from the one that a checkpoint was made for."""
+    """The error for a base that differs from the one that a checkpoint was made for.
+
+    Args:
+        has: the properties of this base that differ
+    """
     return WrongBaseError(
         f"{where}: this base has {has}; the checkpoint was made for {manifest.base.repo_id} at"
         f" {manifest.base.revision[:19]}, give that one"
@@ -173,11 +177,11 @@ def insert_experts(
     model: PreTrainedModel, folder: Path, manifest: Manifest, *, cache: ExpertCache | None = None
 ) -> None:
     """Replace every targeted layer by a routed one; without routers the model is still the base."""
-    setattr(model, EXPERTS, manifest.choices)  # beside the modules: it takes any attribute
+    setattr(model, EXPERTS, manifest.choices)
     setattr(model, CACHE, cache)
     for method in ("save_pretrained", "push_to_hub"):
         setattr(model, method, _refuse_to_save)
-    # what transformers has for PEFT's adapters would say that there are none
+    # transformers' own methods for PEFT's adapters would report that there are none
     model.active_adapters = partial(list, manifest.names)
     model.set_adapter = _refuse_to_set
     for method in ("add_adapter", "load_adapter"):
@@ -222,10 +226,13 @@ def insert_layer(
     *,
     cache: ExpertCache | None = None,
 ) -> None:
-    """Replace the linear layer at `path`; refuses one of another size than the experts need.
+    """Replace the linear layer at `path` by a routed one.
 
     Args:
-        choices: of the router; without it, each expert alone
+        choices: of the router; None: each expert alone
+
+    Raises:
+        WrongBaseError: there is no such layer, or it has another size than the experts need.
     """
     parent_path, _, name = path.rpartition(".")
     try:
@@ -278,7 +285,7 @@ def stack_for(
 
 
 def insert_routers(model: PreTrainedModel, folder: Path, manifest: Manifest) -> None:
-    """Give every routed layer the router that the checkpoint asks for."""
+    """Give every routed layer the router that the manifest describes."""
     options = manifest.router
     if options.kind == "gate":
         insert_gates(model, tensors.read_gates(folder, manifest), options)
@@ -295,6 +302,9 @@ def make_router(options: RouterOptions, layer: RoutedExperts, *, seed: int = 0) 
 
     Args:
         seed: of `random`; give every layer its own
+
+    Raises:
+        MeteoraError: the kind is another.
     """
     router: Router
     if options.kind in KINDS:
@@ -316,7 +326,7 @@ def make_router(options: RouterOptions, layer: RoutedExperts, *, seed: int = 0) 
 def expert_cache(model: PreTrainedModel) -> ExpertCache | None:
     """The cache of a model that was loaded with `expert_cache_bytes`: bytes held, hits and misses.
 
-    None of one that was loaded without.
+    None if the model was loaded without.
 
     Raises:
         AttributeError: the model is not a fused one.
@@ -327,7 +337,7 @@ def expert_cache(model: PreTrainedModel) -> ExpertCache | None:
 def expert_names(model: PreTrainedModel) -> list[str]:
     """The choices of every router, in the order of its logits: the experts first.
 
-    After them come `(mean)` and `(base)`, where the mean of all experts and the base are choices.
+    After them come `(mean)` and `(base)`, if the mean of all experts or the base is a choice.
 
     Raises:
         AttributeError: the model is not a fused one.
@@ -336,7 +346,7 @@ def expert_names(model: PreTrainedModel) -> list[str]:
 
 
 def check_expert(name: str, names: Sequence[str]) -> None:
-    """Refuse a name that is none of a model's experts, with an `UnknownExpertError`."""
+    """Raise an `UnknownExpertError` for a name that is not among a model's experts."""
     if name not in names:
         raise UnknownExpertError(
             f"there is no expert {name!r}{did_you_mean(name, names)}; this model has"
@@ -351,7 +361,7 @@ def force_expert(model: PreTrainedModel, name: str) -> Generator[None]:
     The output then equals PEFT's with this adapter alone. The routers come back at the end.
 
     Args:
-        name: of an expert; or `(base)`, the base without any
+        name: of an expert; or `(base)`, the base without experts
 
     Raises:
         UnknownExpertError: no expert of the model has this name.
@@ -370,7 +380,7 @@ def force_expert(model: PreTrainedModel, name: str) -> Generator[None]:
 
 @contextmanager
 def without_dropout(model: PreTrainedModel) -> Generator[None]:
-    """Have a model compute as it does in use; it trains again at the end, if it did before."""
+    """A context in which a model is in evaluation mode; its mode before comes back at the end."""
     training = model.training
     model.eval()
     try:

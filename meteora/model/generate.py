@@ -1,4 +1,4 @@
-"""Text from a fused model."""
+"""Generate text with a fused model."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ if TYPE_CHECKING:
 
 PROMPTS_PER_BATCH = 16
 ONE_CACHE: dict[str, Any] = {"use_cache": True, "num_beams": 1, "cache_implementation": None}
-"""Arguments of `generate` by which each token is read once, whatever a base's own config says; on
-the usual cache, since a static one has no room for the last token, which a trace reads, too."""
+"""Arguments of `generate` with which each token is read once, whatever a base's own config says.
+The cache is the usual one: a static one has no room for the last token, which a trace reads too."""
 
 
 class EmptyPromptError(MeteoraError):
@@ -31,10 +31,10 @@ class EmptyPromptError(MeteoraError):
 
 
 def batch_of(model: PreTrainedModel, prompt: Sequence[int]) -> Tensor:
-    """The token ids of one prompt as a batch [1, L], where the model takes it.
+    """The token ids of one prompt as a batch [1, L], on the device of the model's input.
 
     Raises:
-        EmptyPromptError: there are none.
+        EmptyPromptError: the prompt has no tokens.
     """
     if not prompt:
         raise EmptyPromptError(
@@ -45,15 +45,15 @@ def batch_of(model: PreTrainedModel, prompt: Sequence[int]) -> Tensor:
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens that end an answer, by the model's generation config or the tokenizer."""
-    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
-    given = [given] if isinstance(given, int) else given or []
+    """The tokens that end an answer: those of the generation config, and the tokenizer's."""
+    ends = getattr(getattr(model, "generation_config", None), "eos_token_id", None)
+    ends = [ends] if isinstance(ends, int) else ends or []
     own = tokenizer.eos_token_id
-    return sorted({*given, *([] if own is None else [own])})
+    return sorted({*ends, *([] if own is None else [own])})
 
 
 class _TerminalStreamer(TextStreamer):
-    """Prints an answer as it grows, without what could control the terminal."""
+    """Prints an answer while it grows, without control characters."""
 
     def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
         super().on_finalized_text(for_terminal(text), stream_end)
@@ -64,18 +64,18 @@ def generate_ids(
     tokenizer: PreTrainedTokenizerBase,
     input_ids: Tensor,
     max_new_tokens: int,
-    **asked: Any,  # noqa: ANN401
+    **options: Any,  # noqa: ANN401
 ) -> Any:  # noqa: ANN401  (one of transformers' many outputs)
-    """Run transformers' `generate`: greedily and on one cache, unless it is asked otherwise.
+    """Run transformers' `generate`, by default greedily and on one cache.
 
     Args:
         input_ids: of the prompts, [B, L]
         max_new_tokens: answers are cut at this many tokens
-        asked: further arguments of `generate`; without a mask, no token is padding
+        options: further arguments of `generate`; without a mask, no token is padding
     """
-    if asked.get("past_key_values", ...) is None:  # of None Mamba gives no state back
-        del asked["past_key_values"]
-    usual = {
+    if options.get("past_key_values", ...) is None:  # with None, Mamba returns no state
+        del options["past_key_values"]
+    defaults = {
         "attention_mask": torch.ones_like(input_ids),
         "do_sample": False,
         **ONE_CACHE,
@@ -83,7 +83,7 @@ def generate_ids(
         "eos_token_id": end_tokens(model, tokenizer) or None,
     }
     return cast("GenerativePreTrainedModel", model).generate(
-        input_ids, max_new_tokens=max_new_tokens, **(usual | asked)
+        input_ids, max_new_tokens=max_new_tokens, **(defaults | options)
     )
 
 
@@ -122,7 +122,7 @@ def answer_all(
     max_new_tokens: int,
     advance: Callable[[int], None] = lambda _prompts: None,
 ) -> list[list[int]]:
-    """The token ids of the greedy answer to each prompt, given as token ids; its end included.
+    """Answer prompts, given as token ids, greedily; returns token ids, end tokens included.
 
     Args:
         advance: called with the number of prompts that were just answered
@@ -132,8 +132,8 @@ def answer_all(
     by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     for start in range(0, len(prompts), PROMPTS_PER_BATCH):
         chosen = by_length[start : start + PROMPTS_PER_BATCH]
-        asked = [prompts[i] for i in chosen]
-        rows = padded(asked, pad or 0, "left"), mask_of(asked, "left")
+        batch = [prompts[i] for i in chosen]
+        rows = padded(batch, pad or 0, "left"), mask_of(batch, "left")
         ids, mask = (row.to(input_device(model)) for row in rows)
         with torch.inference_mode():
             started = share_prefix(model, ids, mask, asked=ONE_CACHE).to_generate()

@@ -1,13 +1,13 @@
-"""Offsets: what an expert misses behind an opening that all experts computed together.
+"""Offsets: constant vectors that make up for an opening that all experts computed together.
 
     the expert's own opening     o o o o │ q q q q a a a     every token is routed to the expert
     the opening of all experts   m m m m │ q q q q a a a     the opening to the mean of all
 
-The tokens behind the opening are computed by the same expert in both. They differ because attention
+The same expert computes the tokens after the opening in both cases. They differ because attention
 reads other keys and values of the opening, above all those of its first token (an attention sink).
 The mean of this difference over an expert's tokens is a constant vector for each module: an offset,
-which the module adds wherever that expert is chosen. Modules behind attention need one; for those
-that follow, the means are then nearly the same in both.
+which the module adds wherever that expert is chosen. The modules right after attention need one;
+with it, the means of later modules are nearly the same in both cases.
 """
 
 from __future__ import annotations
@@ -33,29 +33,29 @@ if TYPE_CHECKING:
 
 
 EXAMPLES = 8
-"""Of an expert, at most."""
+"""Most examples of one expert."""
 MAX_TOKENS = 1 << 14
-"""In one pass, with padding."""
+"""Most tokens of one pass, with padding."""
 MAX_LENGTH = MAX_TOKENS // (2 * EXAMPLES)
-"""Tokens of an example; what follows is left out. So those of an expert are read in one pass."""
+"""Longer examples are cut at this many tokens, so that one pass reads all examples of an expert."""
 LEAST_SHARE = 0.1
-"""Of the squared differences at a module, the least that their means explain where it gets offsets.
-So SmolLM2-135M with the quickstart's six adapters has them at the `o_proj` of 27 layers of 30, with
+"""A module gets offsets if the means explain at least this share of the squared differences. So
+SmolLM2-135M with the quickstart's six adapters has them at the `o_proj` of 27 layers of 30, with
 fourteen adapters at all 30, and nowhere else."""
 
 
 @dataclass(frozen=True)
 class _Example:
-    """A sequence of one expert, up to where another or the base begins."""
+    """A sequence of one expert, cut before the tokens of any other choice."""
 
     ids: tuple[int, ...]
     expert: int
     is_own: tuple[bool, ...]
-    """Of each token: whether it is the expert's, and not part of an opening."""
+    """For each token, whether it belongs to the expert, and not to an opening."""
 
 
 class _Pairs(Router):
-    """Examples twice: with the expert's own opening, and with that of all experts."""
+    """Routes each example twice: with the expert's own opening, and with that of all experts."""
 
     def __init__(self, examples: Sequence[_Example], shared: int, num_choices: int) -> None:
         super().__init__(num_choices, RouterOptions("pairs", 1, 1.0))
@@ -86,7 +86,7 @@ class _Pairs(Router):
     def give_back(
         self, path: str, least: float, _module: nn.Module, _inputs: object, output: Tensor
     ) -> Tensor:
-        """Add the mean difference of each expert's tokens where the opening is of all experts."""
+        """Add each expert's mean difference to its tokens after an opening of all experts."""
         labels, own = self.labels.to(output.device), self.own.to(output.device)
         pair = output.reshape(2, *own.shape, -1)
         differences = pair[0, own].float() - pair[1, own].float()
@@ -109,19 +109,19 @@ def find_offsets(
     shared: int,
     modules: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
-    """Find what each module is to add for each expert, from `EXAMPLES` of its own.
+    """Compute the offsets of each module and expert, from at most `EXAMPLES` of its examples.
 
     Args:
-        model: with its experts inserted; its routers are left as they are
+        model: with its experts inserted; its routers do not change
         sequences: token ids and the choice of each token; experts are numbered below `shared`
-        shared: the choice that is the mean of all experts
-        modules: paths of those that get offsets; without it, those where it is worth it
+        shared: the number of the choice that is the mean of all experts
+        modules: paths of the modules that get offsets; None: see `LEAST_SHARE`
 
     Returns:
-        [C, OUT] in float32 by module path, zero for a choice without examples behind an opening
+        [C, OUT] in float32 by module path; zero for a choice without examples after an opening
     """
     layers = routed_layers(model)
-    found: dict[str, Tensor] = {}
+    sums: dict[str, Tensor] = {}
     num_choices, device = next(iter(layers.values())).num_choices, input_device(model)
     for examples in _in_passes(_examples_of(sequences, shared)):
         pairs = _Pairs(examples, shared, num_choices)
@@ -137,16 +137,16 @@ def find_offsets(
                 hooks.enter_context(layers[path].register_forward_hook(hook))
             ids, mask = pairs.ids.to(device), pairs.mask.to(device)
             model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
-        modules = list(pairs.offsets_of)  # those that the first experts need, for all
+        modules = list(pairs.offsets_of)  # all experts get offsets where the first ones do
         for path, offsets in pairs.offsets_of.items():
-            found[path] = found.get(path, 0.0) + offsets
-    with torch.inference_mode(mode=False):  # gates may learn beside them later
-        return {path: offsets.clone() for path, offsets in found.items()}
+            sums[path] = sums.get(path, 0.0) + offsets  # each expert is in one pass alone
+    with torch.inference_mode(mode=False):  # gates may be trained beside them later
+        return {path: offsets.clone() for path, offsets in sums.items()}
 
 
 @contextmanager
 def _whole_while_it_runs(layer: MoELoRALinear) -> Generator[None]:
-    """Have all experts of a layer on its device when it runs, as if it always lay there."""
+    """A context in which all experts of a layer are on its device while it runs."""
     with (
         ExitStack() as held,
         layer.register_forward_pre_hook(lambda *_: held.enter_context(layer.whole())),
@@ -159,7 +159,7 @@ def _examples_of(
     sequences: Sequence[tuple[Sequence[int], Sequence[int]]], shared: int
 ) -> list[list[_Example]]:
     """The first examples of each expert that begin with an opening."""
-    found: dict[int, list[_Example]] = {}
+    by_expert: dict[int, list[_Example]] = {}
     for ids, choices in sequences:
         experts = [choice for choice in choices if choice >= 0 and choice != shared]
         if not experts or experts[0] > shared or choices[0] == experts[0]:
@@ -168,12 +168,13 @@ def _examples_of(
         end = min(end, MAX_LENGTH)
         is_own = tuple(choice == experts[0] for choice in choices[:end])
         if any(is_own):
-            found.setdefault(experts[0], []).append(_Example(tuple(ids[:end]), experts[0], is_own))
-    return [found[expert][:EXAMPLES] for expert in sorted(found)]
+            example = _Example(tuple(ids[:end]), experts[0], is_own)
+            by_expert.setdefault(experts[0], []).append(example)
+    return [by_expert[expert][:EXAMPLES] for expert in sorted(by_expert)]
 
 
 def _in_passes(examples: Sequence[list[_Example]]) -> Iterator[list[_Example]]:
-    """Examples that go through the model together: all of an expert, and of several experts."""
+    """Group examples into passes; all examples of an expert are in the same pass."""
     together: list[_Example] = []
     for own in examples:
         more = [*together, *own]

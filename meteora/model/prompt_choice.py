@@ -1,4 +1,4 @@
-"""One expert for a whole prompt: the one whose updates stand out on it. No examples are needed.
+"""Choose one expert for a whole prompt: the one with unusually large updates. No examples needed.
 
 Before a pass that holds a prompt, the base alone reads that pass. At each module an expert's update
 of a token x has the size
@@ -6,14 +6,14 @@ of a token x has the size
     size_c(x) = log ‖R_c A_c (Σ + λ I)^-½ (x - μ)‖,   s_c B_c = Q_c R_c
 
 with the mean μ and the covariance Σ of the base's own inputs there, on background texts. Training
-moves the rows of A along the inputs that it sees; whitening makes what all texts share as small as
-the rest. The mean over the prompt's tokens and the expert's modules is compared with that expert's
-value on background texts on which the others have the same mean:
+moves the rows of A along the inputs that it sees; whitening makes directions that all texts share
+as small as the others. The mean over the prompt's tokens and the expert's modules is compared with
+its expected value, given the other experts' sizes; a, b and d come from the background texts:
 
     logit_c = (size_c - a_c - b_c · mean of the others' sizes) / d_c
 
-All tokens of the turn have these logits, those of the answer, too. So this router is not causal: it
-needs the question in one pass.
+All tokens of the turn have these logits, the answer's too. So this router is not causal: it needs
+the question in one pass.
 """
 
 from __future__ import annotations
@@ -40,13 +40,13 @@ if TYPE_CHECKING:
     from meteora.checkpoint.tensors import PromptGates
 
 OUTPUTS = {"labels", "output_hidden_states", "output_attentions", "return_dict"}
-"""Arguments of a pass that ask for more outputs, or for others; nobody reads those of a reading."""
+"""Arguments of a pass about its outputs, which `PromptReader.read` does not use."""
 
 
 def insert_prompt_routers(
     model: PreTrainedModel, gates: PromptGates, options: RouterOptions
 ) -> None:
-    """Give every routed layer a router that takes over what is decided for a whole prompt."""
+    """Give every routed layer a `PromptRouter`, and the model a `PromptReader` that decides."""
     held = HeldChoice()
     for path, layer in routed_layers(model).items():
         router = PromptRouter(gates.rows[path], gates.offsets[path], layer.stack, options, held)
@@ -70,41 +70,41 @@ class PromptReader(Watcher):
         routers = [layer.router for layer in routed_layers(model).values()]
         if not any(isinstance(router, PromptRouter) for router in routers):
             return  # an expert is forced
-        given = self.given(model, args, kwargs)
+        arguments = self.given(model, args, kwargs)
         self.refuse_packed()
-        seen = PassInput.of(given)
-        talk = self.follow(seen)
-        found = questions(seen, self.template, talk.closed)
-        talk.closed = found.closed
-        if (kept := talk.held.get(0)) is not self.held.logits:
-            self.held.hold(kept)
-        question = found.asked & (found.turn == found.turn[:, -1:])
-        asks = question.any(1) & found.closed
+        seen = PassInput.of(arguments)
+        conversation = self.follow(seen)
+        turns = questions(seen, self.template, conversation.closed)
+        conversation.closed = turns.closed
+        if (logits := conversation.held.get(0)) is not self.held.logits:
+            self.held.hold(logits)
+        question = turns.asked & (turns.turn == turns.turn[:, -1:])
+        asks = question.any(1) & turns.closed
         before = each_row(self.held.logits, len(asks)) if seen.goes_on else None
         if before is not None and not asks.any():
             return
         question = torch.where(question.any(1, keepdim=True), question, seen.there)
-        logits = self.read(model, question, given)
-        if before is not None:  # a sequence that asks nothing here goes on as it was
+        logits = self.read(model, question, arguments)
+        if before is not None:  # a sequence without a question keeps its logits
             logits = logits.where(asks.cpu().unsqueeze(1), before)
-        talk.held[0] = logits
+        conversation.held[0] = logits
         self.held.hold(logits)
 
     @torch.no_grad()
-    def read(self, model: nn.Module, question: Tensor, given: dict[str, Any]) -> Tensor:
-        """Run a pass with the base alone; the logits of each sequence, [B, C].
+    def read(self, model: nn.Module, question: Tensor, arguments: dict[str, Any]) -> Tensor:
+        """Run a pass with the base alone; returns the logits of each sequence, [B, C].
 
         Args:
             question: [B, L] bool: the tokens that decide
-            given: the arguments of the pass, by name; a cache among them stays as it is
+            arguments: of the pass, by name; a cache among them does not change
         """
-        given = {name: value for name, value in given.items() if name not in OUTPUTS}
-        given["use_cache"] = False
+        inputs = {name: value for name, value in arguments.items() if name not in OUTPUTS}
+        inputs["use_cache"] = False
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            given["logits_to_keep"] = 1  # nobody reads them
+            inputs["logits_to_keep"] = 1  # they are not used
         for name in ("past_key_values", "cache_params"):
-            if given.get(name) is not None:
-                given[name] = _copied(given[name])
+            if inputs.get(name) is not None:
+                inputs[name] = _copied(inputs[name])
         sizes = torch.zeros(len(question), self.standard.shape[1])
         num_modules = torch.zeros(self.standard.shape[1])
         num_tokens = question.sum(1, keepdim=True).clamp_min(1)  # a row of a batch may be empty
@@ -112,8 +112,8 @@ class PromptReader(Watcher):
         def measure(router: PromptRouter, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
             tokens = router.sizes(inputs[0].reshape(question.numel(), -1)).float()
             tokens = tokens.view(*question.shape, -1)  # [B, L, E]
-            asked = question.to(tokens.device).unsqueeze(-1)
-            mean = (tokens * asked).sum(1).cpu() / num_tokens.cpu()
+            counts = question.to(tokens.device).unsqueeze(-1)
+            mean = (tokens * counts).sum(1).cpu() / num_tokens.cpu()
             sizes[:, : mean.shape[1]] += mean
             num_modules[: mean.shape[1]] += torch.tensor(router.has)
 
@@ -123,7 +123,7 @@ class PromptReader(Watcher):
                     hook = partial(measure, layer.router)
                     hooks.enter_context(layer.register_forward_pre_hook(hook))
             hooks.enter_context(routed_by(model, lambda _: None))
-            model.forward(**given)  # not a call: who watches passes sees one
+            model.forward(**inputs)  # not model(...): hooks must not see a second pass
         sizes /= num_modules.clamp_min(1)
         others = torch.zeros_like(sizes)
         num_experts = int(num_modules.count_nonzero())
@@ -133,10 +133,10 @@ class PromptReader(Watcher):
 
 
 def _copied(cache: Any) -> Any:  # noqa: ANN401  (of many kinds)
-    """A cache that the reading may fill.
+    """A copy of a cache, which the reading may change.
 
     Raises:
-        UnreadPromptError: it cannot be copied, such as one that is offloaded.
+        UnreadPromptError: it cannot be copied, such as an offloaded one.
     """
     try:
         return copy.deepcopy(cache)

@@ -1,7 +1,7 @@
 """Make `AutoModelForCausalLM`, `AutoTokenizer` and `pipeline` know fused checkpoints.
 
-They are registered at once where the auto classes are loaded already, else right after they load.
-So `import meteora` does not load transformers, and the order of imports does not matter.
+If the auto classes are loaded already, they learn them at once, else right after they load. So
+`import meteora` does not load transformers, and the order of imports does not matter.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ LISTS = {
 
 
 def install() -> None:
-    """Register now or as soon as it is possible; a second call changes nothing."""
+    """Register now, or as soon as transformers is loaded; a second call changes nothing."""
     waiting = False
     for name in LISTS:
         if (module := sys.modules.get(name)) is not None and not _is_loading(module):
@@ -46,7 +46,7 @@ def _register(module: ModuleType) -> None:
 
 
 class _Waiting(MetaPathFinder):
-    """Finds these modules as Python does, and registers once they are loaded."""
+    """Finds the modules of `LISTS` as Python does, and registers once they are loaded."""
 
     def find_spec(
         self,

@@ -1,10 +1,10 @@
-"""Prompts of a batch that begin alike: what they share is read once.
+"""Read the common beginning of a batch's prompts once.
 
     prompts   S S S a b   S S S c       S: a system prompt, a template's header, solved examples
-    cache     S S S, computed for one, held for each
+    cache     S S S, computed once, repeated for each prompt
     batch     S S S a b   S S S · c     ·: padding, which is masked and has no position
 
-Its keys and values are those in each whole prompt, if they do not depend on later tokens.
+Its keys and values equal those in each whole prompt, if they do not depend on later tokens.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
 
 SHORTEST = 8
-"""Tokens that several prompts share: fewer are not worth a pass of their own."""
+"""The least tokens of a shared prefix: fewer are not worth a pass of their own."""
 ROTATIONS = {"dynamic", "longrope"}
 """Kinds of rotary position embeddings that depend on the length of the whole text."""
 PLAIN = {
@@ -34,14 +34,14 @@ PLAIN = {
     "use_cache": (None, True),
     "cache_implementation": (None,),
 }
-"""Settings of `generate`, with the values that allow a shared prefix: one answer to each prompt, on
-the usual cache, and padding changes nothing."""
+"""Settings of `generate`, each with the values that allow a shared prefix: one answer to each
+prompt, on the usual cache, without effects of padding."""
 
 
 def whole_layers(cache: object) -> list[DynamicLayer] | None:
-    """The layers of a cache that holds all that the model has read.
+    """The layers of a cache that holds every token that the model has read.
 
-    None where one does not, such as a layer with a sliding window.
+    None if a layer forgets tokens, such as one with a sliding window.
     """
     layers = cache.layers if isinstance(cache, DynamicCache) else [None]
     whole = [layer for layer in layers if type(layer) is DynamicLayer]
@@ -52,7 +52,7 @@ class Started(NamedTuple):
     """A batch whose common prefix is read, if it has one."""
 
     ids: Tensor
-    """[B, L]; where a prefix is read, padding stands behind it."""
+    """[B, L]; if a prefix is read, padding comes right after it."""
     mask: Tensor
     """[B, L]: 1 for a token and 0 for padding."""
     cache: DynamicCache | None
@@ -64,12 +64,12 @@ class Started(NamedTuple):
         return 0 if self.cache is None else self.cache.get_seq_length()
 
     def to_generate(self) -> dict[str, Any]:
-        """The arguments of `model.generate` that go on from here."""
+        """The arguments with which `model.generate` continues."""
         batch = {"input_ids": self.ids, "attention_mask": self.mask}
         return batch if self.cache is None else batch | {"past_key_values": self.cache}
 
     def to_read(self) -> dict[str, Any]:
-        """The arguments of the pass over what is left of the prompts."""
+        """The arguments of a pass over the rest of the prompts."""
         if self.cache is None:
             return self.to_generate()
         positions = self.mask.cumsum(1) - 1
@@ -86,16 +86,16 @@ def share_prefix(
     at_most: int | None = None,
     asked: Mapping[str, Any] = MappingProxyType({}),
 ) -> Started:
-    """Read what the prompts of a batch begin with, once.
+    """Read the common beginning of a batch's prompts once.
 
-    The answers begin where they would begin without it. Where nothing can be shared, such as with a
-    router that looks ahead or a sliding window, the batch stays as it is.
+    The answers begin at the same place as without it. If nothing can be shared, such as with a
+    router that looks ahead or a sliding window, the batch is returned as it is.
 
     Args:
-        ids: of the prompts [B, L], padded at the left, or at the right where none is answered
+        ids: of the prompts [B, L], padded at the left, or at the right if none is answered
         mask: 1 for a token and 0 for padding [B, L]
-        at_most: so many tokens of each
-        asked: further arguments that `generate` is to get
+        at_most: the most tokens to share
+        asked: further arguments that `generate` gets later
     """
     length = _num_shared(ids, mask)
     length = length if at_most is None else min(length, at_most)
@@ -115,14 +115,14 @@ def share_prefix(
 
 
 def _num_shared(ids: Tensor, mask: Tensor) -> int:
-    """How many tokens all prompts begin with; one of each at least is left to be read."""
+    """The number of tokens with which all prompts begin; at least one of each is left to read."""
     left = ids.gather(1, mask.argsort(dim=1, descending=True, stable=True))
     left = left[:, : max(0, int(mask.sum(1).min()) - 1)]
     return int((left == left[:1]).all(0).long().cumprod(0).sum())
 
 
 def _may_share(model: PreTrainedModel, asked: Mapping[str, Any]) -> bool:
-    """Whether the answers go on from a cache that has gaps, and no router looks ahead."""
+    """Whether answers may continue from a cache with gaps, and no router looks ahead."""
     takes = inspect.signature(model.base_model.forward).parameters
     if not {"past_key_values", "position_ids"} <= takes.keys():
         return False
@@ -138,7 +138,7 @@ def _may_share(model: PreTrainedModel, asked: Mapping[str, Any]) -> bool:
 
 
 def rotates_by_length(config: PreTrainedConfig) -> bool:
-    """Whether the keys of a text depend on its whole length, by its rotary embeddings."""
-    given = getattr(config, "rope_parameters", None) or {}
-    by_layer = [value for value in given.values() if isinstance(value, dict)]
-    return any(one.get("rope_type") in ROTATIONS for one in (given, *by_layer))
+    """Whether rotary embeddings make the keys of a text depend on its whole length."""
+    settings = getattr(config, "rope_parameters", None) or {}
+    by_layer = [value for value in settings.values() if isinstance(value, dict)]
+    return any(one.get("rope_type") in ROTATIONS for one in (settings, *by_layer))

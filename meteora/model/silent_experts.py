@@ -17,9 +17,9 @@ if TYPE_CHECKING:
 PROMPT = "List three things that you can do, and answer this: what is 12 plus 30?"
 LEAST_CHANGE = 1e-5
 LEAST_STEPS = 8
-"""A change counts from `LEAST_CHANGE` of the largest logit on, or from `LEAST_STEPS` steps of the
-dtype where that is more. Six trained adapters on a base of 30 layers change 0.54 to 0.89 of it, in
-float32 and in bfloat16. Rounding alone changes 2e-6 and 0.05: with a B scaled down to nothing."""
+"""A change counts if it is more than `LEAST_CHANGE` of the largest logit, and more than
+`LEAST_STEPS` steps of the dtype. Six trained adapters on a base of 30 layers change 0.54 to 0.89 of
+it, in float32 and in bfloat16. Rounding alone (B scaled to nearly zero) changes 2e-6 and 0.05."""
 
 
 @torch.inference_mode()
@@ -28,13 +28,14 @@ def silent_experts(
     tokenizer: PreTrainedTokenizerBase,
     names: Sequence[str] | None = None,
 ) -> dict[str, float]:
-    """The experts that, forced, change nothing on one short prompt beyond rounding.
+    """The experts that, if forced, change nothing on one short prompt beyond rounding.
 
     Args:
-        names: of the experts to try; all, without it
+        names: of the experts to try; None: all
 
     Returns:
-        The largest change of any logit as a share of the base's largest logit, by expert.
+        For each silent expert, the largest change of any logit as a share of the base's largest
+        logit.
     """
     ids = batch_of(model, encode_prompt(tokenizer, PROMPT))
     least = max(LEAST_CHANGE, LEAST_STEPS * torch.finfo(model.dtype).eps)

@@ -1,6 +1,6 @@
-"""Where every token of a prompt and of its answer was sent, module by module.
+"""Record the routes of every token of a prompt and of its answer, module by module.
 
-The answer is generated as usual, with a cache: no route is forced, and no token is fed twice.
+The answer is generated as usual, with a cache: no route is forced, and no token is read twice.
 """
 
 from __future__ import annotations
@@ -37,11 +37,11 @@ class Token:
 
     text: str
     expert: int
-    """Its number among the model's experts."""
+    """Its number in `expert_names`."""
     share: float
-    """That mean weight, 0 to 1."""
+    """Its mean weight, 0 to 1."""
     layers: tuple[LayerWinner, ...] = ()
-    """The same of each layer with routed modules; only tokens of a conversation have them."""
+    """The strongest expert of each layer with routed modules; empty outside of conversations."""
 
 
 class LayerWinner(NamedTuple):
@@ -54,44 +54,45 @@ class LayerWinner(NamedTuple):
 
 @dataclass(frozen=True)
 class Trace:
-    """M routed modules in the order of the model, T tokens, K experts chosen for each."""
+    """The routes of T tokens through M routed modules in the order of the model, K choices each."""
 
     ids: tuple[int, ...]
     pieces: tuple[str, ...]
     """The text of each token; together they are the whole text, special tokens included."""
     num_prompt: int
-    """How many of the tokens are the prompt; the others are the answer."""
+    """The number of tokens in the prompt; the others are the answer."""
     experts: tuple[str, ...]
+    """The names of the choices, as `expert_names` gives them."""
     modules: tuple[str, ...]
     chosen: Tensor
-    """[M, T, K] numbers of experts, the strongest first."""
+    """[M, T, K] numbers of choices, the strongest first."""
     weights: Tensor
     """[M, T, K], which sum to one over K."""
 
     @property
     def layers(self) -> tuple[int | None, ...]:
-        """The layer of each module; None where its path has no number."""
+        """The layer of each module; None if its path has no number."""
         return layers_of(self.modules)
 
     def shares(self, layer: int | None = None) -> Tensor:
-        """How much of each token goes to each expert: the mean weight over modules, [T, E].
+        """The mean weight over modules of each token and expert, [T, E].
 
         Args:
-            layer: over the modules of this layer only
+            layer: only over the modules of this layer; None: of all layers
         """
-        kept = [m for m, found in enumerate(self.layers) if layer is None or found == layer]
-        return mean_weights(self.weights[kept], self.chosen[kept], len(self.experts))
+        modules = [m for m, own in enumerate(self.layers) if layer is None or own == layer]
+        return mean_weights(self.weights[modules], self.chosen[modules], len(self.experts))
 
     def tokens(self) -> list[Token]:
-        """Every token of prompt and answer, with its expert."""
-        found = winners(self.shares())
-        return [Token(text, *won) for text, won in zip(self.pieces, found, strict=True)]
+        """Every token of prompt and answer, with its strongest expert."""
+        best = winners(self.shares())
+        return [Token(text, *winner) for text, winner in zip(self.pieces, best, strict=True)]
 
 
 def layers_of(modules: Iterable[str]) -> tuple[int | None, ...]:
-    """The layer of each module; None where its path has no number."""
-    found = (LAYER.match(path) for path in modules)
-    return tuple(int(match[2]) if match else None for match in found)
+    """The layer of each module; None if its path has no number."""
+    matches = (LAYER.match(path) for path in modules)
+    return tuple(int(match[2]) if match else None for match in matches)
 
 
 def layer_winners(
@@ -102,8 +103,8 @@ def layer_winners(
     spread = weights.new_zeros(len(layers), num_experts).scatter(1, chosen[:, 0], weights[:, 0])
     inside = [[float(layer == number) for layer in layers] for number in numbers]
     mask = weights.new_tensor(inside).view(len(numbers), len(layers))
-    found = winners(mask @ spread / mask.sum(1, keepdim=True))
-    return tuple(LayerWinner(layer, *best) for layer, best in zip(numbers, found, strict=True))
+    best = winners(mask @ spread / mask.sum(1, keepdim=True))
+    return tuple(LayerWinner(layer, *winner) for layer, winner in zip(numbers, best, strict=True))
 
 
 def mean_weights(weights: Tensor, chosen: Tensor, num_experts: int) -> Tensor:
@@ -130,7 +131,7 @@ def trace(
     Args:
         model: fused
         prompt: text, which is put into the tokenizer's chat template as `generate` does; or token
-            ids, which are taken as they are
+            ids, which are read as they are
         max_new_tokens: the answer is cut at this many tokens; 0 traces the prompt alone
 
     Raises:
@@ -164,10 +165,10 @@ def trace(
 
 
 def read_last(model: PreTrainedModel, out: Any) -> None:  # noqa: ANN401  (of many kinds)
-    """Feed the last token that `generate` made, which it does not read itself.
+    """Run the model on the last generated token, which `generate` itself does not read.
 
     Args:
-        out: what `generate` returned, with its cache
+        out: the output of `generate`, with its cache
     """
     model(input_ids=out.sequences[:, -1:], **{cache_name(model): out.past_key_values})
 
@@ -183,9 +184,9 @@ def joined(passes: list[Routes], part: int) -> Tensor:
 def every_pass(model: PreTrainedModel) -> Generator[list[Routes]]:
     """Collect the routes of every forward pass, in order.
 
-    A pass that goes on with none begins anew: Phi 3 reads all again where its positions change. A
-    module is left out that gets other tokens than the model does, such as DeepSeek's `kv_b_proj`,
-    which gets those in the cache, too.
+    A pass without a cache starts again: Phi 3 reads all tokens again when its positions change. A
+    module that gets other tokens than the model is left out, such as DeepSeek's `kv_b_proj`, which
+    also gets the tokens of the cache.
     """
     passes: list[Routes] = []
     num_tokens = 0
@@ -199,8 +200,8 @@ def every_pass(model: PreTrainedModel) -> Generator[list[Routes]]:
 
     def end(*_: object) -> None:
         passes.append(dict(routes))
-        for path, found in routes.items():
-            if len(found[0]) != num_tokens:
+        for path, (weights, _chosen) in routes.items():
+            if len(weights) != num_tokens:
                 for each in passes:
                     each.pop(path, None)
 
@@ -213,25 +214,25 @@ def every_pass(model: PreTrainedModel) -> Generator[list[Routes]]:
 
 
 class Pieces:
-    """The text that each token adds; a character of several tokens belongs to its last one."""
+    """Splits a text by tokens; a character of several tokens belongs to the last of them."""
 
     def __init__(
         self, tokenizer: PreTrainedTokenizerBase, *, skip_special_tokens: bool = False
     ) -> None:
         self._tokenizer, self._skip = tokenizer, skip_special_tokens
         self._context: list[int] = []
-        """Tokens before those that wait, which their text may depend on."""
+        """The tokens before the waiting ones, on which their text may depend."""
         self._waiting: list[int] = []
 
     def add(self, token: int) -> str:
-        """The text up to this token that was not given before; empty inside a character."""
+        """The new text up to this token; empty inside a character."""
         self._waiting.append(token)
         if self._decode(self._waiting).endswith("\N{REPLACEMENT CHARACTER}"):
             return ""
         return self.rest()
 
     def rest(self) -> str:
-        """What waits for the rest of a character."""
+        """The text of the waiting tokens, even if a character is not complete."""
         before = self._decode(self._context)
         text = self._decode(self._context + self._waiting)
         # a special token without text is no context: a space after it would be stripped
@@ -246,5 +247,5 @@ class Pieces:
 def pieces_of(tokenizer: PreTrainedTokenizerBase, ids: Sequence[int]) -> tuple[str, ...]:
     """The text of each token; together they are the whole text."""
     pieces = Pieces(tokenizer)
-    found = [pieces.add(token) for token in ids]
-    return (*found[:-1], found[-1] + pieces.rest())
+    texts = [pieces.add(token) for token in ids]
+    return (*texts[:-1], texts[-1] + pieces.rest())

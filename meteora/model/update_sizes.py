@@ -1,7 +1,7 @@
-"""Measure prompts without labels: which are alike, and how strongly each expert acts on them.
+"""Measure prompts without labels: which are alike, and how large each expert's updates are.
 
 Training moves the rows of a LoRA's A along the inputs that it sees. So the update B A x is larger
-for inputs like those than for others, as it was with fourteen adapters that began from a random A.
+for similar inputs than for others. This held for fourteen adapters that began from a random A.
 """
 
 from __future__ import annotations
@@ -42,8 +42,8 @@ def read_prompts(
     Returns:
         Two tensors in float32 on the CPU, each a mean over a prompt's own tokens, without those of
         the chat template: the hidden states halfway through the base's layers [N, H], where prompts
-        of one task lie together; and the sizes of the experts' updates, log(s |B A x| / |x|),
-        [N, E], a mean over the modules that an expert has, too.
+        of one task are close; and the sizes of the experts' updates, log(s |B A x| / |x|), [N, E],
+        averaged over the modules of an expert.
     """
     template = Template.of(tokenizer)
     start, end = len(template.opening), len(template.closing)
@@ -58,9 +58,9 @@ def read_prompts(
         norm: Router, has: Tensor, _module: nn.Module, inputs: tuple[Tensor, ...], _output: object
     ) -> None:
         x = inputs[0].reshape(len(spans), -1, inputs[0].shape[-1])  # OPT: tokens [B × L, IN]
-        found = norm(x.flatten(0, 1)).float().view(*x.shape[:2], -1)[..., :num_experts]
-        found = found / x.float().norm(dim=-1, keepdim=True).clamp_min(LEAST_SIZE)
-        logs = found.clamp_min(LEAST_SIZE).log().cpu()
+        updates = norm(x.flatten(0, 1)).float().view(*x.shape[:2], -1)[..., :num_experts]
+        ratios = updates / x.float().norm(dim=-1, keepdim=True).clamp_min(LEAST_SIZE)
+        logs = ratios.clamp_min(LEAST_SIZE).log().cpu()
         for i, (row, own) in spans.items():
             sizes[i] += torch.where(has, logs[row, own].mean(0), 0.0)
 

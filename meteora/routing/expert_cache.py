@@ -1,10 +1,10 @@
-"""Experts in host memory, the last used ones (LRU) also on the device.
+"""Keep experts in host memory, and the last used ones (LRU) also on the device.
 
     experts.safetensors, mapped  ─miss▶  A_e, B_e on the device, within a budget of bytes  ─▶ layer
 
-One cache serves all layers of a model; hundreds of experts then need no more device memory than the
-few that a text really uses. A prefill that needs more at once than the budget holds still runs: its
-experts pass through one by one.
+One cache serves all layers of a model. Hundreds of experts then need no more device memory than the
+few that a text uses. A prefill that uses more experts than the budget holds still runs: they are
+copied one by one.
 """
 
 from __future__ import annotations
@@ -20,9 +20,10 @@ if TYPE_CHECKING:
 
 
 class ExpertCache:
-    """A's and B's of single experts by key, as many as fit."""
+    """A and B of single experts by key, as many as fit."""
 
     def __init__(self, budget_bytes: int) -> None:
+        """Hold at most this many bytes; raises `PlacementError` below 0."""
         if budget_bytes < 0:
             raise PlacementError(
                 f"experts cannot be held in {budget_bytes} bytes; give the most bytes that they may"
@@ -42,7 +43,7 @@ class ExpertCache:
     def fetch(
         self, key: Hashable, load: Callable[[], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
-        """What is held under `key`, or what `load` copies to the device now."""
+        """Return A and B from the cache, or from `load`, which copies them to the device."""
         if (pair := self._held.get(key)) is not None:
             self.hits += 1
             self._held.move_to_end(key)
@@ -51,7 +52,7 @@ class ExpertCache:
         self._held[key] = pair = load()
         self.held_bytes += _size(pair)
         while self.held_bytes > self.budget_bytes:
-            _, evicted = self._held.popitem(last=False)  # this one too, where it does not fit
+            _, evicted = self._held.popitem(last=False)  # the new one too, if it does not fit
             self.held_bytes -= _size(evicted)
         return pair
 

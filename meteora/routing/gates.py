@@ -1,4 +1,4 @@
-"""Put gates into a model, and take them out; which module follows which gate.
+"""Put gates into a model, and read them from it; which module follows which gate.
 
 share = module   every module has a gate (the paper's way)
 share = point    modules that read one input (q, k, v) follow the gate of the first
@@ -39,7 +39,7 @@ class UndecidedError(MeteoraError):
 
 
 class CheckpointingError(MeteoraError):
-    """A layer that follows another's gate is not to be computed again in this way."""
+    """A layer that follows another layer's gate cannot use this kind of gradient checkpointing."""
 
 
 def insert_gates(model: PreTrainedModel, gates: Gates, options: RouterOptions) -> None:
@@ -53,7 +53,7 @@ def insert_gates(model: PreTrainedModel, gates: Gates, options: RouterOptions) -
 
 
 def new_decisions(gates: Gates) -> dict[str, Decision]:
-    """For every gate that others follow, by its module path, what it hands to them."""
+    """A new `Decision` for every gate that other modules follow, by the gate's module path."""
     return {leader: Decision() for leader in gates.follows.values()}
 
 
@@ -80,7 +80,7 @@ def give_router(
 def share_first_matmuls(layers: Mapping[str, RoutedExperts], follows: Mapping[str, str]) -> None:
     """Let each gate's layer compute A x for those that follow it and read the same input.
 
-    A follower may have another input than its gate, if an expert that was added later brought it.
+    A follower may have another input than its gate, if it came with an expert that was added later.
 
     Args:
         layers: by module path, in the order of their calls
@@ -98,12 +98,12 @@ def share_first_matmuls(layers: Mapping[str, RoutedExperts], follows: Mapping[st
 def watch_prompts(
     model: PreTrainedModel, template: Template | None, options: RouterOptions
 ) -> PromptOpening | Turns | None:
-    """Have the gates decide by whole questions: for their turns, or for the opening of a prompt.
+    """Set a watcher with which gates decide by whole questions: for turns, or for the opening.
 
-    None where each token decides for itself; nothing watches the model then.
+    None if each token is routed by itself; nothing watches the model then.
     """
     watcher: PromptOpening | Turns | None = None
-    if options.by_turns:  # without a template too: the first pass is then the question
+    if options.by_turns:  # even without a template: the first pass is then the question
         watcher = Turns(template or Template())
     elif template is not None and template.opening:
         watcher = PromptOpening(template)
@@ -137,8 +137,8 @@ def give_gate(
     """Route a layer by G [E, IN] and c [E].
 
     Args:
-        decision: where the gate leaves what it decides, for the layers that follow it
-        stand_in: gives the logits of experts that had no examples
+        decision: receives the gate's decision, for the layers that follow it
+        stand_in: computes the logits of experts without examples
     """
     gate = Gate(
         weight,
@@ -152,7 +152,7 @@ def give_gate(
 
 
 def give_follower(layer: RoutedExperts, decision: Decision, options: RouterOptions) -> None:
-    """Route a layer by what a gate before it decided in the same pass."""
+    """Route a layer by the decision of an earlier gate in the same pass."""
     layer.router = Follower(decision, layer.num_choices, options)
 
 
@@ -169,7 +169,7 @@ def gates_in(model: PreTrainedModel) -> dict[str, Gate]:
 
 
 def known_of_pass(layers: nn.Module) -> list[object]:
-    """What the routers of some layers read of the present pass, and do not decide themselves."""
+    """The objects with state of the present pass that the routers of some layers only read."""
     routers = [layer.router for layer in routed_layers(layers).values()]
     gates = [router for router in routers if isinstance(router, Gate)]
     followed = [router.decision for router in routers if isinstance(router, Follower)]
@@ -180,9 +180,7 @@ def known_of_pass(layers: nn.Module) -> list[object]:
 
 
 def as_in_this_pass(layers: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that does what `run` does, for a backward pass that computes layers again.
-
-    From its second call on they are routed as in the present pass, whatever ran since.
+    """Wrap `run` for gradient checkpointing: later calls use the routes of the present pass.
 
     Args:
         run: calls the layers
@@ -206,16 +204,16 @@ def as_in_this_pass(layers: nn.Module, run: Callable[..., Any]) -> Callable[...,
 
 
 def route_again_as_before(model: PreTrainedModel) -> None:
-    """Have transformers' switch for gradient checkpointing route as `as_in_this_pass` does."""
+    """Make transformers' gradient checkpointing route as `as_in_this_pass` does."""
     method = "_set_gradient_checkpointing"
     setattr(model, method, partial(_set_gradient_checkpointing, model))
 
 
-def _set_gradient_checkpointing(model: PreTrainedModel, **asked: Any) -> None:  # noqa: ANN401
+def _set_gradient_checkpointing(model: PreTrainedModel, **options: Any) -> None:  # noqa: ANN401
     name = "gradient_checkpointing_func"
-    if name in asked:
-        asked[name] = partial(_checkpointed, asked[name])
-    type(model)._set_gradient_checkpointing(model, **asked)
+    if name in options:
+        options[name] = partial(_checkpointed, options[name])
+    type(model)._set_gradient_checkpointing(model, **options)
 
 
 def _checkpointed(
@@ -224,7 +222,7 @@ def _checkpointed(
     *args: Any,  # noqa: ANN401
     **kwargs: Any,  # noqa: ANN401
 ) -> Any:  # noqa: ANN401
-    """What transformers' `checkpoint` gives of a layer: `run` is its method, or holds it first.
+    """Call transformers' `checkpoint` for a layer, which is the owner or first argument of `run`.
 
     Raises:
         CheckpointingError: gradients would not reach a gate that the layer follows.
@@ -245,7 +243,7 @@ def _checkpointed(
 
 
 def gates_of(model: PreTrainedModel) -> Gates:
-    """Every gate of a model, on the CPU, and what follows it."""
+    """Every gate of a model, on the CPU, and the modules that follow it."""
     gates = gates_in(model)
     routers = {path: layer.router for path, layer in routed_layers(model).items()}
     leaders = {id(gate.decision): path for path, gate in gates.items()}
@@ -270,7 +268,7 @@ def gates_of(model: PreTrainedModel) -> Gates:
 
 
 class Sharing:
-    """Tells, during a sweep, which gate decides for the modules that come next."""
+    """Names, during a sweep, the gate that decides for the next modules."""
 
     def __init__(self, share: str, num_layers: int) -> None:
         self.share = share
@@ -278,7 +276,7 @@ class Sharing:
         self._last: tuple[int, Decision] | None = None
 
     def decided(self, index: int) -> Decision | None:
-        """What a point of layer `index` follows; None where it needs a gate of its own."""
+        """The decision that a point of layer `index` follows; None if it needs its own gate."""
         if self._last is None:
             return None
         at, decision = self._last
@@ -287,10 +285,10 @@ class Sharing:
         return decision if self.share == "token" and at >= self.decides_at else None
 
     def last(self, path: str) -> Decision:
-        """The decision before the module at `path`, which has none of its own.
+        """The last decision before the module at `path`, which has no gate.
 
         Raises:
-            UndecidedError: there is none.
+            UndecidedError: there is no earlier gate.
         """
         if self._last is None:
             raise UndecidedError(

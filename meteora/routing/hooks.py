@@ -1,9 +1,9 @@
-"""Record what the routers of a model decide.
+"""Record the decisions of a model's routers, with hooks.
 
-By hooks and not by second return values: the layer keeps the signature of the projection that it
-replaces, so the base model's own code runs unchanged, and nothing is slower outside the block.
-Inside it, a model compiled by `torch.compile` runs uncompiled, since compiled code ignores hooks
-that are added later.
+Hooks need no second return value: the layer keeps the signature of the projection that it replaces,
+so the base model's own code runs unchanged, and nothing is slower outside the block. Inside it, a
+model compiled by `torch.compile` runs uncompiled, since compiled code ignores hooks that are added
+later.
 """
 
 from __future__ import annotations
@@ -25,32 +25,32 @@ if TYPE_CHECKING:
     from meteora.routing.routers import Router
 
     Routes = dict[str, tuple[Tensor, Tensor]]
-    """Weights and experts, both [T, K], that each layer chose in one pass, by module path."""
+    """Weights and choices, both [T, K], of each layer in one pass, by module path."""
 
 
 @contextmanager
 def recorded_logits(model: PreTrainedModel) -> Generator[dict[str, Tensor]]:
-    """Collect each router's logits [T, E] of the last forward pass, by module path."""
-    logits: dict[str, Tensor] = {}
+    """Collect each router's logits [T, C] of the last forward pass, by module path."""
+    by_path: dict[str, Tensor] = {}
 
-    def keep(path: str, _router: Router, found: Tensor) -> None:
-        logits[path] = found
+    def keep(path: str, _router: Router, logits: Tensor) -> None:
+        by_path[path] = logits
 
     with _watched(model, keep):
-        yield logits
+        yield by_path
 
 
 @contextmanager
 def recorded_routes(model: PreTrainedModel) -> Generator[Routes]:
-    """Collect what each layer chose in the last forward pass.
+    """Collect each layer's weights and choices in the last forward pass.
 
-    They are those of `reference.route`, the strongest expert first. Experts that lack the layer are
+    They are those of `reference.route`, the strongest first. Experts that lack the layer are
     recorded too, though they add nothing there.
     """
     routes: Routes = {}
 
-    def keep(path: str, router: Router, found: Tensor) -> None:
-        routes[path] = router.route(found)
+    def keep(path: str, router: Router, logits: Tensor) -> None:
+        routes[path] = router.route(logits)
 
     with _watched(model, keep):
         yield routes
@@ -60,7 +60,7 @@ def recorded_routes(model: PreTrainedModel) -> Generator[Routes]:
 def _watched(
     model: PreTrainedModel, keep: Callable[[str, Router, Tensor], None]
 ) -> Generator[None]:
-    """Hand the logits of every router, as they come, to `keep`; all on the device of the input."""
+    """Call `keep` with the logits of every router, on the device of the model's input."""
     device = input_device(model)
     with ExitStack() as hooks:
         if "torch._dynamo" in sys.modules:  # slow to import, and without it nothing is compiled
@@ -68,8 +68,8 @@ def _watched(
         for path, layer in routed_layers(model).items():
             if layer.router is not None:
 
-                def hook(router: Router, _args: object, found: Tensor, path: str = path) -> None:
-                    keep(path, router, found.to(device))
+                def hook(router: Router, _args: object, logits: Tensor, path: str = path) -> None:
+                    keep(path, router, logits.to(device))
 
                 hooks.enter_context(layer.router.register_forward_hook(hook))
         yield

@@ -6,7 +6,7 @@
 `RoutedExperts` is the same without the projection, for programs that compute it themselves.
 
 The layer keeps the signature of the projection that it replaces, so the base model's own code
-runs unchanged: caches, padding, batches and beams included. Hooks show what a router decided.
+runs unchanged: caches, padding, batches and beams included. Hooks record a router's decisions.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 class RoutedExperts(nn.Module):
     """The experts of one projection and the router that chooses among them.
 
-    The adapters are buffers and never parameters: no optimiser can find them.
+    The adapters are buffers and no parameters, so that no optimiser changes them.
     """
 
     def __init__(
@@ -46,21 +46,21 @@ class RoutedExperts(nn.Module):
         """Hold experts.
 
         Args:
-            stack: the experts; mapped where there is a cache
-            cache: compute from what it copies to the device of the stack's tables
+            stack: the experts; mapped if there is a cache
+            cache: copies the chosen experts to the device of the stack's tables
         """
         super().__init__()
         self.stack = stack
         self.cache = cache
         self._key = object()
-        """Names this layer's experts in the cache, which may serve others too."""
+        """Identifies this layer in the cache, which other layers may share."""
         self.router = router
         self._before: dict[object, Router | None] = {}
         """The router before each open block of `routed_by`, the oldest block first."""
         self.kernel: KernelName | None = None
-        """What computes the experts; None: what is fastest for the tokens."""
+        """The kernel that computes the experts; None: the fastest for the tokens."""
         self.shared: Share | None = None
-        """The first matmul, where other layers have this one's input and gate too."""
+        """The first matmul, if other layers have the same input and gate."""
 
     @property
     def num_choices(self) -> int:
@@ -69,17 +69,17 @@ class RoutedExperts(nn.Module):
 
     @property
     def device(self) -> torch.device:
-        """Where it computes."""
+        """The device on which it computes."""
         return self.stack.segments.device
 
     def lend(self, block: object, router: Router | None) -> None:
-        """Be routed by this router until `take_back` is called for the same block."""
+        """Use this router until `take_back` is called for the same block."""
         self._before[block], self.router = self.router, router
 
     def take_back(self, block: object) -> None:
         """End a block; blocks may end in any order, such as those of two generators.
 
-        The newest that is still open routes, and after the last one the layer's own router does.
+        The newest open block routes; after the last one the layer's own router does.
         """
         blocks = list(self._before)
         if block not in blocks:  # it had no router for this layer
@@ -91,7 +91,7 @@ class RoutedExperts(nn.Module):
             self.router = before
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add what the router's choices give to y [T, OUT] in place, from x [T, IN].
+        """Add the update of the router's choices for x [T, IN] to y [T, OUT] in place.
 
         Raises:
             RuntimeError: there is no router.
@@ -105,10 +105,10 @@ class RoutedExperts(nn.Module):
     def _delta(
         self, x: Tensor, tokens: Tensor, weights: Tensor, experts: Tensor, add_to: Tensor | None
     ) -> Tensor:
-        """What the chosen experts add, [T, OUT]; added to `add_to` in place where it is given.
+        """The update of the chosen experts, [T, OUT]; it is added to `add_to` in place, if given.
 
         Args:
-            x: what the layer was called with
+            x: the input of the layer
             tokens: the same as [T, IN]
         """
         tokens = tokens.to(self._dtype)
@@ -122,7 +122,7 @@ class RoutedExperts(nn.Module):
     def _shared_product(
         self, x: Tensor, tokens: Tensor, weights: Tensor, experts: Tensor
     ) -> Product | None:
-        """A x of the shared matmul; None where this layer computes for itself."""
+        """A x from the shared matmul; None if this layer computes it itself."""
         if self.shared is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
             return None
         matmul, place = self.shared
@@ -135,7 +135,7 @@ class RoutedExperts(nn.Module):
 
     @property
     def _dtype(self) -> torch.dtype:
-        """What the experts compute in."""
+        """The dtype in which the experts compute."""
         return self.stack.a.dtype
 
     def _delta_from_cache(
@@ -146,13 +146,13 @@ class RoutedExperts(nn.Module):
         experts: Tensor,
         add_to: Tensor | None,
     ) -> Tensor:
-        """By the grouped kernel, with each chosen expert copied to the device when missed."""
+        """As `_delta`, by the grouped kernel; a missing expert is copied to the device."""
         stack = self.stack
 
         def pair(choice: int) -> tuple[Tensor, Tensor]:
             def load() -> tuple[Tensor, Tensor]:
                 a, b = stack.pair(choice)
-                with torch.inference_mode(mode=False):  # gates may learn from them later
+                with torch.inference_mode(mode=False):  # gates may be trained later
                     b = b.T.to(x.device, x.dtype, copy=True).contiguous()
                     return a.to(x.device, x.dtype, copy=True), b.T
 
@@ -163,12 +163,12 @@ class RoutedExperts(nn.Module):
 
     def _fastest_kernel(self, dtype: torch.dtype, experts: Tensor) -> KernelName:
         if torch.compiler.is_compiling():
-            return "dense"  # one graph, whatever was chosen
+            return "dense"  # one graph for all choices
         num_tokens, top_k = experts.shape
         sizes, device = self.stack.sizes, experts.device.type
         if device != "cpu" or num_tokens == 1:
             return dispatch.choose_kernel(num_tokens, top_k, sizes, dtype, device)
-        # the fewer experts, the less `grouped` takes: where it loses even so, they are not counted
+        # `grouped` is fastest with few experts; if it loses even then, they need no counting
         kernel = dispatch.choose_kernel(num_tokens, top_k, sizes, dtype, device, top_k)
         if kernel != "grouped":
             return kernel
@@ -178,10 +178,10 @@ class RoutedExperts(nn.Module):
 
 
 class MoELoRALinear(RoutedExperts):
-    """y = projection(x) + what the choices of the router add.
+    """y = projection(x) + `reference.lora_delta_loop` of x + the router's offsets, if it has any.
 
-    They add `reference.lora_delta_loop` of x, and the router's offsets where it has some. Without a
-    router (`router = None`) the layer is the bare projection. For precision in 16 bits see `addmm`.
+    Without a router (`router = None`) the layer is the bare projection. For the precision in 16
+    bits see `addmm`.
     """
 
     def __init__(
@@ -225,7 +225,7 @@ class MoELoRALinear(RoutedExperts):
             return projection(x)
         if not is_offloaded(projection):
             return self._routed(x, router)
-        with held(projection):  # so in 16 bits sums are rounded as where its tensors lie here
+        with held(projection):  # so that 16-bit sums are rounded as without offloading
             return self._routed(x, router)
 
     def _routed(self, x: Tensor, router: Router) -> Tensor:
@@ -245,19 +245,19 @@ class MoELoRALinear(RoutedExperts):
             if y.requires_grad:
                 out = rows + self._delta(x, tokens, weights, experts, None).to(y.dtype)
             else:
-                # no gradient is due to it, and bitsandbytes gives a view that autograd guards
+                # y needs no gradient, but bitsandbytes returns a view that autograd guards
                 out = self._delta(x, tokens, weights, experts, rows.detach())
             router.add_offsets(weights, experts, out)
         return out.view(y.shape)
 
     def _start(self, tokens: Tensor, plain: Plain) -> Tensor | None:
-        """A tensor [T, OUT] to add the experts' sum to; None if it can be a new one.
+        """The tensor [T, OUT] to which the experts' sum is added; None: a new one.
 
         The projection is added afterwards.
         """
         if plain.bias is not None:
             return plain.bias.expand(len(tokens), -1).clone()
-        if self._dtype != tokens.dtype:  # the experts' sum is rounded to 16 bits as it comes
+        if self._dtype != tokens.dtype:  # the experts' sum is rounded to 16 bits
             return tokens.new_zeros(len(tokens), len(self.stack.b))
         return None
 
@@ -269,15 +269,15 @@ class MoELoRALinear(RoutedExperts):
 
 
 def _own_precision(x: Tensor) -> AbstractContextManager[object]:
-    """Where autocast is on, gates and experts keep their dtypes: it leaves in-place sums alone."""
+    """Turn autocast off, so that gates and experts keep their dtypes in in-place sums."""
     return torch.autocast(x.device.type, enabled=False) if is_autocast(x.device) else nullcontext()
 
 
 def share_first_matmul(layers: Sequence[RoutedExperts]) -> None:
-    """Let layers that are called with one input compute A x together, where no gradient is needed.
+    """Let layers that are called with one input compute A x together, if no gradient is needed.
 
     Args:
-        layers: in the order of their calls; those behind the first follow its gate
+        layers: in the order of their calls; all but the first follow its gate
     """
     if any(layer.cache is not None for layer in layers):
         return
@@ -293,7 +293,7 @@ def routed_layers(model: nn.Module) -> dict[str, MoELoRALinear]:
 
 @contextmanager
 def routed_by(model: nn.Module, make: Callable[[MoELoRALinear], Router | None]) -> Generator[None]:
-    """Give every routed layer another router for a while; None makes it the bare projection."""
+    """A context in which every routed layer has another router; with None it is the projection."""
     layers, block = routed_layers(model).values(), object()
     try:
         for layer in layers:

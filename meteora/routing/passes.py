@@ -1,4 +1,4 @@
-"""What a forward pass of a model is called with, as far as routes depend on it."""
+"""Read the arguments of a model's forward pass that routes depend on, and watch each pass."""
 
 from __future__ import annotations
 
@@ -19,57 +19,57 @@ if TYPE_CHECKING:
 
 
 class UnreadPromptError(MeteoraError, RuntimeError):
-    """Tokens are to be routed, and no prompt of theirs was read."""
+    """Tokens cannot be routed, since the prompt that decides for them was not read."""
 
 
 @dataclass(frozen=True)
 class PassInput:
-    """The tokens of a pass, and whether others came before them."""
+    """The tokens of a pass, and its cache."""
 
     ids: Tensor | None
-    """[B, L]; None where only embeddings are known."""
+    """[B, L]; None if the pass gets embeddings."""
     there: Tensor
-    """[B, L] bool: the tokens that are no padding."""
+    """[B, L] bool: false for padding."""
     goes_on: bool
-    """Whether a cache holds what precedes."""
+    """Whether the cache holds earlier tokens."""
     cache: object = None
-    """That cache, or one that is empty yet; None where the pass is given none."""
+    """The cache of the pass, perhaps empty; None if it has none."""
 
     @classmethod
-    def of(cls, given: Mapping[str, Any]) -> Self:
-        """Read the arguments of a causal language model's `forward`, as `by_name` gives them."""
-        ids = given.get("input_ids")
-        states = ids if ids is not None else given["inputs_embeds"]
-        past, state = given.get("past_key_values"), given.get("cache_params")
+    def of(cls, arguments: Mapping[str, Any]) -> Self:
+        """Read the arguments of a causal language model's `forward`, by name (see `by_name`)."""
+        ids = arguments.get("input_ids")
+        states = ids if ids is not None else arguments["inputs_embeds"]
+        past, state = arguments.get("past_key_values"), arguments.get("cache_params")
         num_before = None if past is None else int(past.get_seq_length())
-        there = _there(given.get("attention_mask"), states, num_before)
+        there = _there(arguments.get("attention_mask"), states, num_before)
         goes_on = bool(num_before) if state is None else _holds_a_state(state, states.shape[1])
         return cls(ids, there, goes_on, past if state is None else state)
 
 
 def _holds_a_state(cache: Any, length: int) -> bool:  # noqa: ANN401  (of many kinds)
-    """Whether tokens came before a pass of a state-space model, whose cache has no length."""
-    asked = getattr(cache, "has_previous_state", None)
-    return length == 1 if asked is None else asked(0)  # xLSTM's does not tell
+    """Whether a state-space model has read tokens before; its cache has no length."""
+    has_state = getattr(cache, "has_previous_state", None)
+    return length == 1 if has_state is None else has_state(0)  # xLSTM's cache does not tell
 
 
 def _there(mask: object, states: Tensor, num_before: int | None) -> Tensor:
-    """Which tokens of a pass a mask of any form leaves there, [B, L] bool.
+    """The tokens of a pass that a mask of any form does not mask, [B, L] bool.
 
     Args:
-        num_before: tokens in the cache of keys; None where there is no such cache
+        num_before: tokens in the cache of keys; None if there is no such cache
     """
     num_rows, length = states.shape[:2]
     if isinstance(mask, dict):  # one for each kind of layer
         mask = mask.get("full_attention", next(iter(mask.values()), None))
     if not (isinstance(mask, Tensor) and mask.dim() in {2, 4} and mask.shape[-1] >= length):
         return torch.ones(num_rows, length, dtype=torch.bool, device=states.device)
-    # a static cache has room behind the keys of this pass, and a window has lost some before them
+    # a static cache has free places after the keys of this pass; a window has dropped earlier keys
     last = mask.shape[-1] - length
     first = last if num_before is None else min(num_before, last)
     if mask.dim() == 2:
         return mask[:, first : first + length].bool()
-    # [B, heads, L, keys], true or 0.0 where a token sees a key; one that is there sees itself
+    # [B, heads, L, keys], true or 0.0 if a token sees a key; a token that is no padding sees itself
     sees = mask == 0 if mask.is_floating_point() else mask.bool()
     own = sees[:, 0].expand(num_rows, length, -1).diagonal(first, 1, 2)
     return own[:, :length]
@@ -82,26 +82,26 @@ def by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
 
 
 def cache_name(model: nn.Module) -> str:
-    """The argument of a model's `forward` that takes a cache; its output has it by that name."""
+    """The name of the cache among a model's `forward` arguments, and in its output."""
     takes = inspect.signature(model.forward).parameters
     return "cache_params" if "cache_params" in takes else "past_key_values"  # Mamba's, and others'
 
 
 WATCHER = "meteora_watcher"
-"""The attribute of a model that holds what watches it."""
+"""The attribute of a model that holds its `Watcher`."""
 CONVERSATION = "meteora_conversation"
-"""The attribute of a cache that holds what was decided for the sequences in it."""
+"""The attribute of a cache that holds its `Conversation`."""
 
 
 class Conversation:
-    """What was decided for B sequences that a cache holds, for the passes that go on with them.
+    """The decisions for B sequences in a cache, for the passes that continue them.
 
-    It lies in the cache, and is copied and forgotten with it: two caches may be used in turn.
+    It is stored in the cache, and copied and freed with it: two caches may be used in turn.
     """
 
     def __init__(self) -> None:
         self.held: dict[int, Tensor] = {}
-        """[B, C] of each gate, by its number."""
+        """The decision [B, C] of each gate, by its number."""
         self.closed: Tensor | None = None
         """[B] bool: see `turns.Questions`"""
 
@@ -109,23 +109,23 @@ class Conversation:
 class Watcher:
     """Sees each pass of a causal language model before it runs.
 
-    Its `base_model` may be called alone, for hidden states. Some models do not call theirs, such as
-    OPT: so both are watched.
+    Its `base_model` may be called alone, for hidden states, and some models do not call theirs,
+    such as OPT. So both are watched.
     """
 
     reads_whole = False
     """Whether a prompt has to come in one pass, however long it is."""
     _hooks: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
     _seen = False
-    """Whether the whole model has begun a pass; the call of its `base_model` then belongs to it."""
+    """Whether the whole model has begun a pass; a call of its `base_model` is then part of it."""
     _packed = False
     """Whether a row of the present pass holds several sequences."""
     conversation: Conversation | None = None
-    """Of the present pass, where decisions hold for later ones."""
+    """The conversation of the present pass, if later passes need decisions."""
 
     def watch(self, model: nn.Module) -> None:
         """See every pass of this model."""
-        # a bound method is copied and pickled with its object: a copy of a model has its own
+        # bound methods are copied with their object, so a copy of a model has its own watcher
         self._hooks = (
             model.register_forward_pre_hook(self._at_model, with_kwargs=True),
             model.register_forward_hook(self._after, always_call=True),  # also after an error
@@ -134,7 +134,7 @@ class Watcher:
             self._hooks += (base.register_forward_pre_hook(self._at_base, with_kwargs=True),)
 
     def stop(self) -> None:
-        """See no more."""
+        """Remove all hooks."""
         for hook in self._hooks:
             hook.remove()
         self.conversation = None
@@ -143,11 +143,11 @@ class Watcher:
         """Look at a pass before it runs."""
 
     def follow(self, seen: PassInput) -> Conversation:
-        """Turn to the conversation of a pass, by its cache; to the last one where that has none."""
+        """Return the conversation of a pass, from its cache; the last one if the cache has none."""
         last = getattr(seen.cache, CONVERSATION, self.conversation) if seen.goes_on else None
-        self.conversation = found = last or Conversation()
+        self.conversation = conversation = last or Conversation()
         self._keep_in(seen.cache)
-        return found
+        return conversation
 
     def _keep_in(self, cache: object) -> None:
         if cache is None or self.conversation is None:
@@ -161,7 +161,7 @@ class Watcher:
 
     def _after(self, _model: nn.Module, _args: object, output: object) -> None:
         self._seen = False
-        for name in ("past_key_values", "cache_params"):  # a model makes one where it is given none
+        for name in ("past_key_values", "cache_params"):  # a model without a cache makes one
             self._keep_in(getattr(output, name, None))
 
     def _at_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -175,12 +175,12 @@ class Watcher:
         self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> dict[str, Any]:
         """The arguments of the present pass, by name."""
-        given = by_name(model, args, kwargs)
-        self._packed = given.get("cu_seq_lens_q") is not None  # where each sequence begins
-        return given
+        arguments = by_name(model, args, kwargs)
+        self._packed = arguments.get("cu_seq_lens_q") is not None  # the starts of the sequences
+        return arguments
 
     def refuse_packed(self) -> None:
-        """Refuse a pass whose rows hold several sequences: each would decide for all.
+        """Refuse a pass whose rows hold several sequences: one would decide for all.
 
         Raises:
             UnreadPromptError: this is such a pass.
@@ -194,17 +194,17 @@ class Watcher:
 
 
 def watcher_of(model: nn.Module) -> Watcher | None:
-    """What sees the passes of a model for its routers; None where each token decides for itself."""
+    """The watcher of a model; None if each token is routed by itself."""
     return getattr(model, WATCHER, None)
 
 
 def set_watcher(model: PreTrainedModel, watcher: Watcher | None) -> None:
-    """Have a model watched by this one, in place of what watched it for the routers before."""
+    """Give a model this watcher, in place of the one before."""
     if (before := watcher_of(model)) is not None:
         before.stop()
     if watcher is not None:
         watcher.watch(model)
-    setattr(model, WATCHER, watcher)  # beside the modules: it belongs to the routers
+    setattr(model, WATCHER, watcher)
     vars(model).pop("generate", None)
     if watcher is not None and watcher.reads_whole:
         name = "generate"
@@ -212,16 +212,16 @@ def set_watcher(model: PreTrainedModel, watcher: Watcher | None) -> None:
 
 
 def _generate_whole(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
-    """Run `generate` of transformers if it does not cut the prompt: no pass would show that.
+    """Run `generate` of transformers if it does not cut the prompt, which no pass would show.
 
     Raises:
-        UnreadPromptError: it would cut it, and a router is to read it whole.
+        UnreadPromptError: it would cut the prompt, and a router has to read it whole.
     """
-    given = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
-    configs = given.get("generation_config"), model.generation_config
-    sizes = [given.get("prefill_chunk_size")]
+    arguments = dict(zip(("inputs", "generation_config"), args, strict=False)) | kwargs
+    configs = arguments.get("generation_config"), model.generation_config
+    sizes = [arguments.get("prefill_chunk_size")]
     sizes += [getattr(config, "prefill_chunk_size", None) for config in configs]
-    size, length = next(filter(None, sizes), None), _num_unread(given)
+    size, length = next(filter(None, sizes), None), _num_unread(arguments)
     routers = [layer.router for layer in routed_layers(model).values()]
     if size and length > size and any(router and not router.is_causal for router in routers):
         raise UnreadPromptError(
@@ -232,25 +232,25 @@ def _generate_whole(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:  
     return kind.generate(model, *args, **kwargs)
 
 
-def _num_unread(given: Mapping[str, Any]) -> int:
-    """How many tokens the arguments of `generate` have that no cache holds."""
+def _num_unread(arguments: Mapping[str, Any]) -> int:
+    """The number of tokens in the arguments of `generate` that are not in the cache."""
     names = "inputs", "input_ids", "inputs_embeds"
-    prompt = next((found for name in names if (found := given.get(name)) is not None), None)
+    prompt = next((value for name in names if (value := arguments.get(name)) is not None), None)
     length = 0 if prompt is None else prompt.shape[1]
-    cache = given.get("past_key_values")
+    cache = arguments.get("past_key_values")
     held = 0 if cache is None else int(cache.get_seq_length())
     return length - held if held < length else length
 
 
 def ends(input_ids: Tensor, tokens: Sequence[int]) -> Tensor:
-    """Where these tokens end in ids [B, L], [B, L] bool."""
+    """The places in ids [B, L] at which this sequence of tokens ends, [B, L] bool."""
     size, (_, length) = len(tokens), input_ids.shape
     if not 0 < size <= length:
         return torch.zeros_like(input_ids, dtype=torch.bool)
-    found = (input_ids.unfold(1, size, 1) == input_ids.new_tensor(tokens)).all(-1)
-    return torch.nn.functional.pad(found, (size - 1, 0))
+    matches = (input_ids.unfold(1, size, 1) == input_ids.new_tensor(tokens)).all(-1)
+    return torch.nn.functional.pad(matches, (size - 1, 0))
 
 
 def earlier(places: Tensor, size: int) -> Tensor:
-    """Where sequences of `size` tokens begin that end at these places, [B, L] bool."""
-    return places.roll(1 - size, 1)  # none ends at the first `size` - 1 places, which wrap around
+    """The first tokens of sequences of `size` tokens that end at these places, [B, L] bool."""
+    return places.roll(1 - size, 1)  # no sequence ends at the first `size` - 1 places, which wrap

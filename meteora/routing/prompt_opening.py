@@ -1,10 +1,9 @@
-"""Which tokens of a forward pass open a prompt, and how the prompt routes them.
+"""Route the opening of a prompt, the tokens of its chat template, by the prompt itself.
 
-A chat template puts the same tokens in front of every prompt. A causal router cannot see the task
-in them, yet an adapter may depend on its own changes to them more than on any others. But a prefill
-sees the whole prompt: at every layer the opening takes the experts that the first tokens of the
-prompt itself point to, at that very layer. Tokens that are generated later change nothing about it,
-so that generation with a cache equals generation without.
+A chat template puts the same tokens before every prompt. A causal router cannot see the task in
+them, but an adapter may depend on its own changes to them more than on any others. A prefill sees
+the whole prompt: at every layer, the first tokens of the prompt itself decide for the opening, too.
+Tokens that are generated later do not count, so generation with a cache equals generation without.
 """
 
 from __future__ import annotations
@@ -25,27 +24,27 @@ WINDOW = 64
 
 
 class PromptOpening(Watcher):
-    """What the present forward pass holds of a prompt's opening; shared by all gates of a model."""
+    """The opening of the prompt in the present pass; all gates of a model share one object."""
 
     def __init__(self, template: Template) -> None:
         self.template = template
         self.opening: Tensor | None = None
-        """[B, L] bool; None where the pass holds no opening."""
+        """[B, L] bool; None if the pass holds no opening."""
         self.evidence: Tensor | None = None
-        """[B, L] bool: the tokens that decide for it."""
+        """[B, L] bool: the tokens that decide for the opening."""
 
     def at_gate(self) -> PromptOpening:
-        """What one gate decides with: all gates of a model share it."""
+        """The rule of one gate: the same object for all gates of a model."""
         return self
 
     def see(self, seen: PassInput) -> None:
-        """Look at a pass before it runs; one that goes on opens nothing."""
+        """Look at a pass before it runs; a pass with earlier tokens in its cache has no opening."""
         template, input_ids, there = self.template, seen.ids, seen.there
         self.clear()
-        # one token is never an opening: decoding pays no more than this question
+        # one token is never an opening, so decoding ends here
         if input_ids is None or there.shape[1] < 2 or seen.goes_on or not template.opening:
             return
-        place = there.cumsum(1) - 1  # [B, L] counted from the first token that is there
+        place = there.cumsum(1) - 1  # [B, L] counted from the first token that is no padding
         expected = input_ids.new_tensor(template.opening)
         size = len(expected)
         same = (input_ids == expected[place.clamp(0, size - 1)]) & (place < size)
@@ -61,7 +60,9 @@ class PromptOpening(Watcher):
         self.opening = self.evidence = None
 
     def decide(self, logits_of: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-        """Logits [T, C]; the opening's are replaced by the evidence's summed log-likelihoods.
+        """Log-probabilities [T, C]; at the opening, their sums over the evidence.
+
+        A pass without an opening gives the logits themselves.
 
         Raises:
             UnreadPromptError: rows of the pass hold several sequences.

@@ -1,6 +1,6 @@
-"""A router that gives a whole prompt one choice, by how large each expert's update of it is.
+"""A router that makes one choice for a whole prompt, by the size of each expert's updates.
 
-The router of a module measures tokens, and takes over what all modules together have decided.
+The router of a module measures tokens, and uses the decision of all modules together.
 `meteora.model.prompt_choice` reads the prompt and decides.
 """
 
@@ -20,17 +20,17 @@ if TYPE_CHECKING:
     from meteora.kernels.stack import ExpertStack
 
 LEAST_SIZE = 1e-12
-"""A smaller update counts as this one, whose logarithm is finite."""
+"""The least size of an update, so that its logarithm is finite."""
 
 
 @dataclass
 class HeldChoice:
-    """What was decided for the sequences of a batch; the routers of a model hold one together."""
+    """The decisions for the sequences of a batch; all routers of a model share one object."""
 
     logits: Tensor | None = None
     """[B, C]"""
     on: dict[torch.device, Tensor] = field(default_factory=dict)
-    """The same on each device where a router lies."""
+    """Copies of the logits on the devices of the routers."""
 
     def hold(self, logits: Tensor | None) -> None:
         """Take the logits of other sequences."""
@@ -40,7 +40,7 @@ class HeldChoice:
         """The logits of tokens [B × L], each those of its sequence: [T, C].
 
         Raises:
-            UnreadPromptError: no prompt was read, or those of another number of sequences.
+            UnreadPromptError: no prompt was read, or the number of sequences is another.
         """
         if self.logits is None or num_tokens % len(self.logits):
             read = 0 if self.logits is None else len(self.logits)
@@ -54,7 +54,7 @@ class HeldChoice:
 
 
 class PromptRouter(Router):
-    """All tokens of a sequence have the logits of its prompt."""
+    """Gives all tokens of a sequence the logits of its prompt."""
 
     rows: Tensor
     """[R, IN]"""
@@ -74,7 +74,7 @@ class PromptRouter(Router):
         """Take R_c A_c (Σ + λ I)^-½ [R, IN] of a stack's experts, and its product with μ [R]."""
         super().__init__(stack.num_choices, options)
         self.held = held
-        ranks = [min(rank, len(stack.b)) for rank in stack.ranks]  # so many rows R_c has
+        ranks = [min(rank, len(stack.b)) for rank in stack.ranks]  # the number of rows of R_c
         self.has = [rank > 0 for rank in ranks]
         owner = torch.repeat_interleave(torch.arange(len(ranks)), torch.tensor(ranks))
         self.register_buffer("rows", rows, persistent=False)
@@ -84,9 +84,9 @@ class PromptRouter(Router):
     def sizes(self, tokens: Tensor) -> Tensor:
         """Log ‖R_c A_c (Σ + λ I)^-½ (x - μ)‖ of tokens [T, IN], as [T, E].
 
-        It is 0 of an expert that lacks the module.
+        It is 0 for an expert that lacks the module.
         """
-        # rows are stored in 16 bits, and a model may be put into them
+        # rows are stored in 16 bits, and the whole model may be converted to 16 bits
         wide = torch.promote_types(self.offset.dtype, torch.float32)
         squares = (tokens.to(wide) @ self.rows.to(wide).T - self.offset).square()  # [T, R]
         sums = squares.new_zeros(len(tokens), len(self.has)).index_add(1, self.owner, squares)

@@ -1,7 +1,7 @@
-"""Routers: each gives a layer the logits of its choices.
+"""Routers: each computes the logits of a layer's choices.
 
-Every router is a module that takes tokens [T, IN] and returns logits [T, C], and carries the
-options with which `reference.route` reads them.
+Every router is a module that takes tokens [T, IN] and returns logits [T, C]. It has the options
+with which `reference.route` turns logits into weights.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ class Router(nn.Module):
     """Abstract: `forward` takes tokens [T, IN] and returns logits [T, C]."""
 
     offsets: Tensor | None
-    """[C, OUT] what each choice adds to every token of its layer; see `model.opening_offsets`"""
+    """[C, OUT] the offset that each choice adds to its tokens; see `model.opening_offsets`"""
 
     def __init__(self, num_choices: int, options: RouterOptions) -> None:
         super().__init__()
@@ -51,19 +51,19 @@ class Router(nn.Module):
         if (table := self.offsets) is None:
             return
         weights = weights.to(table.dtype)
-        if torch.compiler.is_compiling():  # a graph makes one loop of this
+        if torch.compiler.is_compiling():  # the compiler fuses this
             y += (weights[..., None] * table[experts]).sum(1)
         else:
             y += nn.functional.embedding_bag(experts, table, per_sample_weights=weights, mode="sum")
 
     @property
     def leads(self) -> bool:
-        """Whether other layers follow what is decided here."""
+        """Whether other layers follow the decisions of this router."""
         return False
 
     @property
     def is_causal(self) -> bool:
-        """Whether what a token gets depends on nothing but the token and what precedes it."""
+        """Whether the route of a token depends only on the token and earlier ones."""
         return True
 
     def extra_repr(self) -> str:
@@ -72,7 +72,7 @@ class Router(nn.Module):
 
 
 class ByQuestion(Protocol):
-    """Decides for tokens by a whole question: for what opens a prompt, or for a turn."""
+    """Decides for tokens by a whole question: for the opening of a prompt, or for a turn."""
 
     template: Template
     """The tokens around a question."""
@@ -90,12 +90,12 @@ class QuestionReader(Protocol):
     """Knows the questions of the present pass, for all gates of a model."""
 
     def at_gate(self) -> ByQuestion:
-        """What one gate decides with."""
+        """The rule with which one gate decides."""
         ...
 
 
 class Gate(Router):
-    """The trained kind: logits = G x + c, in the precision of the gate (MeteoRA, section 3)."""
+    """The fitted router: logits = G x + c, in the precision of the gate (MeteoRA, section 3)."""
 
     def __init__(
         self,
@@ -110,10 +110,10 @@ class Gate(Router):
         """Take G [C, IN] and c [C] as parameters.
 
         Args:
-            by_question: decides for the opening of a prompt, or for a whole turn; without it each
-                token decides for itself
-            decision: where to leave what it decides, for the layers that follow this one
-            stand_in: a `weight_scores.StandIn`, where experts had no examples
+            by_question: decides for the opening of a prompt, or for a whole turn; None: each token
+                is routed by itself
+            decision: receives the gate's decision, for the layers that follow it
+            stand_in: a `weight_scores.StandIn`, if experts had no examples
         """
         super().__init__(len(weight), options)
         self.weight = nn.Parameter(weight)
@@ -124,8 +124,8 @@ class Gate(Router):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """The logits of each token by itself, [T, C]."""
-        found = nn.functional.linear(tokens.to(self.weight.dtype), self.weight, self.bias)
-        return found if self.stand_in is None else self.stand_in(found, tokens)
+        logits = nn.functional.linear(tokens.to(self.weight.dtype), self.weight, self.bias)
+        return logits if self.stand_in is None else self.stand_in(logits, tokens)
 
     def forward(self, tokens: Tensor) -> Tensor:
         rule = self.by_question
@@ -151,23 +151,23 @@ class Gate(Router):
 
 @dataclass
 class Decision:
-    """What a gate decided for the tokens of the present pass.
+    """A gate's decision for the tokens of the present pass.
 
-    The model's own code calls the layers one by one and hands nothing of ours from one to the next.
-    So a gate and the layers that follow it hold one such object: the gate writes, they read.
+    The model's own code calls the layers one by one and passes nothing of ours between them. So a
+    gate and the layers that follow it share one such object: the gate writes, they read.
     """
 
     logits: Tensor | None = None
     """[T, C]"""
     routes: tuple[Tensor, Tensor] | None = None
-    """Its weights and experts, [T, K]; None before it made them."""
+    """Weights and choices, both [T, K]; None before the gate has computed them."""
 
     def __getstate__(self) -> dict[str, object]:
-        """Nothing: a copy decides in its own passes, and what has a gradient cannot be copied."""
+        """Nothing: a copy decides in its own passes, and tensors with a graph cannot be copied."""
         return {}
 
     def hold(self, logits: Tensor) -> None:
-        """Take the logits [T, C] of a new pass; the routes of the last one are gone."""
+        """Take the logits [T, C] of a new pass, and drop the routes of the last one."""
         self.logits, self.routes = logits, None
 
     def logits_of(self, num_tokens: int) -> Tensor:
@@ -186,7 +186,7 @@ class Decision:
 
 
 class Follower(Router):
-    """Takes over what a gate before it decided for the same tokens: one decision, many layers."""
+    """Uses the decision of an earlier gate for the same tokens: one decision, many layers."""
 
     def __init__(self, decision: Decision, num_choices: int, options: RouterOptions) -> None:
         super().__init__(num_choices, options)
@@ -202,12 +202,12 @@ class Follower(Router):
             return self.route(logits)
         weights, experts = routes
         if weights.device == tokens.device:
-            return routes  # the very ones: by them a shared matmul knows its layers
+            return routes  # the same objects: a shared matmul compares their identity
         return weights.to(tokens.device), experts.to(tokens.device)
 
 
 class Fixed(Router):
-    """Given weights, the same for every token; one expert at weight 1 is plain PEFT."""
+    """Gives every token the same weights; one expert at weight 1 is plain PEFT."""
 
     logits: Tensor
     """[C]"""
@@ -216,7 +216,7 @@ class Fixed(Router):
         """Take weights [C] that are not negative and sum to one."""
         chosen = int((weights > 0).sum())
         super().__init__(len(weights), RouterOptions("fixed", chosen, temperature=1.0))
-        # the softmax of the logarithms gives the weights back, and exactly 1 for a single one
+        # the softmax of the logarithms equals the weights, and is exactly 1 for a single one
         self.register_buffer("logits", weights.float().log(), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -224,9 +224,9 @@ class Fixed(Router):
 
 
 class Random(Router):
-    """Logits drawn at random for every token: a control that shows what choosing well is worth.
+    """Draws random logits for every token: a control that shows the value of good choices.
 
-    Two routers of one seed draw the same for the same batches.
+    Two routers with the same seed draw the same for the same batches.
     """
 
     def __init__(self, stack: ExpertStack, options: RouterOptions, seed: int) -> None:
@@ -295,7 +295,7 @@ class Norm(Router):
         self.register_buffer("owner", owner.to(stack.a.device), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
-        # a model may be put into 16 bits, in which squares overflow
+        # a model may be converted to 16 bits, in which squares overflow
         wide = torch.promote_types(self.folded.dtype, torch.float32)
         squares = (tokens.to(wide) @ self.folded.to(wide).T).square()  # [T, R]
         sums = squares.new_zeros(len(tokens), self.num_choices).index_add(1, self.owner, squares)
@@ -303,7 +303,7 @@ class Norm(Router):
 
 
 def _without(logits: Tensor, choices: list[int]) -> Tensor:
-    """Logits [T, C] by which these choices are never taken: each is more than one expert."""
+    """Set the logits [T, C] of these choices to -inf: each is several experts at once."""
     if choices:
         logits[:, choices] = -torch.inf
     return logits

@@ -1,13 +1,13 @@
-"""Layers that read one input and follow one gate: their first matmul is one.
+"""Join the first matmul of layers that read one input and follow one gate.
 
     q_proj ─┐ A of q          x ─▶ [A of q; A of k; A of v] ─▶ q's ranks │ k's ranks │ v's ranks
     k_proj ─┤ A of k                 one matmul, at q_proj        └ each layer's B, at that layer
     v_proj ─┘ A of v
 
-The model's own code calls the layers one by one and hands nothing of ours from one to the next. So
-they hold one `SharedMatmul`: the first layer computes for all, and each of the others takes its
-part, if it is called with that very input and that very decision. Nothing is held twice: each
-layer's A becomes rows of the joined one.
+The model's own code calls the layers one by one and passes nothing of ours between them. So they
+share one `SharedMatmul`: the first layer computes for all, and each of the others takes its part,
+if it is called with the same input and decision (the same objects). No memory is doubled: each
+layer's A becomes a view of the joined one.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 class Member(Protocol):
-    """What a shared matmul needs of a routed layer."""
+    """The part of a routed layer that a shared matmul uses."""
 
     stack: ExpertStack
     kernel: KernelName | None
@@ -38,12 +38,12 @@ class Product(NamedTuple):
     """A x of one layer, weighted; B is not applied yet."""
 
     factors: Tensor
-    """[T, R], or [T, N] where there is an index"""
+    """[T, R], or [T, N] with an index"""
     index: Tensor | None
-    """[T, N]: the rank that each belongs to"""
+    """[T, N]: the rank of each factor; None: all ranks in order"""
 
     def expand(self, b: Tensor, add_to: Tensor | None) -> Tensor:
-        """B [OUT, R] of it, [T, OUT]; added to what is there, in place."""
+        """Apply B [OUT, R]: [T, OUT]; it is added to `add_to` in place, if given."""
         if self.index is None:
             if add_to is None:
                 return self.factors @ b.T
@@ -54,25 +54,25 @@ class Product(NamedTuple):
 
 
 class Share(NamedTuple):
-    """What one layer holds of a matmul that it shares."""
+    """A layer's share in a matmul."""
 
     matmul: SharedMatmul
     place: int
-    """Of the layer, in the order of their calls; the first computes."""
+    """The place of the layer in the order of calls; the first computes."""
 
 
 class _Handover(NamedTuple):
-    """What the first layer computed for all."""
+    """The results of the first layer for all layers."""
 
     x: weakref.ref[Tensor]
-    """The input, which is kept no longer than the model keeps it."""
+    """The input; a weak reference, so that it lives no longer than in the model."""
     experts: Tensor
     kernel: KernelName
     products: list[Product]
 
 
 class SharedMatmul:
-    """The first matmul of layers that read one input, the first of which decides for all."""
+    """The first matmul of layers that read one input; the gate of the first decides for all."""
 
     def __init__(self, members: Sequence[Member]) -> None:
         self.members = list(members)
@@ -80,7 +80,7 @@ class SharedMatmul:
         self._join()
 
     def __getstate__(self) -> dict[str, list[Member]]:
-        """What a pass left, and what was joined, is of this process: both come again by use."""
+        """Only the layers: results and the joined A belong to this process, and are made anew."""
         return {"members": self.members}
 
     def __setstate__(self, state: dict[str, list[Member]]) -> None:
@@ -88,7 +88,7 @@ class SharedMatmul:
         self._clear()
 
     def _clear(self) -> None:
-        """Hold nothing but the layers."""
+        """Drop everything but the layers."""
         self._addresses: list[int] = []
         self._a = self._choice_scaling = torch.empty(0)
         self._table: RankTable | None = None
@@ -98,17 +98,17 @@ class SharedMatmul:
     def compute(
         self, x: Tensor, tokens: Tensor, weights: Tensor, experts: Tensor, kernel: KernelName
     ) -> None:
-        """Compute A x of all layers, at the first of them, where this kernel can be shared.
+        """Compute A x of all layers, in the call of the first one, if this kernel can be shared.
 
         Args:
-            x: what the layer was called with, by which the others' calls are known
+            x: the input of the layer, which identifies the calls of the others
             tokens: the same as [T, IN], in the experts' dtype
-            weights, experts: [T, K], which hold for all
+            weights, experts: [T, K], for all layers
         """
         self._handover = None
         joined = [member.stack.a.data_ptr() for member in self.members] == self._addresses
         if not joined:
-            self._clear()  # what the layers were moved from is not held, whatever the kernel
+            self._clear()  # the layers were moved, so the old memory is freed, whatever the kernel
         if kernel not in {"dense", "gather"} or not (joined or self._join()):
             return
         multiply = self._dense if kernel == "dense" else self._gather
@@ -118,14 +118,14 @@ class SharedMatmul:
         )
 
     def take(self, place: int, x: Tensor, experts: Tensor) -> Product | None:
-        """A x of one layer; None where it was computed for another input or decision."""
-        found = self._handover
-        if found is None or found.x() is not x or found.experts is not experts:
+        """A x of one layer; None if it was computed for another input or decision."""
+        ready = self._handover
+        if ready is None or ready.x() is not x or ready.experts is not experts:
             return None
         self._num_taken += 1
         if self._num_taken == len(self.members):
             self._handover = None
-        return found.products[place] if self.members[place].kernel in {None, found.kernel} else None
+        return ready.products[place] if self.members[place].kernel in {None, ready.kernel} else None
 
     def _dense(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> list[Product]:
         factors = reference.rank_weights(weights, experts, self._choice_scaling)
@@ -145,11 +145,11 @@ class SharedMatmul:
         return [Product(*own) for own in zip(factors, index.view(size), strict=True)]
 
     def _join(self) -> bool:
-        """Make the A's rows of one matrix, if they lie on one device; whether they do."""
+        """Join all A in one matrix, if they are on one device; returns whether they are."""
         stacks = [member.stack for member in self.members]
         if len({(stack.a.device, stack.a.dtype) for stack in stacks}) > 1:
             return False
-        # who loads or moves a model in inference mode may still want to train it
+        # a model that is loaded or moved in inference mode may be trained later
         with torch.inference_mode(mode=False), torch.no_grad():
             self._sizes = [len(stack.a) for stack in stacks]
             self._a = torch.cat([stack.a for stack in stacks])  # [R of all, IN]
@@ -164,7 +164,7 @@ class SharedMatmul:
         with torch.inference_mode(mode=False):
             tables = [member.stack.rank_table() for member in self.members]
             width = max(table.index.shape[1] for table in tables)
-            # a layer without ranks has no first row: it names another's, at scaling 0
+            # a layer without ranks has no first row, so it uses row 0, at scaling 0
             ends = accumulate(self._sizes)
             starts = [
                 end - size if size else 0 for end, size in zip(ends, self._sizes, strict=True)
@@ -179,5 +179,5 @@ class SharedMatmul:
 
 
 def _filled(table: Tensor, width: int) -> Tensor:
-    """Its rows filled up with zeros: rank 0, or no choice, at scaling 0."""
+    """Fill up the rows of a table with zeros: rank 0 at scaling 0."""
     return torch.nn.functional.pad(table, (0, width - table.shape[1]))

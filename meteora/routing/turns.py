@@ -1,12 +1,12 @@
-"""One decision for each turn of a conversation: its question decides for it, its answer included.
+"""Decide once for each turn of a conversation: its question decides for it and for its answer.
 
     l_turn = the mean of log softmax(G x + c) over the tokens x of the turn's question
 
-at each gate, by that gate's own inputs. A question stands between a header of the chat template and
-what ends questions, its closing or the beginning of that. A turn begins with its header. What
-precedes the first header, such as a system prompt, belongs to the first turn. So a token's route
-depends on tokens behind it, up to the end of its own question: this is not causal. Without a chat
-template the whole first pass is a question.
+at each gate, with the gate's own inputs. A question is the text between a header of the chat
+template and its closing, or the beginning of the closing that ends all questions. A turn begins
+with its header. Text before the first header, such as a system prompt, belongs to the first turn.
+So a token's route depends on later tokens, up to the end of its question: this is not causal.
+Without a chat template the whole first pass is a question.
 """
 
 from __future__ import annotations
@@ -25,12 +25,12 @@ class Questions(NamedTuple):
     """The turns of a pass [B, L], and the tokens that decide for them."""
 
     turn: Tensor
-    """[B, L] long: the number of each token's turn. Where a cache holds what precedes, turn 0 is
-    the one that it ends with."""
+    """[B, L] long: the number of each token's turn. If a cache holds earlier tokens, turn 0 is its
+    last turn."""
     asked: Tensor
     """[B, L] bool: the tokens of questions."""
     closed: Tensor
-    """[B] bool: whether the last turn's question has been closed, here or before."""
+    """[B] bool: whether the question of the last turn has ended, in this pass or before."""
 
 
 def questions(
@@ -39,12 +39,12 @@ def questions(
     """Find the turns of a pass, and the question of each; it may have none.
 
     Args:
-        previously_closed: [B], `closed` of the pass with which this one goes on
+        previously_closed: [B], `closed` of the pass that this one continues
     """
     ids, there = seen.ids, seen.there
     none = torch.zeros_like(there)
     closed = none.any(1)
-    # where later questions have no header, only a closing shows them
+    # if later questions have no header, only a closing shows them
     if seen.goes_on and template.header:
         held = each_row(previously_closed, len(there))
         closed = closed if held is None else held.to(there.device)
@@ -57,14 +57,14 @@ def questions(
     closes = earlier(closing, len(template.question_end))
     turn = begins.cumsum(1)
     behind = (header.cumsum(1) == turn) & ~header  # no token of a header
-    # how many closings have begun in the token's own turn
+    # the number of closings that have begun in the token's own turn
     num_closed = closes.cumsum(1)
     before = torch.where(begins, num_closed - closes.long(), 0).cummax(1).values
     asked = there & behind & (num_closed == before)
     begun = turn > 0
     if seen.goes_on:
-        # before the first header an answer goes on, or a question that is closed here and was not
-        # before: a draft of an answer may repeat the prompt's closing
+        # before the first header an answer goes on, or a question that ends here and had not ended
+        # before; the latter, since the draft of an answer may repeat the prompt's closing
         asked &= begun | ((closes & ~begun).any(1) & ~closed).unsqueeze(1)
     else:
         asked &= begun | ~begun.any(1, keepdim=True)
@@ -76,9 +76,9 @@ def questions(
 
 
 def each_row(held: Tensor | None, num_rows: int) -> Tensor | None:
-    """What is held of B sequences, for each row of a pass: a sequence may have several beams.
+    """Repeat the values of B sequences for each row of a pass: a sequence may have several beams.
 
-    None where it is not of these sequences.
+    None if the rows do not belong to these sequences.
     """
     if held is None or num_rows % len(held):
         return None
@@ -86,62 +86,63 @@ def each_row(held: Tensor | None, num_rows: int) -> Tensor | None:
 
 
 class Turns(Watcher):
-    """What the gates of a model know of the turns in the present pass; they have one together."""
+    """The turns of the present pass; all gates of a model share one object."""
 
     reads_whole = True
 
     def __init__(self, template: Template) -> None:
         self.template = template
-        self.found: Questions | None = None
+        self.questions: Questions | None = None
         self.goes_on = self.any_asks = self.all_ask = False
-        """Of the pass; whether any of its sequences has a question, and whether all have."""
+        """Whether the pass has earlier tokens in its cache; whether any sequence has a question in
+        it, and whether all have."""
         self._num_gates = 0
 
     def at_gate(self) -> TurnChoice:
-        """What one gate decides with."""
+        """The rule of one more gate."""
         self._num_gates += 1
         return TurnChoice(self, self._num_gates)
 
     def see(self, seen: PassInput) -> None:
         """Look at a pass before it runs."""
-        talk = self.follow(seen)
-        self.found = found = questions(seen, self.template, talk.closed)
-        talk.closed = found.closed
-        asks = found.asked.any(1)
+        conversation = self.follow(seen)
+        self.questions = questions(seen, self.template, conversation.closed)
+        conversation.closed = self.questions.closed
+        asks = self.questions.asked.any(1)
         self.goes_on, self.any_asks = seen.goes_on, bool(asks.any())
         self.all_ask = bool((asks | ~seen.there.any(1)).all())  # a row of a batch may be empty
 
     def stop(self) -> None:
         super().stop()
-        self.found = None
+        self.questions = None
 
 
 class TurnChoice:
-    """What one gate decides for the sequences of a batch.
+    """The decisions of one gate for the sequences of a batch.
 
-    It holds log-probabilities [B, C] of each sequence's last turn, in their conversation.
+    The conversation keeps the log-probabilities [B, C] of each sequence's last turn.
     """
 
     def __init__(self, turns: Turns, number: int) -> None:
-        """Take what the gates know together, and the number of this one."""
+        """Take the turns of the model, and the number of this gate."""
         self.turns, self.template, self.number = turns, turns.template, number
 
     def decide(self, logits_of: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-        """The logits of tokens [T, IN], each those of its turn: [T, C].
+        """The log-probabilities [T, C] of tokens [T, IN]: for each token those of its turn.
 
         Raises:
-            UnreadPromptError: no pass of so many tokens was seen, it goes on with others, or its
-                rows hold several sequences.
+            UnreadPromptError: no pass of so many tokens was seen, it continues sequences that were
+                not read, or its rows hold several sequences.
         """
         self.turns.refuse_packed()
-        found, talk = self.turns.found, self.turns.conversation
-        if found is None or talk is None or found.turn.numel() != len(tokens):
+        present, conversation = self.turns.questions, self.turns.conversation
+        if present is None or conversation is None or present.turn.numel() != len(tokens):
             raise UnreadPromptError(
                 f"{len(tokens)} tokens are to be routed by their turns, and a pass of"
-                f" {0 if found is None else found.turn.numel()} was seen; call the whole model"
+                f" {0 if present is None else present.turn.numel()} was seen; call the whole model"
             )
-        num_rows, length = found.turn.shape
-        held = talk.held.get(self.number)
+        num_rows, length = present.turn.shape
+        held = conversation.held.get(self.number)
         before = each_row(held, num_rows) if self.turns.goes_on else None
         if before is None and not self.turns.all_ask:
             raise UnreadPromptError(
@@ -151,11 +152,11 @@ class TurnChoice:
         if before is not None and not self.turns.any_asks:
             return before.repeat_interleave(length, 0)
         own = logits_of(tokens)
-        wide = torch.promote_types(own.dtype, torch.float32)  # a model may be put into 16 bits
+        wide = torch.promote_types(own.dtype, torch.float32)  # a model may have 16 bits
         own = own.log_softmax(-1, dtype=wide).view(num_rows, length, -1)  # [B, L, C]
-        turn, asked = found.turn.to(own.device), found.asked.to(own.device)
+        turn, asked = present.turn.to(own.device), present.asked.to(own.device)
         logits, last = decide_turns(own, turn, asked, before)
-        talk.held[self.number] = last.detach()
+        conversation.held[self.number] = last.detach()
         return logits.flatten(0, 1)
 
 
@@ -167,10 +168,10 @@ def decide_turns(
     A turn without a question has the decision of the turn before it.
 
     Args:
-        before: [B, C] of the turns before; where it is not known, the first that asks decides
+        before: [B, C] of the turn before; None: the first turn with a question decides
 
     Returns:
-        each token's, that of its turn [B, L, C], and that of the last turn [B, C]
+        the mean of each token's turn [B, L, C], and that of the last turn [B, C]
     """
     size = (len(own), int(turn.max()) + 1)
     counted = asked.to(own.dtype)
@@ -181,8 +182,8 @@ def decide_turns(
     means, asks = sums / counts.clamp_min(1).unsqueeze(-1), counts > 0
     if before is None:
         before = means[torch.arange(len(own), device=own.device), asks.long().argmax(1)]
-    found = [before]
+    by_turn = [before]
     for s in range(size[1]):
-        found.append(means[:, s].where(asks[:, s, None], found[-1]))
-    decided = torch.stack(found[1:], 1)  # [B, S, C]
-    return decided.gather(1, turn.unsqueeze(-1).expand_as(own)), found[-1]
+        by_turn.append(means[:, s].where(asks[:, s, None], by_turn[-1]))
+    decided = torch.stack(by_turn[1:], 1)  # [B, S, C]
+    return decided.gather(1, turn.unsqueeze(-1).expand_as(own)), by_turn[-1]

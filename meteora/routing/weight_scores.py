@@ -1,8 +1,8 @@
-"""Logits from an expert's weights, where there are no examples to fit its gate to.
+"""Compute logits from the weights of experts without examples, for which no gate can be fitted.
 
-Without examples it is not known what the tokens of an expert look like, but its weights show on
-which directions of a token it acts. So `Arrow` or `Norm` scores it, and the score is compared with
-its mean m and standard deviation s on the tokens of the other experts:
+Without examples the tokens of an expert are not known, but its weights show which directions of a
+token it changes. So `Arrow` or `Norm` scores it, and the score is compared with its mean m and
+standard deviation s on the tokens of the other experts:
 
     logit_u = max over the gates' logits + (score_u - m_u) / s_u - t
 
@@ -24,20 +24,21 @@ if TYPE_CHECKING:
     from meteora.routing.layer import RoutedExperts
 
 KINDS = {"arrow": Arrow, "norm": Norm}
-"""The routers that know an expert by its weights."""
+"""The routers that score experts by their weights."""
 
 
 class StandIn(nn.Module):
-    """Gives the logits of the experts without examples, at one layer."""
+    """Computes the logits of the experts without examples, at one layer."""
 
     standard: Tensor
+    """[3, U] mean, standard deviation and threshold of the scores"""
 
     def __init__(self, score: Router, experts: list[int], standard: Tensor) -> None:
-        """Take how to score all experts, which of them have no examples, and their standard.
+        """Take a scorer and the scale of its scores.
 
         Args:
-            score: gives [T, E]
-            experts: the U without examples
+            score: scores tokens [T, IN], as [T, C]
+            experts: the numbers of the U experts without examples
             standard: [3, U] mean, standard deviation and threshold
         """
         super().__init__()
@@ -54,17 +55,17 @@ class StandIn(nn.Module):
         tokens: Tensor,
         given_up: float,
     ) -> Self:
-        """For some experts of a layer, scaled on tokens [T, IN] of the other experts.
+        """Make one for some experts of a layer, scaled on tokens [T, IN] of the other experts.
 
         Args:
             given_up: the share of these tokens that goes to the experts without examples
         """
         score = scorer(options, layer).to(tokens.device)
-        found = score(tokens)[:, experts].float()
-        mean, deviation = found.mean(0), found.std(0)
-        standing_out = ((found - mean) / deviation.clamp_min(1e-12)).max(-1).values
+        scores = score(tokens)[:, experts].float()
+        mean, deviation = scores.mean(0), scores.std(0)
+        largest = ((scores - mean) / deviation.clamp_min(1e-12)).max(-1).values
         # at least one deviation above the mean, whatever the tokens are
-        threshold = standing_out.quantile(1 - given_up).clamp_min(1.0).expand(len(experts))
+        threshold = largest.quantile(1 - given_up).clamp_min(1.0).expand(len(experts))
         return cls(score, experts, torch.stack([mean, deviation, threshold]))
 
     def apart(self, tokens: Tensor) -> Tensor:
@@ -74,16 +75,20 @@ class StandIn(nn.Module):
         return torch.where(deviation > 0, apart, 0.0) - threshold
 
     def forward(self, logits: Tensor, tokens: Tensor) -> Tensor:
-        """Logits [T, C] of a gate, with those of the experts without examples in their columns."""
+        """The logits [T, C] of a gate, with the columns of the experts without examples filled."""
         fitted = [c for c in range(logits.shape[1]) if c not in self.experts]
         best = logits[:, fitted].max(-1, keepdim=True).values
-        found = logits.clone()
-        found[:, self.experts] = best + self.apart(tokens).to(best.dtype)
-        return found
+        filled = logits.clone()
+        filled[:, self.experts] = best + self.apart(tokens).to(best.dtype)
+        return filled
 
 
 def scorer(options: RouterOptions, layer: RoutedExperts) -> Router:
-    """What scores the experts of a layer, as `stand_in` names it: `arrow` or `norm`."""
+    """The scorer of a layer's experts that `options.stand_in` names: `arrow` or `norm`.
+
+    Raises:
+        MeteoraError: it names another.
+    """
     if options.stand_in not in KINDS:
         raise MeteoraError(
             f"{options.stand_in!r} cannot stand in for examples; choose one of {', '.join(KINDS)}"

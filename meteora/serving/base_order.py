@@ -1,8 +1,8 @@
-"""Whether a server keeps the outputs of a projection in the order of the base's file.
+"""Check that a server keeps the outputs of a projection in the order of the base's file.
 
 Bloom's file has the outputs of `query_key_value` head by head, and vLLM puts them in the order
-q, k, v when it loads them. Experts change outputs in the file's order. There they would change the
-wrong ones, without an error.
+q, k, v when it loads them. Experts change outputs in the file's order, so in vLLM they would change
+the wrong ones, without an error.
 """
 
 from __future__ import annotations
@@ -18,13 +18,13 @@ from meteora.base.loading import weight_key
 from meteora.serving.served_folder import UnservableError
 
 SAMPLES = 16
-"""Outputs of a projection that are compared."""
+"""The number of outputs of a projection that are compared."""
 
 
 def refuse_another_order(base: Path, path: str, weight: Tensor) -> None:
-    """Compare some rows of a projection with what the base's file has in their places.
+    """Compare some rows of a projection with the same rows of the base's file.
 
-    A module that the file has under another name, or not alone, is not compared.
+    A module that has another name in the file, or is joined with others there, is not compared.
 
     Args:
         base: a folder with safetensors
@@ -42,13 +42,13 @@ def refuse_another_order(base: Path, path: str, weight: Tensor) -> None:
     with safe_open(shards[key], framework="pt", backend="pread") as file:
         stored = file.get_slice(key)
         shape = stored.get_shape()
-        found = []
+        candidates = []
         if shape == [*weight.shape]:
-            found.append(torch.cat([stored[i : i + 1] for i in places]))
-        if shape == [*weight.T.shape]:  # of GPT-2
-            found.append(torch.cat([stored[:, i : i + 1] for i in places], dim=1).T)
+            candidates.append(torch.cat([stored[i : i + 1] for i in places]))
+        if shape == [*weight.T.shape]:  # GPT-2's Conv1D
+            candidates.append(torch.cat([stored[:, i : i + 1] for i in places], dim=1).T)
     held = weight[places].cpu()
-    if found and not any(torch.equal(rows.to(held.dtype), held) for rows in found):
+    if candidates and not any(torch.equal(rows.to(held.dtype), held) for rows in candidates):
         raise UnservableError(
             f"{path}: vLLM keeps its weights in another order than {shards[key].name}, so experts"
             " would change other outputs than their own; drop the experts that target it, or serve"
@@ -59,8 +59,8 @@ def refuse_another_order(base: Path, path: str, weight: Tensor) -> None:
 @cache
 def _shards(base: Path) -> dict[str, Path]:
     """The file of each tensor."""
-    found = {}
+    shards = {}
     for shard in sorted(base.glob("*.safetensors")):
         with safe_open(shard, framework="pt", backend="pread") as file:
-            found |= dict.fromkeys(file.keys(), shard)
-    return found
+            shards |= dict.fromkeys(file.keys(), shard)
+    return shards

@@ -1,8 +1,8 @@
-"""Experts, their gate and their offsets as two matmuls, where each token gets one choice.
+"""Compute experts, gate and offsets with two matmuls, if each token has one choice.
 
     [A; G] x                     the ranks of all experts, and the logits of all choices
     e = argmax(G x + c)          the choice of each token
-    y += [B, O] [s_e · A x; e]   s_e: the scaling of e's ranks; O: the offsets, of which e takes one
+    y += [B, O] [s_e · A x; e]   s_e: the scaling of e's ranks; O: the offsets; e: one-hot here
 
 A server that decodes a few requests spends more on the calls of small matmuls than on their
 arithmetic.
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 
 class FoldedExperts(nn.Module):
-    """What `RoutedExperts.add` does, for one choice a token."""
+    """As `RoutedExperts`, for one choice for each token."""
 
     first: Tensor
     """[R + C, IN] A, and below it G"""
@@ -36,7 +36,7 @@ class FoldedExperts(nn.Module):
     chosen: Tensor | None
     """[C, R + C] 1 at the choice itself; None without offsets"""
     by_question: ByQuestion | None
-    """Decides for whole turns, where the gate does."""
+    """Decides for whole turns, if the gate does."""
 
     def __init__(self, experts: ExpertStack, gate: Gate) -> None:
         super().__init__()
@@ -55,7 +55,7 @@ class FoldedExperts(nn.Module):
 
     @classmethod
     def of(cls, layer: RoutedExperts, dtype: torch.dtype) -> Self | None:
-        """The same experts, if their gate makes one choice a token, and all is of this `dtype`."""
+        """The same experts; None if a token has several choices, or a tensor has another dtype."""
         gate = layer.router
         if type(gate) is not Gate or gate.options.top_k > 1:
             return None
@@ -66,7 +66,7 @@ class FoldedExperts(nn.Module):
         return cls(layer.stack, gate) if {one.dtype for one in tensors} == {dtype} else None
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add what the gate's choices give to y [T, OUT] in place, from x [T, IN]."""
+        """Add the update of the gate's choices for x [T, IN] to y [T, OUT] in place."""
         both = x @ self.first.T
         num_ranks = both.shape[-1] - len(self.bias)
         logits = both[:, num_ranks:] + self.bias

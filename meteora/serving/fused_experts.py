@@ -1,4 +1,4 @@
-"""The experts of projections that a server computes as one.
+"""Build the experts of projections that a server computes as one.
 
     transformers   q_proj, k_proj, v_proj          gate_proj, up_proj          o_proj
     vLLM           qkv_proj [OUT of q │ k │ v]     gate_up_proj                o_proj
@@ -45,16 +45,16 @@ class Part(NamedTuple):
 
 
 DECODED = 64
-"""Tokens of a pass in which a server decodes so many requests; a prefill has more."""
+"""Most tokens of a pass that only decodes, one for each request; a prefill has more."""
 
 
 class FusedExperts(nn.Module):
-    """The experts of one projection of a server, which is one or several of the model's."""
+    """The experts of one projection of a server, which joins one or several of the model's."""
 
     def __init__(
         self, layers: Mapping[Part, RoutedExperts | FoldedExperts], *, inline: bool
     ) -> None:
-        """Take the layers in the order of their calls: a gate stands before what follows it.
+        """Take the layers in the order of their calls: a gate comes before its followers.
 
         Args:
             inline: whether torch.compile may take the arithmetic into its graph
@@ -65,24 +65,24 @@ class FusedExperts(nn.Module):
         self._parts = [(part.start, part.end, layer) for part, layer in layers.items()]
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add what the experts give to y [..., OUT of all parts] in place, from x [..., IN]."""
+        """Add the experts' update for x [..., IN] to y [..., OUT of all parts] in place."""
         x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         for start, end, layer in self._parts:
             layer.add(x, y[:, start:end])
 
 
 class ServedExperts:
-    """All experts and gates of a checkpoint, given out as a server builds its layers."""
+    """All experts and gates of a checkpoint, for a server that builds its layers one by one."""
 
     def __init__(self, folder: Path) -> None:
         """Read the manifest of a checkpoint; its tensors are read when they are needed."""
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
         self.turns: ServedTurns | None = None
-        """Where a question decides for its turn: what the gates know of it."""
+        """The turns of the present pass, if gates decide for whole turns."""
 
     def __getstate__(self) -> dict[str, Path]:
-        """Only the place: another process reads the tensors itself."""
+        """Only the folder: another process reads the tensors itself."""
         return {"folder": self.folder}
 
     def __setstate__(self, state: dict[str, Path]) -> None:
@@ -103,31 +103,31 @@ class ServedExperts:
         return new_decisions(self._gates)
 
     def read_turns(self, num_requests: int, num_tokens: int) -> ServedTurns:
-        """Read what gates that wait for a whole question need; call it before the first `build`.
+        """Prepare gates that decide for whole turns; call it before the first `build`.
 
         Args:
-            num_requests: so many at most have tokens in one pass
-            num_tokens: so many at most are in one pass
+            num_requests: most requests in one pass
+            num_tokens: most tokens in one pass
         """
         _, bias = next(iter(self._gates.own.values()))
         self.turns = ServedTurns(
             self._gates.template,
             num_choices=len(bias),
-            num_held=2 * num_requests,  # a request that waits for a pass keeps its decision
+            num_held=2 * num_requests,  # requests that wait for a pass keep their decisions, too
             num_tokens=num_tokens,
         )
         return self.turns
 
     def build(self, parts: Sequence[Part], weight: Tensor) -> FusedExperts:
-        """The experts of one projection of the server.
+        """Build the experts of one projection of the server.
 
         Args:
             parts: of its output, each a module that has experts
-            weight: of the projection; the experts lie where it does
+            weight: of the projection; the experts get its device
 
         Raises:
-            UnservableError: a part has another size than its experts, or the questions that its
-                gate waits for are not read.
+            UnservableError: a part has another size than its experts, or its gate decides for whole
+                turns and `read_turns` was not called.
         """
         options = self.manifest.router
         if options.by_turns and self.turns is None:
@@ -149,18 +149,18 @@ class ServedExperts:
             return FusedExperts(layers, inline=False)
         for layer in layers.values():
             if isinstance(layer.router, Gate):
-                layer.router.decision = None  # nobody reads it, and a graph writes nothing outside
+                layer.router.decision = None  # no layer follows it, and a graph has no side effects
         dtype = weight.dtype
         folded = {part: FoldedExperts.of(layer, dtype) or layer for part, layer in layers.items()}
         return FusedExperts(folded, inline=True)
 
     def _layer_of(self, part: Part, weight: Tensor) -> RoutedExperts:
         """The experts of one part, without a router."""
-        entry, found = self.manifest.modules[part.path], (weight.shape[1], part.end - part.start)
-        if found != (entry.in_features, entry.out_features):
+        entry, sizes = self.manifest.modules[part.path], (weight.shape[1], part.end - part.start)
+        if sizes != (entry.in_features, entry.out_features):
             raise UnservableError(
                 f"{part.path}: the experts take {entry.in_features} inputs and give"
-                f" {entry.out_features}, this layer has {found}; serve them with the base they"
+                f" {entry.out_features}, this layer has {sizes}; serve them with the base they"
                 " were made for, on one device"
             )
         a, b = self._file.factors(part.path)
@@ -184,13 +184,13 @@ class ServedExperts:
             share_first_matmuls(by_path, within)
 
     def _merged(self, layers: Mapping[Part, RoutedExperts]) -> dict[Part, RoutedExperts] | None:
-        """One layer in the place of several that follow one gate, while that is fast.
+        """Merge layers that follow one gate into one layer, if that is fast.
 
             A   rows of expert 0: of q, of k, of v; of expert 1: …
             B   the same ranks, each zero outside of its own part of the output
 
-        None where the experts are so large that other kernels than the dense one are faster, which
-        would read the zeros.
+        None if the experts are so large that another kernel than the dense one is faster: it would
+        read the zeros.
         """
         (first, *others), stacks = layers, [layer.stack for layer in layers.values()]
         if not others or self.manifest.router.kind != "gate":
@@ -220,11 +220,11 @@ class ServedExperts:
         return {whole: layer} if _is_dense(layer, self.manifest.router.top_k) else None
 
     def in_order(self, parts: Sequence[Part]) -> bool:
-        """Whether the experts of these parts need what other operators leave behind."""
+        """Whether these parts share state with other operators, so that their order counts."""
         return self.manifest.router.by_turns or self._decides_elsewhere(parts)
 
     def _decides_elsewhere(self, parts: Sequence[Part]) -> bool:
-        """Whether a part follows a gate outside of them, or a gate of theirs is followed there."""
+        """Whether a part follows a gate of another projection, or the reverse."""
         if self.manifest.router.kind != "gate":
             return False
         paths = {part.path for part in parts}
@@ -234,7 +234,8 @@ class ServedExperts:
 def _is_dense(layer: RoutedExperts, top_k: int) -> bool:
     """Whether the dense kernel is the fastest for few tokens, from two to `DECODED`.
 
-    For one and for many, another may be so by a little: a call outside of the graph costs more.
+    For one token and for many, another may be a little faster, but a call outside of the graph
+    costs more.
     """
     sizes, dtype, device = layer.stack.sizes, layer.stack.a.dtype, layer.device.type
     counts = [1 << n for n in range(1, DECODED.bit_length())]
@@ -243,12 +244,15 @@ def _is_dense(layer: RoutedExperts, top_k: int) -> bool:
 
 
 def parts_of(parent: str, names: Sequence[str], sizes: Sequence[int]) -> Iterator[Part]:
-    """The parts of one projection of a server, by the paths that it would give them.
+    """The parts of one projection of a server, with the paths that the server would give them.
 
     Args:
         parent: the path of the module that holds it
         names: of the modules that it joins
-        sizes: of its output, for each of them; or more, where it is one module
+        sizes: of the output of each joined module; several if it is one module
+
+    Raises:
+        UnservableError: the numbers of names and sizes differ.
     """
     if len(names) == 1:
         sizes = [sum(sizes)]

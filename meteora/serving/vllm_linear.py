@@ -1,9 +1,9 @@
-"""vLLM's linear layers, with experts: the base's own method, and then what the experts add.
+"""vLLM's linear layers, with experts: vLLM's own method, and then the experts' update.
 
     apply(layer, x)   y = vLLM's own method ─▶ meteora::add_experts(x, y) adds to y in place
 
 The experts are one custom operator, which torch.compile leaves as it is and CUDA graphs record. Few
-and small ones are part of torch.compile's own graph (`FusedExperts.inline`).
+and small experts are part of torch.compile's own graph (`FusedExperts.inline`).
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ if TYPE_CHECKING:
 
 
 def _add_experts(x: Tensor, y: Tensor, layer: str, order: Tensor | None) -> None:  # noqa: ARG001
-    """Add to y [..., OUT] what the experts of a layer give for x [..., IN].
+    """Add the update of a layer's experts for x [..., IN] to y [..., OUT], in place.
 
     Args:
         layer: its name in vLLM's forward context
@@ -96,7 +96,7 @@ class MeteoraConfig(QuantizationConfig):
         hf_config: PretrainedConfig | None = None,  # noqa: ARG002
         revision: str | None = None,
     ) -> None:
-        """Find the checkpoint in the folder that is served, and check that it belongs to the base.
+        """Find the checkpoint in the served folder, and check that it belongs to the base.
 
         vLLM calls it once, before any weights are loaded.
         """
@@ -109,11 +109,11 @@ class MeteoraConfig(QuantizationConfig):
         self._path_of = {path: path for path in self.served.manifest.modules}
 
     def apply_vllm_mapper(self, hf_to_vllm_mapper: WeightsMapper) -> None:
-        """Follow the names that vLLM gives to modules of this architecture."""
-        found = {}
+        """Use the names that vLLM gives to modules of this architecture."""
+        renamed = {}
         for theirs, ours in self._path_of.items():
-            found |= dict.fromkeys(hf_to_vllm_mapper.apply_list([theirs]), ours)
-        self._path_of = found
+            renamed |= dict.fromkeys(hf_to_vllm_mapper.apply_list([theirs]), ours)
+        self._path_of = renamed
 
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
@@ -130,7 +130,7 @@ class MeteoraConfig(QuantizationConfig):
         return ExpertsLinearMethod(self, prefix, names)
 
     def _embedding_method(self) -> PromptsEmbeddingMethod | None:
-        """The method of the embedding, where the gates wait for whole questions."""
+        """The method of the embedding, if the gates wait for whole questions."""
         if self.served is None or not self.served.manifest.router.by_turns:
             return None
         config = get_current_vllm_config()
@@ -141,10 +141,10 @@ class MeteoraConfig(QuantizationConfig):
 
     def parts(self, prefix: str, names: Sequence[str], sizes: Sequence[int]) -> list[Part]:
         """The parts of a layer that have experts, by their paths in the checkpoint."""
-        found = parts_of(prefix.rpartition(".")[0], names, sizes)
+        parts = parts_of(prefix.rpartition(".")[0], names, sizes)
         return [
             part._replace(path=self._path_of[part.path])
-            for part in found
+            for part in parts
             if part.path in self._path_of
         ]
 
@@ -152,7 +152,7 @@ class MeteoraConfig(QuantizationConfig):
         """The experts, once all layers are built.
 
         Raises:
-            UnservableError: there is none for some of them, which would be left out in silence.
+            UnservableError: a module with experts is no linear layer of vLLM's model.
         """
         if self.served is None:
             raise UnservableError("vLLM has not said which folder is served; serve it by its path")
@@ -165,7 +165,7 @@ class MeteoraConfig(QuantizationConfig):
 
 
 def _refuse_what_is_not_supported(name: str) -> None:
-    """Refuse ways to run a model in which experts would get parts of an input, or none."""
+    """Refuse settings with which experts would get only a part of an input, or none."""
     config = get_current_vllm_config()
     parallel = config.parallel_config
     for kind in ("tensor_parallel_size", "pipeline_parallel_size"):
@@ -186,7 +186,7 @@ class ExpertsLinearMethod(UnquantizedLinearMethod):
     """The method of one layer that has experts."""
 
     def __init__(self, config: MeteoraConfig, prefix: str, names: Sequence[str]) -> None:
-        """Take the layer's path in vLLM, and the names of the modules that it joins."""
+        """Take the layer's path in vLLM, and the names of the modules that the layer joins."""
         super().__init__()
         self.config, self.prefix, self.names = config, prefix, names
         self.key = f"{prefix}.experts"
@@ -209,14 +209,14 @@ class ExpertsLinearMethod(UnquantizedLinearMethod):
         context[self.key] = layer
 
     def process_weights_after_loading(self, layer: torch.nn.Module) -> None:
-        """Load the layer's experts where its weight lies."""
+        """Load the layer's experts to the device of its weight."""
         served = self.config.experts()
         parts = self.config.parts(self.prefix, self.names, self.sizes)
         weight = layer.get_parameter("weight").data
         for part in parts:
             rows = weight[part.start : part.end]
             refuse_another_order(served.folder.parent, part.path, rows)
-        with set_default_torch_dtype(torch.float32):  # that of the model holds here
+        with set_default_torch_dtype(torch.float32):  # vLLM sets the model's dtype here
             layer.routed = served.build(parts, weight)
         order = self.config.order.on(weight.device) if served.in_order(parts) else None
         layer.register_buffer("order", order, persistent=False)

@@ -1,7 +1,7 @@
-"""What vLLM calls in each of its processes, by the entry point group `vllm.general_plugins`.
+"""The plugin that vLLM calls in each of its processes (entry point group `vllm.general_plugins`).
 
-It makes `quant_method: meteora` known, the key by which the config of a served folder asks for
-experts. vLLM calls it whatever it serves, so it neither fails nor imports much.
+It registers `quant_method: meteora`, which the config of a served folder has. vLLM calls it for
+every model, so it neither fails nor imports much.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ from meteora.serving.served_folder import (
 
 
 def register() -> None:
-    """Make `quant_method: meteora` known to vLLM; in an unknown version, as what is refused."""
+    """Register `quant_method: meteora`; with another version of vLLM, a config that is refused."""
     problem = problem_with_version(vllm_version())
     with suppress(*[ImportError] if problem else []):
         from vllm.model_executor.layers.quantization import (  # noqa: PLC0415  (optional, and slow to import)
@@ -35,7 +35,7 @@ def _config() -> type:
 
 
 def _refusing(problem: str) -> type:
-    """A config that cannot be made, for versions whose internals are not known."""
+    """A config class that raises `UnservableError`, for versions with unknown internals."""
     from vllm.model_executor.layers.quantization.base_config import (  # noqa: PLC0415
         QuantizationConfig,
     )

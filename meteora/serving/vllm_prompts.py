@@ -1,11 +1,11 @@
 """vLLM's embedding, which shows the tokens of each pass to gates that wait for whole questions.
 
-    embedding(layer, ids)   meteora::read_prompts(ids) ─▶ which request each token belongs to
+    embedding(layer, ids)   meteora::read_prompts(ids) ─▶ the request of each token
                             vLLM's own method
 
 It is the first layer of a model and the only one that sees token ids. vLLM's attention metadata
 tell where each request begins in a pass. The first block of its keys and values identifies a
-request as long as it runs, since no two requests share a cached prefix.
+request while it runs, since no two requests share a cached prefix.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ _LIBRARY = Library("meteora", "FRAGMENT")
 
 
 def define_operator(schema: str, compute: Callable[..., None]) -> None:
-    """Define an operator of ours, which returns nothing and torch.compile leaves as it is."""
+    """Define a custom operator that returns nothing, and that torch.compile leaves as it is."""
     name = schema.partition("(")[0]
     _LIBRARY.define(schema)
     for device in ("CPU", "CUDA"):
@@ -49,7 +49,7 @@ def _read_prompts(ids: Tensor, layer: str, order: Tensor, tables: list[Tensor]) 
     Args:
         layer: the embedding's name in vLLM's forward context
         order: see `Order`
-        tables: what is written, those of its `turns`
+        tables: the tensors of its `turns`, which are written
     """
     context = get_forward_context()
     context.no_compile_layers[layer].turns.see(ids.flatten(), _requests_of(context))
@@ -62,40 +62,40 @@ define_operator(
 
 
 class Order:
-    """A tensor that keeps operators in order; its content means nothing.
+    """A tensor that keeps operators in order; its content does not matter.
 
-    An operator that leaves something for a later one, outside of any tensor, declares that it
-    writes this one, and so does the later one. So torch.compile keeps both, in their order.
+    Two operators that share state outside of their arguments both declare that they write this
+    tensor. So torch.compile keeps both, in their order.
     """
 
     def __init__(self) -> None:
-        self._tensor = torch.zeros(1)  # of no device: the config that holds it goes to others
+        self._tensor = torch.zeros(1)  # on the CPU: the config with it is sent to other processes
 
     def on(self, device: torch.device) -> Tensor:
-        """The tensor, where the model lies."""
+        """The tensor on the model's device."""
         self._tensor = self._tensor.to(device)
         return self._tensor
 
 
 def _requests_of(context: ForwardContext) -> Requests | None:
-    """The requests of a pass; None where vLLM tries out how much it can hold.
+    """The requests of a pass; None in a trial pass, with which vLLM measures memory.
 
     Raises:
-        UnservableError: no layer's attention reaches back to the first block of a request, or its
-            kind does not tell where requests begin.
+        UnservableError: every layer's attention has a sliding window, which drops the first block
+            of a request, or the attention backend does not tell where requests begin.
     """
     if not isinstance(by_layer := context.attn_metadata, dict) or not by_layer:
         return None
     for name, metadata in by_layer.items():
         if getattr(context.no_compile_layers[name], "sliding_window", 0) is None:
             try:
-                found = (metadata.query_start_loc, metadata.seq_lens, metadata.block_table[:, 0])
+                fields = (metadata.query_start_loc, metadata.seq_lens, metadata.block_table[:, 0])
             except AttributeError as error:
                 raise UnservableError(
                     f"{type(metadata).__name__} does not tell where requests begin, which the gates"
                     " of this model have to know; choose another --attention-backend"
                 ) from error
-            return Requests(*(numbers.tolist() for numbers in found))
+            return Requests(*(numbers.tolist() for numbers in fields))
     raise UnservableError(
         "each layer of this model attends to a sliding window alone, so that vLLM forgets where a"
         " request began; set `router: {share: point}` in the recipe"
@@ -103,7 +103,7 @@ def _requests_of(context: ForwardContext) -> Requests | None:
 
 
 def refuse_parts_of_prompts(config: VllmConfig) -> None:
-    """Refuse ways to serve a model in which a request's prompt is not seen whole, in one pass."""
+    """Refuse settings with which a prompt is not computed whole, in one pass."""
     cache, scheduler, model = config.cache_config, config.scheduler_config, config.model_config
     if (
         cache.enable_prefix_caching
@@ -114,7 +114,7 @@ def refuse_parts_of_prompts(config: VllmConfig) -> None:
             "the gates of this model wait for whole questions, so prefix cache, chunked prefill and"
             f" CUDA graphs have to be off; serve it with {WHOLE_PROMPTS}"
         )
-    asked = {
+    settings = {
         "long_prefill_token_threshold": scheduler.long_prefill_token_threshold,
         "speculative_config": config.speculative_config,
         "kv_transfer_config": config.kv_transfer_config,
@@ -123,7 +123,7 @@ def refuse_parts_of_prompts(config: VllmConfig) -> None:
         "ubatch_size": config.parallel_config.ubatch_size > 1,
         "enable_prompt_embeds": model.enable_prompt_embeds,
     }
-    for name, value in asked.items():
+    for name, value in settings.items():
         if value:
             raise UnservableError(
                 f"{name} is set, by which vLLM computes prompts in other ways than the gates of"

@@ -1,6 +1,6 @@
 """Parsers for text and files of unknown origin: strict, and bounded in time and memory.
 
-findings            the reasons that a reading collects, and the error that carries them
+findings            reasons against a file, collected while it is read, and their error
 config_fields       the fields of a config, each read to its type
 patterns            regular expressions, matched in linear time
 safetensors_header  the header of a safetensors file, without its tensors

@@ -34,7 +34,7 @@ MAX_SHORT = 256
 
 
 def base_model(name: object, found: Findings) -> str:
-    """Read the name of the base; empty where there is none. What is odd about it is a warning."""
+    """Read the name of the base; empty if there is none. An odd name gets a warning."""
     if name in (None, ""):
         found.warn("base_unnamed", "it names no base; only its shapes show whether it fits")
         return ""
@@ -113,7 +113,7 @@ def pattern_table(
     """Read a table of patterns, in the order of the file.
 
     Args:
-        read: reads one value, given the value and its place in the config
+        read: reads one value, from the value and its place in the config
     """
     table = config.get(key) or {}
     if not isinstance(table, dict) or len(table) > MAX_ENTRIES:
@@ -177,7 +177,7 @@ def one_of(value: object, where: str, options: Sequence[str], found: Findings) -
     """Read one of several words; the first of them where it is refused."""
     if not isinstance(value, str) or value not in options:
         known = ", ".join(repr(option) for option in options)
-        found.refuse(where, f"{where} is {shortened(value)!r}; one of {known} is possible")
+        found.refuse(where, f"{where} is {shortened(value)!r}; it must be one of {known}")
         return options[0]
     return value
 
@@ -185,7 +185,7 @@ def one_of(value: object, where: str, options: Sequence[str], found: Findings) -
 def matching(value: object, where: str, pattern: re.Pattern[str], found: Findings) -> str:
     """Read a printable text of a given form; empty where it is refused."""
     if not isinstance(value, str) or not value.isprintable() or not pattern.fullmatch(value):
-        found.refuse(where, f"{where} is {shortened(value)!r}, which is not of the form it has")
+        found.refuse(where, f"{where} is {shortened(value)!r}, which has another form than needed")
         return ""
     return value
 
@@ -211,7 +211,7 @@ def rows(config: Mapping[str, Any], key: str, most: int, found: Findings) -> lis
 def refuse_unknown(
     config: Mapping[str, Any], where: str, known: Collection[str], found: Findings
 ) -> None:
-    """Refuse keys that are set and not known: they may change what the others mean."""
+    """Refuse unknown keys that are set: they may change the meaning of the others."""
     unknown = sorted(key for key in config if key not in known and is_active(config[key]))
     if unknown:
         found.refuse(
@@ -233,5 +233,5 @@ def plain(value: object, where: str, found: Findings, depth: int = 4) -> Any:  #
 
 
 def is_active(value: object) -> bool:
-    """Return whether a field is set to something that can change how the adapter works."""
+    """Return whether a field is set: not null, false, zero or empty."""
     return value not in (None, False, "", 0) and value not in ([], {})

@@ -1,4 +1,4 @@
-"""The reasons that a reading collects, and the error that carries them."""
+"""Reasons against an adapter, collected while it is read, and the error that carries them."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from pathlib import Path
 from meteora.artifacts import MeteoraError, Reason
 
 MOST_OF_A_CODE = 3
-"""Reasons kept of one code, so that a file with a thousand faults gets a short message."""
+"""Most reasons of one code, so that a file with a thousand faults gets a short message."""
 GZIP = b"\x1f\x8b"
 """The first bytes of a compressed file."""
 MOST = 100
-"""Reasons kept in all: each new one is compared with these."""
+"""Most reasons in all: each new one is compared with these."""
 
 
 class AdapterError(MeteoraError):
@@ -28,12 +28,12 @@ class AdapterError(MeteoraError):
         self._where = where
 
     def __reduce__(self) -> tuple[type, tuple[str, tuple[Reason, ...]]]:
-        return type(self), (self._where, self.reasons)  # it is sent from one process to another
+        return type(self), (self._where, self.reasons)  # a worker process sends it to its parent
 
 
 @dataclass
 class Findings:
-    """What is wrong with an adapter. Reading goes on after a refusal, to name all faults."""
+    """Refusals and warnings. Reading goes on after a refusal, to name all faults."""
 
     refusals: list[Reason] = field(default_factory=list)
     warnings: list[Reason] = field(default_factory=list)
@@ -82,7 +82,7 @@ def brief(error: Exception) -> str:
 
 def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
     """Return a clause that says which line of a file is not UTF-8, and what to do."""
-    found = 0
+    bad_line = 0
     with path.open("rb") as file:
         start = file.read(2)
         if start == GZIP:
@@ -93,11 +93,11 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
             try:
                 line.decode(error.encoding)
             except UnicodeDecodeError:
-                found = number
+                bad_line = number
                 break
     what, encoding = ("UTF-16", "utf-16") if is_utf_16 else ("not UTF-8", "latin1")
     return (
-        f"line {found}: {what}; save the file as UTF-8, such as with"
+        f"line {bad_line}: {what}; save the file as UTF-8, such as with"
         f" `iconv -f {encoding} -t utf-8 {path.name} > new`"
     )
 

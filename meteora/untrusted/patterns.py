@@ -1,10 +1,10 @@
-r"""Which modules a pattern from a stranger's config names, found in linear time.
+r"""Match the patterns of an untrusted config against module paths, in linear time.
 
-PEFT gives the keys of `rank_pattern` and `alpha_pattern`, and a text in `target_modules`, to `re`,
-which backtracks: one key such as `(a+)+x` keeps it busy for years. RE2 matches in time linear in
-the text, whatever the pattern. It gives the answer of `re` on the syntax that both read alike, and
-`_SHARED` describes that part; look-around, back references and inline flags are outside of it.
-A pattern that is not matched here raises `PatternError`, and the caller decides what that means.
+PEFT matches the keys of `rank_pattern` and `alpha_pattern`, and a text in `target_modules`, with
+`re`, which backtracks: one key such as `(a+)+x` keeps it busy for years. RE2 takes time linear in
+the text, whatever the pattern. It agrees with `re` on the syntax that `_SHARED` describes, which
+excludes look-around, back references and inline flags.
+Other patterns raise `PatternError`, and the caller decides what that means.
 """
 
 from __future__ import annotations
@@ -33,8 +33,9 @@ NS_PER_INSTRUCTION = 500
 NS_PER_MATCH = 3_000
 """To bring one match from RE2 to Python."""
 NS_PER_STEP = 10
-"""To move all instructions of a pattern over one byte, by instruction."""
+"""To run one instruction of a pattern on one byte."""
 NS_PER_STEP_OF_PATH = 2
+"""The same for a path without operators, per dot and byte."""
 NS_PER_NAME = 100
 """To compare a name with a text."""
 
@@ -46,7 +47,7 @@ _OPTIONS.log_errors = False
 
 _OPERATORS = frozenset("^$*+?{}[]\\|()")
 _WHOLE = re.compile(r"\^((?:[0-9A-Za-z_]|\\[^0-9A-Za-z])*+)")
-"""A whole path as `export_expert` writes it, such as `^model\\.layers\\.0`: `^` begins the name."""
+"""A whole path, such as `^model\\.layers\\.0`, as `export_expert` writes it."""
 _SHARED = re.compile(
     r"""(?:
         [^\\(\[{^$]                                     # a literal, ., |, ), *, + or ?
@@ -63,7 +64,7 @@ _SHARED = re.compile(
 
 
 class PatternError(ValueError):
-    """The pattern is not one that is matched here; the message is a clause that says why."""
+    """The pattern cannot be matched here; the message is a clause that says why."""
 
 
 @dataclass
@@ -82,7 +83,7 @@ class Budget:
 def matching(
     source: str, names: Sequence[str], budget: Budget, *, anywhere: bool = False
 ) -> set[str]:
-    r"""Return those of the names that a pattern matches.
+    r"""Return the names that a pattern matches.
 
     Semantics:
         anywhere:  re.match(rf"(.*\.)?({source})$", name), PEFT's rule for pattern keys
@@ -111,15 +112,15 @@ def matching(
     pattern = _compile(rf"(?m)^{before}(?:{source})$")
     budget.spend(NS_PER_COMPILE + NS_PER_INSTRUCTION * pattern.programsize)
     text = "\n".join(names).encode("ascii", "replace")
-    if _OPERATORS.isdisjoint(source):  # a path: it can be at one place for each of its dots
+    if _OPERATORS.isdisjoint(source):  # a path: a match can begin after any dot
         budget.spend(NS_PER_STEP_OF_PATH * (1 + source.count(".")) * len(text))
     else:
         budget.spend(NS_PER_STEP * pattern.programsize * len(text))
-    found = set()
+    matches = set()
     for match in pattern.finditer(text):
         budget.spend(NS_PER_MATCH)
-        found.add(match.group().decode("ascii"))
-    return found
+        matches.add(match.group().decode("ascii"))
+    return matches
 
 
 def _compile(source: str) -> re2._Regexp:

@@ -1,8 +1,8 @@
-"""The header of a safetensors file, read as if it were hostile: limits first, parsing after.
+"""Read the header of a safetensors file as if it were hostile: limits first, then parsing.
 
 The safetensors library accepts more than this reader: keys given twice, names with NUL or `../`, a
-million empty tensors (35 s and 2.9 GB to open), shapes of a thousand dimensions. What passes here
-is a flat table of well-named tensors of limited size that tile the file exactly.
+million empty tensors (35 s and 2.9 GB to open), shapes of a thousand dimensions. This reader takes
+only a flat table of named tensors of limited size that fill the file exactly.
 """
 
 from __future__ import annotations
@@ -36,10 +36,12 @@ class HeaderError(ValueError):
 
 @dataclass(frozen=True)
 class TensorInfo:
+    """One tensor, as the header describes it."""
+
     dtype: str
     shape: tuple[int, ...]
     start: int
-    """Of its bytes in the file, from the file's beginning."""
+    """The first of its bytes, counted from the beginning of the file."""
     num_bytes: int
 
 
@@ -100,7 +102,7 @@ def _tensor(name: str, entry: object, data_start: int) -> TensorInfo:
     if not isinstance(dtype, str) or dtype not in ITEMSIZE:
         raise HeaderError(f"{name} has the dtype {str(dtype)[:20]!r}, which is not read here")
     if not _sizes(shape, MAX_SIZE) or len(shape) > MAX_DIMS:
-        raise HeaderError(f"{name} has a shape that is not up to {MAX_DIMS} sizes below 2^24")
+        raise HeaderError(f"{name} has a shape other than up to {MAX_DIMS} sizes below 2^24")
     if not _sizes(offsets, 1 << 62) or len(offsets) != 2:
         raise HeaderError(f"{name} has data_offsets that are not two positions")
     num_bytes = offsets[1] - offsets[0]
@@ -123,7 +125,7 @@ def _sizes(value: Any, limit: int) -> bool:  # noqa: ANN401  (JSON is what it is
 
 
 def _check_tiling(tensors: Mapping[str, TensorInfo], start: int, file_bytes: int) -> None:
-    """Each byte of the data belongs to one tensor: no hole, no overlap, nothing behind the last."""
+    """Refuse holes, overlaps, and bytes after the last tensor."""
     for name, tensor in tensors.items():
         if tensor.start != start:
             raise HeaderError(f"{name} begins at byte {tensor.start}, not where the last ends")

@@ -15,9 +15,9 @@ def parse_object(data: bytes) -> dict[str, Any]:
     """Return the object that `data` holds.
 
     Raises:
-        StrictJSONError: It is not JSON, or has what many parsers accept all the same: a key given
-            twice (they keep the first or the last), `NaN` or `Infinity`, a byte order mark, or
-            nesting as deep as the interpreter's stack.
+        StrictJSONError: It is not JSON, or it has something that only some parsers accept: a key
+            given twice (they keep the first or the last), `NaN` or `Infinity`, a byte order mark,
+            or nesting as deep as the interpreter's stack.
     """
     try:
         value = json.loads(

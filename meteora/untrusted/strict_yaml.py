@@ -16,7 +16,7 @@ _SAFE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 MAX_DEPTH = 50
 MAX_BITS = 1_000
-"""Of a whole number."""
+"""Most bits of a whole number."""
 INDENTATION = (
     "mapping values",
     "indentation",
@@ -24,7 +24,7 @@ INDENTATION = (
     "expected '-'",
     "cannot start any token",
 )
-"""Parts of the parser's messages that a wrong indentation mostly causes."""
+"""Parts of parser messages that mostly come from a wrong indentation."""
 MAX_NODES = 100_000
 """Half a second and 35 MB. Model cards that list hundreds of benchmarks have 20,000."""
 
@@ -37,8 +37,8 @@ def parse_yaml(text: str, *, typed: bool) -> object:
     """Read the value that `text` holds.
 
     Args:
-        typed: numbers, booleans and dates are read as such. Without it every scalar is a text: in
-            a stranger's file `1:1:1` is a number to YAML, and a megabyte of it takes minutes.
+        typed: whether to read numbers, booleans and dates, for a user's own files. Else every
+            scalar is a text: YAML reads `1:1:1` as a number, and a megabyte of it takes minutes.
     """
     try:
         _check_events(text, typed=typed)
@@ -46,14 +46,14 @@ def parse_yaml(text: str, *, typed: bool) -> object:
     except yaml.MarkedYAMLError as error:
         raise StrictYAMLError(_explained(error, text)) from None
     except (yaml.YAMLError, ValueError) as error:  # a plain ValueError: the 99th of May
-        said = str(error).partition("; use sys.")[0]  # advice for programmers
-        raise StrictYAMLError(" ".join(said.split())) from None
+        message = str(error).partition("; use sys.")[0]  # advice for programmers
+        raise StrictYAMLError(" ".join(message.split())) from None
 
 
 def _check_events(text: str, *, typed: bool) -> None:
-    """Refuse what takes too much to build; to go through the events takes no memory.
+    """Refuse text that is too large to build; parsing its events takes no memory.
 
-    A typed text has no tags either: PyYAML ends in errors of many kinds on `!!bool maybe`.
+    Typed text may have no tags either: `!!bool maybe` and the like raise many kinds of errors.
     """
     depth = num_nodes = 0
     for event in yaml.parse(text, _BASE):
@@ -98,7 +98,7 @@ class _TextLoader(_UniqueKeys, _BASE):
 
 def _bounded_int(loader: Any, node: yaml.ScalarNode) -> int:  # noqa: ANN401  (one of two classes)
     value: int = loader.construct_yaml_int(node)
-    if value.bit_length() > MAX_BITS:  # Python cannot print it, but a message has to
+    if value.bit_length() > MAX_BITS:  # Python cannot print larger ones in a message
         raise StrictYAMLError(f"a number has more than {MAX_BITS} bits ({_place(node.start_mark)})")
     return value
 

@@ -33,12 +33,12 @@ if TYPE_CHECKING:
     from pipelines.recipe.recipe import PolicySection
 
     LookUp = Callable[[str], "BaseVerdict"]
-    """From a base's `owner/name` to the verdict on it."""
+    """Takes a base's `owner/name`, and returns the verdict on it."""
 
 
 WORKER = "pipelines.admission.base_worker"
 DEADLINE_SECONDS = 300
-"""For a comparison; nearly all of it is to load the libraries."""
+"""For a comparison; most of the time goes to loading the libraries."""
 
 
 @dataclass(frozen=True)
@@ -46,7 +46,7 @@ class BaseVerdict(Noun):
     """How the base that an adapter names compares with ours."""
 
     unreachable: str = ""
-    """Why it could not be compared; empty where it was."""
+    """Why the comparison was impossible; empty after a comparison."""
     refusals: tuple[Reason, ...] = ()
     warnings: tuple[Reason, ...] = ()
 
@@ -61,16 +61,16 @@ def identify_base(
 ) -> tuple[Reason, ...]:
     """Warnings about the base that an adapter names.
 
-    It is looked up if the adapter or our base is from the Hub. With `unreachable_base: refuse` it
-    is always looked up.
+    The named base is looked up if the adapter or our base is from the Hub, and always under
+    `unreachable_base: refuse`.
 
     Args:
-        folder: Of the adapter; its card may name a base where its config does not.
+        folder: The adapter's folder; its card may name a base if its config names none.
         base: Our base.
 
     Raises:
-        IncompatibleAdaptersError: It is a different base. Or it cannot be compared, and the policy
-            refuses such adapters.
+        IncompatibleAdaptersError: It is a different base. Or no comparison is possible, and the
+            policy refuses such adapters.
     """
     named = _named_base(adapter, folder)
     if named and named.lower() == base.base_model.lower():
@@ -108,7 +108,7 @@ def identify_base(
 
 
 def _compare_names(named: str, base: BaseSpec) -> tuple[Reason, ...]:
-    """A warning where the names of two bases that cannot be compared are not alike.
+    """A warning if the names of two bases differ; used where their files cannot be compared.
 
     A folder, a quantised file and a repository of one base mostly share the last part of their
     names, up to a suffix.
@@ -129,12 +129,12 @@ def _compare_names(named: str, base: BaseSpec) -> tuple[Reason, ...]:
 def look_up_on_hub(cache: Path, base: BaseSpec, ours: Path, hub_of: Callable[[str], Hub]) -> LookUp:
     """A function that compares a named base on the Hub with ours, and saves its verdict.
 
-    Each base is looked up once. One that could not be reached is tried again by the next run.
+    Each base is looked up once. The next run tries an unreachable one again.
 
     Args:
-        cache: The folder of downloaded adapters, where verdicts are saved, too.
+        cache: The folder of downloaded adapters; verdicts are saved there, too.
         ours: The folder with config and tokenizer of `base`.
-        hub_of: The Hub to ask for a repository.
+        hub_of: Returns the Hub to ask for a repository.
     """
 
     @functools.cache
@@ -150,7 +150,7 @@ def look_up_on_hub(cache: Path, base: BaseSpec, ours: Path, hub_of: Callable[[st
 
 
 def saved_verdict(cache: Path, base: BaseSpec, named: str) -> BaseVerdict:
-    """The verdict of an earlier run, without a request to the Hub."""
+    """The saved verdict of an earlier run, without the Hub; `unreachable` if there is none."""
     file = _verdict_file(cache, base, named)
     if not file.is_file():
         return BaseVerdict("it was not looked up yet")
@@ -169,16 +169,16 @@ def _compare(named: str, ours: Path, hub: Hub) -> BaseVerdict:
             repositories.download_profile(ref, theirs, hub=hub)
             with ChildProcess(WORKER, quiet=True) as worker:
                 request = [named, str(theirs), str(ours)]
-                found = worker.ask(request, deadline_seconds=DEADLINE_SECONDS)
+                answer = worker.ask(request, deadline_seconds=DEADLINE_SECONDS)
     except HubError as error:
         return BaseVerdict(str(error))
     except ChildError as error:
         return BaseVerdict(f"to compare them failed: {brief(error)}")
-    return BaseVerdict.from_dict(found)
+    return BaseVerdict.from_dict(answer)
 
 
 def _named_base(adapter: Adapter, folder: Path) -> str:
-    """The `owner/name` of the adapter's base; empty if neither config nor card has one."""
+    """The `owner/name` of the adapter's base; empty if neither config nor card names one."""
     for name in (adapter.spec.base_model, base_of(folder)):
         if REPO_ID.fullmatch(name) and ".." not in name:
             return name

@@ -1,6 +1,6 @@
 """The process that compares a stranger's base with ours.
 
-A tokenizer of a stranger can end the process that reads it: what parses it panics, or aborts.
+It is a process of its own because a stranger's tokenizer file can crash the parser.
 """
 
 from __future__ import annotations
@@ -19,10 +19,11 @@ MOST_MEMORY = 8 << 30
 def compare(named: str, theirs: str, ours: str) -> dict[str, Any]:
     """The verdict on a base, from the folders with its profile and with ours."""
     try:
-        found = compare_bases(named, Path(theirs), Path(ours))
+        findings = compare_bases(named, Path(theirs), Path(ours))
     except UnreadableBaseError as error:
         return BaseVerdict(str(error)).to_dict()
-    return BaseVerdict(refusals=tuple(found.refusals), warnings=tuple(found.warnings)).to_dict()
+    refusals, warnings = tuple(findings.refusals), tuple(findings.warnings)
+    return BaseVerdict(refusals=refusals, warnings=warnings).to_dict()
 
 
 def main() -> None:

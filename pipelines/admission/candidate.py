@@ -1,7 +1,7 @@
-"""An adapter that is to join a checkpoint: the same checks as for the adapters of a recipe.
+"""An adapter to add to a checkpoint: the same checks as for the adapters of a recipe.
 
 It is read, compared with the base and with the experts of the checkpoint, and tried on a probe
-prompt. The verdict is recorded, whether it is accepted or refused.
+prompt. Either verdict is recorded.
 """
 
 from __future__ import annotations
@@ -76,9 +76,9 @@ class Admission:
             model: the base of the checkpoint, without experts
 
         Raises:
-            AdapterError: It is refused, which is recorded. Or it is an expert of the checkpoint
-                already, or all experts together need more memory than there is.
-            UnusableRepositoryError: Its repository cannot be used, which is recorded, too.
+            AdapterError: It is refused, and the refusal recorded. Or, without a record, it is an
+                expert of the checkpoint already, or all experts need more memory than there is.
+            UnusableRepositoryError: Its repository cannot be used; this is recorded, too.
             HubError: A fault of the Hub itself, which is no verdict on the adapter.
         """
         sizes = {path: size for path, m in model.named_modules() if (size := loading.sizes_of(m))}
@@ -114,7 +114,7 @@ class Admission:
             model: with the new expert in it
 
         Raises:
-            AdapterError: It changes nothing there, which is recorded.
+            AdapterError: It changes nothing there; the refusal is recorded.
         """
         silent = silent_experts(model, tokenizer, [expert.name])
         if expert.name in silent:
@@ -125,22 +125,22 @@ class Admission:
         verdicts.record_accepted(self.ledger, self.run_id, expert)
 
     def _compare_with_others(self, expert: Expert) -> list[Reason]:
-        """Warnings; it is refused if it is there already, or if memory is short."""
-        found = Findings()
+        """Warnings; refuses an expert that is there already, or needs too much memory."""
+        findings = Findings()
         others = {
             entry.name: (entry.adapter_id, entry.weights_sha256) for entry in self.manifest.experts
         }
-        check_duplicates(expert.name, expert.adapter.spec, others, found)
+        check_duplicates(expert.name, expert.adapter.spec, others, findings)
         check_memory(
             len(others) + 1,
             edit.larger_bytes(self.folder, expert.adapter),
             memory_bytes(),
-            found,
+            findings,
             advice="drop another expert first (`meteora drop`), or use a machine with more memory",
         )
-        if found.refusals:
-            raise IncompatibleAdaptersError(expert.source, tuple(found.refusals))
-        return found.warnings
+        if findings.refusals:
+            raise IncompatibleAdaptersError(expert.source, tuple(findings.refusals))
+        return findings.warnings
 
     def _refuse(self, ref: AdapterRef, error: AdapterError | UnusableRepositoryError) -> None:
         refusal, one = Refusal(ref, error, left_out=False), self.candidate

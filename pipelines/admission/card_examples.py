@@ -1,7 +1,7 @@
 """Examples of an adapter for which the recipe names none: rows of a data set that its card names.
 
-A card is a stranger's text. So its data sets are read as any other, by `datasets`, which runs no
-code of theirs; and only where the columns leave no doubt.
+A card is a stranger's text. So `datasets` reads the data set and runs none of its code, and a data
+set whose columns are unclear is not used.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ COLUMNS = (
 CONVERSATIONS = (("messages", "role", "content"), ("conversations", "from", "value"))
 """Columns with turns, and the keys of a turn."""
 LONGEST_PROMPT = 8_000
-"""Characters. Longer prompts are left out: fitting to them takes memory that nobody asked for."""
+"""Characters. Longer prompts are left out: fitting to them would take too much memory."""
 ASKING, ANSWERING = {"user", "human"}, {"assistant", "gpt"}
 
 
@@ -51,16 +51,16 @@ class NoCardExamplesError(ExamplesError):
 def read_card_examples(
     datasets: Sequence[str], folder: Path, limit: int, token_of: Callable[[str], str | None]
 ) -> tuple[list[Row], str]:
-    """Rows of the first data set that can be used, and what a recipe would name as their source.
+    """Rows of the first usable data set, and their source as a recipe would name it.
 
     Args:
         datasets: each `owner/name`
         folder: of the recipe
         limit: the greatest number of rows
-        token_of: the token that is sent for a data set
+        token_of: returns the token to send for a data set
 
     Raises:
-        NoCardExamplesError: there is none; the message says why each of them cannot be used.
+        NoCardExamplesError: none is usable; the message gives the reason for each.
         ExamplesError: the Hub cannot be reached.
     """
     reasons = []
@@ -69,18 +69,18 @@ def read_card_examples(
             source = f"hf:{name}?{urlencode(_options(name, token_of(name)), safe=',.')}"
             return read_rows(source, folder, limit, token_of), source
         except ExamplesError as error:
-            if _may_pass(error.__cause__):
+            if _is_fault_of_hub(error.__cause__):
                 raise
             reasons.append(str(error))
     raise NoCardExamplesError("; ".join(reasons) or "its card names no data set of the Hub")
 
 
-def _may_pass(error: BaseException | None) -> bool:
+def _is_fault_of_hub(error: BaseException | None) -> bool:
     """Whether the Hub was not reached, or had a fault of its own: no verdict on a data set."""
     while error is not None:
         status = getattr(getattr(error, "response", None), "status_code", 0)
-        passing = (ConnectionError, TimeoutError, TransportError)
-        if isinstance(error, passing) or status == 429 or status >= 500:
+        transient = (ConnectionError, TimeoutError, TransportError)
+        if isinstance(error, transient) or status == 429 or status >= 500:
             return True
         error = error.__cause__ or error.__context__
     return False
@@ -88,13 +88,13 @@ def _may_pass(error: BaseException | None) -> bool:
 
 def _options(name: str, token: str | None) -> dict[str, str]:
     """Config, split, columns and commit of a data set, as `hf:` takes them."""
-    if Path(name).exists():  # `datasets` prefers it; a stranger is not to name folders of ours
+    if Path(name).exists():  # `datasets` prefers a folder; a stranger must not name one of ours
         raise NoCardExamplesError(
             f"{name} is also a folder in the working folder, which would be read in its place"
         )
     try:
         commit = pin(name, "", token)
-    except Exception as error:  # of HTTP, of names that are none, of answers that are none
+    except Exception as error:  # HTTP errors, invalid names, malformed answers
         raise _fault(name, error) from error
     (options,) = kept(["options", name, commit], lambda: [_options_at(name, commit, token)], dict)
     return options
@@ -103,16 +103,16 @@ def _options(name: str, token: str | None) -> dict[str, str]:
 def _options_at(name: str, commit: str, token: str | None) -> dict[str, str]:
     import datasets as hub  # noqa: PLC0415  (seconds to import, and only needed here)
 
-    asked: Any = {"token": token or False, "revision": commit}
+    access: Any = {"token": token or False, "revision": commit}
     try:
-        configs = hub.get_dataset_config_names(name, **asked)
+        configs = hub.get_dataset_config_names(name, **access)
         config = configs[0] if len(configs) == 1 else "default"
         if config not in configs:
             raise NoCardExamplesError(f"{name} has several configs ({listed(configs, 4)})")
-        splits = hub.get_dataset_split_names(name, config, **asked)
+        splits = hub.get_dataset_split_names(name, config, **access)
     except NoCardExamplesError:
         raise
-    except Exception as error:  # what reads a damaged file raises its own, such as BadZipFile
+    except Exception as error:  # each file reader has its own errors, such as BadZipFile
         raise _fault(name, error) from error
     if not splits:
         raise NoCardExamplesError(f"{name} has no rows")
@@ -129,8 +129,8 @@ def _options_at(name: str, commit: str, token: str | None) -> dict[str, str]:
 
 
 def _fault(name: str, error: Exception) -> ExamplesError:
-    """What is said of a data set that does not come: a fault of the Hub is no verdict on it."""
-    if _may_pass(error):
+    """The error for a failed download: a fault of the Hub is no verdict on the data set."""
+    if _is_fault_of_hub(error):
         return ExamplesError(
             f"the Hub cannot be reached for {name}, a data set that an adapter's card names;"
             " try again, or name examples in the recipe"
@@ -139,7 +139,7 @@ def _fault(name: str, error: Exception) -> ExamplesError:
 
 
 def columns_of(item: Mapping[str, Any]) -> tuple[str, str] | None:
-    """Which columns of a row are the prompt and its answer, as `hf:` names them; None in doubt."""
+    """The columns of a row's prompt and answer, as `hf:` names them; None in doubt."""
     for prompt, response in COLUMNS:
         if all(isinstance(item.get(name), str) for name in (*prompt.split(","), response)):
             return prompt, response

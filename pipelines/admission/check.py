@@ -31,13 +31,13 @@ def inspect(
     modules_to_save: OnExtras = "refuse",
     token_for: Collection[str] = (),
 ) -> Verdict:
-    """The verdict on whatever lies at `where`; faults of it become reasons, not exceptions.
+    """The verdict on the adapter at `where`; its faults become reasons, not exceptions.
 
     Args:
-        where: A folder, a config, weights, or `owner/name[@revision]`. A path that exists is taken
-            before a repository of the same name.
+        where: A folder, a config, weights, or `owner/name[@revision]`. `a/b` is a path, and no
+            repository, if it exists or a folder `a` does.
         cache: The folder of downloaded adapters.
-        subfolder: Of the folder or the repository.
+        subfolder: The adapter's folder inside the folder or the repository.
         modules_to_save: What to do with whole modules beside the LoRA, as in a recipe's policy.
         token_for: Owners, or `owner/name`, to whom the saved token is sent.
     """
@@ -69,7 +69,7 @@ def inspect(
 
 
 def describe(verdict: Verdict) -> list[str]:
-    """The verdict for people, in lines: verdict and path, facts of the adapter, each reason."""
+    """The lines to print for a verdict: verdict and path, facts of the adapter, each reason."""
     facts = verdict.facts
     lines = []
     if "num_modules" in facts:

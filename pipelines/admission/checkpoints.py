@@ -1,7 +1,7 @@
-"""The checkpoint that a person names, from this disk or from the Hub, and where its base is.
+"""The checkpoint that a person names, from this disk or from the Hub, and the place of its base.
 
-The saved token is sent to an owner only where the person allows it: neither the name of a
-repository nor the base that a checkpoint names is a reason to send it.
+The saved token is sent to an owner only if the person allows it. The name of a repository and the
+base that a checkpoint names are no reason to send it.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class FoundCheckpoint:
 
     folder: Path
     base_folder: Path | None
-    """None where its base comes from the Hub or a package."""
+    """None if its base comes from the Hub or a package."""
     download: dict[str, str | bool]
-    """How its base is downloaded, as `meteora.load` takes it."""
+    """Options for the download of its base, as `meteora.load` takes them."""
     device: str = "auto"
-    """Where the model is moved, as torch names it."""
+    """The device of the model, as torch names it."""
     dtype: str = "auto"
-    """Of the base; `auto`: as it lies on the disk."""
+    """The dtype of the base; `auto`: as in its files."""
     may_spread: bool = False
-    """Whether it may be spread over all devices where this one does not hold it."""
+    """Whether a model too large for one device may be spread over all of them."""
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The fused model and its tokenizer; raises what `meteora.load` raises."""
@@ -52,7 +52,7 @@ class FoundCheckpoint:
         )
 
     def _num_bytes(self) -> int:
-        """Of experts and base; of a base that is not on this disk nothing is known."""
+        """The bytes of experts and base on this disk; a base in no folder counts as none."""
         bases = [] if self.base_folder is None else self.base_folder.glob("*.safetensors")
         files = [path for path in (self.folder / EXPERTS, *bases) if path.is_file()]
         return sum(path.stat().st_size for path in files)
@@ -61,23 +61,23 @@ class FoundCheckpoint:
 def find_folder(
     name: str, home: Path, token_for: Collection[str] = (), *, statistics: bool = False
 ) -> Path:
-    """Find the folder of a checkpoint, which is downloaded if it is on the Hub.
+    """Find the folder of a checkpoint; download a checkpoint of the Hub.
 
     Args:
         name: A folder, a Hub id, or an id of the ledger.
         token_for: Owners, or `owner/name`, to whom the saved token is sent.
-        statistics: Also download what its gates were fitted to.
+        statistics: Also download the statistics that its gates were fitted to.
 
     Raises:
         UnknownError: The ledger has the id, but no checkpoint with it.
-        HubError: The Hub cannot be reached, speaks plain http over a network, or has no such one.
+        HubError: The Hub cannot be reached, has no such one, or is plain http over a network.
         CheckpointError: The Hub has no such checkpoint.
     """
     folder = Path(checkpoint_folder(name, home))
     if folder.is_dir() or not is_hub_id(name):
         return folder
-    asked = _download(name, token_for, is_here=cached(name, MANIFEST) is not None)
-    return find_checkpoint(name, download=asked, statistics=statistics)
+    options = _download_options(name, token_for, is_here=cached(name, MANIFEST) is not None)
+    return find_checkpoint(name, download=options, statistics=statistics)
 
 
 def find(
@@ -98,13 +98,13 @@ def find(
 
     Raises:
         DeviceError: There is no such device here.
-        CheckpointError: It is not sound.
+        CheckpointError: The checkpoint is not sound.
         DamagedBaseError: The base in this home is damaged.
     """
     chosen = choose_device(device)
     folder = find_folder(name, home, token_for, statistics=statistics)
-    found = find_base(folder, home, base, token_for)
-    return replace(found, device=chosen, dtype=dtype, may_spread=device == "auto")
+    checkpoint = find_base(folder, home, base, token_for)
+    return replace(checkpoint, device=chosen, dtype=dtype, may_spread=device == "auto")
 
 
 def find_base(
@@ -125,12 +125,16 @@ def find_base(
     if at_hand is not None or not (is_loaded and is_hub_id(named.repo_id)):
         return FoundCheckpoint(folder, at_hand, {})
     is_here = cached(named.repo_id, "config.json", named.revision) is not None
-    return FoundCheckpoint(folder, None, _download(named.repo_id, token_for, is_here=is_here))
+    options = _download_options(named.repo_id, token_for, is_here=is_here)
+    return FoundCheckpoint(folder, None, options)
 
 
-def _download(repo_id: str, token_for: Collection[str], *, is_here: bool) -> dict[str, str | bool]:
+def _download_options(
+    repo_id: str, token_for: Collection[str], *, is_here: bool
+) -> dict[str, str | bool]:
+    """The token to send; refuses an unsafe endpoint, and a Hub that does not answer if needed."""
     hub = hub_for(repo_id, token_for)
-    hub.url()  # refuses an endpoint that anyone on the way may answer for
+    hub.url()  # refuses an endpoint that anyone on the network could answer for
     if not (is_here or is_offline()):
-        hub.ask("refs", repo_id, repo_id)  # the Hub's client tries one without a network for 23 s
+        hub.ask("refs", repo_id, repo_id)  # without a network, the Hub's client retries for 23 s
     return {"token": hub.token or False}

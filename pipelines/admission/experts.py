@@ -33,13 +33,13 @@ class Expert:
 
     name: str
     source: str
-    """As the recipe names it, before a branch was resolved."""
+    """The adapter as the recipe names it, before a branch is resolved."""
     ref: AdapterRef
     adapter: Adapter
     licence: str
-    """As its card or repository states; empty where they state none."""
+    """As its card or repository states it; empty if they state none."""
     about: HubSource | None = None
-    """What the Hub knows of its repository; None for a local folder."""
+    """The Hub's facts on its repository; None for a local folder."""
     datasets: tuple[str, ...] = ()
     """The data sets of the Hub that its card names."""
 
@@ -49,14 +49,14 @@ class Requirements:
     """What an adapter must fit to become an expert."""
 
     base: BaseSpec | None
-    """None while it is not here: adapters are then compared with no base."""
+    """None if it is not on this disk yet: then adapters are compared with no base."""
     sizes: Mapping[str, tuple[int, int]]
     """(in_features, out_features) of each linear layer of the base, by its path."""
     policy: PolicySection
     look_up: LookUp
     """Compares the base that an adapter names with ours, if the names differ."""
     in_layers: bool
-    """Every module must lie in a numbered layer, as where gates are fitted layer by layer."""
+    """Whether every module must lie in a numbered layer; gates are fitted layer by layer."""
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,7 @@ class Refusal:
     ref: AdapterRef
     error: AdapterError | UnusableRepositoryError
     left_out: bool
-    """The run goes on without it; otherwise it ends the run."""
+    """Whether the run goes on without it; otherwise the run ends."""
 
 
 @dataclass(frozen=True)
@@ -74,21 +74,21 @@ class Missing:
     """An adapter that a run would have to fetch first."""
 
     ref: AdapterRef | None
-    """None where it could not be pinned."""
+    """None if it cannot be pinned without the Hub."""
     reason: str
 
 
 def read_experts(
     context: RunContext, requirements: Requirements, resolve: Resolve, fetch: Fetch
 ) -> Iterator[tuple[ExpertSection, Expert | Refusal | Missing]]:
-    """Each expert of the recipe, in order: accepted, refused, or not here.
+    """Each expert of the recipe, in order: accepted, refused, or not on this disk.
 
     Args:
         resolve: `sources.resolve_adapter`, or a task around it.
         fetch: `sources.fetch_adapter`, a task around it, or `sources.adapter_at_hand`.
 
     Raises:
-        HubError: A fault of the Hub itself, which is no verdict on the adapter.
+        HubError: A fault of the Hub itself; this is no verdict on the adapter.
     """
     recipe, folder = context.recipe, context.folder
     known: dict[str, str] = {}
@@ -117,10 +117,10 @@ def read_experts(
 def read_expert(
     name: str, source: str, ref: AdapterRef, folder: Path, requirements: Requirements
 ) -> Expert:
-    """Read the adapter in a folder, and hold it against the requirements.
+    """Read the adapter in a folder, and check it against the requirements.
 
     Raises:
-        AdapterError: It does not meet them.
+        AdapterError: The adapter does not meet them.
     """
     policy = requirements.policy
     adapter = reader.read(folder, modules_to_save=policy.modules_to_save)

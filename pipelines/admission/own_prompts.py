@@ -1,11 +1,11 @@
-"""Prompts that experts write themselves, where they come without examples.
+"""Prompts that experts without examples write themselves.
 
-    <|user|> ______ <|end|>     the expert goes on from here, and nothing else is given
+    <|user|> ______ <|end|>     the expert fills the gap, with no other text before it
 
-An adapter that was trained on whole conversations has learnt their questions, too, and writes such
-questions there (Magpie, arXiv 2406.08464). One that was trained on answers alone writes its answers
-there, or what its base writes. What is written tells which it was: questions of the expert's task
-are likelier in that place than its answers to them, and likelier for the expert than for the base.
+An adapter trained on whole conversations has learnt their questions, too, and writes such questions
+into the gap (Magpie, arXiv 2406.08464). An adapter trained on answers alone writes answers there,
+or the text of its base. Two likelihoods tell questions from answers: a question of the expert's
+task is likelier in the gap than its answer is, and likelier for the expert than for the base.
 """
 
 from __future__ import annotations
@@ -29,19 +29,18 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 MAX_TOKENS = 256
-"""Of a prompt; one that does not end by then is left out."""
+"""The longest prompt; a longer one is left out."""
 JUDGED, AT_ONCE = 16, 64
-"""Texts of an expert by which it is judged, and those that it then writes in one batch."""
+"""The texts of an expert's first batch, which decides about it, and of each later batch."""
 ENDED = 7 / 8
-"""Of a batch: when so many have ended, the others are left out, since few would hold up all."""
+"""A batch stops when this share of its texts has ended; the others are left out as too slow."""
 TOP_P = 0.95
-"""What is drawn from: without the tail of unlikely tokens, which spoil a prompt."""
+"""Nucleus sampling: leaves out the tail of unlikely tokens, which spoil a prompt."""
 LEAST_GAIN, LEAST_LEAD = 1.25, 0.25
-"""Nats a token, by which questions are likelier for the expert than for the base, and likelier than
-the answers to them in the user's place. The quickstart's adapters, which were trained on answers,
-are below one of them. Five of six that were trained on whole conversations have 1.93 and 0.56 or
-more, and the sixth, which has learnt its task least, 1.56 and -0.04. See
-`tests/benchmarks/results/written_prompts.md`."""
+"""Thresholds in nats a token, for the means of `Written.gain` and `Written.lead` over the first
+batch. The quickstart's adapters, trained on answers, stay below one of them. Five of six adapters
+trained on whole conversations reach 1.93 and 0.56 or more; the sixth, which has learnt its task
+least, reaches 1.56 and -0.04. See `tests/benchmarks/results/written_prompts.md`."""
 
 
 @dataclass(frozen=True)
@@ -53,7 +52,7 @@ class Written:
     gain: float
     """How much likelier the prompt is for the expert than for the base, in nats a token."""
     lead: float
-    """How much likelier it is in the user's place than the answer would be there."""
+    """How much likelier the prompt is in the user's turn than the answer, in nats a token."""
 
 
 def write_prompts(
@@ -69,32 +68,32 @@ def write_prompts(
     Args:
         model: with its experts; its routers are left as they are
         names: of the experts that write
-        count: how many each of them begins; one that writes no questions stops after a batch
-        seed: of the draws; PyTorch's own generators are left as they are
+        count: the prompts that each expert begins; without questions it stops after one batch
+        seed: of the samples; PyTorch's own generators are left as they are
 
     Returns:
-        Different prompts by expert, in the order in which they were written. None of an expert that
-        writes no questions. None at all without a chat template: where a prompt ends is not known.
+        Different prompts by expert, in the order of writing. An empty list for an expert that
+        writes no questions, and for all without a chat template, which marks the end of a prompt.
     """
     template = Template.of(tokenizer)
-    found: dict[str, list[Written]] = {name: [] for name in names}
+    prompts: dict[str, list[Written]] = {name: [] for name in names}
     if not template.opening or not template.question_end:
-        return found
+        return prompts
     devices = [input_device(model)] if input_device(model).type == "cuda" else []
     with bar("writing prompts", count * len(names), "prompts") as advance:
         for place, name in enumerate(names):
             with force_expert(model, name), torch.random.fork_rng(devices):
                 torch.manual_seed(seed + place)
-                found[name] = _write(model, tokenizer, template, count)
+                prompts[name] = _write(model, tokenizer, template, count)
             advance(count)
-    return found
+    return prompts
 
 
 def _write(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, count: int
 ) -> list[Written]:
-    """The prompts of the expert that has all tokens."""
-    found: dict[str, Written] = {}
+    """The prompts of the expert that all tokens are routed to."""
+    prompts: dict[str, Written] = {}
     sizes = [min(JUDGED, count), *[AT_ONCE] * ((count - JUDGED) // AT_ONCE)]
     sizes.append(count - sum(sizes))
     for place, number in enumerate(filter(None, sizes)):
@@ -102,24 +101,24 @@ def _write(
         new = _judged(model, tokenizer, template, texts)
         if place == 0 and not _are_questions(new):
             return []
-        found |= {one.prompt: one for one in new if one.gain >= LEAST_GAIN}
-    return [*found.values()]
+        prompts |= {one.prompt: one for one in new if one.gain >= LEAST_GAIN}
+    return [*prompts.values()]
 
 
 def _are_questions(written: Sequence[Written]) -> bool:
-    """Whether an expert that wrote this has learnt questions; one text alone shows nothing."""
+    """Whether the expert that wrote these has learnt questions; one text alone shows nothing."""
     gain = sum(one.gain for one in written) / max(1, len(written))
     lead = sum(one.lead for one in written) / max(1, len(written))
     return len(written) > 1 and gain >= LEAST_GAIN and lead >= LEAST_LEAD
 
 
 class _MostEnded(StoppingCriteria):
-    """Ends a batch when most of its rows [B, L] have ended, behind the first tokens."""
+    """Ends a batch [B, L] when most of its rows have an end token after column `start`."""
 
     def __init__(self, ends: Collection[int], start: int) -> None:
         self.ends, self.start = torch.tensor([*ends]), start
 
-    def __call__(self, input_ids: Tensor, _scores: object, **_given: object) -> BoolTensor:
+    def __call__(self, input_ids: Tensor, _scores: object, **_kwargs: object) -> BoolTensor:
         ended = torch.isin(input_ids[:, self.start :], self.ends.to(input_ids.device)).any(1)
         is_over = ended.float().mean().item() >= ENDED
         return cast("BoolTensor", torch.full_like(ended, is_over))
@@ -128,7 +127,7 @@ class _MostEnded(StoppingCriteria):
 def _sample(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, count: int
 ) -> list[str]:
-    """Texts that are written from the template's opening, and end; none has special tokens."""
+    """Texts sampled after the template's opening; only complete ones, without special tokens."""
     ends = {*end_tokens(model, tokenizer), template.question_end[0]}
     ids = torch.tensor([template.opening] * count, device=input_device(model))
     with torch.inference_mode():
@@ -158,29 +157,29 @@ def _judged(
     template: Template,
     texts: Sequence[str],
 ) -> list[Written]:
-    """Texts with the model's answers to them, and how likely both are in the user's place."""
-    asked = [encode_prompt(tokenizer, text) for text in texts]
+    """Texts with the model's answers, and the likelihoods that tell questions from answers."""
+    prompts = [encode_prompt(tokenizer, text) for text in texts]
     ends = end_tokens(model, tokenizer)
     answers = [
         [token for token in ids if token not in ends]
-        for ids in answer_all(model, tokenizer, asked, MAX_NEW_TOKENS)
+        for ids in answer_all(model, tokenizer, prompts, MAX_NEW_TOKENS)
     ]
     start, end = len(template.opening), len(template.closing)
-    found = []
-    for text, ids, answer in zip(texts, asked, answers, strict=True):
+    judged = []
+    for text, ids, answer in zip(texts, prompts, answers, strict=True):
         question = ids[start : len(ids) - end]
         own = _likelihood(model, template.opening, question)
         with without_experts(model):
             gain = own - _likelihood(model, template.opening, question)
         lead = own - _likelihood(model, template.opening, answer) if answer else 0.0
-        said = str(tokenizer.decode(answer, skip_special_tokens=True))
-        found.append(Written(text, said, round(gain, 3), round(lead, 3)))
-    return found
+        answer_text = str(tokenizer.decode(answer, skip_special_tokens=True))
+        judged.append(Written(text, answer_text, round(gain, 3), round(lead, 3)))
+    return judged
 
 
 @torch.inference_mode()
 def _likelihood(model: PreTrainedModel, opening: Sequence[int], ids: Sequence[int]) -> float:
-    """The mean log-probability of tokens behind an opening, in nats."""
+    """The mean log-probability of tokens after an opening, in nats a token."""
     row = torch.tensor([[*opening, *ids]], device=input_device(model))
     logits = model(row, use_cache=False, logits_to_keep=len(ids) + 1).logits[0, :-1].float()
     own = logits.log_softmax(-1).gather(1, row[0, -len(ids) :, None].to(logits.device))

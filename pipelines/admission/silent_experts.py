@@ -24,8 +24,8 @@ def probe(
 ) -> None:
     """Warn of each expert that changes no logit of a probe prompt, and record the warning.
 
-    It is not refused: its weights are sound, and one prompt shows only that it is weak. The
-    benchmark shows how good it is.
+    It is not refused: its weights are sound, and one prompt shows only that it is weak there. The
+    benchmark measures its quality.
     """
     silent = silent_experts(model, tokenizer)
     for expert in experts:

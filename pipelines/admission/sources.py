@@ -1,4 +1,4 @@
-"""Where a recipe's base and adapters come from: each name is pinned, then its files are fetched."""
+"""The sources of a recipe's base and adapters: each name is pinned, then its files are fetched."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ from pipelines.recipe.recipe import LONGEST_NAME, ExpertSection, FoundExpert, Re
 
 
 class NotHereError(MeteoraError):
-    """Something was not downloaded or made yet."""
+    """A base or an adapter is not downloaded or made yet."""
 
 
 def hub_of(recipe: Recipe, repo_id: str) -> Hub:
@@ -38,9 +38,9 @@ def hub_of(recipe: Recipe, repo_id: str) -> Hub:
 def token_of_rows(
     token_for: Collection[str], *, allow_http: bool = False
 ) -> Callable[[str], str | None]:
-    """The token for each data set that rows are read from, by the same rule.
+    """A function from a data set's `owner/name` to its token, by the rule of `hub_of`.
 
-    Rows come from the Hub of the environment, whatever a recipe's `hub.endpoint` says.
+    Rows come from the Hub of the environment; a recipe's `hub.endpoint` does not apply to them.
 
     Args:
         token_for: Owners, or `owner/name`, to whom the saved token is sent.
@@ -48,7 +48,7 @@ def token_of_rows(
 
     def token_of(repo_id: str) -> str | None:
         hub = hub_for(repo_id, token_for, allow_http=allow_http)
-        hub.url()  # refuses an endpoint that anyone on the way may answer for
+        hub.url()  # refuses an endpoint that anyone on the network could answer for
         return hub.token
 
     return token_of
@@ -84,11 +84,12 @@ def discover(recipe: Recipe) -> Recipe:
     Raises:
         HubError: The Hub does not answer.
     """
-    asked = recipe.discover
-    if asked is None:
+    section = recipe.discover
+    if section is None:
         return recipe
-    base = asked.base or recipe.base.partition("@")[0]
-    refs = repositories.discover(base, tags=asked.tags, limit=asked.limit, hub=hub_of(recipe, base))
+    base = section.base or recipe.base.partition("@")[0]
+    hub = hub_of(recipe, base)
+    refs = repositories.discover(base, tags=section.tags, limit=section.limit, hub=hub)
     named = {expert.adapter.partition("@")[0] for expert in recipe.experts}
     taken = {expert.name for expert in recipe.experts}
     found = []
@@ -101,7 +102,7 @@ def discover(recipe: Recipe) -> Recipe:
 
 
 def name_of(repo_id: str, taken: AbstractSet[str]) -> str:
-    """The name of a found adapter: `owner--name`, with a hash where that is too long or taken."""
+    """The name of a found adapter: `owner--name`, with a hash if that is too long or taken."""
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", repo_id.replace("/", "--"))
     if len(name) > LONGEST_NAME or name in taken:
         digest = canonical_sha256(repo_id)[:8]
@@ -131,7 +132,7 @@ def _unnameable(folder: Path, what: str) -> SourceError:
 
 
 def _refuse_folder(name: str, folder: Path) -> None:
-    """Refuse a folder that is named without `path:`, which another one on the Hub may be, too."""
+    """Refuse a folder that is named without `path:`: the Hub may have a repository of that name."""
     if "@" not in name and (folder / name).is_dir():
         raise SourceError(
             f"{name}: there is a folder of this name, and without `path:` it is one on the Hub;"
@@ -140,7 +141,7 @@ def _refuse_folder(name: str, folder: Path) -> None:
 
 
 def pin_folder(folder: Path, subfolder: str = "") -> AdapterRef:
-    """The adapter in a folder, pinned to the hash of its weights; without weights, of file names.
+    """The adapter in a folder, pinned to the hash of its weights, or of its file names if none.
 
     Raises:
         SourceError: There is no such folder, or a checkpoint cannot name it.
@@ -159,7 +160,7 @@ def pin_folder(folder: Path, subfolder: str = "") -> AdapterRef:
         sha256 = weights_sha256(folder)
     else:
         inside = [path.name for path in folder.iterdir()]
-        # a name may be no UTF-8, which JSON is
+        # a file name need not be UTF-8, but JSON must be
         names = sorted(os.fsencode(path).decode(errors="backslashreplace") for path in inside)
         sha256 = canonical_sha256(names)
     return AdapterRef(repo_id, f"sha256:{sha256}", subfolder)
@@ -171,7 +172,7 @@ def fetch_adapter(
     """The folder with an adapter's files; downloaded at its commit if it is on the Hub.
 
     Raises:
-        AdapterError: It is refused by its config alone, so its weights were not downloaded.
+        AdapterError: Its config alone is refused, so its weights are not downloaded.
         HubError: The Hub does not deliver it.
     """
     if expert.adapter.startswith(PATH):
@@ -186,8 +187,8 @@ def adapter_at_hand(
     """As `fetch_adapter`, but nothing is downloaded.
 
     Raises:
-        AdapterError: It was refused by its config when it was to be downloaded.
-        NotHereError: It must be downloaded; the message says how many bytes.
+        AdapterError: An earlier download refused its config.
+        NotHereError: It must be downloaded; the message gives the size.
         HubError: It cannot be downloaded.
     """
     if expert.adapter.startswith(PATH):

@@ -59,13 +59,13 @@ def refuse(context: RunContext, section: ExpertSection, refusal: Refusal) -> Non
 def require_stackable(
     context: RunContext, memory_limit_bytes: int, experts: Sequence[Expert]
 ) -> None:
-    """Record the experts as artifacts, if they can lie in one stack.
+    """Record the experts as artifacts, if they fit into one stack.
 
     Raises:
         IncompatibleAdaptersError: They cannot, or the stack needs more memory than there is.
     """
-    found = {expert.name: expert.adapter for expert in experts}
-    for reason in check_stackable(found, memory_limit_bytes):
+    adapters = {expert.name: expert.adapter for expert in experts}
+    for reason in check_stackable(adapters, memory_limit_bytes):
         say(reason.message, "note")
     for expert in experts:
         spec = expert.adapter.spec
@@ -91,7 +91,7 @@ def record_refused(
     refusal: Refusal,
     hub_at: Callable[[str], Hub],
 ) -> None:
-    """Record that an adapter is refused, and why, with what the Hub knows of its repository."""
+    """Record that an adapter is refused, and why, with the Hub's facts on its repository."""
     error, about = refusal.error, hub_facts(refusal.ref, ledger.home / "adapters", hub_at)
     reasons = error.reasons if isinstance(error, AdapterError) else [Reason("hub", str(error))]
     verdict = _verdict(name, source, refusal.ref, about, "refuse", reasons)
@@ -101,7 +101,7 @@ def record_refused(
 
 
 def with_warnings(expert: Expert, reasons: Sequence[Reason]) -> Expert:
-    """The expert with further warnings, which are printed."""
+    """Print further warnings; returns the expert with them."""
     for reason in reasons:
         say(f"{expert.name}: {reason.message}", "note")
     adapter = replace(expert.adapter, reasons=(*expert.adapter.reasons, *reasons))
@@ -109,7 +109,7 @@ def with_warnings(expert: Expert, reasons: Sequence[Reason]) -> Expert:
 
 
 def with_hub_facts(expert: Expert, cache: Path, hub_at: Callable[[str], Hub]) -> Expert:
-    """The expert with what the Hub knows of its repository, if it is from the Hub."""
+    """The expert with the Hub's facts on its repository, if it is from the Hub."""
     about = hub_facts(expert.ref, cache, hub_at)
     if about is None:
         return expert
@@ -117,7 +117,7 @@ def with_hub_facts(expert: Expert, cache: Path, hub_at: Callable[[str], Hub]) ->
 
 
 def hub_facts(ref: AdapterRef, cache: Path, hub_at: Callable[[str], Hub]) -> HubSource | None:
-    """What the Hub knows of an adapter's repository; None if it is not from there."""
+    """The Hub's facts on an adapter's repository; None if it is not from there."""
     if COMMIT.fullmatch(ref.revision) is None:
         return None
     return facts_of(ref, cache, hub=hub_at(ref.repo_id))
@@ -131,7 +131,7 @@ def _verdict(
     word: str,
     reasons: Sequence[Reason],
 ) -> AdapterVerdict:
-    """The verdict on an adapter, with what the Hub knows of its repository."""
+    """The verdict on an adapter, with the Hub's facts on its repository."""
     verdict = AdapterVerdict(
         name, source, ref.repo_id, ref.revision, word, tuple(reasons), subfolder=ref.subfolder
     )

@@ -23,16 +23,16 @@ from pipelines.workspace.faults import describe
 app = typer.Typer(
     no_args_is_help=True,
     pretty_exceptions_enable=False,
-    rich_markup_mode="markdown",  # else brackets are markup, and lines of a docstring stay lines
+    rich_markup_mode="markdown",  # else brackets are markup, and docstrings keep their line breaks
     context_settings={"help_option_names": ["-h", "--help"]},
     help="Off-the-shelf LoRA adapters in; one routed model out.",
 )
 for part in (run, benchmark, experts, recipe, checkpoint, chat, store):
     app.add_typer(part.app)
 EVERYWHERE = ("--quiet", "--verbose")
-"""Options of the program itself, which may also stand behind a command."""
+"""Options of the program itself, which are also possible after a command."""
 LONG_WORD = re.compile(r"\S{400,}")
-"""What only a mistake or a stranger writes, such as a number of 5,000 digits."""
+"""An argument that can only be a mistake or an attack, such as a number of 5,000 digits."""
 
 
 def _print_version(asked: bool) -> None:
@@ -69,7 +69,7 @@ def main() -> None:
     An error of ours, and a fault of the machine, is printed as one sentence, with exit code 1.
     """
     for name, mode in (("stdin", "r"), ("stdout", "w"), ("stderr", "w")):
-        if getattr(sys, name) is None:  # closed by who started this, as some services do
+        if getattr(sys, name) is None:  # some services start a program with closed streams
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115  (until the end)
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may have bytes of no UTF-8

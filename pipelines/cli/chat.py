@@ -114,8 +114,8 @@ def _serve(
     """Serve a model until a person ends it.
 
     Args:
-        allowed: further names by which clients reach it
-        page: makes the HTML of a page of the model's name and experts, if there is to be one
+        allowed: further host names to accept
+        page: makes the HTML of the page from the model's name and experts; None for no page
     """
     from pipelines.hub.client import is_loopback
     from pipelines.serving import host_names, server
@@ -153,7 +153,7 @@ def _load(
     device: str,
     dtype: str,
 ) -> Chat:
-    """The checkpoint that a person names, ready to answer."""
+    """A chat with the checkpoint that a person names."""
     from meteora.model.chat import Chat
     from pipelines.admission import checkpoints
 
@@ -178,7 +178,7 @@ class Conversation:
     def run(self) -> None:
         """Take lines until the input ends, or a person quits.
 
-        A person sees what is refused, and goes on. Where no person types, it ends the command.
+        After a refused line a person can go on; without a terminal the error ends the command.
         """
         person = sys.stdin.isatty()
         if person:
@@ -194,7 +194,7 @@ class Conversation:
                 say(str(error), "error")
 
     def take(self, line: str) -> None:
-        """A turn, or a command."""
+        """Answer a turn, or execute a command."""
         command, _, argument = line.partition(" ")
         argument = argument.strip()
         if not command.startswith("/"):
@@ -232,7 +232,7 @@ class Conversation:
         say(f"wrote {path}")
 
     def _ask(self, question: str) -> None:
-        """Answer a turn. One that Ctrl-C interrupts stays in the history as far as it went."""
+        """Answer a turn. After Ctrl-C the history keeps the tokens so far."""
         asked = [*self.messages, {"role": "user", "content": question}]
         tokens: list[Token] = []
 
@@ -269,7 +269,7 @@ def _lines(prompted: bool) -> Generator[str]:
     """The lines of the input that are not empty.
 
     Args:
-        prompted: Show a person where to type.
+        prompted: Whether to print the prompt `> `.
 
     Raises:
         MeteoraError: The input is no text.

@@ -309,7 +309,7 @@ def export(
 
 
 def _named_base(folder: Path, expert: str, home: Path) -> str:
-    """The base that an expert's adapter named when it came; empty where it is not recorded."""
+    """The base that an expert's adapter names, from the ledger; empty if it is not recorded."""
     from meteora.artifacts import ArtifactId
     from meteora.checkpoint.manifest import read_manifest
     from store.ledger import Ledger

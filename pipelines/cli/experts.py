@@ -208,7 +208,7 @@ def _print_made(made: Path, what: str, before: Path, *, as_json: bool) -> None:
 
 
 def _id(folder: Path) -> str:
-    """The id of a checkpoint, short as people give it to a command."""
+    """The id of a checkpoint in the short form that commands accept."""
     from meteora.artifacts import short
     from meteora.checkpoint.manifest import read_manifest
 

@@ -53,34 +53,34 @@ Dtype = Annotated[
     typer.Option(help="The base's dtype in memory. auto: that of its files."),
 ]
 MOST = 1_000_000
-"""Of any number of things: larger ones are typing errors, and would overflow later."""
+"""The limit of options that are counts: larger ones are typing errors, and would overflow later."""
 PARTS = ("records", "blobs", "ledger.duckdb", "store.toml", "adapters", "bases", "runs", "prefect")
-"""What a home holds, some of it at least."""
+"""Files and folders of a home; every home has some of them."""
 
 
 def text_or_input(text: str) -> str:
-    """The text itself, or all of the input where it is `-`.
+    """The text itself, or the whole standard input for `-`.
 
     Raises:
-        MeteoraError: It is no text.
+        MeteoraError: It is no UTF-8.
     """
     what = "input" if text == "-" else "text"
     try:
         text = sys.stdin.read() if text == "-" else text
-        text.encode()  # bytes of an argument that are no UTF-8 came as halves of surrogate pairs
+        text.encode()  # fails for arguments with bytes that are no UTF-8: Python made surrogates
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise MeteoraError(f"the {what} is not {error.encoding}") from error
     return text
 
 
 def existing_home(home: Path) -> Path:
-    """The home of a command that changes nothing, which therefore makes no new one.
+    """The home, for a command that only reads and so must not make a new one.
 
     Raises:
-        MeteoraError: The folder is not there, or is full of other things.
+        MeteoraError: The folder does not exist, or has only other files.
     """
-    there = {path.name for path in home.iterdir()} if home.is_dir() else None
-    if there is None or (there and there.isdisjoint(PARTS)):
+    names = {path.name for path in home.iterdir()} if home.is_dir() else None
+    if names is None or (names and names.isdisjoint(PARTS)):
         raise MeteoraError(
             f"{home}: there is no store in it; check --home, or make one with `meteora run`"
         )

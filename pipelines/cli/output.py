@@ -31,22 +31,22 @@ if TYPE_CHECKING:
 Format = Literal["table", "json", "csv", "markdown"]
 """The forms of an answer."""
 SHOWN = 100
-"""How many artifacts are listed for one damaged file."""
+"""The most artifacts to list for one damaged file."""
 ID = re.compile(r"(^|_)(id|sha256)$")
 """Names of columns of long hexadecimal digits."""
 NARROW = 20
-"""Characters of a column in a table that has more columns than a line can show."""
+"""The most characters of a column in a table that is too wide for a line."""
 BORDERS = 3
-"""Characters beside each cell of a table."""
+"""The characters of border and padding for each cell of a table."""
 
 
 def print_findings(
     found: Verification, bases: Sequence[Finding], again: Recomputed, *, as_json: bool = False
 ) -> int:
-    """Print everything that is damaged or does not recompute; returns the number of findings.
+    """Print all damaged files and scores that do not recompute; returns the number of findings.
 
     Args:
-        bases: What is damaged in the bases of the home.
+        bases: The findings on the bases of the home.
     """
     every = (*found.findings, *bases, *again.findings)
     if as_json:
@@ -117,7 +117,7 @@ def print_answer(answer: Answer, form: Format) -> None:
 
 
 def _for_json(value: object) -> object:
-    """A value as JSON can have it: NaN and infinity are null, and decimals are numbers."""
+    """A value in JSON's types: NaN and infinity become null, and decimals numbers."""
     if isinstance(value, float) and not math.isfinite(value):
         return None
     if isinstance(value, Decimal):
@@ -128,9 +128,9 @@ def _for_json(value: object) -> object:
 
 
 def _print_table(answer: Answer) -> None:
-    """Print a table. Where its columns cannot stand in a line, as many as do, cut.
+    """Print a table. If it is too wide for a line, cut columns and leave some out.
 
-    Those that are the same in every row are left out first, then ids.
+    Columns with one value in every row are left out first, then ids.
     """
     out = plain_console()
     cells = [[_cell(value) for value in row] for row in answer.rows]

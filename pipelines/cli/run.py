@@ -133,7 +133,7 @@ def _dry_run(context: RunContext, until: Stage, *, alone: bool) -> bool:
     except MeteoraError as error:
         if alone:
             raise
-        say(f"{context.name}: {error}", "error")  # the others go on
+        say(f"{context.name}: {error}", "error")  # the other recipes go on
         return False
 
 
@@ -158,16 +158,16 @@ def _run_all(
     *,
     as_json: bool,
 ) -> bool:
-    """Run what is not finished, one recipe after the other or on workers, and show the scores.
+    """Run unfinished recipes, one after the other or on workers, and show the scores.
 
     Args:
-        looks: By each recipe's key.
-        workers: Where they are, by kind; one at most is not empty.
+        looks: The look at each recipe, by its key.
+        workers: Their number or address, by kind (Dask, Ray); at most one is not empty.
 
     Returns:
-        Whether anything went wrong.
+        Whether a run failed.
     """
-    # a run that was killed after its last result is closed by the next one
+    # with a run that was killed after its last result: another run must record its end
     to_do = [
         context
         for context in contexts
@@ -184,7 +184,7 @@ def _run_all(
             if any(workers.values()):
                 wrong = _run_on_workers(to_do, until, workers)
             else:
-                # a look is as old as the runs before it: only the first run starts from its own
+                # earlier runs make later looks out of date: only the first run starts from a look
                 first = looks[to_do[0].key]
                 made, wrong = _run_in_turn(to_do, until, first, alone=len(contexts) == 1)
         except KeyboardInterrupt:
@@ -203,10 +203,10 @@ def _run_all(
 
 
 def _find_server(home: Path) -> Path | None:
-    """The user's, or the home's own; call it before Prefect is imported.
+    """Use the user's Prefect server, or the home's own; call it before Prefect is imported.
 
     Returns:
-        The file with the secret that the home's own asks for.
+        The file with the secret of the home's own server; None for the user's server.
     """
     if has_server():
         return None
@@ -221,11 +221,11 @@ def _find_server(home: Path) -> Path | None:
 def _run_in_turn(
     contexts: Sequence[RunContext], until: Stage, first: Look, *, alone: bool
 ) -> tuple[dict[str, Made], dict[str, str]]:
-    """Run recipes one after the other; returns what each made and each error, by their keys.
+    """Run recipes one after the other; returns results and errors, by the recipes' keys.
 
     Args:
         first: The look at the first recipe.
-        alone: There is no other recipe, so an error ends the command.
+        alone: Whether there is no other recipe, so that an error ends the command.
     """
     from pipelines.flows import flow, local_server
 
@@ -240,12 +240,12 @@ def _run_in_turn(
         except MeteoraError as error:
             if alone:
                 raise
-            wrong[context.key] = str(error)  # the others go on
+            wrong[context.key] = str(error)  # the other recipes go on
         except Exception as error:
             if local_server.answers():
                 local_server.raise_if_it_failed(error)
                 raise
-            # a run ends without the server, too: the ledger says whether it did
+            # the run also ends without the server, and the ledger has its outcome
             say(f"{context.name}: the Prefect server was lost ({type(error).__name__})", "note")
         looked = None
     return made, wrong
@@ -269,8 +269,8 @@ def _show(
     """Show the scores of a recipe, if it has some; returns False if it is not finished.
 
     Args:
-        made: None if nothing was left to do. Also if another process ran the recipe, or the server
-            was lost: then the ledger says how the run ended.
+        made: None if nothing was left to do, if another process ran the recipe, or if the server
+            was lost. Then the ledger has the outcome.
     """
     from pipelines.cli import score_table
     from pipelines.flows.up_to_date import look

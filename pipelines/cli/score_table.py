@@ -1,4 +1,4 @@
-"""What the command line prints about a model: its scores, a comparison with another, its trace."""
+"""Output about a model: its scores, a comparison with another, its trace."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ if TYPE_CHECKING:
     from pipelines.reports.summary import Summary
 
 LONGEST = 24
-"""Characters of a value in a column."""
+"""The most characters of a value in a column."""
 
 
 def print_scores(
@@ -53,10 +53,10 @@ def print_scores(
     """Print the scores of a checkpoint, with their circumstances.
 
     Args:
-        name: Of the recipe, or of the checkpoint where it is measured without one.
+        name: Of the recipe, or of the checkpoint if it is measured without one.
         folder: Of the checkpoint.
-        seconds: How long each stage took; empty where this command did not run it.
-        base: Its folder.
+        seconds: The time of each stage; empty if this command did not run it.
+        base: The folder of the base.
         as_json: Print one JSON object on one line, for programs.
     """
     if as_json:
@@ -123,7 +123,7 @@ def _print_score_table(out: Console, name: str, summary: Summary) -> bool:
 def _scores(
     name: str, folder: Path, plan: Plan, summary: Summary, seconds: Mapping[str, float]
 ) -> dict[str, Any]:
-    """What programs get of a checkpoint's scores."""
+    """A checkpoint's scores as JSON types, for programs."""
     alone = {
         task: {f"expert:{expert}": score for expert, score in row.items()}
         for task, row in summary.matrix.items()
@@ -170,7 +170,7 @@ def _score_table(summary: Summary, *, interval: bool) -> Table:
 
 
 def print_comparison(found: SideBySide, page: Path, *, as_json: bool = False) -> None:
-    """Print what differs between two checkpoints, and where the page on them is."""
+    """Print the differences between two checkpoints, and the path of the page on them."""
     if as_json:
         print(json.dumps({"page": str(page), **found.to_dict()}, default=str))
         return
@@ -199,7 +199,7 @@ def print_comparison(found: SideBySide, page: Path, *, as_json: bool = False) ->
 
 
 def _comparison_tables(found: SideBySide) -> Iterator[Table]:
-    """Scores, turns, experts, options, costs; the last three with what differs alone."""
+    """Tables of scores, turns, experts, options and costs; the last three only with differences."""
     yield _table(
         ("task", "n", "A", "B", "B - A", "p"),
         [

@@ -1,7 +1,7 @@
-"""Texts that belong to no adapter: examples for the base, where it is a choice of the router.
+"""Texts that belong to no adapter: examples for the base, if it is a choice of the router.
 
 The texts were written for this package. Questions have no answers: the base answers them itself,
-since its own answers are what routing must not change.
+since routing must not change the base's own answers.
 """
 
 from __future__ import annotations
@@ -17,8 +17,8 @@ TEXTS = Path(__file__).with_name("background.jsonl")
 
 def background_rows() -> list[Row]:
     """Questions with an empty answer, and plain texts as answers to an empty prompt."""
-    found = []
+    rows = []
     for line in TEXTS.read_text(encoding="utf-8").splitlines():
         body = json.loads(line)
-        found.append(Row(body.get("prompt", ""), body.get("text", "")))
-    return found
+        rows.append(Row(body.get("prompt", ""), body.get("text", "")))
+    return rows

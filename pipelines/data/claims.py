@@ -1,4 +1,4 @@
-"""Claims: which expert got each prompt of a pool. `pool` makes them, and plans use them."""
+"""Claims: the expert that got each prompt of a pool. `pool` makes them, and plans use them."""
 
 from __future__ import annotations
 
@@ -18,19 +18,20 @@ class Claim(Noun):
     expert: str
     """Empty if no expert got it."""
     cluster: int
-    """Negative where it was not read, since it does not fit into the base's context."""
+    """Negative if the prompt was not read, since it does not fit into the base's context."""
     score: float
-    """By how many standard deviations the expert's updates are larger here than elsewhere; its
-    cluster's. Of a prompt that the expert wrote, its `Written.gain`."""
+    """By how many standard deviations the expert's updates are larger on this cluster than on the
+    whole pool. For a prompt that the expert wrote: its `Written.gain`."""
     lead: float
-    """How far that is above the next expert's; or its `Written.lead`."""
+    """The score minus that of the next expert. For a prompt that the expert wrote: its
+    `Written.lead`."""
     response: str | None = None
     """The expert's own answer, if the prompt is an example."""
 
 
 def shares_of(claims: Sequence[Claim], names: Sequence[str]) -> tuple[PoolShare, ...]:
-    """What each expert got, in the order of `names`, and what no expert got."""
-    found = []
+    """The part of each expert, in the order of `names`, and of the prompts that no expert got."""
+    shares = []
     for name in (*names, ""):
         own = [claim for claim in claims if claim.expert == name]
         read = [claim for claim in own if claim.cluster >= 0]
@@ -38,21 +39,21 @@ def shares_of(claims: Sequence[Claim], names: Sequence[str]) -> tuple[PoolShare,
             round(sum(values) / len(read), 3) if read else 0.0
             for values in ([claim.score for claim in read], [claim.lead for claim in read])
         )
-        found.append(PoolShare(name, len(own), len({c.cluster for c in read}), score, lead))
-    return tuple(found)
+        shares.append(PoolShare(name, len(own), len({c.cluster for c in read}), score, lead))
+    return tuple(shares)
 
 
 def examples_of(claims: Iterable[Claim]) -> dict[str, list[Row]]:
     """The prompts that experts have answered, as examples, by expert."""
-    found: dict[str, list[Row]] = {}
+    examples: dict[str, list[Row]] = {}
     for claim in claims:
         if claim.response is not None:
-            found.setdefault(claim.expert, []).append(Row(claim.prompt, claim.response))
-    return found
+            examples.setdefault(claim.expert, []).append(Row(claim.prompt, claim.response))
+    return examples
 
 
 def nobodys(claims: Iterable[Claim]) -> list[Row]:
-    """The prompts that were read and that no expert got, without an answer."""
+    """The prompts that were read and went to no expert, without an answer."""
     return [Row(claim.prompt, "") for claim in claims if not claim.expert and claim.cluster >= 0]
 
 
@@ -62,20 +63,20 @@ def write_claims(claims: Sequence[Claim]) -> str:
 
 
 def read_claims(text: str) -> list[Claim]:
-    """The claims of `write_claims`."""
+    """Read the claims that `write_claims` wrote."""
     lines = text.split("\n")  # `splitlines` also splits at characters that JSON may hold
     return [Claim.from_dict(json.loads(line)) for line in lines if line]
 
 
 def prompts_of(rows: Iterable[Row], others: Mapping[str, Sequence[Row]]) -> list[str]:
-    """The prompts of rows, each once, without those that are examples already.
+    """The different prompts of rows, without prompts of examples.
 
     Args:
         others: examples, by expert
     """
     known = {row.sha256 for own in others.values() for row in own}
-    found: dict[str, str] = {}
+    prompts: dict[str, str] = {}
     for row in rows:
         if row.sha256 not in known:
-            found.setdefault(row.sha256, row.prompt)
-    return [*found.values()]
+            prompts.setdefault(row.sha256, row.prompt)
+    return [*prompts.values()]

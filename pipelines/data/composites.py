@@ -1,10 +1,10 @@
-"""Composites: prompts with questions of several tasks, and how their answers are read.
+"""Composites: prompts with questions of several tasks; make them, and read their answers.
 
     1. <question of one task>          1. <its answer>
     2. <question of another>     ─▶    2. <its answer>
     3. …                               3. …
 
-Solved composites may stand in front of the questions, as the paper has two ("2-shot").
+Solved composites may come before the questions; the paper has two ("2-shot").
 
 The task of every character is known, so gates can be fitted to such prompts and routing can be
 measured on them. Answers are separated by their numbers, which count only at the start of a line:
@@ -33,11 +33,11 @@ OPENING = (
     " question."
 )
 QUESTIONS, ANSWERS = "Questions:\n\n", "\n\nAnswers:\n\n"
-"""Titles where solved composites stand before the questions."""
+"""Titles, if solved composites come before the questions."""
 NUMBERED = re.compile(r"^[ \t]{0,3}(\d{1,3})[.)](?:[ \t]|$)", re.MULTILINE)
 
 _Piece = tuple[str | None, str]
-"""A text and the task that it belongs to, if to one."""
+"""(task or None, text)"""
 
 
 @dataclass(frozen=True)
@@ -70,7 +70,7 @@ class Composite(Noun):
     response_spans: tuple[Span, ...]
     """One for each question, in characters of `response`."""
     solved: tuple[Composite, ...] = ()
-    """What is shown with its answers before the questions."""
+    """Composites that are shown with their answers before the questions."""
 
     @property
     def spans(self) -> tuple[Span, ...]:
@@ -81,8 +81,8 @@ class Composite(Noun):
 
     def to_dict(self) -> dict[str, Any]:
         """The questions and their tasks, also of solved ones; everything else follows from them."""
-        asked: dict[str, Any] = {"questions": [[q.task, q.row.to_dict()] for q in self.questions]}
-        return asked | ({"solved": [one.to_dict() for one in self.solved]} if self.solved else {})
+        body: dict[str, Any] = {"questions": [[q.task, q.row.to_dict()] for q in self.questions]}
+        return body | ({"solved": [one.to_dict() for one in self.solved]} if self.solved else {})
 
 
 def compose(
@@ -91,21 +91,20 @@ def compose(
     """`count` composites of `n` questions, drawn at random from the tasks' rows.
 
     The tasks in one composite differ if there are enough tasks, and are in random order. A row is
-    used again only after all other rows of its task. What is asked is the same with and without
+    used again only after all other rows of its task. The questions are the same with and without
     solved composites.
 
     Args:
         num_solved: other composites that each prompt shows with their answers
 
     Raises:
-        ExamplesError: a task has no row that can stand in a composite, or too few for the solved
-            ones.
+        ExamplesError: a task has no row that can be in a composite, or too few for the solved ones.
     """
-    rng = random.Random(f"{seed}/{n}")  # noqa: S311  (a deal, no secret)
+    rng = random.Random(f"{seed}/{n}")  # noqa: S311  (no secret)
     if not rows_by_task:
         raise ExamplesError("a composite is made of tasks' rows, and there are no tasks")
     repeats = -(-n // len(rows_by_task))
-    least = repeats * (1 + num_solved) if num_solved else 1  # nothing that is asked is shown
+    least = repeats * (1 + num_solved) if num_solved else 1  # no question is also shown solved
     rows = {task: _dealt(task, own, rng, least) for task, own in rows_by_task.items()}
     longest = max(map(len, rows_by_task.values()))
 
@@ -116,18 +115,18 @@ def compose(
             Question(task, _other(task, islice(rows[task], longest), used)) for task in order[:n]
         )
 
-    asked = [draw() for _ in range(count)]
+    drawn = [draw() for _ in range(count)]
     return [
         number_questions(one, [number_questions(draw(one)) for _ in range(num_solved)])
-        for one in asked
+        for one in drawn
     ]
 
 
 def mixable(examples: Mapping[str, Sequence[Row]]) -> dict[str, Sequence[Row]]:
-    """The experts with examples that can stand in a composite; gates are fitted to those.
+    """The experts with examples that can be in a composite, for the fit of gates.
 
     Raises:
-        ExamplesError: no expert has any.
+        ExamplesError: there is no such expert.
     """
     fit = {name: rows for name, rows in examples.items() if any(map(fits, rows))}
     if not fit:
@@ -140,12 +139,12 @@ def mixable(examples: Mapping[str, Sequence[Row]]) -> dict[str, Sequence[Row]]:
 
 
 def fits(row: Row) -> bool:
-    """Whether a row's answer, under a number, is read back as one answer."""
+    """Whether a row's answer, with a number before it, is read back as one answer."""
     return split_answers(f"1. {row.response.strip()}", 99).keys() == {1}
 
 
 def _dealt(task: str, rows: Sequence[Row], rng: random.Random, least: int) -> Iterator[Row]:
-    """The rows that can be in a composite, in random order, again and again."""
+    """The rows that can be in a composite, in random order, repeated without end."""
     fit = [row for row in rows if fits(row)]
     if not fit:
         raise ExamplesError(
@@ -161,14 +160,14 @@ def _dealt(task: str, rows: Sequence[Row], rng: random.Random, least: int) -> It
 
 
 def _other(task: str, rows: Iterator[Row], used: Collection[str]) -> Row:
-    """The next of some of a task's rows whose question is not used; tasks may share questions."""
-    found = next((row for row in rows if row.key not in used), None)
-    if found is None:
+    """The next row whose question is not used in this prompt; tasks may share questions."""
+    unused = next((row for row in rows if row.key not in used), None)
+    if unused is None:
         raise ExamplesError(
             f"task {task}: each of its questions is asked in one prompt, some as another task's,"
             " so none is left to show solved; give it more rows, or leave one of the tasks out"
         )
-    return found
+    return unused
 
 
 def number_questions(questions: Sequence[Question], solved: Sequence[Composite] = ()) -> Composite:
@@ -177,13 +176,13 @@ def number_questions(questions: Sequence[Question], solved: Sequence[Composite] 
     Args:
         solved: composites to show before them, with their answers
     """
-    asked, response = _numbered_questions(questions), _numbered_answers(questions)
+    own, response = _numbered_questions(questions), _numbered_answers(questions)
     prompt: list[_Piece] = [(None, f"{OPENING}\n\n")]
     for one in solved:
         prompt += [(None, QUESTIONS), *_numbered_questions(one.questions)]
         prompt += [(None, ANSWERS), *_numbered_answers(one.questions), (None, "\n\n")]
     # no line break at the end: some chat templates cut it off
-    prompt += [(None, QUESTIONS), *asked, (None, ANSWERS.rstrip())] if solved else asked
+    prompt += [(None, QUESTIONS), *own, (None, ANSWERS.rstrip())] if solved else own
     return Composite(
         "".join(text for _, text in prompt),
         "".join(text for _, text in response),
@@ -212,7 +211,7 @@ def _numbered(between: str, texts: Sequence[tuple[str, str]]) -> list[_Piece]:
 
 
 def spans_of(pieces: Iterable[_Piece]) -> tuple[Span, ...]:
-    """The characters of each piece with a task, where the pieces are joined."""
+    """The characters of each piece with a task, in the joined text."""
     spans, start = [], 0
     for task, text in pieces:
         if task is not None:
@@ -266,8 +265,8 @@ def encode_composite(
     belongs to the last answer. A token belongs to the task of its first character.
     """
     text, templated = render_prompt(tokenizer, composite.prompt), bool(tokenizer.chat_template)
-    asked = [{"role": "user", "content": composite.prompt}]
-    places = content_places(tokenizer, asked, text) if templated else [(0, len(text))]
+    messages = [{"role": "user", "content": composite.prompt}]
+    places = content_places(tokenizer, messages, text) if templated else [(0, len(text))]
     start = places[0][0] if places else text.index(composite.prompt)
     owners = [
         *_owners(tokenizer, text, composite.prompt_spans, shift=start, special=not templated),
@@ -279,22 +278,22 @@ def encode_composite(
 
 
 def answer_openings(tokenizer: PreTrainedTokenizerBase, composite: Composite) -> tuple[int, ...]:
-    """Indices of the tokens of `encode_composite` that are only the number in front of an answer.
+    """Indices of the tokens of `encode_composite` that are only the number before an answer.
 
-    At these tokens the model has seen the answer before, but nothing of the answer that begins.
+    At these tokens the model has seen the previous answer, but nothing of the next one.
     """
     return _in_front_of_answers(tokenizer, composite, "{}. ")
 
 
 def answer_digits(tokenizer: PreTrainedTokenizerBase, composite: Composite) -> tuple[int, ...]:
-    """Those of `answer_openings` that are digits: more may follow, so no question is named yet."""
+    """The indices among `answer_openings` of digits: more may follow, so no question is named."""
     return _in_front_of_answers(tokenizer, composite, "{}")
 
 
 def _in_front_of_answers(
     tokenizer: PreTrainedTokenizerBase, composite: Composite, what: str
 ) -> tuple[int, ...]:
-    """Indices of the tokens that lie inside of `what`, with each answer's number in it."""
+    """Indices of the tokens inside of `what`, a format that takes the answer's number."""
     shift = len(encode_prompt(tokenizer, composite.prompt))
     offsets = _offsets(tokenizer, composite.response)
     numbers = [
@@ -337,10 +336,10 @@ def _owners(
 def _offsets(
     tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False
 ) -> list[tuple[int, int]]:
-    """The first character of each token, and the one behind it; equal for one that is not text.
+    """(start, end) of each token in characters; equal for a token that is not text.
 
-    Some tokenizers (Pythia's, OPT's) cut the spaces off, and so a token of spaces has no characters
-    left: here it has its last one.
+    Some tokenizers (Pythia's, OPT's) leave spaces out, so a token of spaces has no characters: here
+    it has its last one.
     """
     encoded = tokenizer(
         text,

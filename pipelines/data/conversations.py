@@ -1,4 +1,4 @@
-"""Conversations: examples of one or several turns, made from examples that have one turn each.
+"""Conversations: examples of one or several turns, made from examples of one turn.
 
     system   You are a helpful assistant.            no expert
     user     Convert this date: March 3, 2021.       iso_dates
@@ -6,10 +6,10 @@
     user     What is 12 plus 30?                     arithmetic
     ...      42                                      arithmetic
 
-Gates that see them learn to change the expert when the subject changes, to keep it when it does
-not, and that a system prompt belongs to no expert. A turn's tokens belong to the turn's expert from
-the first token of its question to the token that ends its answer. What stands between two turns
-belongs to no expert: the next subject is not known there.
+From them, gates learn to change the expert when the subject changes, to keep it otherwise, and that
+a system prompt belongs to no expert. A turn's tokens belong to the turn's expert, from the first
+token of its question to the token that ends its answer. Tokens between two turns belong to no
+expert: the next subject is not known there.
 """
 
 from __future__ import annotations
@@ -31,10 +31,10 @@ if TYPE_CHECKING:
 
 
 CONVERSATION_TURNS = (1, 2, 3, 4)
-"""Lengths of conversations, where a recipe names none. Those of one turn are single questions, as
-the first turn of any conversation is."""
+"""Default numbers of turns. Conversations of one turn are single questions, as the first turn of
+any conversation is."""
 STAY = 0.25
-"""How often the next turn is the same expert's, beside a draw among all."""
+"""Probability that the next turn keeps the expert; otherwise one is drawn among all."""
 SYSTEM_PROMPTS = (
     "",
     "You are a helpful assistant.",
@@ -64,8 +64,8 @@ SYSTEM_PROMPTS = (
     "Use simple words. Your readers are eight years old.",
     "You translate between English and Italian.",
 )
-"""Of different lengths, languages and subjects, some of them near an expert's; the empty one stands
-for no system prompt."""
+"""They differ in length, language and subject; some are close to an expert's task. The empty one
+means no system prompt."""
 
 
 @dataclass(frozen=True)
@@ -79,26 +79,28 @@ class Turn(Noun):
 
 @dataclass(frozen=True)
 class Conversation(Noun):
+    """Turns with their experts, and a system prompt."""
+
     turns: tuple[Turn, ...]
     system: str | None = None
-    """The system prompt; None leaves it to the chat template."""
+    """The system prompt; None: that of the chat template."""
 
     def messages(self) -> list[dict[str, str]]:
-        """As chat templates take them; the last answer is not among them."""
-        found = [] if self.system is None else [{"role": "system", "content": self.system}]
+        """The messages for a chat template, without the last answer."""
+        messages = [] if self.system is None else [{"role": "system", "content": self.system}]
         for turn in self.turns:
-            found.append({"role": "user", "content": turn.prompt})
-            found.append({"role": "assistant", "content": turn.response})
-        return found[:-1]
+            messages.append({"role": "user", "content": turn.prompt})
+            messages.append({"role": "assistant", "content": turn.response})
+        return messages[:-1]
 
     def encode(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[str | None]]:
-        """Token ids as the chat template lays them out, and each token's expert, or None.
+        """Token ids in the chat template, and each token's expert or None.
 
         The last answer follows the template's generation prompt, with the end of sequence.
 
         Raises:
-            ExamplesError: the tokenizer's chat template does not take these roles, or changes what
-                the turns say.
+            ExamplesError: the tokenizer's chat template does not take these roles, or changes the
+                text of a turn.
         """
         try:
             text = str(
@@ -129,19 +131,19 @@ class Conversation(Noun):
 def within(
     room: int, conversations: Sequence[Conversation], tokenizer: PreTrainedTokenizerBase
 ) -> list[Conversation]:
-    """The conversations, where one of more than `room` tokens is one of each of its turns.
+    """Replace each conversation of more than `room` tokens by one conversation for each turn.
 
-    A turn that has no room beside its system prompt has the chat template's own.
+    If a turn does not fit with its system prompt, it gets the chat template's own.
     """
 
     def fits(one: Conversation) -> bool:
         return len(one.encode(tokenizer)[0]) <= room
 
-    found = []
+    short = []
     for one in conversations:
         alone = [one] if fits(one) else [Conversation((turn,), one.system) for turn in one.turns]
-        found += [turn if fits(turn) else Conversation(turn.turns) for turn in alone]
-    return found
+        short += [turn if fits(turn) else Conversation(turn.turns) for turn in alone]
+    return short
 
 
 def converse(
@@ -152,23 +154,23 @@ def converse(
     *,
     seed: int,
 ) -> list[Conversation]:
-    """Conversations in which every example is one turn.
+    """Make conversations in which every example is one turn.
 
-    Each one's length is drawn, and so is each turn's expert. Every other conversation has one of
-    the system prompts, the others have the chat template's own.
+    The length of each conversation and the expert of each turn are drawn. Every second conversation
+    has one of the system prompts, the others have the chat template's own.
 
     Args:
         examples: by expert
         names: of the experts that take part
-        lengths: how many turns a conversation may have
-        system_prompts: without any, all have the chat template's own
+        lengths: the possible numbers of turns
+        system_prompts: if empty, all conversations have the chat template's own
     """
-    rng = random.Random(f"{seed}/{sorted(lengths)}")  # noqa: S311  (a deal, no secret)
+    rng = random.Random(f"{seed}/{sorted(lengths)}")  # noqa: S311  (no secret)
     left = {
         name: rng.sample(examples[name], len(examples[name])) for name in names if examples[name]
     }
-    systems = cycle(one for given in system_prompts or [None] for one in (None, given))
-    found = []
+    systems = cycle(one for prompt in system_prompts or [None] for one in (None, prompt))
+    conversations = []
     while left:
         turns: list[Turn] = []
         for _ in range(rng.choice(lengths)):
@@ -180,8 +182,8 @@ def converse(
             if not left[expert]:
                 del left[expert]
             turns.append(Turn(expert, row.prompt, row.response))
-        found.append(Conversation(tuple(turns), next(systems)))
-    return found
+        conversations.append(Conversation(tuple(turns), next(systems)))
+    return conversations
 
 
 def takes(tokenizer: PreTrainedTokenizerBase, turns: int = 1, system: str | None = None) -> bool:
@@ -197,20 +199,20 @@ def takes(tokenizer: PreTrainedTokenizerBase, turns: int = 1, system: str | None
 def _places(
     conversation: Conversation, tokenizer: PreTrainedTokenizerBase, text: str
 ) -> list[tuple[int, int]]:
-    """Where each turn begins and ends in the text: from its question to the end of its answer."""
+    """(start, end) of each turn in the text: from its question to the end of its answer."""
     messages = conversation.messages()
     places = content_places(tokenizer, messages, text)
-    if places is None:  # a template may have other words for some contents
+    if places is None:  # a template may change some contents
         places = _searched(messages, text)
     ends = [end for _, end in places[1::2]]
     return list(zip((start for start, _ in places[::2]), [*ends, len(text)], strict=True))
 
 
 def _searched(messages: Sequence[Mapping[str, str]], text: str) -> list[tuple[int, int]]:
-    """Where the content of each message, but of a system prompt, is found behind the one before."""
+    """Search the content of each message, except a system prompt, after the one before it."""
     places, cursor = [], 0
     for message in messages:
-        content = message["content"].strip()  # as many templates do
+        content = message["content"].strip()  # many templates remove white space
         start = text.find(content, cursor)
         if start < 0:
             raise ExamplesError(

@@ -1,11 +1,11 @@
-"""Dialogues: the questions of a conversation that a benchmark asks; each turn has another subject.
+"""Dialogues: the questions of a conversation in a benchmark; each turn has another subject.
 
     user     Convert this date: March 3, 2021.       iso_dates
-    ...      (what the model answers)
+    ...      (the model's answer)
     user     What is 12 plus 30?                     arithmetic
-    ...      (what the model answers, which saw its own first answer)
+    ...      (the model's answer, with its own first answer in the prompt)
 
-Unlike a `Conversation`, which gates are fitted to, a dialogue has no answers until it is asked.
+Unlike a `Conversation`, to which gates are fitted, a dialogue has no answers before it is asked.
 """
 
 from __future__ import annotations
@@ -29,23 +29,23 @@ class Dialogue(Noun):
 
     questions: tuple[Question, ...]
     system: str | None = None
-    """The system prompt; None leaves it to the chat template, and an empty one stands for none."""
+    """The system prompt; None: that of the chat template; empty: no system prompt."""
 
     def to_dict(self) -> dict[str, Any]:
-        """The questions and their tasks, and the system prompt where there is one."""
+        """The questions and their tasks, and the system prompt if there is one."""
         body: dict[str, Any] = {"questions": [[q.task, q.row.to_dict()] for q in self.questions]}
         return body if self.system is None else body | {"system": self.system}
 
     @classmethod
     def from_dict(cls, body: dict[str, Any]) -> Self:
-        """The dialogue of a `to_dict`."""
-        asked = (Question(task, Row.from_dict(row)) for task, row in body["questions"])
-        return cls(tuple(asked), body.get("system"))
+        """Read what `to_dict` returned."""
+        questions = (Question(task, Row.from_dict(row)) for task, row in body["questions"])
+        return cls(tuple(questions), body.get("system"))
 
     def with_answers(self, answers: Sequence[str]) -> Conversation:
-        """As far as these answers go, and the next question with an empty answer."""
-        asked = zip(self.questions, [*answers, ""], strict=False)
-        turns = (Turn(question.task, question.row.prompt, answer) for question, answer in asked)
+        """The turns with these answers, and the next question with an empty answer."""
+        pairs = zip(self.questions, [*answers, ""], strict=False)
+        turns = (Turn(question.task, question.row.prompt, answer) for question, answer in pairs)
         return Conversation(tuple(turns), self.system)
 
     def alone(self, place: int) -> Dialogue:
@@ -62,16 +62,16 @@ def draw_dialogues(
 ) -> list[Dialogue]:
     """`count` dialogues of `turns` questions, drawn from the tasks' rows.
 
-    Two neighbours are of different tasks, where there are two. Every task is asked equally often at
-    every turn, as far as this allows, so that scores of turns can be compared. A row is used again
-    only after all other rows of its task.
+    Neighbouring questions are of different tasks, if there are two. Every task is asked equally
+    often at every turn, as far as possible, so that scores of turns can be compared. A row is used
+    again only after all other rows of its task.
 
     Raises:
         ExamplesError: there are no tasks.
     """
     if not rows_by_task:
         raise ExamplesError("a conversation is made of tasks' rows, and there are no tasks")
-    rng = random.Random(f"{seed}/{turns} turns")  # noqa: S311  (a deal, no secret)
+    rng = random.Random(f"{seed}/{turns} turns")  # noqa: S311  (no secret)
     rows = {task: cycle(rng.sample(own, len(own))) for task, own in rows_by_task.items()}
     uses: list[Counter[str]] = [Counter() for _ in range(turns)]
     dialogues = []

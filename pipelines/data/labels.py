@@ -1,4 +1,4 @@
-"""Examples as tokens, each labelled with the expert, or other choice, that a router should make."""
+"""Turn examples into tokens, each labelled with the choice that a router should make."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pipelines.data.spans import SpannedRow, SpannedTurns
 
 MAX_NEW_TOKENS = 48
-"""Of an answer of the base; this is enough to show its style."""
+"""Most tokens of an answer of the base; this is enough to show its style."""
 QUESTIONS_IN_COMPOSITES = 24
 """Questions of each expert in composites of one length: enough to see it after other experts, and
 to see the starts of its answers."""
@@ -62,7 +62,7 @@ def label_rows(
 ) -> list[LabelledSequence]:
     """Rows as tokens with the label of one expert; the template's opening has `nobody`.
 
-    Where nothing opens a prompt, `nobody` has the first token, if it is a choice of the router.
+    Without such an opening the first token has the label `nobody`, if that is a choice.
     """
     opening = max(len(Template.of(tokenizer).opening), int(nobody != UNLABELLED))
     sequences = []
@@ -88,9 +88,9 @@ def label_composites(
     Args:
         examples: by expert; experts whose answers do not fit into composites are left out
         names: of all experts in order
-        kinds: of prompts: how many questions, and how many solved prompts before them
-        digits: whether the digits of an answer's number have its expert, too; without, the fit
-            leaves them out
+        kinds: of prompts: (number of questions, number of solved prompts before them)
+        digits: whether the digits of an answer's number are labelled, too; else the fit leaves
+            them out
 
     Raises:
         ExamplesError: as `mixable` and `compose`.
@@ -117,11 +117,11 @@ def label_lists(
     """Several rows of one expert in one prompt, to show the starts of its answers in composites.
 
     Args:
-        kinds: as for `label_composites`; fewer solved prompts are shown where rows do not suffice
+        kinds: as for `label_composites`; with too few rows, fewer solved prompts are shown
         digits: as for `label_composites`
 
     Returns:
-        nothing if no row fits into composites
+        An empty list if no row fits into composites.
     """
     if not (num_prompts := len({row.key for row in rows if fits(row)})):
         return []
@@ -144,19 +144,19 @@ def label_spans(
     tokenizer: PreTrainedTokenizerBase,
     nobody: int = UNLABELLED,
 ) -> list[LabelledSequence]:
-    """Rows and conversations, whose parts or turns have experts, as tokens with their experts.
+    """Rows and conversations, whose parts or turns have experts, as labelled tokens.
 
     Args:
         names: of all experts in order
-        nobody: the label of system prompts, of what stands between two turns, and of other text
-            without an expert
+        nobody: the label of system prompts, of tokens between two turns, and of other text without
+            an expert
     """
     places = {name: e for e, name in enumerate(names)}
-    found = []
+    sequences = []
     for row in rows:
         ids, owners = row.encode(tokenizer)
-        found.append(LabelledSequence(tuple(ids), _labels(owners, places, nobody)))
-    return found
+        sequences.append(LabelledSequence(tuple(ids), _labels(owners, places, nobody)))
+    return sequences
 
 
 def _labelled(
@@ -209,14 +209,14 @@ def background_sequences(
         advance: called with the number of rows just done
     """
     opening = len(Template.of(tokenizer).opening)
-    asked = [encode_prompt(tokenizer, row.prompt) for row in rows if row.prompt]
+    prompts = [encode_prompt(tokenizer, row.prompt) for row in rows if row.prompt]
     with without_experts(model):
-        answers = answer_all(model, tokenizer, asked, MAX_NEW_TOKENS, advance)
+        answers = answer_all(model, tokenizer, prompts, MAX_NEW_TOKENS, advance)
     sequences = [
         LabelledSequence(
-            (*ids, *said), (*[nobody] * opening, *[choice] * (len(ids) + len(said) - opening))
+            (*ids, *answer), (*[nobody] * opening, *[choice] * (len(ids) + len(answer) - opening))
         )
-        for ids, said in zip(asked, answers, strict=True)
+        for ids, answer in zip(prompts, answers, strict=True)
     ]
     for row in rows:
         if not row.prompt:

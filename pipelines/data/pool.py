@@ -1,16 +1,15 @@
-"""A pool: prompts without labels, each dealt to the expert that knows its answer.
+"""Divide a pool of prompts without labels among the experts.
 
 1. The base reads every prompt once, and the examples of the experts that have some. Prompts of one
-   task lie together in its hidden states: they are put into clusters.
-2. An expert's updates are larger on prompts like those that it was trained on. That is standardised
-   for each expert by itself, since some have large updates everywhere, and compared with the middle
-   one of all experts, since some prompts have large updates from everybody.
-3. A cluster goes to the expert that stands out most there, or to no expert.
-4. Each expert without examples answers the prompts that it was dealt. With its answers they are its
-   examples.
+   task are close in its hidden states, so the prompts are clustered.
+2. An expert's updates are larger on prompts like those that it was trained on. Their size is
+   standardised for each expert, since some have large updates everywhere, and compared with the
+   median of all experts, since all experts have large updates on some prompts.
+3. A cluster goes to the expert with the highest score on it, or to no expert.
+4. Each expert without examples answers its prompts. Prompts and answers are its examples.
 
-Experts with examples have their prompts beside the pool: otherwise prompts of other tasks would be
-their standard, and they would stand out on some of these.
+The prompts of experts with examples are read, too. Otherwise these experts would be standardised on
+prompts of other tasks, and would get some of them.
 """
 
 from __future__ import annotations
@@ -46,11 +45,11 @@ if TYPE_CHECKING:
 CLUSTERS_PER_EXPERT = 4
 """A task has several kinds of prompts, and some prompts belong to no expert."""
 OUTSIDERS = 16
-"""Background prompts that are read, too: no expert is to stand out on them."""
+"""Background prompts that are read, too, as prompts that belong to no expert."""
 LEAST_SCORE, LEAST_SHARE = 0.75, 0.4
-"""In standard deviations, and as a share of the expert's best cluster: if no expert stands out as
-much, a cluster goes to none. In the two pools of `tests/benchmarks/results/pool.md` clusters of an
-expert had 1.24 and a share of 0.49 at least, the others 0.68 and a share of 0.31 at most."""
+"""The least score of an expert that gets a cluster: in standard deviations, and as a share of its
+best score. In the two pools of `tests/benchmarks/results/pool.md` clusters of an expert had 1.24
+and a share of 0.49 at least, the others 0.68 and a share of 0.31 at most."""
 
 
 def deal(
@@ -65,25 +64,25 @@ def deal(
     bar: Bar = lambda _what, _total, _unit: nullcontext(lambda _count: None),
     once: Callable[[str, Callable[[], Answers]], Answers] = lambda _key, ask: ask(),
 ) -> list[Claim]:
-    """Deal prompts to experts.
+    """Divide prompts among experts.
 
     Args:
         model: with its experts
         prompts: different ones, in any order
         names: of all experts, in order
         known: prompts of the experts that have examples, by expert
-        limit: the greatest number of examples of an expert, drawn from its prompts
+        limit: the most examples of an expert, drawn from its prompts
         seed: of that draw
         bar: shows progress, as `console.bar` does
-        once: called with a key of an expert's prompts and a function that has it answer them; may
-            give answers, as token ids, that a dealing which was stopped has kept under that key
+        once: called with a key of an expert's prompts and a function that answers them; may return
+            answers, as token ids, that a stopped call has saved under that key
 
     Returns:
         one claim for each prompt, in order. Prompts that do not fit into the base's context, with
         an answer, go to no expert.
 
     Raises:
-        ExamplesError: none of them fits.
+        ExamplesError: no prompt fits.
     """
     rng = random.Random(seed)  # noqa: S311  (a draw, no secret)
     most = resolve_max_length(model.config, tokenizer) - MAX_NEW_TOKENS
@@ -94,29 +93,29 @@ def deal(
             f"gates.pool: none of its {len(prompts):,} prompts has 1 to {most:,} tokens, which are"
             " what fits into the base's context; name shorter ones"
         )
-    asked = [ids_of[prompt] for prompt in texts]
-    beside = [encode_prompt(tokenizer, prompt) for own in known.values() for prompt in own]
-    beside = [ids for ids in beside if 0 < len(ids) <= most]
+    pool_ids = [ids_of[prompt] for prompt in texts]
+    known_ids = [encode_prompt(tokenizer, prompt) for own in known.values() for prompt in own]
+    known_ids = [ids for ids in known_ids if 0 < len(ids) <= most]
     outsiders = [row.prompt for row in background_rows() if row.prompt][:OUTSIDERS]
-    every = asked + beside + [encode_prompt(tokenizer, text) for text in outsiders]
-    with bar("reading the pool", len(every), "prompts") as advance:
-        means, sizes = read_prompts(model, tokenizer, every, len(names), advance)
-    lying = means[: len(asked) + len(beside)].numpy()
-    claims = claims_of(texts, lying, sizes.double().numpy(), names)
+    all_ids = pool_ids + known_ids + [encode_prompt(tokenizer, text) for text in outsiders]
+    with bar("reading the pool", len(all_ids), "prompts") as advance:
+        means, sizes = read_prompts(model, tokenizer, all_ids, len(names), advance)
+    points = means[: len(pool_ids) + len(known_ids)].numpy()
+    claims = claims_of(texts, points, sizes.double().numpy(), names)
     chosen = {name: _draw(claims, name, limit, rng) for name in names if name not in known}
     total = sum(map(len, chosen.values()))
     with bar("answering as the expert", total, "answers") as advance:
         for name, own in chosen.items():
-            ids = [asked[i] for i in own]
+            ids = [pool_ids[i] for i in own]
             with force_expert(model, name):
                 ask = partial(answer_all, model, tokenizer, ids, MAX_NEW_TOKENS, advance)
-                said = once(canonical_sha256([name, ids]), ask)
-            for i, answer in zip(own, said, strict=True):
+                answers = once(canonical_sha256([name, ids]), ask)
+            for i, answer in zip(own, answers, strict=True):
                 text = str(tokenizer.decode(answer, skip_special_tokens=True))
                 claims[i] = replace(claims[i], response=text)
-    found = {claim.prompt: claim for claim in claims}
+    by_prompt = {claim.prompt: claim for claim in claims}
     unread = Claim("", "", -1, 0.0, 0.0)
-    return [found.get(text) or replace(unread, prompt=text) for text in prompts]
+    return [by_prompt.get(text) or replace(unread, prompt=text) for text in prompts]
 
 
 def clusters_of(points: NDArray[np.float32], count: int) -> NDArray[np.int64]:
@@ -124,7 +123,7 @@ def clusters_of(points: NDArray[np.float32], count: int) -> NDArray[np.int64]:
 
     Args:
         points: [N, H]
-        count: the greatest number of clusters
+        count: the most clusters
     """
     from scipy.cluster.hierarchy import fcluster, linkage  # noqa: PLC0415  (slow to import; only pools need it)
 
@@ -136,14 +135,14 @@ def clusters_of(points: NDArray[np.float32], count: int) -> NDArray[np.int64]:
 
 
 def stand_out(sizes: NDArray[np.float64], clusters: NDArray[np.int64]) -> NDArray[np.float64]:
-    """How far each expert stands out in each cluster: [clusters, E], in standard deviations.
+    """The mean score of each expert on each cluster: [clusters, E], in standard deviations.
 
     Args:
-        sizes: [N + outsiders, E], the logarithm of its updates' size on each prompt
+        sizes: [N + outsiders, E], the logarithm of the size of an expert's updates on each prompt
         clusters: [N], the cluster of each prompt
     """
     scores = _standardised(sizes)
-    if scores.shape[1] > 1:  # some prompts have larger updates from everybody
+    if scores.shape[1] > 1:  # all experts have larger updates on some prompts
         scores = _standardised(scores - np.median(scores, axis=1, keepdims=True))
     scores = scores[: len(clusters)]
     return np.stack([scores[clusters == c].mean(0) for c in range(clusters.max() + 1)])
@@ -163,9 +162,9 @@ def claims_of(
 
     Args:
         prompts: N of them
-        points: [N + K, H], where these lie in the base's hidden states, and K prompts of experts
+        points: [N + K, H], the mean hidden states of these prompts, and of K prompts of experts
             that have examples
-        sizes: [N + K + outsiders, E], the logarithm of each expert's updates' size on each
+        sizes: [N + K + outsiders, E], the logarithm of the size of each expert's updates on each
         names: of all experts, in order
     """
     clusters = clusters_of(points, CLUSTERS_PER_EXPERT * len(names))

@@ -1,14 +1,14 @@
-"""The sources of rows: files, BIG-bench, reasoning-gym, the Hub.
+"""Read rows from files, BIG-bench, reasoning-gym, or the Hub.
 
 jsonl:<file>                                 {"prompt", "response", "choices"} a line
 bigbench:<task.json>[?split=train|test]      or the folder of a task with subtasks
 reasoning_gym:<name>[?seed=1]                generated; needs the extra `reasoning`
 hf:<owner>/<name>[?split=…&config=…&revision=…&prompt=<column>&response=<column>]
 
-Rows of the Hub are those of the commit that `revision` means now. `a.b` names a column inside
-another (`translation.de`), `a.0` the first entry of a list (`messages.0.content`), and `a,b` joins
-two columns. More options: `ask` is a text in front of every prompt; `part` is train or test, for
-data without a split for tests; `longest` leaves out prompts with more characters.
+Rows of the Hub are read at the present commit of `revision`. `a.b` names a column inside another
+(`translation.de`), `a.0` the first entry of a list (`messages.0.content`), and `a,b` joins two
+columns. More options: `ask` is a text before every prompt; `part` is train or test, for data
+without a test split; `longest` leaves out prompts with more characters.
 """
 
 from __future__ import annotations
@@ -28,25 +28,25 @@ from pipelines.data.pinned import kept, pin
 from pipelines.data.rows import ExamplesError, Row
 
 MAX_ROW_BYTES = 1 << 20
-"""Of a line of a file, and of a prompt of the Hub."""
+"""Most characters of a line of a file, and of a prompt of the Hub."""
 MAX_TASK_BYTES = 1 << 28
-"""Of a file of BIG-bench."""
+"""Most bytes of a file of BIG-bench."""
 TEST_SHARE = 5
-"""One row in five is for tests, by the hash of its prompt, if a source has no split for tests."""
+"""One row in five is for tests, by the hash of its prompt, if a source has no test split."""
 PARTS = ("all", "train", "test")
 
 
 def no_token(_repo_id: str) -> str | None:
-    """Nobody is sent a token."""
+    """Send no token to any repository."""
     return None
 
 
 @dataclass(frozen=True)
-class Asked:
-    """The rows that are asked for; see `read_rows`."""
+class Request:
+    """The arguments of `read_rows`, with the parts of the source."""
 
     name: str
-    """Of the source, without its kind and its options."""
+    """The name in the source, without kind and options."""
     folder: Path
     options: dict[str, str]
     limit: int
@@ -55,7 +55,7 @@ class Asked:
 
     @property
     def path(self) -> Path:
-        """Of a file, or a folder."""
+        """The path of the file or folder that `name` names."""
         return path_from(self.folder, self.name)
 
 
@@ -87,7 +87,7 @@ def read_rows(
     if unknown := options.keys() - allowed:
         known = ", ".join(sorted(allowed)) or "none"
         raise ExamplesError(f"{source}: unknown option {unknown.pop()!r}; {kind} takes {known}")
-    rows = list(islice(read(Asked(name, folder, options, limit, token_of, answered)), limit))
+    rows = list(islice(read(Request(name, folder, options, limit, token_of, answered)), limit))
     if not rows:
         raise ExamplesError(f"{source}: no rows in it")
     return rows
@@ -120,7 +120,7 @@ def pin_source(source: str, token_of: Callable[[str], str | None]) -> str:
 def _pin(name: str, options: Mapping[str, str], token: str | None) -> str:
     try:
         return pin(name, options.get("revision", ""), token)
-    except Exception as error:  # those of HTTP, of names that are none, of answers that are none
+    except Exception as error:  # of HTTP, of wrong names, of wrong answers
         raise _unreadable(name, error) from error
 
 
@@ -132,13 +132,13 @@ def _unreadable(name: str, error: Exception) -> ExamplesError:
     )
 
 
-def _jsonl(asked: Asked) -> Iterator[Row]:
-    for line, place in json_lines(asked.path):
-        yield _row(line, place, answered=asked.answered)
+def _jsonl(request: Request) -> Iterator[Row]:
+    for line, place in json_lines(request.path):
+        yield _row(line, place, answered=request.answered)
 
 
 def row_place(source: str, folder: Path, number: int) -> str:
-    """Where a row of a source stands, for people.
+    """The place of a row in its source, for a message.
 
     Args:
         number: of the row, from 0
@@ -159,7 +159,7 @@ def json_lines(path: Path) -> Iterator[tuple[str, str]]:
     _refuse_pipe(path)
     try:
         with path.open(encoding="utf-8-sig") as file:
-            # bounded, since some files have no line break, and devices have no end
+            # limited, since some files have no line break, and devices have no end
             lines = iter(partial(file.readline, MAX_ROW_BYTES + 1), "")
             for number, line in enumerate(lines, 1):
                 place = f"{path}, line {number}"
@@ -200,7 +200,7 @@ def _row(line: str, place: str, *, answered: bool) -> Row:
 
 
 def _texts(value: object, what: str) -> tuple[Any, ...]:
-    """A list as a tuple; empty where there is none. A text is refused, though it has letters."""
+    """A list as a tuple; empty if there is none. A plain text is refused, too."""
     if not value:
         return ()
     if not isinstance(value, list):
@@ -209,18 +209,18 @@ def _texts(value: object, what: str) -> tuple[Any, ...]:
 
 
 def _described(line: str) -> str:
-    """What a line holds in place of a row."""
+    """A short description of a line that is no row."""
     try:
-        found = json.loads(line)
+        value = json.loads(line)
     except (ValueError, RecursionError):
         return "no JSON"
-    if isinstance(found, dict):
-        return f"a table with the keys {listed(list(found), 8)}" if found else "an empty table"
-    return f"{shortened(found)}, not a table"
+    if isinstance(value, dict):
+        return f"a table with the keys {listed(list(value), 8)}" if value else "an empty table"
+    return f"{shortened(value)}, not a table"
 
 
 def check_row(row: Row, place: str) -> Row:
-    """The row itself.
+    """Check a row, and return it.
 
     Raises:
         ExamplesError: it is not text, its prompt is empty, or an answer is not among its choices.
@@ -235,10 +235,10 @@ def check_row(row: Row, place: str) -> Row:
 
 
 def refuse_half_characters(text: str, place: str) -> None:
-    """Refuse text that no tokenizer takes and no hash can be made of.
+    """Refuse text that cannot be tokenized or hashed.
 
     Raises:
-        ExamplesError: JSON's escapes name half of a surrogate pair.
+        ExamplesError: it has half of a surrogate pair, from an escape in JSON.
     """
     try:
         text.encode()
@@ -248,9 +248,9 @@ def refuse_half_characters(text: str, place: str) -> None:
         ) from error
 
 
-def _bigbench(asked: Asked) -> Iterator[Row]:
-    split = _part(asked.options, "split", f"bigbench:{asked.name}")
-    return (row for row in _bigbench_rows(asked.path) if _belongs(row, split))
+def _bigbench(request: Request) -> Iterator[Row]:
+    split = _part(request.options, "split", f"bigbench:{request.name}")
+    return (row for row in _bigbench_rows(request.path) if _belongs(row, split))
 
 
 def _part(options: Mapping[str, str], key: str, source: str) -> str:
@@ -308,8 +308,8 @@ def _bigbench_part(body: dict[str, Any], part: Any, path: Path) -> Iterator[Row]
 def _bigbench_row(task: Mapping[str, Any], example: Any, place: str) -> Row:  # noqa: ANN401
     """One example with the prompt that BIG-bench gives a model, zero-shot."""
     try:
-        given = example.get("target_scores") or {}
-        scores = {str(choice): float(score) for choice, score in given.items()}
+        target_scores = example.get("target_scores") or {}
+        scores = {str(choice): float(score) for choice, score in target_scores.items()}
         if scores:
             best = max(scores.values())
             right = [choice for choice, score in scores.items() if score == best]
@@ -335,14 +335,14 @@ def _bigbench_row(task: Mapping[str, Any], example: Any, place: str) -> Row:  # 
     return check_row(row, place)
 
 
-def _reasoning_gym(asked: Asked) -> Iterator[Row]:
-    name, seed = asked.name, asked.options.get("seed", "0")
+def _reasoning_gym(request: Request) -> Iterator[Row]:
+    name, seed = request.name, request.options.get("seed", "0")
     if not seed.isdecimal() or len(seed) > 9:
         raise ExamplesError(
             f"reasoning_gym:{name}: the seed {seed!r} is not a number of at most nine digits"
         )
-    task = reasoning_task(name, int(seed), asked.limit)
-    for number in range(asked.limit):
+    task = reasoning_task(name, int(seed), request.limit)
+    for number in range(request.limit):
         entry = task[number]
         place = f"reasoning_gym:{name}, entry {number}"
         checker = f"reasoning_gym:{name}@{seed}#{number}"
@@ -369,15 +369,16 @@ def reasoning_task(name: str, seed: int, size: int) -> Any:  # noqa: ANN401  (it
         raise ExamplesError(f"reasoning_gym:{name}: {error}") from error
 
 
-def _hub(asked: Asked) -> Iterable[Row]:
-    """Rows of the Hub; those of a commit that were read before are not read again."""
-    token = asked.token_of(asked.name)
-    commit = _pin(asked.name, asked.options, token)
-    options = asked.options | {"revision": commit}
-    rows = islice(_hub_rows(asked.name, options, token, answered=asked.answered), asked.limit)
+def _hub(request: Request) -> Iterable[Row]:
+    """Rows of the Hub; rows of a commit are cached."""
+    name, answered = request.name, request.answered
+    token = request.token_of(name)
+    commit = _pin(name, request.options, token)
+    options = request.options | {"revision": commit}
+    rows = islice(_hub_rows(name, options, token, answered=answered), request.limit)
     if not commit:
         return rows
-    key = [asked.name, options, asked.limit, asked.answered]
+    key = [name, options, request.limit, answered]
     return kept(key, lambda: [row.to_dict() for row in rows], Row.from_dict)
 
 
@@ -392,10 +393,10 @@ def _hub_rows(
     for number, item in enumerate(hub_items(name, options, token)):
         row = Row(options.get("ask", "") + _columns(item, prompt, name), "")
         if answered:
-            given = item.get("choices")
-            # as ARC has them: texts, and a label of each
-            given = given.get("text", given) if isinstance(given, dict) else given
-            choices = _texts(given, f"hf:{name}: its column 'choices'")
+            texts = item.get("choices")
+            # ARC has a table of texts and their labels
+            texts = texts.get("text", texts) if isinstance(texts, dict) else texts
+            choices = _texts(texts, f"hf:{name}: its column 'choices'")
             row = Row(row.prompt, _columns(item, response, name), choices)
         if len(row.prompt) <= int(longest) and _belongs(row, part):
             yield check_row(row, f"hf:{name}, row {number}")
@@ -404,7 +405,7 @@ def _hub_rows(
 def hub_items(
     name: str, options: Mapping[str, str], token: str | None
 ) -> Iterator[Mapping[str, Any]]:
-    """The rows of a data set of the Hub, as the Hub has them; none is read before it is needed.
+    """The rows of a data set of the Hub, one by one, without conversion.
 
     Args:
         options: `config`, `split` (default: test) and `revision`
@@ -420,7 +421,9 @@ def hub_items(
             streaming=True,
             token=token or False,
         )
-    except Exception as error:  # what reads a damaged file raises its own, such as BadZipFile
+    except (
+        Exception
+    ) as error:  # libraries have their own errors for damaged files, such as BadZipFile
         raise _unreadable(name, error) from error
 
 
@@ -451,10 +454,10 @@ def _columns(item: Mapping[str, Any], names: str, source: str) -> str:
 
 
 HUB_OPTIONS = {"config", "split", "revision", "prompt", "response", "ask", "part", "longest"}
-READERS: dict[str, tuple[set[str], Callable[[Asked], Iterable[Row]]]] = {
+READERS: dict[str, tuple[set[str], Callable[[Request], Iterable[Row]]]] = {
     "jsonl": (set(), _jsonl),
     "bigbench": ({"split"}, _bigbench),
     "reasoning_gym": ({"seed"}, _reasoning_gym),
     "hf": (HUB_OPTIONS, _hub),
 }
-"""By the kind of source: its options, and the function that reads it."""
+"""For each kind of source, its options, and the function that reads it."""

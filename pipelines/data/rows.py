@@ -22,9 +22,9 @@ class Row(Noun):
     prompt: str
     response: str
     choices: tuple[str, ...] = ()
-    """All answers to choose from, with the right ones; empty if the answer is free."""
+    """All answers to choose from, right ones included; empty if the answer is free."""
     references: tuple[str, ...] = ()
-    """Other right answers, beside `response`."""
+    """Further right answers, beside `response`."""
     checker: str = ""
     """The scorer, if many answers are right: `reasoning_gym:<name>@<seed>#<entry>`."""
 
@@ -35,12 +35,12 @@ class Row(Noun):
 
     @property
     def key(self) -> str:
-        """The prompt with single spaces; rows with one key are the same question."""
+        """The prompt with single spaces; rows with equal keys are the same question."""
         return " ".join(self.prompt.split())
 
     @property
     def question(self) -> str:
-        """The key in Unicode NFC, to compare rows of two files: é is one character or two."""
+        """The key in Unicode NFC, to compare rows of two files: é can be one character or two."""
         return unicodedata.normalize("NFC", self.key)
 
     @property
@@ -67,15 +67,15 @@ def refuse_overlap(
     advice: str = "take it out of one of the two",
     kind: str = "an example of expert {expert}",
 ) -> None:
-    """Refuse test rows whose prompts are also examples: they would measure memory.
+    """Refuse test rows whose prompts are also examples: they would measure memorisation.
 
     Args:
         examples: by expert
         tests: by task
-        example_place: from an expert and the number of an example to where it stands
+        example_place: the place of an example, from its expert and its number, for the message
         test_place: the same for a task and one of its rows
-        advice: what to do
-        kind: what the examples are
+        advice: the advice in the message
+        kind: a description of the examples in the message
 
     Raises:
         ExamplesError: a prompt is in both.
@@ -84,19 +84,19 @@ def refuse_overlap(
     for name, rows in examples.items():
         for number, row in enumerate(rows):
             known.setdefault(row.question, (name, number))
-    found = [
+    overlaps = [
         (task, number, row)
         for task, rows in tests.items()
         for number, row in enumerate(rows)
         if row.question in known
     ]
-    if not found:
+    if not overlaps:
         return
-    task, test, row = found[0]
+    task, test, row = overlaps[0]
     expert, example = known[row.question]
     others = [other.prompt for other in (*tests[task], *examples[expert])]
     shown = differing_part(row.prompt, others)
-    count = f"; there are {len(found):,} such test rows" if len(found) > 1 else ""
+    count = f"; there are {len(overlaps):,} such test rows" if len(overlaps) > 1 else ""
     raise ExamplesError(
         f"task {task}: {test_place(task, test)} with the prompt {shown!r} is also"
         f" {kind.format(expert=expert)}, {example_place(expert, example)}; {advice}{count}"
@@ -104,7 +104,7 @@ def refuse_overlap(
 
 
 def differing_part(prompt: str, others: Sequence[str], most: int = 80) -> str:
-    """The part of a prompt in which it differs from most others, which often begin alike."""
+    """The part of a prompt that differs from the others, since prompts often begin alike."""
     alike = [prompt, *(other for other in others if other != prompt)]
     start = len(commonprefix(alike))  # noqa: RUF071  (by characters, which are no paths)
     if len(prompt) <= most or len(others) < 2:

@@ -1,4 +1,4 @@
-"""Examples whose parts belong to different experts, in a file with a line of JSON for each.
+"""Read examples whose parts belong to different experts, from a file with one JSON object a line.
 
     {"prompt": [{"text": "When was it, and "}, {"text": "what is 3 + 4?", "expert": "sums"}],
      "response": [{"text": "2021-03-03", "expert": "dates"}, {"text": ", 7", "expert": "sums"}]}
@@ -41,7 +41,7 @@ class Part(Noun):
 
     text: str
     expert: str = ""
-    """Its name; empty if the text belongs to no expert."""
+    """The expert's name; empty if the text belongs to no expert."""
 
 
 @dataclass(frozen=True)
@@ -67,7 +67,7 @@ class SpannedRow(Noun):
         return [*parts, (self.response[0].expert, whole)]
 
     def composite(self) -> Composite:
-        """The same as a composite, so that both find the experts of their tokens in one way."""
+        """The same as a composite, which finds the experts of its tokens."""
         return Composite(
             "".join(part.text for part in self.prompt),
             "".join(part.text for part in self.response),
@@ -87,7 +87,7 @@ class SpannedTurns(Noun):
 
     turns: tuple[Turn, ...]
     place: str = field(default="", compare=False)
-    """The file and the line that it is from; no part of what it is."""
+    """The file and the line, for messages; not compared or hashed."""
 
     def to_dict(self) -> dict[str, Any]:
         return {"turns": [turn.to_dict() for turn in self.turns]}
@@ -120,11 +120,11 @@ class SpannedTurns(Noun):
 
 
 def prompt_parts(rows: Sequence[SpannedRow | SpannedTurns]) -> dict[str, list[Row]]:
-    """Each question in the rows as a row of its own, by its expert, to compare with tests."""
-    found: dict[str, list[Row]] = {}
+    """Each question in the rows as a separate row, by expert, to compare with tests."""
+    by_expert: dict[str, list[Row]] = {}
     for expert, text in (question for row in rows for question in row.questions):
-        found.setdefault(expert, []).append(Row(text.strip(), ""))
-    return found
+        by_expert.setdefault(expert, []).append(Row(text.strip(), ""))
+    return by_expert
 
 
 def read_spans(
@@ -169,9 +169,9 @@ def _row(line: str, place: str, experts: Collection[str]) -> SpannedRow | Spanne
     return row
 
 
-def _turns(found: Any, place: str) -> tuple[Turn, ...]:  # noqa: ANN401  (JSON is what it is)
+def _turns(entries: Any, place: str) -> tuple[Turn, ...]:  # noqa: ANN401  (JSON)
     turns = []
-    for number, one in enumerate(found, 1):
+    for number, one in enumerate(entries, 1):
         for name in ("expert", "prompt", "response"):
             text = one.get(name)
             if not isinstance(text, str) or not text.strip():
@@ -181,7 +181,7 @@ def _turns(found: Any, place: str) -> tuple[Turn, ...]:  # noqa: ANN401  (JSON i
                 )
         turns.append(Turn(one["expert"], one["prompt"], one["response"]))
     if not turns:
-        raise ValueError(found)
+        raise ValueError(entries)
     return tuple(turns)
 
 
@@ -196,10 +196,10 @@ def _check_parts(row: SpannedRow, place: str) -> None:
         raise ExamplesError(f"{place}: a part of its response has no expert; give each part one")
 
 
-def _parts(found: Any) -> tuple[Part, ...]:  # noqa: ANN401  (JSON is what it is)
-    parts = tuple(Part(one["text"], one.get("expert", "")) for one in found)
+def _parts(entries: Any) -> tuple[Part, ...]:  # noqa: ANN401  (JSON)
+    parts = tuple(Part(one["text"], one.get("expert", "")) for one in entries)
     if not parts or not all(isinstance(p.text, str) and p.text for p in parts):
-        raise ValueError(found)
+        raise ValueError(entries)
     if not all(isinstance(part.expert, str) for part in parts):
-        raise TypeError(found)
+        raise TypeError(entries)
     return parts

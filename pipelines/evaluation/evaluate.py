@@ -42,36 +42,36 @@ class TaskResult:
     wall_seconds: float
 
     def score(self, spec: BenchmarkSpec, outputs_sha256: str, device: str) -> Score:
-        """The score that `spec` asks for; `outputs_sha256` is the blob's that holds `outputs`."""
-        found = self.values[spec.metric]
-        method, low, high = found.interval(spec.seed)
+        """The score of `spec`'s metric; `outputs_sha256` names the blob with `outputs`."""
+        values = self.values[spec.metric]
+        method, low, high = values.interval(spec.seed)
         answers = [
             answer
             for row in self.outputs
             for answer in (json.loads(row["turns"]) if "turns" in row else [row])
-            if "truncated" in answer  # not of lm-eval's own tasks, whose outputs are JSON
+            if "truncated" in answer  # outputs of lm-eval's own tasks do not have it
         ]
         lengths = [row["prompt_tokens"] for row in self.outputs if "prompt_tokens" in row]
         return Score(
             spec=spec,
-            value=found.mean,
-            stderr=standard_error(found.values),
+            value=values.mean,
+            stderr=standard_error(values.values),
             low=low,
             high=high,
             num_samples=len(self.outputs),
             outputs_sha256=outputs_sha256,
             harness=HARNESS,
             wall_seconds=self.wall_seconds,
-            higher_is_better=found.higher_is_better,
+            higher_is_better=values.higher_is_better,
             interval=method,
             templated=self.templated,
             num_empty=sum(not turn["output"].strip() for turn in answers),
             num_truncated=sum(turn["truncated"] for turn in answers),
             mean_prompt_tokens=sum(lengths) / len(lengths) if lengths else None,
             max_prompt_tokens=max(lengths, default=None),
-            parts=found.parts,
+            parts=values.parts,
             device=device,
-            turns=found.turns,
+            turns=values.turns,
         )
 
 
@@ -89,12 +89,12 @@ def evaluate_task(
     """Ask a live model, with the routing that it has now, every question of a task.
 
     Args:
-        control: for conversations: which control the model is to be; see `conversations`
-        log: has the answers of the same measurement from before it was stopped, and takes new ones
+        control: for conversations, the control that the model acts as; see `conversations`
+        log: the answers of the same measurement before it was stopped; new ones are added
         advance: called with the number of prompts, or pairs of prompt and choice, just done
 
     Raises:
-        BenchmarkError: the task cannot be asked in the way that is requested.
+        BenchmarkError: the task's prompts do not fit the model, its chat template or lm-eval.
     """
     started = time.perf_counter()
     harness = Harness(
@@ -107,7 +107,7 @@ def evaluate_task(
         advance=advance,
     )
     if task.lm_eval:
-        # seconds, and few recipes need it
+        # takes seconds to import, and few recipes need it
         from pipelines.evaluation.lm_eval_tasks import ask_lm_eval_task  # noqa: PLC0415
 
         values, outputs = ask_lm_eval_task(harness, task)
@@ -124,8 +124,8 @@ def evaluate_task(
                 if task.composites
                 else {metric: compute_values(outputs, metric) for metric in task.metrics}
             )
-    for metric, found in values.items():
-        for row, value in zip(outputs, found.values, strict=True):
+    for metric, of_rows in values.items():
+        for row, value in zip(outputs, of_rows.values, strict=True):
             row[metric] = value
     return TaskResult(
         values, tuple(outputs), harness.templated, wall_seconds=time.perf_counter() - started
@@ -140,8 +140,8 @@ def _ask_rows(
     Args:
         answer: `answer_in_portions` with a log and a batch size
     """
-    asked = task.composites or task.rows
-    prompts = [one.prompt for one in asked]
+    items = task.composites or task.rows
+    prompts = [one.prompt for one in items]
     lengths = harness.prompt_tokens(prompts)
     outputs: list[dict[str, Any]] = [
         {"prompt": prompt, "prompt_tokens": n} for prompt, n in zip(prompts, lengths, strict=True)
@@ -154,15 +154,15 @@ def _ask_rows(
             row |= {"output": text, "truncated": truncated}
     if task.weighs:
         check_rows(task)
-        found = answer(
+        weighed = answer(
             task.rows,
             harness.log_likelihoods,
             phase="weigh",
             parts_of=lambda row: len(row.choices),
         )
-        for row, log_likelihoods in zip(outputs, found, strict=True):
+        for row, log_likelihoods in zip(outputs, weighed, strict=True):
             row["log_likelihoods"] = log_likelihoods
-    for row, one in zip(outputs, asked, strict=True):
+    for row, one in zip(outputs, items, strict=True):
         row["reference"] = one.response
         row["asked"] = json.dumps(one.to_dict(), ensure_ascii=False)
         if task.composites:
@@ -175,7 +175,7 @@ def _ask_dialogues(
 ) -> tuple[Mapping[str, RowValues], list[dict[str, Any]]]:
     """The values and outputs of a task of conversations.
 
-    The one expert of `one_expert` is the best of those whose tasks take part: all are asked.
+    For `one_expert` every expert whose task takes part is tried; the best one's values count.
     """
     refuse_conversations(task.name, task.dialogues, harness.tokenizer, templated=harness.templated)
     candidates = [*task.part_metrics] if control == ONE_EXPERT else [""]
@@ -197,7 +197,7 @@ def _ask_dialogues_as(
         advance=harness.advance,
     )
     try:
-        found = answer(
+        answers = answer(
             task.dialogues,
             conversing.ask,
             phase=f"converse {expert}".strip(),
@@ -218,6 +218,6 @@ def _ask_dialogues_as(
             "turns": json.dumps(turns, ensure_ascii=False),
             "expert": expert,
         }
-        for dialogue, turns in zip(task.dialogues, found, strict=True)
+        for dialogue, turns in zip(task.dialogues, answers, strict=True)
     ]
     return compute_conversation_values(outputs), outputs

@@ -1,8 +1,8 @@
 """Prompts to a live model, through lm-eval's model class.
 
-The values of answers are computed later, by `scoring.metrics`, so that they can be computed again
-from the stored answers. Tasks of lm-eval's own are in `lm_eval_tasks`: rows do not need lm-eval's
-machinery for tasks, which takes seconds to import.
+`scoring.metrics` computes the values later, so they can be computed again from the stored answers.
+Tasks of lm-eval's own are in `lm_eval_tasks`: plain rows do not need lm-eval's task code, which
+takes seconds to import.
 """
 
 from __future__ import annotations
@@ -42,22 +42,22 @@ if TYPE_CHECKING:
     from pipelines.data.rows import Row
 
 HARNESS = f"lm-eval {version('lm-eval')}"
-"""What scores record as their harness."""
+"""The harness that scores record."""
 LOGGER = "lm_eval.models.huggingface"
-"""The logger of lm-eval that gives the warnings below."""
+"""The logger of lm-eval that writes the warnings below."""
 EXPECTED = (
     "`pretrained` model kwarg is not of type `str`",
     "Passed an already-initialized model through `pretrained`",
 )
-"""Warnings that lm-eval gives for every live model; they are hidden."""
+"""Warnings of lm-eval for every live model; they are hidden."""
 
 
 class BenchmarkError(MeteoraError):
-    """A task cannot be measured in the way that the recipe asks."""
+    """A task cannot be measured with the settings of the recipe."""
 
 
 class Harness:
-    """A live model that answers prompts, with the routing that it has at that moment."""
+    """A live model that answers prompts, with its routing of that moment."""
 
     def __init__(
         self,
@@ -73,9 +73,9 @@ class Harness:
         """Wrap `model`.
 
         Args:
-            template: `chat`, `plain`, or `auto`: the chat template where the tokenizer has one
-            system_prompt: in front of every prompt; None leaves it to the chat template, an empty
-                one stands for none
+            template: `chat`, `plain`, or `auto`: the chat template if the tokenizer has one
+            system_prompt: before every prompt; None is the chat template's default, and an empty
+                text is an empty system prompt
             advance: called with the number of prompts, or pairs of prompt and choice, just done
 
         Raises:
@@ -91,7 +91,7 @@ class Harness:
             pretrained=model,
             tokenizer=cast("PreTrainedTokenizerFast", tokenizer),
             batch_size=batch_size,
-            # as everywhere else: a template has its own special tokens, or means to have none
+            # a template writes its own special tokens
             add_bos_token=False if self.templated else None,
         )
         self.model.answer_hook.advance = advance
@@ -102,7 +102,7 @@ class Harness:
         return [len(self.model.tok_encode(self._apply_template(prompt))) for prompt in prompts]
 
     def _apply_template(self, prompt: str) -> str:
-        """The text that the model gets."""
+        """The text for the model."""
         if not self.templated:
             return prompt
         return self.model.apply_chat_template([{"role": "user", "content": prompt}])
@@ -121,28 +121,28 @@ class Harness:
             "until": [self.tokenizer.eos_token] if self.tokenizer.eos_token else [],
             "max_gen_toks": max_new_tokens,
             "do_sample": False,
-            "num_beams": 1,  # whatever the base's own config says
+            "num_beams": 1,  # the base's own generation config may say more
         }
         texts = [self._apply_template(prompt) for prompt in prompts]
-        asked = [Instance("generate_until", {}, (text, settings), 0) for text in texts]
+        requests = [Instance("generate_until", {}, (text, settings), 0) for text in texts]
         set_seed(self.seed)
-        answers = self.model.generate_until(asked)
+        answers = self.model.generate_until(requests)
         return [
             (answer, self.model.answer_hook.truncated[text])
             for text, answer in zip(texts, answers, strict=True)
         ]
 
     def log_likelihoods(self, rows: Sequence[Row]) -> list[list[float]]:
-        """Of each row, the log-likelihood of each choice as the answer to the prompt."""
-        asked = [
+        """The log-likelihood of each row's choices as answers to its prompt; [rows][choices]."""
+        pairs = [
             (text, choice)
             for row in rows
             for text in [self._apply_template(row.prompt)]
             for choice in row.choices
         ]
         set_seed(self.seed)
-        found = iter(self.model.weigh(asked))
-        return [[next(found) for _ in row.choices] for row in rows]
+        values = iter(self.model.weigh(pairs))
+        return [[next(values) for _ in row.choices] for row in rows]
 
 
 def is_templated(
@@ -170,7 +170,7 @@ def is_templated(
 def refuse_conversations(
     task: str, dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, *, templated: bool
 ) -> None:
-    """Refuse conversations where there is no chat template, or one that does not take them.
+    """Refuse conversations without a chat template, or with one that does not take them.
 
     Raises:
         BenchmarkError: one or the other.
@@ -191,7 +191,7 @@ def refuse_conversations(
 
 
 def room_of(config: PretrainedConfig) -> int:
-    """How many tokens the base was trained on at once; no limit where its config has none."""
+    """The base's context length in tokens; `sys.maxsize` if its config states none."""
     return resolve_max_length(config, default=sys.maxsize)
 
 
@@ -222,7 +222,7 @@ def _is_unexpected(record: logging.LogRecord) -> bool:
 
 
 class _AnswerHook(CacheHook):
-    """lm-eval gives it each prompt with its answer, in order; it keeps which answers were cut."""
+    """lm-eval calls it with each prompt and answer, in order; it records which answers were cut."""
 
     advance: Callable[[int], None] = staticmethod(lambda _rows: None)
 
@@ -242,46 +242,47 @@ class _AnswerHook(CacheHook):
 class MaskedModel(HFLM):
     """lm-eval's model class, with a mask for routers that read whole prompts.
 
-    lm-eval fills up a batch of log-likelihoods and passes no mask, since a causal model needs none.
+    lm-eval pads a batch of log-likelihoods on the right and passes no mask, since a causal model
+    needs none.
     """
 
     _inputs: Collection[tuple[int, ...]] = ()
-    """What is asked, without its padding."""
+    """The token ids of the requests, without padding."""
 
     def _loglikelihood_tokens(
         self,
         requests: list[tuple[tuple[str, str], list[int], list[int]]],
         *args: Any,  # noqa: ANN401
-        **asked: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
     ) -> list[tuple[float, bool]]:
         longest = self.max_length + 1
         self._inputs = {tuple((one + other)[-longest:][:-1]) for _, one, other in requests}
-        return super()._loglikelihood_tokens(requests, *args, **asked)
+        return super()._loglikelihood_tokens(requests, *args, **kwargs)
 
-    def _model_call(self, inps: torch.Tensor, *args: Any, **asked: Any) -> torch.Tensor:  # noqa: ANN401
+    def _model_call(self, inps: torch.Tensor, *args: Any, **kwargs: Any) -> torch.Tensor:  # noqa: ANN401
         if watcher_of(self.model) is None:
-            return super()._model_call(inps, *args, **asked)
+            return super()._model_call(inps, *args, **kwargs)
         width = inps.shape[1]
         lengths = [
             next((n for n in range(width, 0, -1) if tuple(row[:n]) in self._inputs), width)
             for row in inps.tolist()
         ]
         mask = torch.arange(width) < torch.tensor(lengths).unsqueeze(1)
-        given = {"attention_mask": mask.long().to(inps.device)}
+        masked = {"attention_mask": mask.long().to(inps.device)}
         with self.model.register_forward_pre_hook(
-            lambda _model, args, kwargs: (args, kwargs | given), with_kwargs=True, prepend=True
+            lambda _model, args, kwargs: (args, kwargs | masked), with_kwargs=True, prepend=True
         ):
-            return super()._model_call(inps, *args, **asked)
+            return super()._model_call(inps, *args, **kwargs)
 
 
 class _Model(MaskedModel):
-    """The same without progress bars; it notes which answers were cut."""
+    """A `MaskedModel` without progress bars; it records which answers were cut."""
 
     system_prompt: str | None = None
 
-    def __init__(self, **asked: Any) -> None:  # noqa: ANN401  (HFLM's own arguments)
-        super().__init__(**asked)
-        self._device = input_device(self.model)  # of an offloaded model `device` says nothing
+    def __init__(self, **kwargs: Any) -> None:  # noqa: ANN401  (HFLM's own arguments)
+        super().__init__(**kwargs)
+        self._device = input_device(self.model)  # an offloaded model's `device` may be another
         self.cache_hook = self.answer_hook = _AnswerHook()
 
     def apply_chat_template(
@@ -306,32 +307,32 @@ class _Model(MaskedModel):
         string: str,
         add_special_tokens: bool | None = None,
         *args: Any,  # noqa: ANN401
-        **asked: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
     ) -> list[int]:
         if add_special_tokens is None and self.prefix_token_id is None:
             add_special_tokens = self.add_bos_token is not False  # lm-eval looks for a prefix
-        return super().tok_encode(string, add_special_tokens, *args, **asked)
+        return super().tok_encode(string, add_special_tokens, *args, **kwargs)
 
     def tok_decode(self, tokens: Any, skip_special_tokens: bool = True) -> Any:  # noqa: ANN401
-        if tokens is None:  # the end of sequence of a tokenizer without one
+        if tokens is None:  # the tokenizer has no end-of-sequence token
             return None
         return super().tok_decode(tokens, skip_special_tokens)
 
     def weigh(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """The log-likelihood of each text, not empty, as the answer to the one before it."""
-        asked = [(pair, *self._parts(*pair)) for pair in pairs]
-        return [found for found, _ in self._loglikelihood_tokens(asked, disable_tqdm=True)]
+        """The log-likelihood of the answer in each pair (prompt, answer); answers are not empty."""
+        requests = [(pair, *self._parts(*pair)) for pair in pairs]
+        return [value for value, _ in self._loglikelihood_tokens(requests, disable_tqdm=True)]
 
     def _parts(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
         """The tokens of a prompt and of its answer.
 
-        lm-eval takes what follows as many tokens as the prompt has. That is not the answer where
-        the tokenizer joins both, such as `:` and `-` of "A:-5", or ends every text with a token.
+        For lm-eval the answer begins after as many tokens as the prompt alone has. This is wrong
+        if the tokenizer joins the two, as `:` and `-` in "A:-5", or adds a token to every text.
         """
         before, after = self._encode_pair(prompt, answer)
         if self.tok_encode(prompt + answer)[: len(before)] == before:
             return before, after
-        space = prompt[len(prompt.rstrip()) :]  # in front of the answer, as there
+        space = prompt[len(prompt.rstrip()) :]  # `_encode_pair` moves it to the answer, too
         return before, self.tok_encode(space + answer, add_special_tokens=False)
 
     def _model_generate(

@@ -23,17 +23,17 @@ if TYPE_CHECKING:
 
 @cache
 def _own_tasks() -> TaskManager:
-    """The 10,000 tasks of lm-eval, which it takes 10 s to index."""
+    """The index of lm-eval's 10,000 tasks; it takes 10 s to build."""
     return TaskManager()
 
 
-def find_lm_eval_task(asked: Task) -> TaskManager:
+def find_lm_eval_task(task: Task) -> TaskManager:
     """Find a task of lm-eval by its name; its rows are not read.
 
     Raises:
         BenchmarkError: there is no such task.
     """
-    name, folder = asked.lm_eval, asked.folder
+    name, folder = task.lm_eval, task.folder
     if folder is None:
         manager = _own_tasks()
     else:
@@ -53,19 +53,19 @@ def find_lm_eval_task(asked: Task) -> TaskManager:
 
 
 def ask_lm_eval_task(
-    harness: Harness, asked: Task
+    harness: Harness, task: Task
 ) -> tuple[dict[str, RowValues], list[dict[str, Any]]]:
-    """The values, by metric, and the outputs of the first rows of one task, as lm-eval has them.
+    """Lm-eval's values, by metric, and outputs for the first `task.limit` rows of one task.
 
     An output is JSON of all replies to a row.
 
     Raises:
-        BenchmarkError: there is no such task, it has not the metrics, its rows cannot be
-            downloaded or read, or lm-eval computes no number for each of them.
+        BenchmarkError: there is no such task, it does not have the metrics, its rows cannot be
+            downloaded or read, or lm-eval does not compute a number for each of them.
     """
-    name, manager = asked.lm_eval, find_lm_eval_task(asked)
+    name, manager = task.lm_eval, find_lm_eval_task(task)
     try:
-        report = _evaluate(harness, asked, manager)
+        report = _evaluate(harness, task, manager)
     except (OSError, ConnectionError, ValueError, AssertionError) as error:
         raise BenchmarkError(
             f"task {name}: {HARNESS} cannot get or read its rows ({brief(error)}); they come from"
@@ -78,17 +78,17 @@ def ask_lm_eval_task(
     samples.sort(key=lambda sample: sample["doc_id"])
     higher_is_better = report["higher_is_better"].get(name, {})
     values = {}
-    for metric in asked.metrics:
-        kept = [sample.get(metric) for sample in samples]
-        numbers = [value for value in kept if isinstance(value, int | float)]
-        if not kept or len(numbers) < len(kept) or not all(map(math.isfinite, numbers)):
+    for metric in task.metrics:
+        results = [sample.get(metric) for sample in samples]
+        numbers = [value for value in results if isinstance(value, int | float)]
+        if not results or len(numbers) < len(results) or not all(map(math.isfinite, numbers)):
             raise BenchmarkError(
-                f"task {asked.name}: {HARNESS} gives no {metric} for every row of it"
+                f"task {task.name}: {HARNESS} gives no {metric} for every row of it"
             )
-        found = tuple(map(float, numbers))
+        of_rows = tuple(map(float, numbers))
         values[metric] = RowValues(
-            found,
-            graded=not set(found) <= {0.0, 1.0},
+            of_rows,
+            graded=not set(of_rows) <= {0.0, 1.0},
             higher_is_better=higher_is_better.get(metric, True),
         )
     outputs = [
@@ -112,31 +112,31 @@ def _members(manager: TaskManager, name: str) -> list[str]:
     ]
 
 
-def _evaluate(harness: Harness, asked: Task, manager: TaskManager) -> Any:  # noqa: ANN401
-    """As lm-eval's `simple_evaluate`, without the second that it takes to describe the machine."""
+def _evaluate(harness: Harness, task: Task, manager: TaskManager) -> Any:  # noqa: ANN401
+    """Lm-eval's `simple_evaluate`, without its description of the machine, which takes 1 s."""
     set_seed(harness.seed)
-    loaded = manager.load([asked.lm_eval])
-    for task in loaded["tasks"].values():
-        _check_metrics(asked, task.aggregation())
-        task.set_config("num_fewshot", asked.num_fewshot)
-        task.set_fewshot_seed(harness.seed)
+    loaded = manager.load([task.lm_eval])
+    for lm_eval_task in loaded["tasks"].values():
+        _check_metrics(task, lm_eval_task.aggregation())
+        lm_eval_task.set_config("num_fewshot", task.num_fewshot)
+        lm_eval_task.set_fewshot_seed(harness.seed)
     return evaluate(
         lm=harness.model,
         task_dict=loaded,
-        limit=asked.limit,
+        limit=task.limit,
         apply_chat_template=harness.templated,
         system_instruction=harness.system_prompt or None,
         bootstrap_iters=0,
     )
 
 
-def _check_metrics(asked: Task, aggregations: Mapping[str, Any]) -> None:
-    """Refuse a metric that is not a mean over rows: intervals and tests are of means."""
-    means = [metric for metric, found in aggregations.items() if found is mean]
-    for metric in asked.metrics:
+def _check_metrics(task: Task, aggregations: Mapping[str, Any]) -> None:
+    """Refuse a metric that is not a mean over rows: intervals and tests need means."""
+    means = [metric for metric, aggregation in aggregations.items() if aggregation is mean]
+    for metric in task.metrics:
         if metric not in means:
             why = "is no mean over rows" if metric in aggregations else "is none of its metrics"
             raise BenchmarkError(
-                f"task {asked.name}: {metric} {why} in {HARNESS}; those that are:"
+                f"task {task.name}: {metric} {why} in {HARNESS}; those that are:"
                 f" {', '.join(means) or 'none'}"
             )

@@ -1,4 +1,4 @@
-"""Every score, comparison and timing that a recipe asks for: which system, on which task."""
+"""Every score, comparison and timing that a recipe asks for, by system and task."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ if TYPE_CHECKING:
     from pipelines.recipe.benchmark import BenchmarkSection
 
 FUSED, BASE, ORACLE, EXPERTS = "fused", "base", "oracle", "experts"
-"""Systems, by their names in a recipe; `experts` stands for each adapter alone on every task."""
+"""Systems, by their names in a recipe; `experts` is each adapter alone, on every task."""
 ONE_EXPERT = "one_expert"
-"""One expert for everything: in composites the first question's, in conversations the best one."""
+"""One expert for all tokens: in composites the first question's, in conversations the best one."""
 SINGLE, SWAP, ALORA = "single", "swap", "alora"
 """Controls for conversations alone; see `conversations`."""
 ORACLES = (ORACLE, ONE_EXPERT, SINGLE, SWAP, ALORA)
@@ -35,7 +35,7 @@ MERGES: Mapping[str, tuple[float, float]] = {
     "ties": (1.0, 0.2),
     "dare_ties": (1.0, 0.2),
 }
-"""Weight and density by method, as in PEFT's documentation; weight 0 stands for an equal share."""
+"""Weight and density by method, as in PEFT's documentation; weight 0 means an equal share."""
 
 
 @dataclass(frozen=True)
@@ -43,21 +43,21 @@ class Measurement:
     """One score that the recipe asks for."""
 
     system: str
-    """`fused`, `base`, `oracle`, `expert:<name>`, or the kind of another router or of a merge."""
+    """`fused`, `base`, one of `ORACLES`, `expert:<name>`, the kind of a router or of a merge."""
     expert: str
-    """The expert whose own task it is, which `oracle` forces; empty for other tasks."""
+    """The expert that the task belongs to; `oracle` forces it. Empty for other tasks."""
     spec: BenchmarkSpec
 
     @property
     def adapter(self) -> str:
-        """The expert that is forced for every token; empty where none is."""
+        """The expert that is forced for every token; empty if none is."""
         if self.system == ORACLE:
             return self.expert
         return self.system.partition(":")[2]
 
 
 def control_of(system: str, task: Task) -> str:
-    """The control that asks the conversations of a task; empty for other systems and tasks."""
+    """The system's name if it is a control and the task has conversations; empty otherwise."""
     return system if task.dialogues and system in ORACLES else ""
 
 
@@ -74,10 +74,10 @@ class Subjects:
     """Merges to compare with, by method."""
 
     def id_of(self, system: str) -> ArtifactId:
-        """The id of the artifact that a system is.
+        """The id of a system's artifact.
 
         Raises:
-            KeyError: it is an expert alone, or not measured.
+            KeyError: the system is an expert alone, or is not compared.
         """
         fixed = {FUSED: self.router.id, BASE: self.base.id}
         return fixed.get(system) or {**self.others, **self.merges}[system].id
@@ -102,7 +102,7 @@ def find_subjects(
                 router.top_k,
                 router.temperature,
                 seed=seed,
-                # the turn's expert opens a turn; under the id without this, some had the mean there
+                # older scores of `oracle` route the opening to the mean: this gives it another id
                 opening="prompt" if system == ORACLE else "own",
             )
     return Subjects(base, fused, router, others, merges)
@@ -111,17 +111,17 @@ def find_subjects(
 def find_measurements(
     tasks: Mapping[str, Task], subjects: Subjects, settings: BenchmarkSection
 ) -> tuple[Measurement, ...]:
-    """Every score, task by task; the metrics of a task stand together."""
+    """Every score, in the order of tasks, then systems, then metrics."""
     alone = dict(zip(subjects.fused.names, subjects.fused.adapter_ids, strict=True))
-    found = []
+    measurements = []
     for task in tasks.values():
         for system in (FUSED, *settings.compare):
             for name, subject_id in _subjects_of(system, task, subjects, alone):
-                found += [
+                measurements += [
                     Measurement(name, task.expert, spec)
                     for spec in _specs(task, subject_id, subjects.base.id)
                 ]
-    return tuple(found)
+    return tuple(measurements)
 
 
 def _subjects_of(
@@ -129,10 +129,10 @@ def _subjects_of(
 ) -> Iterator[tuple[str, ArtifactId]]:
     """Name and id of each subject that one `compare` entry of a recipe means for a task."""
     if system == EXPERTS:
-        if not task.mixed:  # an adapter alone is not made for it
+        if not task.mixed:  # no adapter alone is trained for mixed tasks
             for name, adapter_id in alone.items():
                 yield f"expert:{name}", adapter_id
-    elif system in ORACLES:  # not for tasks of no expert: no adapter is the right one
+    elif system in ORACLES:  # only if each question has a right expert
         fits = task.dialogues or (task.composites and system in {ORACLE, ONE_EXPERT})
         if fits and alone.keys() >= task.part_metrics.keys():
             yield system, subjects.id_of(system)
@@ -161,9 +161,9 @@ def _specs(task: Task, subject_id: ArtifactId, base_id: ArtifactId) -> Iterator[
 def find_comparisons(
     tasks: Mapping[str, Task], subjects: Subjects, measurements: tuple[Measurement, ...]
 ) -> tuple[ComparisonSpec, ...]:
-    """The fused model against every other system, over all tasks that both are measured on.
+    """The fused model against every other system, over all tasks with scores of both.
 
-    Where a task has several metrics, the first is compared.
+    Only the first metric of each task is compared.
     """
     ids: dict[str, dict[str, ArtifactId]] = {}
     for one in measurements:
@@ -184,7 +184,7 @@ def find_comparisons(
 
 def find_speed(subjects: Subjects, settings: BenchmarkSection) -> SpeedSpec | None:
     """The timing that the recipe asks for, if it asks for one."""
-    asked = settings.speed
-    if asked is None:
+    section = settings.speed
+    if section is None:
         return None
-    return SpeedSpec(subjects.router.id, subjects.base.id, **asked.model_dump())
+    return SpeedSpec(subjects.router.id, subjects.base.id, **section.model_dump())

@@ -1,13 +1,13 @@
-"""Controls that are given the expert of each token, which a router has to find out.
+"""Controls that know the right expert of each token; a router must find it out.
 
-`send_to` is for all of them. Those for conversations are in `conversations`; those for composites:
+All of them use `send_to`. The controls for conversations are in `conversations`; for composites:
 
-    oracle       every token goes to the expert of the question that it belongs to
+    oracle       every token goes to the expert of its question
     one_expert   every token goes to the expert of the first question: one LoRA for a whole prompt
 
-Tokens of no question, which are the template's and the sentence before the questions, go to the
-expert of the first question. While the model answers, the last number that it wrote at the start of
-a line names the question.
+Tokens of no question (the template's, and the sentence before the questions) go to the expert of
+the first question. An answer's tokens belong to the question whose number the model wrote last at
+the start of a line.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 class _GivenRoutes(Follower):
-    """Takes over routes that are given for a whole pass at once."""
+    """Uses routes that another part of the program sets for a whole pass."""
 
     @property
     def is_causal(self) -> bool:
@@ -53,21 +53,21 @@ def send_to(
     Args:
         system: the kind of this routing, such as `oracle`
         experts_of: called before each pass with its ids [B, L] and the other arguments of the base
-            model; gives the name of each token's expert, [B][L]. `(base)` is the base alone, even
-            where it is no choice of the router.
+            model; returns the name of each token's expert, [B][L]. `(base)` is the base alone,
+            also if the router does not have this choice.
     """
     names, decision = expert_names(model), Decision()
     options = RouterOptions(system, top_k=1, temperature=1.0)
 
     def decide(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids: Tensor = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
-        given = [name for row in experts_of(ids, kwargs) for name in row]
-        missing = NULL not in names
-        places = [0 if missing and name == NULL else names.index(name) for name in given]
+        experts = [name for row in experts_of(ids, kwargs) for name in row]
+        no_base = NULL not in names  # then the base is an expert of weight 0
+        places = [0 if no_base and name == NULL else names.index(name) for name in experts]
         chosen = torch.tensor(places, device=ids.device)  # [T]
         decision.hold(one_hot(chosen, len(names)).float())
-        alone = [float(not (missing and name == NULL)) for name in given]
-        decision.routes = torch.tensor(alone, device=ids.device)[:, None], chosen[:, None]
+        weights = [float(not (no_base and name == NULL)) for name in experts]
+        decision.routes = torch.tensor(weights, device=ids.device)[:, None], chosen[:, None]
 
     with (
         model.base_model.register_forward_pre_hook(decide, with_kwargs=True),
@@ -82,18 +82,18 @@ class OracleRouting:
 
     tokenizer: PreTrainedTokenizerBase
     composites: Sequence[Composite]
-    """The only prompts that there may be."""
+    """The only possible prompts."""
     switches: bool
     """Whether each question has its own expert; otherwise all have the first one's."""
-    _asked: list[Composite] = field(default_factory=list, init=False)
-    """The composite of each sequence in the batch that is being answered."""
+    _batch: list[Composite] = field(default_factory=list, init=False)
+    """The composite of each sequence in the present batch."""
     _answers: list[list[int]] = field(default_factory=list, init=False)
     """The tokens of each sequence's answer so far."""
     _times: Counter[str] = field(default_factory=Counter, init=False)
-    """How often each prompt was asked."""
+    """The number of times that each prompt came."""
 
     def experts_of(self, ids: Tensor, kwargs: dict[str, Any]) -> list[list[str]]:
-        """The expert of each token that comes in, for `send_to`.
+        """The expert of each token of a pass, for `send_to`.
 
         Raises:
             MeteoraError: a prompt is none of the composites, or its tokens cannot be assigned.
@@ -108,28 +108,29 @@ class OracleRouting:
         """The expert of every token of each prompt.
 
         Args:
-            rows: of each prompt the ids, padded on the left, and how many are not padding
+            rows: each prompt's ids, padded on the left, and its length without padding
         """
-        self._asked, self._answers = [], [[] for _ in rows]
+        self._batch, self._answers = [], [[] for _ in rows]
         experts = []
         for row, length in rows:
             text = str(self.tokenizer.decode(row[len(row) - length :]))
-            asked = self._composite_in(text)
-            self._asked.append(asked)
-            owners = prompt_owners(self.tokenizer, asked, text)
+            composite = self._composite_in(text)
+            self._batch.append(composite)
+            owners = prompt_owners(self.tokenizer, composite, text)
             if len(owners) != length:
                 raise MeteoraError(
-                    f"the prompt {asked.prompt[:60]!r} has {length} tokens, but {len(owners)} when"
-                    " its text is tokenized again, so their questions are not known; leave `oracle`"
-                    " and `one_expert` out of `compare`, or the composites out of the benchmark"
+                    f"the prompt {composite.prompt[:60]!r} has {length} tokens, but {len(owners)}"
+                    " when its text is tokenized again, so their questions are not known; leave"
+                    " `oracle` and `one_expert` out of `compare`, or the composites out of the"
+                    " benchmark"
                 )
-            first = asked.questions[0].task
+            first = composite.questions[0].task
             own = [(owner or first) if self.switches else first for owner in owners]
             experts.append([first] * (len(row) - length) + own)
         return experts
 
     def _composite_in(self, text: str) -> Composite:
-        """The composite that a text asks; of those alike, with other experts, each in its turn."""
+        """The composite of a text; composites with equal prompts but other experts take turns."""
         inside = [one for one in self.composites if one.prompt in text]
         if not inside:
             raise MeteoraError(f"the prompt {text[:60]!r} is none of the task's composites")
@@ -139,11 +140,12 @@ class OracleRouting:
         return alike[(self._times[prompt] - 1) % len(alike)]
 
     def _next_expert(self, i: int, token: int) -> str:
-        """The expert of the token that sequence `i` now has at its end."""
-        asked, answer = self._asked[i].questions, self._answers[i]
+        """The expert of the next token, which sequence `i` gets now."""
+        questions, answer = self._batch[i].questions, self._answers[i]
         answer.append(token)
-        number = last_number(str(self.tokenizer.decode(answer)), len(asked)) if self.switches else 1
-        return asked[max(number, 1) - 1].task
+        text = str(self.tokenizer.decode(answer))
+        number = last_number(text, len(questions)) if self.switches else 1
+        return questions[max(number, 1) - 1].task
 
 
 def use_oracle(
@@ -155,7 +157,7 @@ def use_oracle(
     """The model as `oracle` or `one_expert`, until the context ends.
 
     Args:
-        composites: the only prompts that it may get in this context
+        composites: the only possible prompts in this context
     """
     routing = OracleRouting(tokenizer, composites, switches=system == ORACLE)
     return send_to(model, system, routing.experts_of)

@@ -1,10 +1,10 @@
-"""A log of the answers of a measurement that is not finished.
+"""A log of the answers of an unfinished measurement.
 
 Measuring a large model takes hours. When a run is stopped, the next one continues at the first row
-without an answer: rows go through the model in portions of whole batches, and each portion is
-written to the log as soon as it is answered. A stopped measurement has the same portions, and so
-the same batches, as one that was never stopped; its answers are equal to the last bit. (Batches are
-smaller where memory runs out.)
+without an answer: rows go through the model in portions of whole batches, and the log gets each
+portion as soon as it is answered. A stopped measurement has the same portions, and so the same
+batches, as one that was never stopped; its answers are equal to the last bit. (Batches become
+smaller if memory runs out.)
 """
 
 from __future__ import annotations
@@ -28,22 +28,22 @@ BATCHES = 4
 class NoLog:
     """Keeps nothing: for systems that cannot continue, such as a router with random choices.
 
-    Other logs keep the answers of one measurement, in phases that are asked one after the other.
+    Subclasses keep the answers of one measurement, in phases that follow each other.
     """
 
     def read(self, _phase: str, /) -> list[Any]:
-        """The answers that an earlier process wrote, in the order of the rows."""
+        """The answers of an earlier process, in the order of the rows."""
         return []
 
     def append(self, _phase: str, _answers: Sequence[Any], /) -> None:
-        """Write down the answers of one more portion."""
+        """Add the answers of one more portion."""
 
 
 class FileLog(NoLog):
-    """One portion a line, as JSON. A line that a kill cut short is dropped, with all after it."""
+    """One portion a line, as JSON. A line that a kill cut short is dropped, and all later ones."""
 
     def __init__(self, file: TextIO) -> None:
-        """Read what is there.
+        """Read the portions of earlier processes.
 
         Args:
             file: open for reading and appending, ASCII
@@ -73,7 +73,7 @@ class FileLog(NoLog):
 
 @contextmanager
 def open_log(path: Path) -> Generator[NoLog]:
-    """The log in a file, which is made if needed; `NoLog` while another process has it open."""
+    """The log in a file, made if needed; `NoLog` while another process has it open."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="ascii") as file:
         try:
@@ -85,33 +85,33 @@ def open_log(path: Path) -> Generator[NoLog]:
 
 
 def answer_in_portions(
-    asked: Sequence[Any],
+    items: Sequence[Any],
     ask: Callable[[Any], Sequence[Any]],
     *,
     phase: str,
     batch_size: int,
     log: NoLog,
     advance: Callable[[int], None],
-    parts_of: Callable[[Any], int] = lambda _asked: 1,
+    parts_of: Callable[[Any], int] = lambda _item: 1,
 ) -> list[Any]:
-    """One answer for each item of `asked`, from the log where it has one.
+    """One answer for each item, from the log if it has one.
 
-    Where the memory is too little for so many at once, half as many are asked at once from then on.
+    If memory runs out, later portions are smaller: at first half a batch, then half of that.
 
     Args:
         ask: answers the items of one portion, in order
-        phase: a name for this use of the log; others on the same rows have other names
-        advance: called once with the number of parts that the log has; `ask` reports the others
+        phase: a name for this use of the log; other uses on the same rows have other names
+        advance: called once with the number of parts in the log; `ask` reports the others
         parts_of: the number of parts of an item, such as its choices
     """
-    answers = log.read(phase)[: len(asked)]
+    answers = log.read(phase)[: len(items)]
     if answers:
-        advance(sum(map(parts_of, asked[: len(answers)])))
+        advance(sum(map(parts_of, items[: len(answers)])))
     step = BATCHES * batch_size
-    while len(answers) < len(asked):
-        portion = _ask(ask, asked[len(answers) : len(answers) + step])
+    while len(answers) < len(items):
+        portion = _ask(ask, items[len(answers) : len(answers) + step])
         if portion is None:
-            # a portion has several batches, so less than a batch is what takes less memory
+            # a portion has several batches, so only less than a batch takes less memory
             step = max(1, min(step, batch_size) // 2)
             say(f"no memory for so many prompts at once; {step} from here on", "note")
             torch.cuda.empty_cache()
@@ -122,7 +122,7 @@ def answer_in_portions(
 
 
 def _ask(ask: Callable[[Any], Sequence[Any]], portion: Sequence[Any]) -> list[Any] | None:
-    """The answers of a portion; None where several items take more memory than there is."""
+    """The answers of a portion; None if it has several items and memory runs out."""
     try:
         return list(ask(portion))
     except (RuntimeError, MemoryError) as error:

@@ -1,7 +1,7 @@
-"""Where a router sends tokens: to which expert, with which certainty, and how soon it switches.
+"""Statistics of a router: the experts of tokens, its certainty, and its delay at switches.
 
-Routing is recorded in ordinary forward passes, so each layer sees what the routed layers below it
-produce.
+Routing is recorded in ordinary forward passes, so each layer sees the outputs of the routed layers
+below it.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ if TYPE_CHECKING:
     from pipelines.data.rows import Row
 
 QUESTIONS, COMPOSITES, SEED = 3, 48, 0
-"""Of the composites in which switches are measured: questions in each, number at most, and seed."""
+"""The composites for the measurement of switches: questions in each, the most of them, the seed."""
 
 
 @dataclass(frozen=True)
@@ -42,7 +42,7 @@ class RoutingSums:
     """Sums over tokens for one routed module; see `RoutingDetail` for their meaning."""
 
     counts: Tensor
-    """Tokens sent to each expert, by the largest logit: [E]."""
+    """Tokens whose first choice is each expert, or `(base)` if it is a choice: [C]."""
     num_tokens: int
     entropy_bits: float
     weight: float
@@ -72,11 +72,11 @@ def measure_routing(
     batch_size: int,
     advance: Callable[[int], None] = lambda _rows: None,
 ) -> dict[str, RoutingSums]:
-    """Where the tokens of some rows are sent, by routed module.
+    """The routes of the tokens of some rows, summed by routed module.
 
-    The model gets each prompt with its reference answer. Tokens of the template's opening do not
-    count: they are the same in every prompt, so no router can tell the expert from them. Nor do
-    those of an answer for which the base has no room.
+    The model reads each prompt with its reference answer. Tokens of the template's opening do not
+    count: they are the same in every prompt, so no router can tell the expert from them. Tokens
+    beyond the base's context length do not count either.
 
     Args:
         advance: called with the number of rows just done
@@ -84,7 +84,7 @@ def measure_routing(
     opening, room = len(Template.of(tokenizer).opening), room_of(model.config)
     total: dict[str, RoutingSums] = {}
     encoded = [encode_pair(tokenizer, row.prompt, row.response)[:room] for row in rows]
-    encoded.sort(key=len)  # so that little is padding
+    encoded.sort(key=len)  # rows of similar length need little padding
     for start in range(0, len(rows), batch_size):
         batch = encoded[start : start + batch_size]
         ids, mask = (part.to(input_device(model)) for part in (padded(batch), mask_of(batch)))
@@ -99,8 +99,8 @@ def _sums(model: PreTrainedModel, batch: dict[str, Any], counted: Tensor) -> dic
     """The sums of one forward pass.
 
     Args:
-        batch: its arguments, ids [B, L] among them
-        counted: which of the tokens count, [B × L]
+        batch: the arguments of the pass, ids [B, L] among them
+        counted: whether each token counts, [B × L]
     """
     with (
         torch.inference_mode(),
@@ -117,23 +117,23 @@ def _sums(model: PreTrainedModel, batch: dict[str, Any], counted: Tensor) -> dic
     chosen = {path: experts[counted, 0] for path, (_, experts) in routes.items()}
     votes = sum(torch.nn.functional.one_hot(own, num_experts) for own in chosen.values())
     majority = torch.as_tensor(votes).argmax(-1)
-    found = {}
+    sums = {}
     for path, (weights, _) in routes.items():
         shares = torch.softmax(logits[path][counted].float() / temperature[path], dim=-1)
-        found[path] = RoutingSums(
+        sums[path] = RoutingSums(
             counts=torch.bincount(chosen[path], minlength=num_experts).cpu(),
             num_tokens=len(chosen[path]),
             entropy_bits=float(torch.special.entr(shares).sum() / torch.log(torch.tensor(2.0))),
             weight=float(weights[counted, 0].sum()),
             agreement=float((chosen[path] == majority).sum()),
         )
-    return found
+    return sums
 
 
 def composites_of(tests: Mapping[str, Sequence[Row]]) -> list[Composite]:
-    """The composites in which switches are measured, from rows by expert.
+    """The composites for the measurement of switches, from rows by expert.
 
-    There are none if fewer than two experts have rows that fit into composites.
+    Empty if fewer than two experts have rows that fit into composites.
     """
     rows = {name: fit for name, own in tests.items() if (fit := [row for row in own if fits(row)])}
     if len(rows) < 2:
@@ -157,16 +157,17 @@ def measure_switches(
     *,
     advance: Callable[[int], None] = lambda _prompts: None,
 ) -> tuple[RoutingSwitch, ...]:
-    """How many tokens after the start of another task's text routing switches to its expert.
+    """The delays, in tokens, between the start of a task's text and the switch to its expert.
 
-    Routing has switched at the first token where the task's own expert has the largest mean weight
-    over all modules. Composites for which the base has no room do not count.
+    Routing has switched at the first token whose largest mean weight over all modules is that of
+    the task's own expert; `delay` is None if there is no such token. Composites longer than the
+    base's context do not count.
 
     Args:
         advance: called with the number of composites just done
     """
     names, room = expert_names(model), room_of(model.config)
-    found: Counter[tuple[str, bool, int | None]] = Counter()
+    counts: Counter[tuple[str, bool, int | None]] = Counter()
     for composite in composites:
         ids, owners = encode_composite(tokenizer, composite)
         if len(ids) > room:
@@ -182,11 +183,11 @@ def measure_switches(
         for start, end in _runs(owners):
             own = str(owners[start])
             delay = next((t - start for t in range(start, end) if winners[t] == own), None)
-            found[own, start >= answer, delay] += 1
+            counts[own, start >= answer, delay] += 1
         advance(1)
     return tuple(
         RoutingSwitch(expert, in_answer, delay, count)
-        for (expert, in_answer, delay), count in sorted(found.items(), key=str)
+        for (expert, in_answer, delay), count in sorted(counts.items(), key=str)
     )
 
 

@@ -38,8 +38,8 @@ def time_model(
 ) -> SpeedBuild:
     """Time the routed model and its base in turns; each is first in every other round.
 
-    Both run on the same random tokens, so neither stops early. One round before the first warms up
-    and is not counted. Each round gives a ratio of two times; the result has their median.
+    Both run on the same random tokens, so neither stops early. An extra first round warms up and
+    does not count. Each round has one ratio of two times; the result is their median.
 
     Args:
         stored_bytes: size of experts and gates on disk

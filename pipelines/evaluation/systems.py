@@ -1,4 +1,4 @@
-"""One loaded model as each of the systems that are compared.
+"""One loaded model in the place of each system to compare.
 
 The base is the model without its experts, and an adapter alone is the model with that expert
 forced; tests show that both equal the real ones. So a second model is never loaded.
@@ -45,7 +45,7 @@ def use_system(
     system, task = measurement.system, tasks[measurement.spec.task]
     if task.composites and system in ORACLES:
         return use_oracle(model, tokenizer, task.composites, system)
-    if system == FUSED or control_of(system, task):  # which routes turn by turn, as it is asked
+    if system == FUSED or control_of(system, task):  # `Conversing` routes a control itself
         return nullcontext()
     if system == BASE:
         return without_experts(model)
@@ -58,7 +58,7 @@ def use_system(
 
 def use_router(model: PreTrainedModel, spec: RouterSpec) -> AbstractContextManager[None]:
     """The model with another router in every layer, until the context ends."""
-    number = count(spec.seed * len(routed_layers(model)))  # every layer draws for itself
+    number = count(spec.seed * len(routed_layers(model)))  # every layer has its own seed
     return routed_by(
         model,
         lambda layer: make_router(spec.options, layer, seed=next(number)),
@@ -70,13 +70,15 @@ def use_merge(model: PreTrainedModel, spec: MergeSpec) -> Generator[None]:
     """The base with all experts merged in every layer, as PEFT merges them; until the context ends.
 
     The products B A are merged, so the experts can have any ranks. An expert takes no part at a
-    layer that its adapter does not change. The base's weights stay: the merge is added to each
-    layer's output, which needs as much memory as the weights of those layers.
+    layer that its adapter does not change. The base's weights stay: the merge is a second weight
+    whose output is added, so it needs as much memory as the weights of those layers.
     """
     with ExitStack() as hooks, torch.random.fork_rng():
         torch.manual_seed(spec.seed)  # DARE drops at random
         for layer in routed_layers(model).values():
-            narrow = not layer.weight.is_floating_point()  # quantised: it computes in more
+            narrow = (
+                not layer.weight.is_floating_point()
+            )  # quantised; it computes in the model's dtype
             delta = merge_deltas(layer, spec).to(model.dtype if narrow else layer.weight.dtype)
             hooks.enter_context(layer.projection.register_forward_hook(partial(_add, delta)))
         with without_experts(model):
@@ -89,8 +91,8 @@ def _add(delta: Tensor, _module: nn.Module, inputs: tuple[Tensor, ...], output: 
 
 
 def merge_deltas(layer: MoELoRALinear, spec: MergeSpec) -> Tensor:
-    """What the merge adds to a layer's weight: [OUT, IN], float32."""
-    from peft.utils import merge_utils  # noqa: PLC0415  (seconds, and only merges need it)
+    """The merge's change of a layer's weight: [OUT, IN], float32."""
+    from peft.utils import merge_utils  # noqa: PLC0415  (slow to import; only merges need it)
 
     device, stack = layer.device, layer.stack
     parts = zip(

@@ -33,23 +33,23 @@ if TYPE_CHECKING:
     Read = Callable[[str, Path, int], Sequence[Row]]
 
 TURNS = 200
-"""Turns that a task asks in all, where a recipe says no number of conversations: a share of them
-has an interval of seven points to each side at most, if conversations were not alike."""
+"""The turns of a task in all, if a recipe states no number of conversations. For independent turns
+the interval of a share reaches at most seven points to each side."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What a system is asked, and by which metrics its answers are scored."""
+    """The prompts for a system, and the metrics that score its answers."""
 
     name: str
     metrics: tuple[str, ...]
-    """The first is the one that tables show."""
+    """Tables show the first."""
     template: str
     """`chat`, `plain` or `auto`."""
     max_new_tokens: int
     rows: Sequence[Row] = ()
     expert: str = ""
-    """The expert whose own rows they are; empty for other tasks."""
+    """The expert that the rows belong to; empty for other tasks."""
     composites: Sequence[Composite] = ()
     dialogues: Sequence[Dialogue] = ()
     part_metrics: Mapping[str, str] = field(default_factory=dict)
@@ -59,28 +59,28 @@ class Task:
     lm_eval: str = ""
     """The name of a task of lm-eval's own."""
     folder: Path | None = None
-    """Where lm-eval finds that task if it does not come with lm-eval."""
+    """The folder of that task's files if it does not come with lm-eval."""
     limit: int = 0
-    """Number of rows of that task."""
+    """The most rows of that task."""
     num_fewshot: int = 0
-    """Number of solved examples in each of its prompts."""
+    """The number of solved examples in each prompt of that task, or of composites."""
 
     @property
     def mixed(self) -> Sequence[Composite] | Sequence[Dialogue]:
-        """What is made of several tasks' rows; empty for other tasks."""
+        """The composites or dialogues, made of several tasks' rows; empty for other tasks."""
         return self.composites or self.dialogues
 
     @cached_property
     def rows_sha256(self) -> str:
-        """What `BenchmarkSpec.rows_sha256` is."""
+        """The hash for `BenchmarkSpec.rows_sha256`: of rows or definition, and system prompt."""
         if self.lm_eval:
-            made = {"files": _definition(self.folder)} if self.folder else {}
-            asked = canonical_sha256({"lm_eval": self.lm_eval, "limit": self.limit, **made})
+            files = {"files": _definition(self.folder)} if self.folder else {}
+            sha256 = canonical_sha256({"lm_eval": self.lm_eval, "limit": self.limit, **files})
         else:
-            asked = rows_sha256(self.mixed or self.rows)
+            sha256 = rows_sha256(self.mixed or self.rows)
         if self.system_prompt is None:
-            return asked
-        return canonical_sha256({"rows": asked, "system_prompt": self.system_prompt})
+            return sha256
+        return canonical_sha256({"rows": sha256, "system_prompt": self.system_prompt})
 
     @property
     def weighs(self) -> bool:
@@ -89,12 +89,12 @@ class Task:
 
     @property
     def generates(self) -> bool:
-        """Whether its prompts are answered freely; a task of lm-eval's own asks as it likes."""
+        """Whether answers are generated here; False for a task of lm-eval's own."""
         own = [METRICS[m] for m in self.metrics if m in METRICS]
         return not self.lm_eval and (bool(self.mixed) or not all(m.of_choices for m in own))
 
     def longest_answer(self, tokenizer: PreTrainedTokenizerBase) -> int:
-        """The most tokens that an answer may have, written or chosen."""
+        """The most tokens of an answer, generated or chosen."""
         choices = [choice for row in self.rows for choice in row.choices] if self.weighs else []
         sizes = [len(tokenizer(text, add_special_tokens=False).input_ids) for text in choices]
         return max([self.max_new_tokens if self.generates else 0, *sizes])
@@ -111,7 +111,7 @@ class Task:
 
 
 def _definition(folder: Path) -> dict[str, str]:
-    """SHA-256 of the files that make lm-eval's tasks in a folder: YAML, Python, what YAML names."""
+    """SHA-256 of a folder's files of lm-eval tasks: YAML, Python, and files that YAML names."""
     files = [path for path in sorted(folder.rglob("*")) if path.is_file()]
     texts = "".join(path.read_text("utf-8", "replace") for path in files if path.suffix == ".yaml")
     return {
@@ -197,7 +197,7 @@ def _listed_task(
 
 def _mixes(tasks: Mapping[str, Task], settings: BenchmarkSection) -> dict[str, Task]:
     """The composites and the conversations."""
-    made = {}
+    mixes = {}
     for section in settings.mixes:
         rows, parts = _parts(tasks, section)
         task = Task(
@@ -210,7 +210,7 @@ def _mixes(tasks: Mapping[str, Task], settings: BenchmarkSection) -> dict[str, T
         )
         n, seed = section.n, settings.seed
         if isinstance(section, CompositeSection):
-            made[task.name] = replace(
+            mixes[task.name] = replace(
                 task,
                 metrics=(RIGHT, ATTEMPTED),
                 max_new_tokens=task.max_new_tokens * n,
@@ -221,9 +221,9 @@ def _mixes(tasks: Mapping[str, Task], settings: BenchmarkSection) -> dict[str, T
             )
         else:
             count = section.count or -(-TURNS // n)
-            asked = draw_dialogues(rows, n, count, seed, settings.system_prompt)
-            made[task.name] = replace(task, dialogues=asked)
-    return made
+            dialogues = draw_dialogues(rows, n, count, seed, settings.system_prompt)
+            mixes[task.name] = replace(task, dialogues=dialogues)
+    return mixes
 
 
 def _parts(

@@ -3,11 +3,11 @@
 flow             the main flow: all stages in order
 up_to_date       whether anything is left to do
 local_server     a Prefect server for a home that has none
-server_secret    the secret that this server asks for
-own_origin       requests from other sites are refused
+server_secret    the secret of this server
+own_origin       refuses requests from other sites
 deployments      recipes that run on a schedule
 missed_runs      missed runs, and runs that overlap
-run_page         what Prefect's page shows of a run
+run_page         a run's page in Prefect
 failure_webhook  a webhook that is called when runs fail
 device_lock      one run on a GPU at a time
 parallel         several recipes at once, on Dask or Ray

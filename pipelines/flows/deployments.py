@@ -33,13 +33,13 @@ class ServeError(MeteoraError):
 
 
 def read_schedule(cron: str, timezone: str) -> Schedule:
-    """Read a cron line and a time zone that `require_schedule` took.
+    """Read a cron line and a time zone that `require_schedule` accepted.
 
-    A moment is due by the clock on the wall: where the clock is set back, an hour that comes twice
-    is due once; where it is set forward, a moment that is skipped is due at the next one there is.
+    Times are local. When the clock is set back, a time in the repeated hour is due once; when it is
+    set forward, a skipped time is due at the next time that exists.
 
     Raises:
-        ServeError: Prefect does not take it.
+        ServeError: Prefect does not accept it.
     """
     try:
         return Cron(cron, timezone=timezone)
@@ -54,16 +54,16 @@ def serve(
     limit: int,
     secret: Path | None = None,
 ) -> None:
-    """Serve recipes until SIGINT or SIGTERM; runs that go on then are stopped, too.
+    """Serve recipes until SIGINT or SIGTERM, which also stops unfinished runs.
 
-    The schedules stay on the server. When serving begins again, one run does what was missed.
+    The schedules stay on the server. When serving begins again, one run does all missed work.
 
     Args:
-        limit: How many runs at the same time, of all recipes together; others wait.
-        secret: The file with what the server's page asks for, where that is known.
+        limit: The most runs at the same time, of all recipes together; others wait.
+        secret: The file with the password of the server's page; None if it is not known.
 
     Raises:
-        ServeError: Two recipes are one, or the server refused.
+        ServeError: A recipe is given twice, or the server refused.
     """
     counts = Counter(context.key for context in contexts)
     if twice := [key for key, count in counts.items() if count > 1]:

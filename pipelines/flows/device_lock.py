@@ -23,7 +23,7 @@ from pipelines.workspace.console import say
 
 logger = logging.getLogger(__name__)
 LEASE_SECONDS = 60.0
-"""Renewed while the run goes on; the shortest that Prefect takes."""
+"""The shortest lease that Prefect accepts; it is renewed while the run works."""
 FAULTS = (httpx.HTTPError, PrefectException, ConcurrencySlotAcquisitionError, OSError, RuntimeError)
 
 
@@ -31,11 +31,10 @@ FAULTS = (httpx.HTTPError, PrefectException, ConcurrencySlotAcquisitionError, OS
 def held(*slots: str) -> Generator[None]:
     """Hold devices; wait while another run holds one of them.
 
-    If the server does not answer, the run goes on without.
+    If the server does not answer, the run goes on without holding them.
 
     Args:
-        slots: The devices' names, in the order in which every run asks for them. A CPU is not
-            held.
+        slots: The devices' names, in an order that all runs share. A CPU is never held.
     """
     holding = ExitStack()
     for slot in slots:

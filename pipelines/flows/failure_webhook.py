@@ -2,8 +2,8 @@
 
 The server itself makes the call, so a run whose process is gone is reported, too: a run that sends
 no heartbeat for ten minutes counts as crashed. (So does a run on a machine that slept; when the
-machine wakes, the run goes on.) Chats and mail gateways take such calls. Other actions, such as
-mail through one's own server, can be added to the automation on its page.
+machine wakes, the run goes on.) Chats and mail gateways accept such calls. Other actions, such as
+mail through your own server, can be added to the automation on its page.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ ANY_RUN = ResourceSpecification({"prefect.resource.id": "prefect.flow-run.*"})
 OURS = ResourceSpecification(
     {"prefect.resource.role": "flow", "prefect.resource.name": fuse_adapters.name}
 )
-"""Matched by the flow: a run's events lack the tags that it got after it began."""
+"""Matches by the flow: a run's events lack tags that were added after its start."""
 ENDS = ("Completed", "Failed", "Cancelled", "Crashed")
 
 MESSAGE = """\
@@ -75,7 +75,7 @@ def _put(
     """Create an automation, or replace the one of its name.
 
     Args:
-        events: Of each of our runs, as `EventTrigger` takes them: they cause the action.
+        events: The events of a run that cause the action, as `EventTrigger` takes them.
     """
     trigger = EventTrigger(
         match=ANY_RUN, match_related=OURS, for_each={"prefect.resource.id"}, threshold=1, **events
@@ -83,7 +83,7 @@ def _put(
     automation = Automation(name=name, description=description, trigger=trigger, actions=[action])
     try:
         there: Automation = Automation.read(name=automation.name)  # ty: ignore[invalid-assignment]  (nor here)
-    except ValueError:  # so it says that there is none
+    except ValueError:  # Prefect's error if there is none
         automation.create()
     else:
         automation.id = there.id

@@ -1,11 +1,11 @@
-"""What runs, and in what order: Prefect tasks over the stages, which work without their decorators.
+"""The order of a run: Prefect tasks over the stages, which also work without their decorators.
 
     resolve base ─▶ build base ─▶ discover, resolve, fetch, read each adapter ─▶ plan
-        ─▶ stack ─▶ (deal the pool, plan again) ─▶ gates ─▶ benchmark ─▶ checkpoint ─▶ publish
+        ─▶ stack ─▶ (divide the pool, plan again) ─▶ gates ─▶ benchmark ─▶ checkpoint ─▶ publish
 
-A decorator says only how a stage runs: passing faults are tried again, and Prefect caches nothing,
-since the ledger knows what is done already. What computes does so in a child process that can be
-stopped; no model library is loaded here.
+A decorator only sets how a stage runs: after a passing fault it is tried again, and Prefect caches
+nothing, since the ledger knows the finished work. All computing happens in a child process that can
+be stopped; no model library is loaded here.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ if TYPE_CHECKING:
 
 
 def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
-    """Whether another try can help: only for passing faults of the network, which are shown."""
+    """Whether another try can help: only after a passing fault of the network, which is printed."""
     error = state.result(raise_on_failure=False)
     if not getattr(error, "retry", False):
         return False
@@ -54,7 +54,7 @@ def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
 
 
 def at_the_network(function: Callable[..., Any], name: str | None = None) -> Any:  # noqa: ANN401  (Prefect's decorator)
-    """A task that is tried again while the fault is one that may pass.
+    """A task that is tried again after passing faults of the network.
 
     Args:
         name: The name of its runs, with arguments in braces.
@@ -71,17 +71,17 @@ def at_the_network(function: Callable[..., Any], name: str | None = None) -> Any
 
 @dataclass(frozen=True)
 class Made:
-    """What a run made."""
+    """The result of a run."""
 
     seconds: dict[str, float]
-    """How long each stage took, in the order in which they ran."""
+    """The seconds of each stage, in the order of the stages."""
     finished: Finished | None
-    """None if the run was to stop before the benchmark."""
+    """None if the run stops before the benchmark, as `until` says."""
 
 
 @dataclass(frozen=True)
 class Run:
-    """A run while it goes on: where it works, its child process, its progress."""
+    """A run at work: its context, its child process, its progress."""
 
     context: RunContext
     child: StageProcess
@@ -91,7 +91,7 @@ class Run:
 
     @property
     def deadlines(self) -> DeadlinesSection:
-        """The recipe's: after which time a stage is stopped."""
+        """The recipe's deadlines: a stage that takes longer is stopped."""
         return self.context.recipe.deadlines
 
     @contextmanager
@@ -120,7 +120,7 @@ def stack(run: Run, plan: Plan) -> FusedCheckpoint:
 
 @task(cache_policy=NO_CACHE)
 def deal_pool(run: Run, plan: Plan, built: BuiltBase) -> Plan:
-    """The plan as it is when the pool's prompts were dealt to the experts."""
+    """Divide the pool's prompts among the experts; returns the final plan."""
     run.child.call("deal_pool", plan, built, deadline_seconds=run.deadlines.gates)
     return complete(run.context, built, plan)
 
@@ -148,7 +148,7 @@ def publish(run: Run, plan: Plan) -> None:
 
 @flow(name="meteora", persist_result=False)
 def fuse_adapters(recipe: str, home: str = "~/.meteora", until: Stage = Stage.publish) -> Any:  # noqa: ANN401
-    """Make everything that a recipe asks for and the ledger does not hold, and record how it ended.
+    """Make the parts of a recipe that the ledger does not have yet, and record the outcome.
 
     Args:
         recipe: A recipe's path, or the name of a shipped one.
@@ -156,11 +156,11 @@ def fuse_adapters(recipe: str, home: str = "~/.meteora", until: Stage = Stage.pu
         until: Stop after this stage.
 
     Returns:
-        What was made; a scheduled run with nothing to do returns a state of Prefect's.
+        A `Made`; a scheduled run with nothing to do returns a state of Prefect's.
 
     Raises:
         BusyError: Another process runs this recipe, and this run is not a scheduled one.
-        MeteoraError: Something was refused or could not be done; it is recorded with its reason.
+        MeteoraError: A stage failed or refused its input; it is recorded with its reason.
     """
     folder = Path(home).expanduser().absolute()
     if not missed_runs.is_scheduled():
@@ -178,24 +178,24 @@ def fuse_adapters(recipe: str, home: str = "~/.meteora", until: Stage = Stage.pu
 
 
 def run_recipe(context: RunContext, until: Stage, looked: Look | None = None) -> Made:
-    """`fuse_adapters` in the process that has looked at the recipe: the run starts from that look.
+    """`fuse_adapters` in the process that made the look: the run starts from it.
 
-    A flow's parameters are sent to the server, so the look is none of them.
+    A flow's parameters are sent to the server, so the look cannot be one of them.
     """
 
     @flow(name=fuse_adapters.name, persist_result=False)
     def start_from_look(recipe: str, home: str, until: Stage) -> Any:  # noqa: ANN401, ARG001  (for the page)
         return _run(context, until, looked)
 
-    with tags(*run_page.tags_of(context)):  # from its first moment: it may be killed in the second
+    with tags(*run_page.tags_of(context)):  # before the flow starts, in case it is killed at once
         return start_from_look(str(context.path), str(context.home), until)
 
 
 def _run(context: RunContext, until: Stage, looked: Look | None) -> Any:  # noqa: ANN401
-    """Hold the recipe's lock, close what killed runs left, and run."""
+    """Hold the recipe's lock, close the records of killed runs, and run."""
     with ExitStack() as held:
         held.enter_context(CONSOLE.listening(run_page.note))
-        # tasks need no tags: each would ask the server for a slot of every tag
+        # no tags on tasks: each task would ask the server for a slot of every tag
         held.enter_context(TagsContext(current_tags=frozenset()))
         try:
             killed = held.enter_context(alone(context.ledger, context.key))
@@ -217,7 +217,7 @@ def _run(context: RunContext, until: Stage, looked: Look | None) -> Any:  # noqa
 
 
 def _recorded(context: RunContext, until: Stage, looked: Look) -> Made:
-    """The run itself, between the records of its beginning and of its end."""
+    """Run between the records of its start and of its end."""
     progress = run_page.Progress(context, until)
     with StageProcess(context, on_progress=progress.advance, on_message=run_page.note) as child:
         run = Run(context, child, progress)
@@ -229,19 +229,19 @@ def _recorded(context: RunContext, until: Stage, looked: Look) -> Made:
 
 
 def _show(context: RunContext, plan: Plan) -> Finished | None:
-    """Show the results on the run's page, and how they compare with those before."""
-    found = regressions.since_last(context.ledger, plan.router.id)
-    for line in regressions.describe(found):
+    """Show the results on the run's page, compared with those of the last checkpoint."""
+    changes = regressions.since_last(context.ledger, plan.router.id)
+    for line in regressions.describe(changes):
         say(line)
     summary = summarise(context.ledger, plan, context.base_folder(plan.base))
     if summary is None:
         return None
-    run_page.show_results(context, plan, summary, found)
+    run_page.show_results(context, plan, summary, changes)
     return Finished(plan, summary)
 
 
 def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
-    """Every stage up to `until`; the plan if it goes as far as the benchmark."""
+    """Run every stage up to `until`; returns the plan if the benchmark is one of them."""
     context = run.context
     with run.stage(Stage.base):
         base = looked.base or resolve_base(context.recipe, context.folder)
@@ -269,14 +269,14 @@ def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
             measure(run, plan, built, gates)
             write_checkpoint(run, plan, built, gates)
     if until is Stage.publish and context.recipe.publish is not None:
-        with device_lock.held(*slots), run.stage(Stage.publish):  # it computes once more
+        with device_lock.held(*slots), run.stage(Stage.publish):  # it computes, too
             publish(run, plan)
     run.progress.end()
     return plan
 
 
 def _steps(run: Run, built: BuiltBase) -> Steps:
-    """The steps of a run, as tasks of Prefect's where they ask the network or may end the run."""
+    """The steps of a run; those that use the network or may end the run are Prefect tasks."""
     ask = partial(run.child.call, deadline_seconds=run.deadlines.stack)
     memory_limit_bytes = ask("memory")
     return replace(

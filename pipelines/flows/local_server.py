@@ -1,18 +1,18 @@
 """A Prefect server for a home, if the user has none: on loopback, until the last run ends.
 
 Prefect can start one itself, but leaves it behind when the run is killed, gives up on a slow first
-start, and starts one for every process. This one is shared by all that work in a home at the same
-time. Each holds a lock, which the system takes back however it ended; when the server gets that
-lock, no user is left, and it exits. If it ends before that, one of them starts it again.
+start, and starts one for every process. This one is shared by all processes that work in a home at
+the same time. Each holds a lock, which the system releases however the process ends; when the
+server gets that lock, no user is left, and it exits. If it dies earlier, a user starts it again.
 
-It runs whatever a deployment says, and loopback is open to every account of the machine: so it
-asks for the home's secret.
+The server starts any program that a deployment names, and loopback is open to every account of the
+machine: so it asks for the home's secret.
 
-    home/prefect/users.lock    shared by all who use the server
-                 server.lock   the server's own, as long as it lives
-                 start.lock    held while somebody looks for a server, or starts one
-                 address       where the server that lives listens
-                 secret        what it asks for; only the owner reads it
+    home/prefect/users.lock    shared by all users of the server
+                 server.lock   held by the server as long as it lives
+                 start.lock    held by a process that looks for a server, or starts one
+                 address       the address of the living server
+                 secret        its password; only the owner can read it
 """
 
 from __future__ import annotations
@@ -43,11 +43,11 @@ START_SECONDS = 180.0
 """A first start makes a database: half a minute on a busy machine."""
 HOST = "127.0.0.1"
 PORT = 4200
-"""Prefect's own. After that the last one, so that a page that was opened is found again."""
+"""Prefect's own port, for the first start. Later starts use the last one, so open pages work."""
 ROOM_BYTES = 32 << 20
-"""For its database, and the index of the ledger. Without room a server answers 500."""
+"""For its database, and the index of the ledger. With a full disk a server answers 500."""
 KEEP_SECONDS = 1.0
-"""How often it is seen whether the server lives."""
+"""The time between two checks that the server lives."""
 
 
 class ServerError(MeteoraError):
@@ -57,16 +57,16 @@ class ServerError(MeteoraError):
 def use_local_server(home: Path) -> bool:
     """Point Prefect at the server of this home; call it before Prefect is imported.
 
-    It is kept for as long as this process lives, and outlives Prefect's own farewells, which are
-    sent when the process ends.
+    The server lives as long as this process, and longer than Prefect's exit handlers, which send
+    their last requests to it.
 
     Returns:
-        Whether one had to be started.
+        Whether this call started it.
 
     Raises:
         SecretError: Other users could read the home's secret.
         NoSpaceError: The disk has no room for its database.
-        ServerError: None started, or the one that lives asks for no secret, or for another.
+        ServerError: It did not start, or the living one asks for no secret, or for another.
     """
     folder = home / "prefect"
     make_private(folder)
@@ -83,7 +83,7 @@ def use_local_server(home: Path) -> bool:
         os.environ["PREFECT_API_URL"] = url
         os.environ["PREFECT_API_AUTH_STRING"] = secret  # for this process and those it starts
         start.close()
-        # last in, first out: Prefect registers its farewells later, so they come before this
+        # exit handlers run in reverse order: Prefect registers its own later, so they run first
         leaving = threading.Event()
         atexit.register(_leave, users, server, held.pop_all(), leaving)
     threading.Thread(target=_keep_alive, args=(folder, server, leaving), daemon=True).start()
@@ -91,12 +91,12 @@ def use_local_server(home: Path) -> bool:
 
 
 def answers() -> bool:
-    """Whether the server that is used answers now."""
+    """Whether the server of this process answers now."""
     return _is_healthy(os.environ.get("PREFECT_API_URL", ""), seconds=5)
 
 
 def _is_healthy(url: str, *, seconds: float) -> bool:
-    # nothing secret is sent, and which certificates Prefect trusts is its own setting
+    # no secret is sent, and Prefect has its own setting for trusted certificates
     try:
         answer = httpx.get(f"{url}/health", timeout=seconds, follow_redirects=True, verify=False)  # noqa: S501
     except (httpx.HTTPError, httpx.InvalidURL):
@@ -105,10 +105,10 @@ def _is_healthy(url: str, *, seconds: float) -> bool:
 
 
 def raise_if_it_failed(error: Exception) -> None:
-    """Raise a sentence for an error that says that the server itself failed.
+    """Raise a readable error if the server itself failed; else return.
 
     Raises:
-        ServerError: It answered a request with an error of its own.
+        ServerError: The server answered a request with a status of 500 or more.
     """
     if isinstance(error, httpx.HTTPStatusError) and error.response.is_server_error:
         raise ServerError(
@@ -119,7 +119,7 @@ def raise_if_it_failed(error: Exception) -> None:
 
 
 def page() -> str:
-    """Where a person sees what runs on the server that is used."""
+    """The URL of the server's page."""
     return os.environ["PREFECT_API_URL"].removesuffix("/api")
 
 
@@ -136,7 +136,7 @@ def _start(folder: Path, room_bytes: int = 0) -> subprocess.Popen[bytes] | None:
     """Start a server, unless one lives.
 
     Raises:
-        NoSpaceError: Its disk has less room.
+        NoSpaceError: Its disk has fewer than `room_bytes` free.
     """
     with (folder / "server.lock").open("a") as own:
         if not _got(own):
@@ -157,7 +157,7 @@ def _start(folder: Path, room_bytes: int = 0) -> subprocess.Popen[bytes] | None:
                 stdout=log,
                 stderr=log,
                 pass_fds=[listener.fileno(), own.fileno()],  # a lock is held as long as it is open
-                start_new_session=True,  # Ctrl-C is for the run, which then lets go of its lock
+                start_new_session=True,  # Ctrl-C ends the run only, which then releases its lock
             )
 
 
@@ -169,10 +169,10 @@ def _last_port(folder: Path) -> int:
 
 
 def _listening(port: int) -> socket.socket:
-    """A socket that listens already, so that nobody takes its port before the server is up."""
+    """A socket that listens already, so no other program takes its port before the server is up."""
     try:
         return socket.create_server((HOST, port))
-    except OSError:  # somebody else has it: any other
+    except OSError:  # another program has the port; take any other
         return socket.create_server((HOST, 0))
 
 
@@ -192,14 +192,14 @@ def _wait_until_healthy(server: subprocess.Popen[bytes] | None, url: str, log: P
 
 
 def _check_that_it_asks_for(secret: str, url: str) -> None:
-    """An older version's server, which may still live, gives everybody all that they ask for."""
-    asked, (user, _, password) = f"{url}/admin/version", secret.partition(":")
-    if httpx.get(asked, timeout=30).status_code != 401:
+    """Refuse the server of an older version, which may still live: it answers without a secret."""
+    version, (user, _, password) = f"{url}/admin/version", secret.partition(":")
+    if httpx.get(version, timeout=30).status_code != 401:
         raise ServerError(
             f"the Prefect server of this home, {url}, asks for no secret, as an older version"
             " started it; stop what still uses it, such as `meteora schedule`, then run this again"
         )
-    if httpx.get(asked, auth=(user, password), timeout=30).status_code != 200:
+    if httpx.get(version, auth=(user, password), timeout=30).status_code != 200:
         raise ServerError(
             f"the Prefect server of this home, {url}, does not take the secret that lies here now;"
             " stop what still uses it, such as `meteora schedule`, then run this again"
@@ -212,7 +212,7 @@ def _keep_alive(
     """Start the server again, at its address, when it has died: Prefect's clients wait for it."""
     while not leaving.wait(KEEP_SECONDS):
         if server is not None:
-            server.poll()  # its parent has to ask, or it stays a zombie
+            server.poll()  # a dead child stays a zombie until its parent polls it
         with (folder / "start.lock").open("w") as start:
             fcntl.flock(start, fcntl.LOCK_EX)
             server = _start(folder) or server
@@ -240,22 +240,22 @@ def _end_with_the_last_user(folder: Path) -> None:
 
 
 def settings(listener: socket.socket, secret: str) -> dict[str, str]:
-    """What the server's own process has in its environment."""
+    """The environment of the server's own process."""
     origin = f"http://{HOST}:{listener.getsockname()[1]}"
     return {
         "PREFECT_SERVER_API_AUTH_STRING": secret,
         "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": origin,
         "PREFECT_SERVER_API_HOST": HOST,
         "PREFECT_SERVER_API_PORT": origin.rpartition(":")[2],
-        "PREFECT_SERVER_UI_API_URL": f"{origin}/api",  # what its page asks
-        "PREFECT_UI_URL": origin,  # for links in what it sends
+        "PREFECT_SERVER_UI_API_URL": f"{origin}/api",  # for its page's requests
+        "PREFECT_UI_URL": origin,  # for links in its messages
     }
 
 
 def serve(folder: Path, listener: socket.socket) -> None:
-    """Serve until no process uses it any more; without the secret it does not start.
+    """Serve until no process uses the server any more; without the secret it does not start.
 
-    The secret is read here rather than handed over: however this process is started, it asks.
+    The secret is read here, so the server asks for it however this process is started.
     """
     import uvicorn  # noqa: PLC0415  (in the server's own process only)
 

@@ -1,9 +1,9 @@
-"""Scheduled runs: how one begins, and which are skipped, as missed or beside another of its recipe.
+"""Scheduled runs: their first event, and the runs to skip: missed ones, and overlapping ones.
 
 Every scheduled run resolves its recipe again, so one run does the work of all that are due: after a
 night without power the first one to start cancels the others. Two runs of one recipe never work at
-the same time. The ledger's lock sees to that: a killed run cannot leave it behind, while it can
-leave a slot on a server. Both kinds of skipped runs are recorded.
+the same time, by the ledger's lock: a killed run cannot leave it behind, as it could leave a slot
+on a server. Both kinds of skipped runs are recorded.
 """
 
 from __future__ import annotations
@@ -40,10 +40,10 @@ def is_scheduled() -> bool:
 
 
 def send_first_event() -> None:
-    """Send the event with which a scheduled run begins, as Prefect's scheduler sends none.
+    """Send the first event of a scheduled run, since Prefect's scheduler sends none.
 
-    An event that follows one within five minutes is held back until that has come, for a quarter of
-    an hour at most. So automations would hear late of a run that failed soon after it was due.
+    Prefect delays an event until the one before it arrives, for a quarter of an hour at most. So
+    without this, automations would hear late of a run that fails soon after it was due.
     """
     context = FlowRunContext.get()
     run = context.flow_run if context else None
@@ -57,7 +57,7 @@ def send_first_event() -> None:
 
 
 def skip_overlap(context: RunContext, why: str) -> State[None]:
-    """Record that another run of the recipe goes on; returns the state in which this one ends."""
+    """Record that another run of the recipe is at work; returns the final state of this one."""
     say(f"{context.name}: skipped, {why}")
     _record(context, context.run_id, "skipped_overlap", why)
     context.ledger.ingest()
@@ -78,7 +78,7 @@ def skip_late(context: RunContext) -> None:
             ),
             sort=FlowRunSort.EXPECTED_START_TIME_ASC,
         )
-        late = [run for run in due if run.auto_scheduled]  # a run that a person asked for stays
+        late = [run for run in due if run.auto_scheduled]  # a run that a person started stays
         why = f"it was late, and run {context.run_id} does its work"
         for run in late:
             client.set_flow_run_state(run.id, Cancelled(name="SkippedLate", message=why))
@@ -89,12 +89,12 @@ def skip_late(context: RunContext) -> None:
 
 
 def _name(run: FlowRun) -> str:
-    """A name like those of other runs, by its time; the same one each time."""
+    """A name like those of other runs, made of its due time; the same at every call."""
     due = run.expected_start_time or datetime.now(UTC)
     return f"{due.astimezone(UTC):%Y%m%dT%H%M%S}-{run.id.hex[-8:]}"
 
 
 def _record(context: RunContext, run_id: str, outcome: str, why: str) -> None:
-    # its end first: a run without an end counts as killed for the next one that gets the lock
+    # the end first: the next run that gets the lock would take a run without an end for killed
     context.ledger.record_run(RunEnded(run_id, outcome, why, 0.0))
     context.ledger.record_run(RunStarted(run_id, context.key, context.recipe_sha256))

@@ -1,7 +1,7 @@
-"""Refuse what a browser sends to a local server for the page of another site.
+"""Refuse requests that a browser sends to a local server for the page of another site.
 
-Any page may send requests to loopback. With a foreign `Origin` it says so itself; where its name
-was rebound to loopback, the `Host` is that name. Programs send no `Origin`, and the right `Host`.
+Any page may send requests to loopback. Most have a foreign `Origin`; if the site's name was rebound
+to loopback, `Host` is that name. Programs send no `Origin`, and the right `Host`.
 """
 
 from __future__ import annotations

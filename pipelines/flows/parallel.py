@@ -1,7 +1,7 @@
 """Several recipes in parallel, on Dask or on Ray: each is a run of its own, on a free worker.
 
-They hand out the runs, through Prefect's task runner for each: to processes on this machine, or to
-the workers of a cluster. Locks work as for other runs: one run of a recipe, one run on a GPU.
+Dask or Ray assigns the runs, through Prefect's task runner for it: to processes on this machine, or
+to the workers of a cluster. Locks work as for other runs: one run of a recipe, one run on a GPU.
 """
 
 from __future__ import annotations
@@ -26,15 +26,15 @@ if TYPE_CHECKING:
 
 
 RAY = {
-    "RAY_USAGE_STATS_ENABLED": "0",  # it would tell its makers
-    # a run asks Ray for no GPU, since runs wait for it themselves: it has to see it all the same
+    "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry
+    # runs lock GPUs themselves and reserve none in Ray; without this Ray would hide them
     "RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO": "0",
 }
-"""Settings of a Ray that a command starts; those of the environment count more."""
+"""Settings of a Ray that a command starts; the environment overrides them."""
 
 
 class Workers(NamedTuple):
-    """What runs are handed to."""
+    """The workers that execute runs."""
 
     kind: str
     """`dask` or `ray`."""
@@ -82,7 +82,7 @@ def run_recipes(
     say(f"{len(recipes)} recipes on {workers.kind.title()}: {workers.where}")
     try:
         return on(list(recipes), home, until)
-    except Exception as error:  # what a run says is an outcome, so no run has begun
+    except Exception as error:  # `_outcome` handles errors of runs, so here no run has begun
         if not local_server.answers():
             raise
         local_server.raise_if_it_failed(error)

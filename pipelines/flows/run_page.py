@@ -1,4 +1,4 @@
-"""What Prefect's page shows of a run: name, tags, log, progress, scores, and the model card.
+"""A run's page in Prefect: name, tags, log, progress, scores, and the model card.
 
 The ledger is the record; the page is a view. If the server does not answer, the run goes on.
 """
@@ -73,13 +73,13 @@ def tags_of(context: RunContext) -> list[str]:
 
 
 def _lock_tag(context: RunContext) -> str:
-    # Homes on several machines may have one path, and one server. A page shows few tags, in order.
+    # with the host name: homes on two machines may share a path and a server
     digest = canonical_sha256([socket.gethostname(), str(context.home), context.key])
     return f"run-lock:{digest[:12]}"
 
 
 def introduce(context: RunContext) -> None:
-    """Name the flow run as in the ledger, and tag it."""
+    """Give the flow run its name in the ledger, and its tags."""
     tags = {*flow_run.get_tags(), *tags_of(context)}
     with _if_it_answers(), get_client(sync_client=True) as client:
         client.update_flow_run(
@@ -95,8 +95,8 @@ def note(text: str) -> None:
 def close_killed(context: RunContext) -> None:
     """Mark killed runs of the recipe as crashed; Prefect would show them as running without end.
 
-    Call it under the recipe's lock: no other run that has the lock's tag goes on then. One that is
-    about to find the lock taken replaces this state by its own when it ends.
+    Call it under the recipe's lock: no other run with the lock's tag works then. A run that is
+    about to find the lock taken overwrites this state when it ends.
     """
     begun = [StateType.PENDING, StateType.RUNNING]
     runs = FlowRunFilter(
@@ -118,7 +118,7 @@ def close_killed(context: RunContext) -> None:
 
 
 class Progress:
-    """How far a run is, as a bar on its page: each stage has an equal share of it."""
+    """A bar on a run's page: each stage has an equal share of it."""
 
     def __init__(self, context: RunContext, until: Stage) -> None:
         self._stages = until.and_before()

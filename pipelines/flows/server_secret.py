@@ -1,7 +1,7 @@
 """The secret of a home's own Prefect server: without this file nobody can use the server.
 
 Loopback is open to every account of the machine, and the server starts programs on request.
-So it asks for this secret, which lies where only the owner of the home can read it.
+So it asks for this secret, which only the owner of the home can read.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ OTHERS = stat.S_IRWXG | stat.S_IRWXO
 
 
 class SecretError(MeteoraError):
-    """Others could read or replace the secret of a home's server."""
+    """Other users could read or replace the secret of a home's server."""
 
 
 def secret_file(home: Path) -> Path:
@@ -27,7 +27,7 @@ def secret_file(home: Path) -> Path:
 
 
 def make_private(folder: Path) -> None:
-    """Make a folder that only its owner can enter, also where it was open to others.
+    """Make a folder that only its owner can enter; close one that was open to others.
 
     Raises:
         SecretError: It belongs to somebody else, or stays open.
@@ -49,7 +49,7 @@ def make_private(folder: Path) -> None:
 
 
 def read_or_make(file: Path) -> str:
-    """The secret, as `user:password`; a new one where there is none.
+    """The secret, as `user:password`; a new one if there is none.
 
     Raises:
         SecretError: Others could have read or written the file, or it holds no secret.

@@ -1,4 +1,4 @@
-"""Whether anything is left to do. No model library and no scheduler is loaded to know it."""
+"""Whether anything is left to do; found out without a model library or a scheduler."""
 
 from __future__ import annotations
 
@@ -29,25 +29,25 @@ class Finished:
 
 @dataclass(frozen=True)
 class Look:
-    """What is here of a recipe, as far as it could be resolved without a download.
+    """The results of a recipe on this disk, as far as they are known without a download.
 
-    The run that follows starts from it: it does not hash the base or make the plan again.
+    The next run starts from it: it does not hash the base or make the plan again.
     """
 
     base: BaseSpec | None
-    """None where the Hub did not answer."""
+    """None if the Hub did not answer."""
     reason: str = ""
     """Why there is no base."""
     built: BuiltBase | None = None
-    """None until the base was downloaded and measured."""
+    """None until the base is downloaded and hashed."""
     plan: Plan | None = None
-    """None until every adapter was downloaded; or where a run will refuse one."""
+    """None until every adapter is downloaded, or if a run will refuse one."""
     finished: Finished | None = None
     """None if anything is left to do."""
 
 
 def look(context: RunContext, until: Stage = Stage.publish) -> Look:
-    """Resolve a recipe from what is here, and look its results up in the ledger.
+    """Resolve a recipe from the files on this disk, and look up its results in the ledger.
 
     A passing fault of the network is no error: the flow tries again, and waits in between.
 
@@ -82,7 +82,7 @@ def look(context: RunContext, until: Stage = Stage.publish) -> Look:
 
 
 def look_or_reason(context: RunContext, until: Stage) -> Look:
-    """A look. If it finds an error, the run will find it again, and record it."""
+    """`look`, but an error becomes the reason: the run meets it again, and records it."""
     try:
         return look(context, until)
     except MeteoraError as error:
@@ -95,7 +95,7 @@ def _raise_unless_it_may_pass(error: MeteoraError) -> None:
 
 
 def _summary(context: RunContext, plan: Plan) -> Summary | None:
-    """The summary of a plan that is done, with its checkpoint written; None if it is not."""
+    """The summary of a plan if all its results are recorded and its checkpoint is written."""
     if not (context.holds(plan.fused.id) and context.holds(plan.router.id)):
         return None
     summary = summarise(context.ledger, plan, context.base_folder(plan.base))
@@ -103,16 +103,17 @@ def _summary(context: RunContext, plan: Plan) -> Summary | None:
 
 
 def _is_written(context: RunContext, plan: Plan, summary: Summary) -> bool:
-    """Whether the checkpoint is there, with the leaderboards that the recipe names now."""
+    """Whether the checkpoint exists, with the leaderboards that the recipe names now."""
     folder = context.checkpoint_folder(plan.router.id)
     results = folder / EVAL_RESULTS
-    there = results.read_text() if results.is_file() else ""
-    asked = write_eval_results(context.recipe.benchmark.tasks, summary)
-    return folder.is_dir() and there == asked
+    written = results.read_text() if results.is_file() else ""
+    return folder.is_dir() and written == write_eval_results(
+        context.recipe.benchmark.tasks, summary
+    )
 
 
 def _is_published(context: RunContext, plan: Plan) -> bool:
-    """Whether the checkpoint, as it is now, lies where the recipe publishes, if it does."""
+    """Whether the present checkpoint is published; also True if the recipe does not publish."""
     to = context.recipe.publish
     if to is None:
         return True

@@ -1,4 +1,4 @@
-"""What the Hub knows of a repository besides its files. Its owner wrote it; nobody checks it."""
+"""The Hub's facts on a repository besides its files. Its owner wrote them; nobody checks them."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from pipelines.hub.errors import HubError
 from pipelines.hub.snapshot import write_note
 
 MAX_TEXT = 200
-"""Characters of each text that are kept."""
+"""The characters of each text to keep."""
 MAX_NAMES = 20
-"""Names of bases and tags that are kept."""
+"""The names of bases, and of tags, to keep."""
 
 
 @dataclass(frozen=True)
@@ -26,14 +26,14 @@ class HubSource(Noun):
     licence: str
     base_models: tuple[str, ...]
     downloads: int
-    """In the last 30 days, as the Hub counts."""
+    """In the last 30 days, as the Hub counts them."""
     tags: tuple[str, ...]
 
 
 def facts_of(ref: AdapterRef, cache_dir: Path, *, hub: Hub = DEFAULT) -> HubSource | None:
     """Licence, author, bases and downloads of a repository.
 
-    Where the Hub does not answer, its last answer is used; None where there is none.
+    If the Hub does not answer, its last answer is used; None if there is none.
     """
     saved = cache_dir / ref.repo_id.replace("/", "--") / f"{ref.revision}.about"
     try:
@@ -41,7 +41,7 @@ def facts_of(ref: AdapterRef, cache_dir: Path, *, hub: Hub = DEFAULT) -> HubSour
     except HubError:
         try:
             return HubSource.from_dict(json.loads(saved.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, KeyError):  # none, or one that a crash has cut
+        except (OSError, ValueError, TypeError, KeyError):  # no answer, or cut short by a crash
             return None
     source = HubSource(
         shortened(about["author"], MAX_TEXT),

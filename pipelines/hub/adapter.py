@@ -3,9 +3,9 @@
 A cache holds, for each commit,
 
     <commit>/          config, weights and card, whole or absent     <commit>.json        as listed
-    <commit>.claims/   the config of one that was refused for it     <commit>.claims.json
+    <commit>.claims/   the config of a refused adapter               <commit>.claims.json
 
-so that neither is asked for twice.
+so neither is downloaded twice.
 """
 
 from __future__ import annotations
@@ -31,9 +31,9 @@ if TYPE_CHECKING:
 
 MAX_ADAPTER_BYTES = 4 << 30
 MAX_NAME = 160
-"""Characters of a subfolder in the name of its folder; file systems take 255 bytes in all."""
+"""Characters of a subfolder in the name of its folder; file systems allow 255 bytes in all."""
 BESIDE = (".claims", ".json", ".lock", ".partial")
-"""Ends of the names that lie beside a folder of the cache."""
+"""Suffixes of the files and folders beside a folder of the cache."""
 
 
 def download(
@@ -43,16 +43,16 @@ def download(
     hub: Hub = DEFAULT,
     modules_to_save: OnExtras = "refuse",
 ) -> Path:
-    """The folder that holds an adapter's config, weights and card; downloaded unless it is there.
+    """The folder with an adapter's config, weights and card; downloaded unless it exists.
 
-    What was downloaded before is hashed again, without asking the Hub.
+    Earlier downloads are hashed again, without a request to the Hub.
 
     Args:
         modules_to_save: As `adapters.read` takes it.
 
     Raises:
-        AdapterError: Its config alone is a refusal; its weights were left where they are.
-        HubFilesError: No adapter lies there; the message says what does.
+        AdapterError: Its config alone is refused; its weights are not downloaded.
+        HubFilesError: The folder has no adapter; the message lists its files.
         HubSizeError: It is larger than `MAX_ADAPTER_BYTES`, or than the Hub lists it.
         HubHashError: The bytes are not those that the repository lists.
         HubError: The Hub does not deliver; `retry` says whether waiting can help.
@@ -78,10 +78,10 @@ def download(
 def downloaded(
     ref: AdapterRef, cache_dir: Path, *, modules_to_save: OnExtras = "refuse"
 ) -> Path | None:
-    """What `download` gives or refuses, from what it left before; its files are hashed again.
+    """The folder of an earlier `download`, whose files are hashed again; None if there is none.
 
     Raises:
-        AdapterError: Its config alone is a refusal.
+        AdapterError: Its config alone is refused.
         HubHashError: The bytes are no longer those that the repository listed.
     """
     folder = _snapshot(ref, cache_dir)
@@ -92,12 +92,12 @@ def downloaded(
             check_file(file, known, where(ref))
         if known == folder:
             return folder / ref.subfolder
-        _check_config(ref, known, modules_to_save)  # another policy may take it now
+        _check_config(ref, known, modules_to_save)  # another policy may accept it now
     return None
 
 
 def adapter_bytes(ref: AdapterRef, *, hub: Hub = DEFAULT) -> int:
-    """The size of what `download` would get; raises what it would raise before it begins."""
+    """The bytes to download, by the Hub's listing; raises `download`'s errors of a listing."""
     weights, small = _adapter_files(hub, ref)
     return weights.size + sum(file.size for file in small)
 
@@ -125,7 +125,7 @@ def _place(ref: AdapterRef) -> str:
 
 
 def _adapter_files(hub: Hub, ref: AdapterRef) -> tuple[ListedFile, list[ListedFile]]:
-    """The weights, and the small files beside them, of which the first is the config."""
+    """The weights, and the small files beside them: the config, then the card if any."""
     prefix = f"{ref.subfolder}/" if ref.subfolder else ""
     entries = list_folder(hub, ref, ref.subfolder)
     files = {file.path: file for file in entries if file.size >= 0}

@@ -1,4 +1,4 @@
-"""The files that are to be published, and how they differ from what the Hub lists."""
+"""The files to publish, and their differences to the Hub's listing."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ from pathlib import Path
 from pipelines.hub.snapshot import ListedFile
 
 CHUNK = 1 << 20
-"""Bytes that are read at a time."""
+"""The bytes to read at a time."""
 
 
 @dataclass(frozen=True)
 class Bundle:
-    """Files of a folder that are published together."""
+    """Files of a folder to publish together."""
 
     folder: Path
     files: Mapping[str, ListedFile]
     """By path, with both hashes: the Hub lists large files by SHA-256, small ones by git SHA-1."""
     names: Collection[str]
-    """Paths that a publication may have; those that this one lacks are removed from the Hub."""
+    """Possible paths of a publication; those that this one lacks are removed from the Hub."""
     mark: str
-    """The file that shows that a repository holds an earlier publication."""
+    """A file that every publication has; it shows that a repository holds an earlier one."""
 
     @property
     def digest(self) -> str:
@@ -32,7 +32,7 @@ class Bundle:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def missing(self, there: Mapping[str, ListedFile]) -> list[str]:
-        """Paths that a commit lacks, or holds with other bytes.
+        """Paths that a commit lacks, or has with other bytes.
 
         Args:
             there: The files of the commit, by path.
@@ -40,7 +40,7 @@ class Bundle:
         return [path for path, file in self.files.items() if not same(there.get(path), file)]
 
     def stale(self, there: Mapping[str, ListedFile]) -> list[str]:
-        """Paths that a commit has from an earlier publication and this bundle has not."""
+        """Paths that a commit has from an earlier publication, and that this bundle lacks."""
         return [path for path in there if path in self.names and path not in self.files]
 
 
@@ -51,7 +51,7 @@ def make_bundle(folder: Path, names: Collection[str], mark: str) -> Bundle:
 
 
 def same(listed: ListedFile | None, here: ListedFile) -> bool:
-    """Whether the Hub lists the very bytes that lie here."""
+    """Whether the file on the Hub has the same bytes as the one here."""
     if listed is None:
         return False
     if listed.sha256:

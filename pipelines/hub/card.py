@@ -9,18 +9,18 @@ from meteora.untrusted.strict_yaml import StrictYAMLError, parse_yaml
 
 MAX_CARD_BYTES = 1 << 20
 MAX_VALUE = 200
-"""Characters of a name or a licence."""
+"""The most characters of a name or a licence."""
 MAX_DATASETS = 4
-"""Data sets of a card that are looked at."""
+"""The most data sets to take from a card."""
 
 
 def licence_of(folder: Path) -> str:
-    """Return the licence that the card in a folder names, in its words; several with commas."""
+    """The licence that the card in a folder names, in its words; several with commas."""
     return ", ".join(dict.fromkeys(_texts(_metadata(folder).get("license"))))[:MAX_VALUE]
 
 
 def base_of(folder: Path) -> str:
-    """Return the one base that the card in a folder names; empty for none, or several."""
+    """The one base that the card in a folder names; empty for none, or several."""
     value = _metadata(folder).get("base_model")
     texts = _texts(value)
     several = isinstance(value, list) and sum(bool(text) for text in value) > 1
@@ -28,7 +28,7 @@ def base_of(folder: Path) -> str:
 
 
 def datasets_of(folder: Path) -> tuple[str, ...]:
-    """Return the `owner/name` of the first data sets that the card in a folder names."""
+    """The `owner/name` of the first data sets that the card in a folder names."""
     value = _metadata(folder).get("datasets")
     values = value if isinstance(value, list) else [value]
     names = [name for name in values if isinstance(name, str) and REPO_ID.fullmatch(name)]
@@ -36,14 +36,14 @@ def datasets_of(folder: Path) -> tuple[str, ...]:
 
 
 def _texts(value: object) -> list[str]:
-    """Return the short texts that a field holds: one, or a list of them."""
+    """The short texts of a field: one, or a list of them."""
     values = value if isinstance(value, list) else [value]
     texts = [text.strip() for text in values if isinstance(text, str)]
     return [text for text in texts if text and len(text) <= MAX_VALUE and text.isprintable()]
 
 
 def _metadata(folder: Path) -> dict[str, object]:
-    """Return the YAML at the top of the card; empty where there is none that can be read."""
+    """The YAML at the top of the card; empty if there is no readable one."""
     card = folder / "README.md"
     try:
         if not card.is_file():

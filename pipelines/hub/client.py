@@ -33,14 +33,14 @@ from pipelines.workspace.processes import (
 
 WORKER = "pipelines.hub.worker"
 MIN_BYTES_PER_SECOND = 500_000
-"""A transfer with a lower average is given up."""
+"""A transfer with a lower average rate is stopped."""
 LONGEST_WAIT = 330
-"""Seconds. The Hub counts requests in windows of five minutes."""
+"""The longest wait in seconds for a rate limit; the Hub counts in windows of five minutes."""
 PUBLIC = "https://huggingface.co"
 
 
 def page_of(source: str, revision: str = "") -> str:
-    """The address of a repository, or of a commit of it; empty for what is not on the Hub."""
+    """The address of a repository, or of a commit of it; empty for a source outside the Hub."""
     owner, _, rest = source.partition("/")
     if ":" in source or not rest or (revision and not COMMIT.fullmatch(revision)):
         return ""
@@ -50,10 +50,10 @@ def page_of(source: str, revision: str = "") -> str:
 
 @dataclass(frozen=True)
 class Hub:
-    """A Hub, and how to ask it.
+    """A Hub: its endpoint, the token and the deadline of requests.
 
-    A token tells the server who asks, so only a token that is given here is sent. The one that
-    `hf auth login` saved is not used by itself.
+    A token identifies the user to the server, so only the token in this object is sent, and not the
+    one that `hf auth login` saved.
     """
 
     endpoint: str = ""
@@ -62,7 +62,7 @@ class Hub:
     allow_http: bool = False
     """Whether an endpoint may speak plain http and not be on this machine."""
     timeout_seconds: float = 120.0
-    """For each request; a download gets more, by its size. Then the worker is killed."""
+    """The deadline of a request, after which the worker is killed; a download gets more time."""
 
     def url(self) -> str:
         """The endpoint, without a slash at the end.
@@ -74,7 +74,7 @@ class Hub:
         url = (self.endpoint or os.environ.get("HF_ENDPOINT") or PUBLIC).rstrip("/")
         try:
             parts = urlsplit(url)
-            _ = parts.port  # parsed, and refused, only now
+            _ = parts.port  # urlsplit checks the port only when it is read
         except ValueError as error:
             raise HubReferenceError(
                 f"the endpoint {url} is no address ({error}); write it as https://HOST, in"
@@ -90,22 +90,22 @@ class Hub:
         )
 
     def for_bytes(self, num_bytes: int) -> Self:
-        """The same, with the time that a transfer of this size may take."""
+        """The same Hub, with time for a transfer of this size."""
         seconds = self.timeout_seconds + num_bytes / MIN_BYTES_PER_SECOND
         return replace(self, timeout_seconds=seconds)
 
     def ask(self, operation: str, what: str, repo_id: str = "", **arguments: Any) -> Any:  # noqa: ANN401  (JSON)
         """Run one operation of the worker.
 
-        Where the Hub has had too many requests, and says when it will answer again, it is asked
-        again then: a recipe with hundreds of adapters has more requests than it takes at once.
+        After a rate limit with a stated time it waits that time, and asks once more: a recipe with
+        hundreds of adapters makes more requests than the Hub allows at once.
 
         Args:
             operation: A name of `worker.OPERATIONS`.
-            what: What is asked for; an error message begins with it.
+            what: The thing to ask for; an error message begins with it.
 
         Raises:
-            HubError: One of its subclasses, with `retry` true where waiting can help.
+            HubError: One of its subclasses, with `retry` true if waiting can help.
         """
         url = self.url()
         if is_offline():
@@ -152,7 +152,7 @@ def hub_for(
 ) -> Hub:
     """The Hub for a repository, with the saved token if the repository is one of `token_for`.
 
-    No other code takes the token that `hf auth login` saved, or `HF_TOKEN`.
+    No other code reads the token that `hf auth login` saved, or `HF_TOKEN`.
 
     Args:
         token_for: Owners, or `owner/name`.
@@ -162,8 +162,8 @@ def hub_for(
 
 
 def is_offline() -> bool:
-    """Whether `HF_HUB_OFFLINE` or `TRANSFORMERS_OFFLINE` forbids to use the network."""
-    # read now, and as huggingface_hub reads it when it is imported
+    """Whether `HF_HUB_OFFLINE` or `TRANSFORMERS_OFFLINE` forbids the use of the network."""
+    # huggingface_hub parses it in the same way, but only once, at import
     named = os.environ.get("HF_HUB_OFFLINE") or os.environ.get("TRANSFORMERS_OFFLINE") or ""
     return named.upper() in ENV_VARS_TRUE_VALUES
 

@@ -8,7 +8,7 @@ from meteora.artifacts import MeteoraError
 
 
 class HubError(MeteoraError):
-    """A request to the Hub failed; of this class itself for a reason that the message gives."""
+    """A request to the Hub failed; the base class, also for failures of no other kind."""
 
     retry: ClassVar[bool] = False
     """Whether the same request may succeed later."""
@@ -35,7 +35,7 @@ class HubRevisionError(UnusableRepositoryError):
 
 
 class HubFilesError(UnusableRepositoryError):
-    """The repository does not hold, at that commit, the files that are needed."""
+    """The repository does not have the needed files at that commit."""
 
 
 class HubGatedError(UnusableRepositoryError):
@@ -47,7 +47,7 @@ class HubAccessError(UnusableRepositoryError):
 
 
 class HubProtocolError(HubError):
-    """What answers is not a Hub: a mirror's fault, a proxy, or a wrong endpoint."""
+    """The answer is not a Hub's: a mirror's fault, a proxy, or a wrong endpoint."""
 
 
 class HubSizeError(UnusableRepositoryError):
@@ -55,15 +55,15 @@ class HubSizeError(UnusableRepositoryError):
 
 
 class HubHashError(UnusableRepositoryError):
-    """The bytes that came are not those that the repository lists."""
+    """The downloaded bytes are not those that the repository lists."""
 
 
 class HubOfflineError(HubError):
-    """The network is not to be used, and the files are not here yet."""
+    """The network is forbidden, and the files are not on this disk yet."""
 
 
 class HubDiskError(HubError):
-    """The files came, and cannot be written here."""
+    """The files cannot be written to this disk."""
 
 
 class HubTokenError(HubError):
@@ -71,7 +71,7 @@ class HubTokenError(HubError):
 
 
 class HubConflictError(HubError):
-    """The repository is not, or no longer, in the state that was asked for."""
+    """The repository is not, or no longer, in the expected state."""
 
 
 class TransientHubError(HubError):
@@ -84,7 +84,7 @@ class HubRateLimitError(TransientHubError):
     """Too many requests in too short a time."""
 
     wait_seconds = 0
-    """After which the Hub will answer; 0 where it does not say."""
+    """The wait that the Hub asks for; 0 if it states none."""
 
 
 class HubServerError(TransientHubError):
@@ -96,7 +96,7 @@ class HubConnectionError(TransientHubError):
 
 
 class HubTimeoutError(TransientHubError):
-    """The Hub did not finish in time, and was given up."""
+    """The Hub did not finish in time, and the request was stopped."""
 
 
 _SENTENCES: dict[str, tuple[type[HubError], str]] = {
@@ -117,7 +117,7 @@ _SENTENCES: dict[str, tuple[type[HubError], str]] = {
         " that may read it",
     ),
     "token": (
-        HubTokenError,  # of a request for anything: no verdict on a repository
+        HubTokenError,  # true for every request, so no verdict on a repository
         "{what}: {endpoint} does not know the token that was sent (401): it is mistyped, or has"
         " expired; log in again with `hf auth login`, or correct HF_TOKEN",
     ),
@@ -145,11 +145,11 @@ _SENTENCES: dict[str, tuple[type[HubError], str]] = {
 
 
 def hub_error(what: str, error: dict[str, Any], endpoint: str) -> HubError:
-    """The error to raise for what the worker describes.
+    """The error to raise for an error that the worker describes.
 
     Args:
-        what: What was asked for, such as `owner/name at 1a2b3c`; the sentence begins with it.
-        error: What `worker.describe` makes of it.
+        what: The thing asked for, such as `owner/name at 1a2b3c`; the sentence begins with it.
+        error: The result of `worker.describe`.
     """
     status = error["status"]
     of_status = {401: "auth", 403: "access", 404: "repository", 409: "conflict"}

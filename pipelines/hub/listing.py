@@ -35,7 +35,7 @@ def list_folder(hub: Hub, ref: AdapterRef, folder: str) -> list[ListedFile]:
 
 
 def check_sizes(ref: AdapterRef, files: Sequence[ListedFile], limit_bytes: int) -> None:
-    """Raise HubSizeError where the files are larger than the limit, in sum."""
+    """Raise HubSizeError if the files together are larger than the limit."""
     total = sum(file.size for file in files)
     if total > limit_bytes:
         raise HubSizeError(
@@ -66,7 +66,7 @@ def fetch_files(hub: Hub, ref: AdapterRef, files: Sequence[ListedFile], into: Pa
 
 
 def _bytes_in(folder: Path) -> int:
-    """The size of what has arrived; files may come and go meanwhile."""
+    """The bytes of all files in a folder; files may appear and disappear meanwhile."""
     num_bytes = 0
     for path in folder.rglob("*"):
         with suppress(OSError):

@@ -1,7 +1,7 @@
 """Adapters and bases on the Hub: turn names into commits, and download commits.
 
 When a branch cannot be looked up (401, 403, 429, 500), the Hub's client silently returns the files
-of an old download. So it only ever gets commits from here. Every file is checked against the
+of an old download. So this room passes only commits to it. Every file is checked against the
 repository's own listing.
 """
 
@@ -32,19 +32,19 @@ PROFILE_FILES = re.compile(
     r"config\.json|(tokenizer|special_tokens_map|added_tokens|vocab|tokenizer_config)\.json|"
     r"merges\.txt|tokenizer\.model"
 )
-"""Files by which bases are told apart."""
+"""Files that distinguish bases from each other."""
 
 MAX_PROFILE_BYTES = 64 << 20
 MAX_BASE_BYTES = 160 << 30
 
 
 def resolve(text: str, *, subfolder: str = "", hub: Hub = DEFAULT) -> AdapterRef:
-    """Pin `owner/name`, or `owner/name@` a branch, a tag or a commit, to the commit it means now.
+    """Pin `owner/name`, or `owner/name@` a branch, a tag or a commit, to its present commit.
 
     Raises:
         HubReferenceError: The text or the subfolder has the wrong form.
         HubRevisionError: The repository has no such branch, tag or commit.
-        HubError: The Hub does not answer; earlier downloads are not used to guess.
+        HubError: The Hub does not answer; earlier downloads are no substitute.
     """
     repo_id, _, revision = text.partition("@")
     if not REPO_ID.fullmatch(repo_id) or ".." in text or not REVISION.fullmatch(revision or "main"):
@@ -55,7 +55,7 @@ def resolve(text: str, *, subfolder: str = "", hub: Hub = DEFAULT) -> AdapterRef
     if subfolder and (not SUBFOLDER.fullmatch(subfolder) or ".." in subfolder):
         raise HubReferenceError(f"{text}: {subfolder!r} is not a folder inside a repository")
     if COMMIT.fullmatch(revision):
-        if not is_offline():  # otherwise the download finds out
+        if not is_offline():  # offline, the download checks it
             _check_commit(hub, AdapterRef(repo_id, revision))
         return AdapterRef(repo_id, revision, subfolder)
     if is_offline():
@@ -74,7 +74,7 @@ def resolve(text: str, *, subfolder: str = "", hub: Hub = DEFAULT) -> AdapterRef
 
 
 def base_bytes(spec: BaseSpec, *, hub: Hub = DEFAULT) -> int:
-    """The size of what `download_base` would get; raises what it would raise before it begins."""
+    """The bytes of `download_base`, by the Hub's listing; raises its errors of a listing."""
     ref = AdapterRef(spec.base_model, spec.base_revision)
     return sum(file.size for file in _base_files(hub, ref))
 
@@ -82,10 +82,11 @@ def base_bytes(spec: BaseSpec, *, hub: Hub = DEFAULT) -> int:
 def download_base(spec: BaseSpec, out: Path, *, hub: Hub = DEFAULT) -> None:
     """Download a base's config, tokenizer and safetensors, at its commit, into the folder `out`.
 
-    Files that an earlier attempt has left there whole stay, since a base can take hours; all else
-    in the folder is removed.
+    Complete files of an earlier attempt stay, since a base can take hours; all others in the folder
+    are removed.
 
-    Raises the same as `download`.
+    Raises:
+        HubError: One of the errors of `adapter.download`.
     """
     ref = AdapterRef(spec.base_model, spec.base_revision)
     files = _base_files(hub, ref)
@@ -95,7 +96,7 @@ def download_base(spec: BaseSpec, out: Path, *, hub: Hub = DEFAULT) -> None:
 
 
 def download_profile(ref: AdapterRef, out: Path, *, hub: Hub = DEFAULT) -> None:
-    """Download config and tokenizer, by which bases are told apart, into a new folder."""
+    """Download config and tokenizer, which distinguish bases, into a new folder."""
     files = _matching(hub, ref, PROFILE_FILES)
     if not any(file.path == "config.json" for file in files):
         raise HubFilesError(f"{where(ref)} has no config.json")
@@ -128,7 +129,7 @@ def discover(
 ) -> list[AdapterRef]:
     """The most downloaded adapters whose cards name `base`, each with its commit.
 
-    A card can be wrong, so each adapter still has to be checked.
+    A card can be wrong, so each adapter must still be checked.
     """
     if not REPO_ID.fullmatch(base):
         raise HubReferenceError(f"{base!r} is not owner/name; adapters are found by their base's")
@@ -146,5 +147,5 @@ def _check_commit(hub: Hub, ref: AdapterRef) -> None:
         return
     try:
         list_folder(hub, ref, "")
-    except HubFilesError as error:  # what a mirror answers
+    except HubFilesError as error:  # a mirror answers so
         raise HubRevisionError(f"{ref.repo_id} has no commit {ref.revision}") from error

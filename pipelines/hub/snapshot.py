@@ -21,7 +21,7 @@ from store.files import sync
 
 @dataclass(frozen=True)
 class ListedFile:
-    """A file as the Hub lists it: large ones by SHA-256, others by their git blob id."""
+    """A file as the Hub lists it: large ones have a SHA-256, others only a git blob id."""
 
     path: str
     size: int
@@ -30,10 +30,10 @@ class ListedFile:
 
 
 def cached(repo_id: str, name: str, revision: str | None = None) -> Path | None:
-    """A file in the cache of the Hub's own client, if it is there; no network.
+    """A file in the cache of the Hub's own client, or None; without the network.
 
     Args:
-        revision: None for the branch `main`, as it was when it was last asked for.
+        revision: None for the branch `main`, as of the last download.
     """
     found = try_to_load_from_cache(repo_id, name, revision=revision)
     return Path(found) if isinstance(found, str) else None
@@ -48,7 +48,7 @@ def check_file(file: ListedFile, folder: Path, what: str) -> None:
     path = folder / file.path
     if not path.is_file() or path.is_symlink():
         raise HubHashError(f"{what}: {file.path} is not a file; delete {folder} and run again")
-    # of a transfer that broke the client has said so: this is a file that was cut afterwards
+    # the client reports broken transfers itself, so this file was cut later
     if (size := path.stat().st_size) != file.size:
         raise HubHashError(
             f"{what}: {file.path} has {size} bytes, and the repository lists {file.size}; if it was"
@@ -67,7 +67,7 @@ def check_file(file: ListedFile, folder: Path, what: str) -> None:
 
 
 def keep_whole(files: Sequence[ListedFile], folder: Path) -> list[ListedFile]:
-    """Remove all from a folder but files that are as listed; return those still to come."""
+    """Remove all from a folder but complete files; return the files that are still missing."""
     left = []
     for file in files:
         try:
@@ -83,7 +83,7 @@ def keep_whole(files: Sequence[ListedFile], folder: Path) -> list[ListedFile]:
 
 @contextmanager
 def locked(folder: Path, timeout_seconds: float) -> Generator[None]:
-    """Hold the lock of a snapshot's folder, so that of two processes one downloads."""
+    """Hold the lock of a snapshot's folder, so only one process downloads it."""
     lock = folder.with_name(f"{folder.name}.lock")
     with ExitStack() as held:
         try:
@@ -97,7 +97,7 @@ def locked(folder: Path, timeout_seconds: float) -> Generator[None]:
 
 
 def read_manifest(folder: Path) -> list[ListedFile] | None:
-    """What lies in a snapshot's folder; None if it is not there, or if a crash has cut the note."""
+    """The files of a snapshot's folder, by its note; None without a folder or a readable note."""
     manifest = folder.with_name(f"{folder.name}.json")
     if not folder.is_dir():
         return None
@@ -109,7 +109,7 @@ def read_manifest(folder: Path) -> list[ListedFile] | None:
 
 @contextmanager
 def staging(folder: Path) -> Generator[Path]:
-    """An empty folder beside a snapshot's; what an earlier process left there is removed."""
+    """An empty folder beside a snapshot's; files of an earlier process in it are removed."""
     staged = folder.with_name(f"{folder.name}.partial")
     shutil.rmtree(staged, ignore_errors=True)
     staged.mkdir(parents=True)
@@ -120,7 +120,7 @@ def staging(folder: Path) -> Generator[Path]:
 
 
 def write_note(path: Path, text: str) -> None:
-    """Write a small file whole, or leave what was there; several processes may do so at once."""
+    """Replace a small file in one step; several processes may do so at once."""
     path.parent.mkdir(parents=True, exist_ok=True)
     staged = path.with_name(f"{path.name}.{os.getpid()}.partial")
     staged.write_text(text, encoding="utf-8")
@@ -129,7 +129,7 @@ def write_note(path: Path, text: str) -> None:
 
 
 def put_in_place(staged: Path, folder: Path, files: Sequence[ListedFile]) -> None:
-    """Give a snapshot's folder its name; the note of what lies in it counts once it is there."""
+    """Give a snapshot's folder its name; its note is written first, and counts only with it."""
     manifest = folder.with_name(f"{folder.name}.json")
     write_note(manifest, json.dumps([asdict(file) for file in files], indent=1))
     shutil.rmtree(folder, ignore_errors=True)

@@ -1,10 +1,10 @@
-"""Put a bundle of files on the Hub so that no reader ever sees half of it.
+"""Put a bundle of files on the Hub; no reader ever sees half of it.
 
     main     ──●───────────────────────────────●── all of it at once ─ tag
                └─ staging ──●── one commit ─ checked ┘
 
 Every step first checks whether it is done already, because a commit may have happened although its
-reply was lost. So a publication that was stopped anywhere can be repeated, and then goes on.
+reply was lost. So a stopped publication can be repeated, and continues at the unfinished step.
 """
 
 from __future__ import annotations
@@ -41,9 +41,9 @@ Found = TypeVar("Found")
 PAUSES = (2.0, 10.0, 60.0)
 """Average seconds before each new attempt after a transient error."""
 RESULTS = ".eval_results"
-"""The one folder that a publication has, for the Hub's leaderboards."""
+"""The only folder of a publication, for the Hub's leaderboards."""
 NEUTRAL = {".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"}
-"""Files that any repository may have; with no other file and no folder it counts as empty."""
+"""Files of any repository; one with only these counts as empty."""
 
 
 @dataclass(frozen=True)
@@ -58,7 +58,7 @@ class Repository:
     hub: Hub
     pauses: Sequence[float] = PAUSES
     _trees: dict[str, dict[str, ListedFile]] = field(default_factory=dict, init=False, repr=False)
-    """What commits hold, which never changes."""
+    """The files of each commit, which never change."""
 
     def publish(
         self,
@@ -70,20 +70,20 @@ class Repository:
         onto: str = "",
         known: Collection[str] = (),
     ) -> str:
-        """Make main hold the bundle, and return the commit that does.
+        """Put the bundle on main, and return its commit there.
 
         Args:
             private: Whether only people whom the owner allows may see the repository.
-            tag: The name under which exactly this bundle can be downloaded.
-            check: Called with a commit that holds the bundle, before main shows it. An exception
-                from it ends the publication.
-            onto: The commit that main has to be at; when empty, one of `known`.
+            tag: The name by which exactly this bundle can be downloaded.
+            check: Called with a commit of the bundle, before main shows it. An exception from it
+                ends the publication.
+            onto: The commit that main must be at; if empty, one of `known`.
             known: The commits that this machine published there before.
 
         Raises:
-            HubConflictError: The repository holds something else, or has moved.
-            HubHashError: The Hub did not keep the bytes that it was sent.
-            HubError: It does not answer, or says no; main then shows all of it or nothing.
+            HubConflictError: The repository has other contents, or has moved.
+            HubHashError: The Hub lists other bytes than were sent.
+            HubError: The Hub does not answer, or refuses; main then shows all of it or nothing.
         """
         if not self.hub.token:
             raise HubTokenError(
@@ -95,12 +95,12 @@ class Repository:
         head = self._head(refs)
         there = self._files(head)
         if tag in refs:
-            self._refuse_taken(tag, refs[tag], bundle)  # while main is as it was
+            self._refuse_taken(tag, refs[tag], bundle)  # before main changes
         branch = f"{STAGING}{bundle.digest[:16]}"
         if not bundle.missing(there) and not bundle.stale(there):
             check(head)
             self._tag(tag, head, bundle)
-            # of a publication that was stopped after it was shown
+            # left by a publication that was stopped after main showed it
             self._delete_branches({branch} & set(refs))
             return head
         self._refuse_foreign_files(bundle, there, head, onto, known)
@@ -108,12 +108,12 @@ class Repository:
         check(staged)
         live = self._commit_to_main(bundle, head, staged)
         self._tag(tag, live, bundle)
-        # what others staged before main moved can no longer be shown: nobody waits for it
+        # older staging branches of others can no longer go to main, which has moved
         self._delete_branches({branch, *(name for name in refs if name.startswith(STAGING))})
         return live
 
     def _ensure_exists(self, *, private: bool) -> None:
-        """Create the repository unless it exists, and require that it is as private as asked."""
+        """Create the repository unless it exists; refuse one of the other visibility."""
 
         def look() -> bool | None:
             try:
@@ -154,7 +154,7 @@ class Repository:
             )
 
     def _stage(self, bundle: Bundle, branch: str, head: str) -> str:
-        """Commit the bundle to a branch of its own; return the commit, whose hashes are checked."""
+        """Commit the bundle to a branch of its own, check its hashes; return the commit."""
 
         def opened() -> str | None:
             return self._refs().get(branch)
@@ -190,7 +190,7 @@ class Repository:
         return staged
 
     def _commit_to_main(self, bundle: Bundle, head: str, staged: str) -> str:
-        """Copy what is staged to main, which is still at `head`, in one commit; no upload."""
+        """Copy the staged files to main, which is still at `head`, in one commit; no upload."""
 
         def shown() -> str | None:
             at = self._head(self._refs())
@@ -217,7 +217,7 @@ class Repository:
         return self._until(shown, commit)
 
     def _commit(self, branch: str, parent: str, *, num_bytes: int = 0, **changes: object) -> None:
-        """Commit once; what changes is said as `worker.commit` takes it."""
+        """Commit once; `changes` are arguments of `worker.commit`."""
         self.hub.for_bytes(num_bytes).ask(
             "commit",
             self.repo_id,
@@ -244,7 +244,7 @@ class Repository:
 
     def _delete_branches(self, branches: Collection[str]) -> None:
         for branch in branches:
-            with suppress(HubError):  # it is in nobody's way, and the next publication removes it
+            with suppress(HubError):  # it does no harm, and the next publication removes it
                 self._ask("delete_branch", branch=branch)
 
     def _until(self, look: Callable[[], Found | None], act: Callable[[], object]) -> Found:
@@ -257,7 +257,7 @@ class Repository:
                 conflict = None
                 try:
                     act()
-                except HubConflictError as error:  # unless a try did it whose reply was lost
+                except HubConflictError as error:  # perhaps done by a try whose reply was lost
                     conflict = error
                 if (found := look()) is not None:
                     return found
@@ -281,7 +281,7 @@ class Repository:
         return self._ask("refs")
 
     def _files(self, commit: str) -> dict[str, ListedFile]:
-        """What a commit holds at its top, and in the folder of results; folders, too."""
+        """The files and folders at the top of a commit, and in its folder of results, by path."""
         if commit not in self._trees:
             ref = AdapterRef(self.repo_id, commit)
             listed = list_folder(self.hub, ref, "")

@@ -1,7 +1,7 @@
 """The process that makes one request to the Hub, so that the request can be killed.
 
-`huggingface_hub` waits 386 s for a server that accepts and never answers, longer for one that drips
-bytes, and as long as a `Retry-After` says; no argument bounds all of these.
+`huggingface_hub` waits 386 s for a server that accepts and never answers, longer for one that sends
+single bytes, and as long as a `Retry-After` says; no argument limits all of these.
 
 Imports nothing of ours but `processes`, since a process starts for every request.
 """
@@ -43,14 +43,14 @@ SLACK = 64 * 1024
 """Bytes by which a file may exceed its listed size before the kernel stops it."""
 
 MOST_MEMORY = 2 << 30
-"""Bytes: the client unpacks and parses an answer whole, however large it is."""
+"""The memory limit in bytes: the client unpacks and parses a whole answer, of any size."""
 
 MOST = 1 << 62
-"""No size and no count is larger; the ledger's whole numbers have 64 bits."""
+"""The largest size or count to accept; the ledger's integers have 64 bits."""
 
 
 class UnexpectedAnswerError(ValueError):
-    """An answer has something of another type than the Hub's API gives."""
+    """A value in an answer has another type than in the Hub's API."""
 
 
 KINDS = (
@@ -108,7 +108,7 @@ def _entry(item: RepoFile | RepoFolder) -> dict[str, Any]:
 
 
 def about(api: HfApi, repo_id: str, *, revision: str) -> dict[str, Any]:
-    """The author, licence, bases, downloads and tags of a repository, as the Hub has them."""
+    """The author, licence, bases, downloads and tags of a repository."""
     info = api.model_info(repo_id, revision=revision)
     card = info.card_data.to_dict() if info.card_data else {}
     return {
@@ -139,7 +139,7 @@ def search(api: HfApi, *, base: str, tags: list[str], limit: int) -> list[dict[s
 
 
 def is_private(api: HfApi, repo_id: str) -> bool:
-    """Whether only people whom its owner allows can see a repository."""
+    """Whether only people whom the owner allows can see a repository."""
     return bool(api.model_info(repo_id).private)
 
 
@@ -164,8 +164,8 @@ def commit(
 
     Args:
         delete: Paths to remove.
-        add: Path in the repository to the file here.
-        copy: Paths to take over from the commit `copy_from`.
+        add: The local file, by path in the repository.
+        copy: Paths to copy from the commit `copy_from`.
     """
     operations = [
         *(CommitOperationAdd(path, file) for path, file in (add or {}).items()),
@@ -178,9 +178,9 @@ def commit(
 
 
 UNKNOWN_SENDER = "Invalid credentials in Authorization header"
-"""What the Hub says to a token that is none of its own, whatever was asked for."""
+"""The Hub's text for a token that it does not know, for any request."""
 SECONDS = re.compile(r"(?:.*\bt=)?(\d{1,6})\s*")
-"""In `RateLimit: "api";r=0;t=55`, and in `Retry-After: 55`."""
+"""The seconds in `RateLimit: "api";r=0;t=55`, and in `Retry-After: 55`."""
 TRANSPORT = (httpx2.TransportError, ConnectionError, TimeoutError, socket.gaierror)
 
 OPERATIONS: dict[str, Callable[..., Any]] = {
@@ -192,7 +192,7 @@ OPERATIONS: dict[str, Callable[..., Any]] = {
 
 
 def describe(error: BaseException) -> dict[str, Any]:
-    """The kind, HTTP status and text of an error, and how many seconds the Hub asks to wait.
+    """The kind, HTTP status and text of an error, and the seconds that the Hub asks to wait.
 
     `hub_error` makes a sentence of them.
 
@@ -228,7 +228,7 @@ def describe(error: BaseException) -> dict[str, Any]:
 
 
 def _seconds_to_wait(headers: Mapping[str, str]) -> int:
-    """What a refusal says of when another request will be answered; 0 where it says nothing."""
+    """The seconds that a refusal asks to wait; 0 if it states none."""
     for name in ("RateLimit", "Retry-After"):
         if found := SECONDS.fullmatch(headers.get(name, "")):
             return int(found[1])

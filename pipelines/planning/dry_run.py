@@ -1,4 +1,4 @@
-"""`--dry-run`: what a run would do. Names are resolved; nothing is downloaded or written."""
+"""`--dry-run`: the steps of a run. Names are resolved; nothing is downloaded or written."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ if TYPE_CHECKING:
 SAMPLE = 64
 """Rows of a source whose length is measured."""
 CHARACTERS_PER_TOKEN = 4
-"""Assumed where the tokenizer is not here."""
+"""Assumed if the tokenizer is not on this disk."""
 
 
 def print_steps(
@@ -80,17 +80,17 @@ def print_steps(
     until: Stage = Stage.publish,
     plan: Plan | None = None,
 ) -> bool:
-    """Print what a run would do, with estimates where the base's config is here.
+    """Print the steps of a run, with estimates if the base's config is on this disk.
 
     Args:
-        base: As a look resolved it; None where the Hub did not answer.
-        built: None while the base is not here.
+        base: The resolved base; None if the Hub did not answer.
+        built: None if the base is not on this disk yet.
         reason: Why there is no `base`.
         until: The last stage of the run.
-        plan: None where one is not known without a download.
+        plan: None if it cannot be made without a download.
 
     Returns:
-        Whether the run would go on to its end, as far as can be known without a download.
+        Whether the run would reach its end, as far as can be known without a download.
     """
     reached = until.and_before()
     out = plain_console()
@@ -98,22 +98,22 @@ def print_steps(
     text = _describe_base(context, base) if base else _not_here(context.recipe.base, reason)
     out.print(f"base       {text}", soft_wrap=True)
     known = _shape(context)
-    found: dict[str, Expert] = {}
+    experts: dict[str, Expert] = {}
     faults: list[str] = []
     if Stage.check in reached:
         sizes = built.sizes if built else known[0].linears if known else {}
         outcomes = _look_at_adapters(context, base, sizes)
         _print_adapters(out, outcomes)
-        found = {one.name: outcome for one, outcome in outcomes if isinstance(outcome, Expert)}
+        experts = {one.name: outcome for one, outcome in outcomes if isinstance(outcome, Expert)}
         faults += _faults_of_adapters(outcomes)
         context = _without_left_out(context, outcomes)
     _print_settings(out, context.recipe, reached)
-    read = cache(read_rows)  # a source once, for the estimates and for the faults
+    read = cache(read_rows)  # each source is read once, for estimates and faults
     done = _done(context, plan) if plan else set()
     left = [stage for stage in reached if stage not in done]
     if here := ", ".join(stage for stage in reached if stage in done):
         out.print(f"here       {here}: in the ledger already")
-    faults += _print_estimates(out, context, found, known, left, read)
+    faults += _print_estimates(out, context, experts, known, left, read)
     if Stage.check in reached:
         faults += _faults_of_rows(context, base, read)
     for fault in faults:
@@ -122,7 +122,7 @@ def print_steps(
 
 
 def _done(context: RunContext, plan: Plan) -> set[Stage]:
-    """The stages whose result is in the ledger, and takes no time again."""
+    """The stages whose result is in the ledger; they take no time again."""
     made = {Stage.stack: plan.fused.id, Stage.gates: plan.router.id}
     # a plan is made of a base that is there
     return {Stage.base, *(stage for stage, one in made.items() if context.holds(one))}
@@ -131,7 +131,7 @@ def _done(context: RunContext, plan: Plan) -> set[Stage]:
 def _look_at_adapters(
     context: RunContext, base: BaseSpec | None, sizes: Mapping[str, tuple[int, int]]
 ) -> Outcomes:
-    """Every adapter, as far as it is here."""
+    """Every adapter of the recipe, read if its files are on this disk."""
     unpinned = BaseSpec(context.recipe.base, "")  # nothing is compared with it
     steps = replace(
         at_hand(context, base or unpinned),
@@ -149,15 +149,15 @@ def _print_adapters(out: Console, outcomes: Outcomes) -> None:
 
 
 def _without_left_out(context: RunContext, outcomes: Outcomes) -> RunContext:
-    """The context with the recipe of the experts that a run would not leave out, if any."""
-    left = {one.name for one, o in outcomes if isinstance(o, Refusal) and o.left_out}
-    kept = tuple(expert for expert in context.recipe.experts if expert.name not in left)
-    recipe = context.recipe.model_copy(update={"experts": kept})
-    return replace(context, recipe=recipe) if kept else context
+    """The context without the experts that a run would leave out; unchanged if these are all."""
+    left_out = {one.name for one, o in outcomes if isinstance(o, Refusal) and o.left_out}
+    experts = tuple(expert for expert in context.recipe.experts if expert.name not in left_out)
+    recipe = context.recipe.model_copy(update={"experts": experts})
+    return replace(context, recipe=recipe) if experts else context
 
 
 def _print_settings(out: Console, recipe: Recipe, reached: Collection[str]) -> None:
-    """Print what the recipe says of each stage after the adapters."""
+    """Print the recipe's settings for the router, the gates, the benchmark and the publication."""
     if Stage.gates in reached:
         out.print(f"router     {recipe.router.kind}, top_k {recipe.router.top_k}")
     if Stage.gates in reached and recipe.router.kind == "gate":
@@ -180,7 +180,7 @@ def _faults_of_adapters(outcomes: Outcomes) -> list[str]:
     """Why a run would end with these adapters; empty if it would not."""
     refused = [(one, outcome) for one, outcome in outcomes if isinstance(outcome, Refusal)]
     faults = [f"{one.name} is refused" for one, outcome in refused if not outcome.left_out]
-    absent = [  # nothing would fetch them
+    absent = [  # no run can fetch a local folder
         outcome.reason
         for one, outcome in outcomes
         if isinstance(outcome, Missing) and one.adapter.startswith(PATH)
@@ -207,7 +207,7 @@ def _faults_of_rows(context: RunContext, base: BaseSpec | None, read: Read) -> l
     """Why a run would refuse the rows that are on this disk; empty if it would not.
 
     Args:
-        base: Rows are measured where it lies on this disk.
+        base: The lengths of rows are checked if its tokenizer is on this disk.
     """
     recipe, folder, settings = context.recipe, context.folder, context.recipe.benchmark
     gates, routed = recipe.gates, recipe.router.kind == "gate"
@@ -250,7 +250,10 @@ def _check_lengths(
     examples: Mapping[str, Sequence[Row]],
     spans: Sequence[SpannedRow | SpannedTurns],
 ) -> None:
-    """Refuse what is too long for the base or its chat template does not take, if it is here."""
+    """Refuse rows that are too long for the base or not possible in its chat template.
+
+    Checks nothing if the base's tokenizer is not on this disk.
+    """
     folder = context.base_folder(base) if base else None
     if folder is None or not (folder / "tokenizer.json").is_file():
         return
@@ -299,30 +302,30 @@ def _describe_adapter(section: ExpertSection, outcome: Expert | Refusal | Missin
 
 
 def _not_here(name: str, reason: str) -> str:
-    """That something is not here, with its name once."""
+    """The text for a base or adapter that is not on this disk; it has the name once."""
     return f"not here: {reason}" if _begins_with(reason, name) else f"{name}, not here: {reason}"
 
 
 def _begins_with(sentence: str, name: str) -> bool:
-    """Whether a sentence names what it is about, as those on the Hub do."""
+    """Whether a sentence begins with a name, as the messages on Hub repositories do."""
     return sentence.startswith(name.removeprefix(PATH).partition("@")[0])
 
 
 def _or_missing(step: Callable[..., Any]) -> Callable[..., Any]:
-    """A step in which something that cannot be found now counts as missing, not as an error."""
+    """The step, but a source that cannot be found now is `NotHereError`: missing, and no fault."""
 
-    def tried(*arguments: object) -> object:
+    def step_or_missing(*arguments: object) -> object:
         try:
             return step(*arguments)
         except (SourceError, HubError) as error:
             _raise_if_answered(error)
             raise sources.NotHereError(str(error)) from error
 
-    return tried
+    return step_or_missing
 
 
 def _raise_if_answered(error: SourceError | HubError) -> None:
-    """Raise an error that is the Hub's answer, and not one that says that it did not answer."""
+    """Raise an error that is an answer of the Hub; return if the Hub did not answer."""
     if isinstance(error, HubError) and not (error.retry or isinstance(error, HubOfflineError)):
         raise error
 
@@ -330,12 +333,12 @@ def _raise_if_answered(error: SourceError | HubError) -> None:
 def _print_estimates(
     out: Console,
     context: RunContext,
-    found: Mapping[str, Expert],
+    accepted: Mapping[str, Expert],
     known: tuple[Shape, PreTrainedTokenizerBase | None] | None,
-    reached: Collection[str],
+    stages: Collection[str],
     read: Read,
 ) -> list[str]:
-    """Print what each of these stages needs; returns what this machine does not have."""
+    """Print the needs of these stages; returns a fault if the disk has too little free space."""
     recipe = context.recipe
     if known is None:
         out.print(
@@ -345,20 +348,20 @@ def _print_estimates(
         )
         return []
     shape, tokenizer = known
-    experts, num_assumed = _experts(recipe, shape, found)
+    experts, num_assumed = _experts(recipe, shape, accepted)
     examples, tests, pool = _all_rows(context, tokenizer, read)
     machine = measure_machine(shape.dtype)
     needs_on = partial(
         estimate, recipe, shape, experts=experts, examples=examples, tests=tests, pool=pool
     )
-    needs = [need for need in needs_on(machine=machine) if need.stage in reached]
+    needs = [need for need in needs_on(machine=machine) if need.stage in stages]
     out.print(f"\nEstimated, to a factor of two or so, for this machine ({machine.describe()}):")
     for need in needs:
         _print_need(out, need)
     out.print(f"  in all {duration(sum(need.seconds for need in needs))}, without downloads")
     if shape.dtype.itemsize == 2 and machine.is_cpu:
-        there = [need for need in needs_on(machine=LARGE) if need.stage in reached]
-        shown = ", ".join(f"{need.stage} {duration(need.seconds)}" for need in there)
+        on_large = [need for need in needs_on(machine=LARGE) if need.stage in stages]
+        shown = ", ".join(f"{need.stage} {duration(need.seconds)}" for need in on_large)
         out.print(f"  on {LARGE.name}: {shown}", soft_wrap=True)
     if short := [need.stage for need in needs if need.memory_bytes > machine.memory_bytes]:
         out.print(
@@ -366,7 +369,7 @@ def _print_estimates(
             f" for: {', '.join(short)}"
         )
     every = [*examples.values(), *tests.values()]
-    if num_assumed and Stage.stack in reached:
+    if num_assumed and Stage.stack in stages:
         out.print(
             f"  {num_assumed} of {experts.count} adapters are not here: taken as rank"
             f" {ASSUMED_RANK} on every linear layer"
@@ -374,7 +377,7 @@ def _print_estimates(
     wanted, free = sum(need.disk_bytes for need in needs), free_bytes(context.home)
     out.print(f"  disk: {wanted / 1e9:,.1f} GB, of {free / 1e9:,.1f} GB that are free there")
     absent = sum(not rows.known for rows in every)
-    if absent and Stage.gates in reached:
+    if absent and Stage.gates in stages:
         out.print(
             f"  {absent} of {len(every)} sources of rows are not here: taken as full, and as"
             f" {Rows.prompt_tokens:.0f} tokens a prompt and {Rows.answer_tokens:.0f} an answer"
@@ -391,21 +394,21 @@ def _all_rows(
     recipe, settings = context.recipe, context.recipe.benchmark
 
     def rows(source: str | None, limit: int, *, answered: bool = True) -> Rows:
-        if not _is_here(source):  # also of a task of lm-eval, which has rows of its own
+        if not _is_here(source):  # also a task of lm-eval, with rows of its own
             return Rows(limit)
         try:
-            found = read(source, context.folder, limit, answered=answered)
+            source_rows = read(source, context.folder, limit, answered=answered)
         except ExamplesError:
             return Rows(limit)
-        return _measured(found, tokenizer)
+        return _measured(source_rows, tokenizer)
 
     limit, pool = recipe.gates.examples_per_expert, None
     examples = {e.name: rows(e.examples, limit) for e in recipe.experts if e.examples}
     if recipe.router.kind == "gate" and recipe.gates.pool:
         most = most_prompts(recipe, len(recipe.experts))
         pool = rows(recipe.gates.pool, most, answered=False)
-        given = replace(pool, count=limit, answer_tokens=ASSUMED_ANSWER_TOKENS)
-        examples |= {e.name: given for e in recipe.experts if not e.examples}
+        from_pool = replace(pool, count=limit, answer_tokens=ASSUMED_ANSWER_TOKENS)
+        examples |= {e.name: from_pool for e in recipe.experts if not e.examples}
     tests = {e.name: rows(e.test, settings.limit) for e in recipe.experts if e.test}
     tests |= {t.called: rows(t.rows, t.limit or settings.limit) for t in settings.tasks}
     return examples, tests, pool
@@ -423,13 +426,13 @@ def _print_need(out: Console, need: Need) -> None:
 
 
 def free_bytes(folder: Path) -> int:
-    """The free space of the disk that a folder is on, or will be."""
-    there = next(path for path in (folder, *folder.parents) if path.is_dir())
-    return shutil.disk_usage(there).free
+    """The free bytes of the disk that a folder is on; the folder need not exist."""
+    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
+    return shutil.disk_usage(existing).free
 
 
 def _shape(context: RunContext) -> tuple[Shape, PreTrainedTokenizerBase | None] | None:
-    """The base's shape and tokenizer, as far as they are on this machine."""
+    """The base's shape and tokenizer; None for files that are not on this disk."""
     source = context.recipe.base
     if source.startswith(GGUF):
         file = find_gguf(source)
@@ -445,33 +448,33 @@ def _shape(context: RunContext) -> tuple[Shape, PreTrainedTokenizerBase | None] 
     return shape_of(folder), load_tokenizer(folder) if whole else None
 
 
-def _experts(recipe: Recipe, shape: Shape, found: Mapping[str, Expert]) -> tuple[Experts, int]:
-    """The ranks of all experts, and how many experts had to be assumed."""
+def _experts(recipe: Recipe, shape: Shape, accepted: Mapping[str, Expert]) -> tuple[Experts, int]:
+    """The ranks of all experts, and the number of experts with assumed ranks."""
     ranks: Counter[str] = Counter()
     assumed = assumed_ranks(shape)
     for expert in recipe.experts:
         own = assumed
-        if expert.name in found:
-            own = {module.path: module.r for module in found[expert.name].adapter.spec.modules}
+        if expert.name in accepted:
+            own = {module.path: module.r for module in accepted[expert.name].adapter.spec.modules}
         ranks.update({path: r for path, r in own.items() if path in shape.linears})
-    num_assumed = sum(expert.name not in found for expert in recipe.experts)
+    num_assumed = sum(expert.name not in accepted for expert in recipe.experts)
     return Experts(len(recipe.experts), ranks), num_assumed
 
 
 def _measured(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase | None) -> Rows:
-    """The number of rows, and their length."""
+    """The number of rows, and the mean length of the first `SAMPLE` in tokens."""
 
     def length(text: str) -> float:
         if tokenizer is None:
             return len(text) / CHARACTERS_PER_TOKEN
         return len(tokenizer(text).input_ids)
 
-    seen = rows[:SAMPLE]
+    sample = rows[:SAMPLE]
     return Rows(
         len(rows),
-        sum(length(row.prompt) for row in seen) / len(seen),
-        sum(length(row.response) for row in seen) / len(seen),
-        sum(len(row.choices) for row in seen) / len(seen),
+        sum(length(row.prompt) for row in sample) / len(sample),
+        sum(length(row.response) for row in sample) / len(sample),
+        sum(len(row.choices) for row in sample) / len(sample),
         known=True,
     )
 

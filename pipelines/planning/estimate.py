@@ -1,12 +1,12 @@
-"""What each stage of a run will need, before anything is loaded or downloaded.
+"""The memory, disk and time of each stage of a run, before anything is loaded or downloaded.
 
-Memory follows from shapes: of the base (its config), of the experts (adapters that are not here
-count as rank 8 on every linear layer, as in the paper), and of the rows.
+Memory follows from the shapes of the base (its config), of the experts (an adapter that is not on
+this disk counts as rank 8 on every linear layer, as in the paper), and of the rows.
 
 Time is work divided by speed. Work: for the prompt two operations per parameter and token; for each
-generated token one pass over the weights, and a number of calls per layer. Speed: what `machine`
-measures now, times `EFFICIENCY`. Answers count with their greatest length, and sources of rows as
-full, so times are rather too long. Estimates are good to a factor of two or so.
+generated token one pass over the weights, and a number of calls per layer. Speed: the rates that
+`machine` measures now, times `EFFICIENCY`. Answers count with their greatest length, and sources of
+rows as full, so times are rather too long. Estimates are good to a factor of two or so.
 """
 
 from __future__ import annotations
@@ -54,19 +54,19 @@ if TYPE_CHECKING:
 PROGRAM_BYTES = 600e6
 """Memory of Python with the model libraries loaded."""
 EFFICIENCY = 0.6
-"""Share of the measured rates that a whole model reaches: it also copies and normalises."""
+"""Share of the measured rates that a whole model reaches; it also copies and normalises."""
 CALLS_A_LAYER = 150
 CALLS_A_ROUTED_MODULE = 12
 ASKING_SECONDS = 0.5
 """Overhead of lm-eval for each task and system."""
 SWEEPS, SWEEPS_AGAIN = 1.3, 1.2
-"""Passes through the model while gates are fitted, and how many more if the outputs of no module
-can be kept, for the way to each point in a layer."""
+"""Passes through the model while gates are fitted, and the extra passes if the outputs of no module
+can be kept: then each point of a layer is computed again."""
 LOGITS_AT_ONCE = 6
-"""Tensors of tokens by experts while a gate is refined: labels in 64 bits count twice."""
+"""Tensors [tokens, experts] in memory while a gate is refined; int64 labels count twice."""
 READINGS = 5
-"""Times that a base is read for a fit one layer at a time: loaded, tried twice, run for offsets,
-and swept. Each expert is tried, too."""
+"""Times that a fit one layer at a time reads the base: to load it, for two trial passes, for the
+offsets, and for the sweep. A trial pass of each expert comes on top."""
 PASSES_A_STEP = 3
 """Passes for a training step with mixed experts: one forward, about two for the backward."""
 MERGE_PASSES = 20
@@ -74,26 +74,26 @@ MERGE_PASSES = 20
 AT_ONCE = (64, 32, 16, 8, 4, 2)
 """Prompts that `batch_size: auto` tries to answer together."""
 FILLED = 0.9
-"""Share of the memory that it fills; drivers need some of the rest."""
+"""Share of the memory that `batch_size: auto` fills; drivers need some of the rest."""
 ASSUMED_RANK, ASSUMED_ITEMSIZE = 8, 4
 ASSUMED_PROMPT_TOKENS, ASSUMED_ANSWER_TOKENS = 256, 64
 
 
 @dataclass(frozen=True)
 class Rows:
-    """How many rows a source gives, and their mean length."""
+    """The number of rows of a source, and their mean length."""
 
     count: int
     prompt_tokens: float = ASSUMED_PROMPT_TOKENS
     answer_tokens: float = ASSUMED_ANSWER_TOKENS
     choices: float = 0.0
     known: bool = False
-    """Whether they are here and were measured."""
+    """Whether they are on this disk and were measured."""
 
 
 @dataclass(frozen=True)
 class Asking:
-    """One task for one system."""
+    """One task that one system answers."""
 
     system: str
     rows: Rows
@@ -103,18 +103,18 @@ class Asking:
 
 @dataclass(frozen=True)
 class Need:
-    """What one stage needs."""
+    """The needs of one stage."""
 
     stage: str
     memory_bytes: float
     """The peak on the device that computes."""
     disk_bytes: float
-    """What the stage leaves in the store."""
+    """The size of its results in the store."""
     seconds: float
     parts: Mapping[str, float] = field(default_factory=dict)
-    """The seconds of its parts, by name, where it has several that take long."""
+    """The seconds of its parts, by name, if several take long."""
     note: str = ""
-    """How it is done, where that is not the usual way."""
+    """Printed below the numbers, for an unusual way of work."""
 
 
 @dataclass(frozen=True)
@@ -131,31 +131,31 @@ class Experts:
 
 @dataclass(frozen=True)
 class Pace:
-    """How fast a base with its experts computes on a machine."""
+    """The speed of a base with its experts on a machine."""
 
     shape: Shape
     experts: Experts
     machine: Machine
 
     def calls(self, *, routed: bool) -> int:
-        """Operations of one pass, whatever its size."""
+        """The number of operations that one pass starts; the same for any batch size."""
         modules = len(self.experts.ranks) if routed else 0
         return CALLS_A_LAYER * self.shape.num_layers + CALLS_A_ROUTED_MODULE * modules
 
     def reading(self, tokens: float, *, routed: bool) -> float:
-        """Seconds to read prompts of so many tokens, batch by batch."""
+        """Seconds to read prompts of `tokens` tokens in all, batch by batch."""
         work = 2 * self.shape.num_parameters * tokens * (1.2 if routed else 1.0)
         return work / (EFFICIENCY * self.machine.flops_per_second)
 
     def writing(self, rows: int, tokens: int, *, routed: bool) -> float:
-        """Seconds to generate so many tokens, one after the other, for a batch of so many rows."""
+        """Seconds to generate `tokens` tokens for each row of a batch, one after the other."""
         weights = self.shape.loaded_bytes / (EFFICIENCY * self.machine.read_bytes_per_second)
         work = 2 * self.shape.num_parameters * rows / (EFFICIENCY * self.machine.flops_per_second)
         return tokens * (max(weights, work) + self.calls(routed=routed) * self.machine.call_seconds)
 
 
 def assumed_ranks(shape: Shape) -> dict[str, int]:
-    """The ranks of an expert that is not here: 8 on every linear layer but the head."""
+    """The ranks of an expert that is not on this disk: 8 on every linear layer but the head."""
     inside = [path for path in shape.linears if any(part.isdecimal() for part in path.split("."))]
     return dict.fromkeys(inside, ASSUMED_RANK)
 
@@ -170,13 +170,13 @@ def estimate(
     tests: Mapping[str, Rows],
     pool: Rows | None = None,
 ) -> list[Need]:
-    """What each stage needs, in order.
+    """The needs of each stage, in order.
 
     Args:
-        examples: the rows that gates are fitted to, by expert; of those that get theirs from the
-            pool, as many as they may get
+        examples: the rows that gates are fitted to, by expert; an expert that takes its rows from
+            the pool counts with the most that it may take
         tests: the test rows, by task
-        pool: the prompts that are dealt to experts, if any are
+        pool: the prompts to divide among the experts, if any
     """
     shape = replace(shape, quantise=recipe.quantise or "")
     pace = Pace(shape, experts, machine)
@@ -211,7 +211,7 @@ def estimate(
                 note="the base is read from the disk one layer at a time",
             )
         else:
-            in_file = held < expert_bytes  # all experts of the layer that is fitted come from there
+            in_file = held < expert_bytes  # then the fitted layer loads all its experts from a file
             fitted = loaded + in_file * expert_bytes / shape.num_layers
             need = _gates(pace, fitted, disk, work)
         if pool is not None:
@@ -228,10 +228,10 @@ def estimate(
 
 def _dealing_seconds(recipe: Recipe, pace: Pace, pool: Rows) -> float:
     """The time of `data.pool.deal`."""
-    given = min(pool.count, recipe.gates.examples_per_expert * pace.experts.count)
-    tokens = (pool.count + given) * pool.prompt_tokens
-    once = pace.writing(PROMPTS_PER_BATCH, MAX_NEW_TOKENS, routed=True)
-    return pace.reading(tokens, routed=True) + -(-given // PROMPTS_PER_BATCH) * once
+    num_examples = min(pool.count, recipe.gates.examples_per_expert * pace.experts.count)
+    tokens = (pool.count + num_examples) * pool.prompt_tokens
+    batch = pace.writing(PROMPTS_PER_BATCH, MAX_NEW_TOKENS, routed=True)
+    return pace.reading(tokens, routed=True) + -(-num_examples // PROMPTS_PER_BATCH) * batch
 
 
 def held_bytes(recipe: Recipe, expert_bytes: float) -> float:
@@ -255,7 +255,7 @@ def reads_by_layer(recipe: Recipe, num_bytes: float, memory_bytes: float) -> boo
 
 
 def _bytes_by_layer(shape: Shape, expert_bytes: float) -> float:
-    """Of a base and its experts, one layer, and what lies in none; a head stays on the disk."""
+    """The bytes of one layer with its experts, and of weights in no layer; without the head."""
     itemsize = shape.dtype.itemsize
     inside, head = shape.num_in_layers * itemsize, shape.num_in_head * itemsize
     return shape.num_bytes - inside - head + (inside + expert_bytes) / shape.num_layers
@@ -268,7 +268,7 @@ def _widths(inputs: Mapping[str, int]) -> list[int]:
 
 
 def working_bytes(shape: Shape, num_rows: int, num_tokens: float) -> float:
-    """What the answers to prompts take beside the model: caches, states and logits.
+    """The memory of answers to prompts, beside the model: caches, states and logits.
 
     Args:
         num_tokens: of the longest prompt, with its answer
@@ -287,11 +287,11 @@ def rows_at_once(
     held_bytes: float,
     memory_bytes: float,
 ) -> int:
-    """How many prompts are answered together.
+    """The number of prompts to answer together.
 
     Args:
         num_tokens: of the longest prompt, with its answer
-        held_bytes: what the model takes
+        held_bytes: of the model
         memory_bytes: of the device
     """
     if settings.batch_size != "auto":
@@ -301,7 +301,7 @@ def rows_at_once(
 
 
 def bytes_of_gates(inputs: Mapping[str, int], num_experts: int) -> tuple[float, float]:
-    """The largest size of gates, and of the statistics that they were fitted to, in files.
+    """The largest file sizes of gates, and of the statistics that they are fitted to, in bytes.
 
     Args:
         inputs: the width of the input of each routed module, by its path
@@ -312,7 +312,7 @@ def bytes_of_gates(inputs: Mapping[str, int], num_experts: int) -> tuple[float, 
 
 @dataclass(frozen=True)
 class FittingWork:
-    """How much goes through the model to make gates."""
+    """The tokens that pass the model while gates are made."""
 
     tokens: float
     """Tokens of the sweep."""
@@ -323,7 +323,7 @@ class FittingWork:
 
 
 BACKGROUND_TOKENS = 3_000
-"""Of the texts that a router of whole prompts is compared with, in the chat template."""
+"""The tokens of the texts that `router.kind: prompt` compares prompts with, in the template."""
 
 
 def _fitting_work(recipe: Recipe, examples: Sequence[Rows]) -> FittingWork:
@@ -362,7 +362,7 @@ def _gates(pace: Pace, loaded: float, disk: float, work: FittingWork) -> Need:
     seconds = pace.reading(sweeps * tokens + work.passes, routed=True)
     for width in widths:
         n = min(width, MAX_ROWS)
-        # in float64, at half the rate at best; an eigendecomposition at a third of it
+        # float64 has half the rate at best; an eigendecomposition a third of that
         flops = 2 * 2 * tokens * n * n + 3 * 9 * n**3
         # each iteration of the refinement reads the tokens twice
         read = min(tokens, MAX_TOKEN_BYTES / 4 / width, MAX_LOGITS / experts.count)
@@ -371,7 +371,7 @@ def _gates(pace: Pace, loaded: float, disk: float, work: FittingWork) -> Need:
     copies = 2 * min(4 * tokens * widest, MAX_TOKEN_BYTES)  # all, and whitened those of a round
     copies += LOGITS_AT_ONCE * 4 * min(tokens * experts.count, MAX_LOGITS)
     memory = loaded + batch + spread + copies
-    if pace.machine.is_cpu:  # what a sweep keeps from one point to the next lies there
+    if pace.machine.is_cpu:  # a sweep keeps its states between points in the CPU's memory
         memory += hidden + kept_outputs
     return Need("gates", memory, disk, seconds)
 
@@ -399,7 +399,7 @@ def _benchmark(recipe: Recipe, pace: Pace, loaded: float, tests: Mapping[str, Ro
     owned = [tests[e.name] for e in recipe.experts if e.name in tests]
     watched = sum(rows.count * (rows.prompt_tokens + rows.answer_tokens) for rows in owned)
     parts["measuring routing"] = pace.reading(watched, routed=True)
-    if len(owned) > 1:  # each prompt by itself, with questions of several tasks and their answers
+    if len(owned) > 1:  # composite prompts, one at a time, each with answers of several tasks
         num_rows = sum(rows.count for rows in owned)
         number = num_composites(num_rows)
         tokens = number * min(QUESTIONS, len(owned)) * watched / max(1, num_rows)
@@ -426,16 +426,16 @@ def _askings(recipe: Recipe, tests: Mapping[str, Rows], num_experts: int) -> Ite
     further = {task.called: task for task in settings.tasks if task.called in tests}
     limits: dict[str, int] = {}
     for name, rows in tests.items():
-        asked = own.get(name) or further[name]
-        limits[name] = asked.max_new_tokens or settings.max_new_tokens
-        metrics = metric_names(asked.metric)
+        section = own.get(name) or further[name]
+        limits[name] = section.max_new_tokens or settings.max_new_tokens
+        metrics = metric_names(section.metric)
         writes = not metrics or any(m not in METRICS or not METRICS[m].of_choices for m in metrics)
         new_tokens = limits[name] if writes else 0
         for system in systems:
             if system in ORACLES and system != ORACLE:
                 continue
             if system == ORACLE and (EXPERTS in systems or name not in own):
-                continue  # measured with the experts, or there is none
+                continue  # the experts' own scores are used, or the task has no expert
             for _ in range(num_experts if system == EXPERTS else 1):
                 yield Asking(system, rows, new_tokens)
     yield from _mixed_askings(recipe, tests, {*own}, limits)
@@ -457,14 +457,14 @@ def _mixed_askings(
             continue
         mean = sum(tests[name].prompt_tokens for name in names) / len(names)
         answer = sum(tests[name].answer_tokens for name in names) / len(names)
-        told = ORACLES if {*(section.tasks or tests)} <= own else ()
+        oracles = ORACLES if {*(section.tasks or tests)} <= own else ()
         new_tokens = max(limits[name] for name in names)
         for system in (FUSED, *settings.compare):
-            if system == EXPERTS or (system in ORACLES and system not in told):
+            if system == EXPERTS or (system in ORACLES and system not in oracles):
                 continue
             if isinstance(section, ConversationSection):
-                tried = len(names) if system == ONE_EXPERT else 1
-                yield from _conversation(system, section, mean, new_tokens) * tried
+                times = len(names) if system == ONE_EXPERT else 1
+                yield from _conversation(system, section, mean, new_tokens) * times
             elif system not in OF_CONVERSATIONS:
                 solved = section.num_fewshot * (mean + answer)
                 rows = Rows(section.count or settings.limit, section.n * (mean + solved))
@@ -474,7 +474,7 @@ def _mixed_askings(
 def _conversation(
     system: str, section: ConversationSection, question_tokens: float, new_tokens: int
 ) -> list[Asking]:
-    """What a system is asked in conversations: all at once where it has one cache for them."""
+    """The work of a system in conversations: one entry, or one for each turn without a cache."""
     n, count = section.n, section.count or -(-TURNS // section.n)
     if system == SINGLE:
         return [Asking(system, Rows(n * count, question_tokens), new_tokens)]

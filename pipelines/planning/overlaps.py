@@ -17,22 +17,22 @@ if TYPE_CHECKING:
 ALL_ROWS = 1_000_000
 
 
-def separate(found: Sequence[Found], out: Path, *, drop: bool) -> list[Found]:
-    """The adapters of an import, no example of which is a test row of any of them.
+def separate(adapters: Sequence[Found], out: Path, *, drop: bool) -> list[Found]:
+    """The adapters of an import; no example of any of them is a test row of any of them.
 
-    Says which of them are refused; their rows do not count.
+    Prints the refused adapters; their rows do not count.
 
     Args:
-        out: The folder for files of examples with rows left out; made if it is needed.
-        drop: Leave the examples out that are tests; else they are refused.
+        out: The folder for files of examples with rows left out; made if needed.
+        drop: Leave out examples that are also test rows, in place of an error.
 
     Raises:
-        ExamplesError: A row is in both. Or rows cannot be read.
+        ExamplesError: Without `drop`, a row is both. Or rows cannot be read.
     """
-    for one in found:
+    for one in adapters:
         if one.refusal:
             say(f"{one.folder}: {one.refusal}", "left out")
-    paths = {one.name: one for one in found if not one.refusal}
+    paths = {one.name: one for one in adapters if not one.refusal}
     examples = {name: _read(one.examples) for name, one in paths.items() if one.examples}
     tests = {name: _read(one.test) for name, one in paths.items() if one.test}
     if not drop:
@@ -43,9 +43,9 @@ def separate(found: Sequence[Found], out: Path, *, drop: bool) -> list[Found]:
             lambda name, number: _place(paths[name].test, number),
             "`--drop-overlaps` leaves such examples out",
         )
-        return list(found)
+        return list(adapters)
     tested = {row.question for rows in tests.values() for row in rows}
-    return [_without(one, examples.get(one.name, []), tested, out) for one in found]
+    return [_without(one, examples.get(one.name, []), tested, out) for one in adapters]
 
 
 def _without(one: Found, rows: Sequence[Row], tested: set[str], out: Path) -> Found:

@@ -1,6 +1,6 @@
 """The plan of a run: every spec, and so every id, before any work is done.
 
-Nothing here loads a model or opens a database, so that a finished run is found out in a second.
+Nothing here loads a model or opens a database, so a finished run is recognised within a second.
 """
 
 from __future__ import annotations
@@ -52,12 +52,12 @@ if TYPE_CHECKING:
 
 
 MAX_PROMPTS = 8192
-"""Of a pool and what is read beside it: the distances of all pairs are in memory twice, 0.53 GB
-for so many."""
+"""The most prompts of a pool and the known prompts together. The distances of all pairs are in
+memory twice: 0.53 GB for so many."""
 PROMPTS_PER_EXAMPLE = 2
-"""Prompts of a pool to read for each example that experts may have: some go to no expert."""
+"""Prompts of a pool to read for each example that experts may have; some go to no expert."""
 LEAST_EXAMPLES = 2
-"""One to fit, one to check."""
+"""Of an expert: one to fit its gate, one to check it."""
 
 
 @dataclass(frozen=True)
@@ -78,37 +78,37 @@ class Plan(Subjects):
     routing: RoutingSpec
     speed: SpeedSpec | None
     card_examples: Mapping[str, str] = field(default_factory=dict)
-    """Where the examples of an expert come from that its card names, by expert."""
+    """The source of examples that an expert's card names, by expert."""
     hub_examples: Mapping[str, str] = field(default_factory=dict)
     """The source with its commit, by expert, of examples that the recipe takes from the Hub."""
     pool: PoolSpec | None = None
-    """Prompts without labels that experts without examples take theirs from."""
+    """Prompts without labels, for the experts without examples."""
     is_dealt: bool = True
-    """Whether the pool was dealt, if there is one. Else the plan is made again when it was: what
-    comes after the stack depends on the examples."""
+    """Whether the pool, if any, is divided among the experts. If not, the plan is made again after
+    that: the specs after the stack depend on the examples."""
     to_deal: tuple[str, ...] = ()
-    """The pool's prompts, if it was not dealt yet; none where experts are to write them."""
+    """The pool's prompts, if it is not divided yet; none if experts will write them."""
     known_prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
-    """Prompts of the experts that have examples, by expert: the pool is dealt beside them."""
+    """Prompts of the experts with examples, by expert; they help to divide the pool."""
     whole: bool = True
-    """Whether every known task of the experts is asked."""
+    """Whether the benchmark has every known task of the experts."""
 
     @property
     def watches_routing(self) -> bool:
-        """Whether tokens of held-out rows are followed.
+        """Whether the routes of held-out tokens are counted.
 
-        Not those of some experts alone, where more are known: of a router the first counts stay.
+        Not for the rows of only some experts: a router keeps its first counts.
         """
         return self.whole and any(name in self.tests for name in self.fused.names)
 
     @property
     def judges(self) -> dict[str, Mapping[str, str]]:
-        """Of each composite and conversation, the metric of the questions from each task."""
+        """The metric of each task's questions, by composite or conversation and by task."""
         return {name: task.part_metrics for name, task in self.tasks.items() if task.mixed}
 
     @property
     def nobodys(self) -> list[Row]:
-        """Rows of tasks without an expert, where the base is a choice of the router."""
+        """Rows of tasks without an expert, if the base is a choice of the router."""
         return _nobodys(self.router, self.tasks)
 
 
@@ -122,9 +122,9 @@ def make_plan(
     """Every spec of a run.
 
     Args:
-        folder: What the recipe's paths are relative to.
+        folder: The folder that the recipe's paths are relative to.
         experts: In the order of the stack.
-        claims_of: Returns how a pool was dealt; None if it was not.
+        claims_of: Returns the experts' claims on a pool's prompts; None if it is not divided yet.
 
     Raises:
         ExamplesError: rows are missing or malformed, a test row is also an example, or an expert
@@ -132,7 +132,7 @@ def make_plan(
     """
     sections = {section.name: section for section in recipe.experts}
     names = [expert.name for expert in experts]
-    chosen = [sections[name] for name in names if name in sections]  # what is found has no tests
+    chosen = [sections[name] for name in names if name in sections]  # a found adapter has no tests
     token_of = token_of_rows(recipe.hub.token_for, allow_http=recipe.hub.allow_http)
     tasks = make_tasks(chosen, recipe.benchmark, folder, partial(read_rows, token_of=token_of))
     tests = {name: task.rows for name, task in tasks.items() if task.rows}
@@ -143,9 +143,9 @@ def make_plan(
     claims = claims_of(pool) if pool else None
     is_dealt = pool is None or claims is not None
     if pool and claims is not None:
-        if writers:  # by chance an expert writes what it is asked, too
-            asked = {row.question for rows in tests.values() for row in rows}
-            claims = [one for one in claims if Row(one.prompt, "").question not in asked]
+        if writers:  # an expert can write a test question by chance
+            tested = {row.question for rows in tests.values() for row in rows}
+            claims = [one for one in claims if Row(one.prompt, "").question not in tested]
         examples = _with_claims(recipe, names, examples, claims, writers)
     if recipe.router.null and recipe.router.kind == "gate":
         outside = nobodys(claims or ())[: recipe.gates.examples_per_expert]
@@ -170,7 +170,7 @@ def make_plan(
 
 
 def most_prompts(recipe: Recipe, num_experts: int) -> int:
-    """How many rows of a recipe's pool are read."""
+    """The most rows to read of a recipe's pool."""
     wanted = PROMPTS_PER_EXAMPLE * recipe.gates.examples_per_expert * num_experts
     return min(MAX_PROMPTS, wanted)
 
@@ -193,10 +193,10 @@ def _pool(
     writers: Mapping[str, str],
     token_of: Callable[[str], str | None],
 ) -> tuple[PoolSpec | None, tuple[str, ...]]:
-    """The pool that the recipe names, if any expert needs it, and its prompts; or what is written.
+    """The pool, if any expert needs it, and its prompts; none if experts will write them.
 
     Args:
-        writers: Experts that write their prompts, where the recipe names no pool.
+        writers: Experts that write their prompts, if the recipe names no pool.
     """
     source, limit = recipe.gates.pool, recipe.gates.examples_per_expert
     if recipe.router.kind != "gate" or set(fused.names) <= examples.keys():
@@ -225,31 +225,34 @@ def _with_claims(
     claims: Sequence[Claim],
     writers: Mapping[str, str],
 ) -> dict[str, list[Row]]:
-    """The examples of all experts, where those without any have what the pool gives them.
+    """The examples by expert, for experts without any those that they claim in the pool.
 
     Args:
         writers: Experts that wrote the pool's prompts, each with the reason.
+
+    Raises:
+        ExamplesError: An expert claims too few, and the recipe has no other way to route to it.
     """
-    given = examples_of(claims)
-    enough = {name: rows for name, rows in given.items() if len(rows) >= LEAST_EXAMPLES}
+    claimed = examples_of(claims)
+    enough = {name: rows for name, rows in claimed.items() if len(rows) >= LEAST_EXAMPLES}
     known = {**enough, **examples}
-    found = {name: list(known[name]) for name in names if name in known}
-    if recipe.router.without_examples == "refuse" or not found:
+    rows_of = {name: list(known[name]) for name in names if name in known}
+    if recipe.router.without_examples == "refuse" or not rows_of:
         for name in names:
-            if name in writers and name not in found:
+            if name in writers and name not in rows_of:
                 raise NoCardExamplesError(
                     f"expert {name}: no examples: {writers[name]}; and of the prompts that it"
-                    f" writes itself {len(given.get(name, ()))} are surely of its task; name some,"
-                    " or a pool of prompts (gates.pool), or choose router.kind: prompt"
+                    f" writes itself {len(claimed.get(name, ()))} are surely of its task; name"
+                    " some, or a pool of prompts (gates.pool), or choose router.kind: prompt"
                 )
-            if name not in found:
+            if name not in rows_of:
                 raise ExamplesError(
                     f"expert {name}: of the {len(claims):,} prompts of gates.pool"
-                    f" {len(given.get(name, ()))} are surely its own, and a gate needs"
+                    f" {len(claimed.get(name, ()))} are surely its own, and a gate needs"
                     f" {LEAST_EXAMPLES} or more; add prompts of its task, give it examples, or"
                     " choose router.kind: prompt, which needs none"
                 )
-    return found
+    return rows_of
 
 
 def plan_benchmark(
@@ -259,7 +262,7 @@ def plan_benchmark(
     tasks: Mapping[str, Task],
     settings: BenchmarkSection,
 ) -> Plan:
-    """The plan to measure a checkpoint, without what it was made of."""
+    """The plan to measure a checkpoint; it has no experts, examples or spans."""
     subjects = find_subjects(base, fused, router, settings)
     measurements = find_measurements(tasks, subjects, settings)
     owned = {name: task.rows for name, task in tasks.items() if task.expert}
@@ -280,7 +283,7 @@ def plan_benchmark(
 
 
 def _nobodys(router: RouterSpec, tasks: Mapping[str, Task]) -> list[Row]:
-    """Rows of tasks without an expert, where the base is a choice of the router."""
+    """Rows of tasks without an expert, if the base is a choice of the router."""
     if not router.null:
         return []
     return [row for task in tasks.values() if not task.expert for row in task.rows]
@@ -293,7 +296,7 @@ def _router(
     spans: Sequence[SpannedRow | SpannedTurns],
     pool: PoolSpec | None,
 ) -> RouterSpec:
-    """The spec of the router. One of whole prompts compares them with background texts."""
+    """The spec of the router. One of kind `prompt` depends on the background texts."""
     options = recipe.router.options((), fitted=False)
     if recipe.router.kind == "prompt":
         return RouterSpec.of(
@@ -333,7 +336,7 @@ def _router(
 
 
 def _template(recipe: Recipe) -> str:
-    """How prompts are put to the gates: as the benchmark asks them."""
+    """The template of prompts for the gates: the benchmark's."""
     return "plain" if recipe.benchmark.template == "plain" else "auto"
 
 
@@ -345,14 +348,14 @@ def check_overlaps(
     tests: Mapping[str, Sequence[Row]],
     prompts: Sequence[str] = (),
 ) -> None:
-    """Refuse test rows that gates would be fitted to; an `ExamplesError` says where both stand.
+    """Refuse test rows that gates would be fitted to; an `ExamplesError` names the place of both.
 
     Args:
-        prompts: Those of the recipe's pool.
+        prompts: The prompts of the recipe's pool.
     """
-    asked = {section.name: section.test for section in recipe.experts}
-    asked |= {task.called: task.rows for task in recipe.benchmark.tasks}
-    test_place = partial(_place, asked, folder)
+    sources = {section.name: section.test for section in recipe.experts}
+    sources |= {task.called: task.rows for task in recipe.benchmark.tasks}
+    test_place = partial(_place, sources, folder)
     refuse_overlap(examples, tests, partial(place_of_example, recipe, folder), test_place)
     spans_place = f"in {recipe.gates.spans}"
     refuse_overlap(prompt_parts(spans), tests, lambda *_: spans_place, test_place)
@@ -366,9 +369,12 @@ def refuse_too_few(
     examples: Mapping[str, Sequence[Row]],
     spans: Sequence[SpannedRow | SpannedTurns],
 ) -> None:
-    """Refuse an expert with fewer examples than a gate needs; composites ask one more than once.
+    """Refuse too few examples of an expert for its gate, or of all experts for the composites.
 
-    Also too few for the composites themselves.
+    With composites one example is enough for a gate: it occurs in several of them.
+
+    Raises:
+        ExamplesError: There are too few.
     """
     of_spans = Counter(name for row in spans for name in row.owners)
     for name, rows in examples.items():
@@ -388,13 +394,13 @@ def refuse_too_few(
 
 
 def place_of_example(recipe: Recipe, folder: Path, name: str, number: int) -> str:
-    """Where an example of an expert stands: file and line, or source and number."""
+    """The place of an expert's example: file and line, or source and number."""
     sources = {one.name: one.examples for one in recipe.experts if one.examples != AUTO}
     return _place(sources, folder, name, number)
 
 
 def _place(sources: Mapping[str, str | None], folder: Path, name: str, number: int) -> str:
-    """Where a row stands: file and line, or source and number."""
+    """The place of a row: file and line, or source and number."""
     source = sources.get(name)
     return row_place(source, folder, number) if source else f"row {number + 1}"
 
@@ -406,7 +412,7 @@ def stack_of(base: BaseSpec, experts: Sequence[Expert]) -> FusedSpec:
 
 
 def prompt_shapes(recipe: Recipe) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The turns of the conversations and the system prompts that gates are fitted to.
+    """The numbers of turns of the conversations that gates are fitted to, and the system prompts.
 
     Plain text has neither.
     """
@@ -423,7 +429,7 @@ def prompt_shapes(recipe: Recipe) -> tuple[tuple[int, ...], tuple[str, ...]]:
 
 
 def joint_settings(section: CalibrateSection | JointSection) -> JointSettings | None:
-    """The settings of joint training that decide its result; None for other methods."""
+    """The settings of joint training that change its result; None for other methods."""
     if not isinstance(section, JointSection):
         return None
     return JointSettings(**section.model_dump(include={f.name for f in fields(JointSettings)}))
@@ -435,26 +441,27 @@ def _examples(
     experts: Sequence[Expert],
     token_of: Callable[[str], str | None],
 ) -> tuple[dict[str, list[Row]], dict[str, str], dict[str, str], dict[str, str]]:
-    """The examples by expert, and where those come from that cards name, or that the Hub has.
+    """Read the examples of every expert.
 
     Returns:
-        Last, the experts that are to write prompts themselves, each with what its card lacks.
+        Each by expert: the examples, the sources that cards name, the pinned sources on the Hub,
+        and, for experts that must write prompts themselves, why their card has no examples.
 
     Raises:
-        NoCardExamplesError: a card names none that can be used, and the recipe has neither a pool
-            nor another way to route to that expert. Text without a template is not divided into
-            prompts and answers.
+        NoCardExamplesError: a card names no usable examples, and the recipe has neither a pool nor
+            another way to route to that expert. With plain text experts cannot write prompts: only
+            a template marks the end of a prompt.
     """
     if recipe.router.kind != "gate":
         return {}, {}, {}, {}
     limit = recipe.gates.examples_per_expert
-    asked = {section.name: section.examples for section in recipe.experts}
-    found: dict[str, list[Row]] = {}
+    sources = {section.name: section.examples for section in recipe.experts}
+    examples: dict[str, list[Row]] = {}
     of_cards: dict[str, str] = {}
     of_hub: dict[str, str] = {}
     writers: dict[str, str] = {}
     for expert in experts:
-        source = asked.get(expert.name, AUTO)  # one that `discover` found is in no recipe
+        source = sources.get(expert.name, AUTO)  # an adapter that `discover` found has no section
         if source == AUTO:
             try:
                 rows, source = read_card_examples(expert.datasets, folder, limit, token_of)
@@ -468,20 +475,21 @@ def _examples(
                     f"expert {expert.name}: no examples: {error}; name some, or a pool of prompts"
                     " (gates.pool), or choose router.kind: prompt"
                 ) from error
-            found[expert.name], of_cards[expert.name] = rows, source
+            examples[expert.name], of_cards[expert.name] = rows, source
         elif source:
             if pinned := pin_source(source, token_of):
                 source = of_hub[expert.name] = pinned
-            found[expert.name] = read_rows(source, folder, limit, token_of)
-    return found, of_cards, of_hub, writers
+            examples[expert.name] = read_rows(source, folder, limit, token_of)
+    return examples, of_cards, of_hub, writers
 
 
 def asks_for_spans(recipe: Recipe) -> bool:
+    """Whether gates are fitted to examples with several owners, of `gates.spans`."""
     return recipe.router.kind == "gate" and bool(recipe.gates.spans)
 
 
 def _examples_sha256(
     examples: Mapping[str, Sequence[Row]], spans: Sequence[SpannedRow | SpannedTurns] = ()
 ) -> str:
-    asked = [[name, [row.to_dict() for row in rows]] for name, rows in examples.items()]
-    return canonical_sha256(asked + [row.to_dict() for row in spans])
+    by_name = [[name, [row.to_dict() for row in rows]] for name, rows in examples.items()]
+    return canonical_sha256(by_name + [row.to_dict() for row in spans])

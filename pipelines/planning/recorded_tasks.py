@@ -1,4 +1,4 @@
-"""Tasks that were asked before, made again from the recorded answers; no file of rows is needed."""
+"""Tasks of earlier benchmarks, made again from the recorded answers; no file of rows is needed."""
 
 from __future__ import annotations
 
@@ -25,36 +25,36 @@ WHERE base_id = '{base_id}' AND task = '{name}' AND (
 ORDER BY subject_id = '{router_id}' DESC, num_samples DESC, recorded_at DESC, id LIMIT 100
 """
 """Scores on the task with an expert's name: of this model first, then of its adapter and of other
-models that have it. A quick try with few rows does not decide what is measured."""
+models with that adapter. More rows come first, so a quick trial does not decide."""
 
 
 def recorded_tasks(
     ledger: Ledger, base_id: ArtifactId, experts: Mapping[str, ArtifactId], router_id: str = ""
 ) -> dict[str, Task]:
-    """The own task of each expert as this model was asked it, or else with the most rows.
+    """The own task of each expert as this model answered it, or else with the most rows.
 
-    Those that were never asked are left out; of two askings that are alike the last counts.
+    Tasks without a score are left out. Of equal scores the last one counts.
 
     Args:
-        experts: The adapter of each, by its name, which is also the name of its task.
-        router_id: Of the model; empty for one that was asked nothing yet.
+        experts: The adapter of each expert, by name; its task has the same name.
+        router_id: Of the model; empty for a model without scores.
     """
-    found = {}
+    tasks = {}
     for name, adapter_id in experts.items():
         literal = name.replace("'", "''")
-        asked = OWN_TASK.format(
+        query = OWN_TASK.format(
             base_id=base_id, adapter_id=adapter_id, name=literal, router_id=router_id
         )
-        if task := _task(ledger, ledger.scores(asked)):
-            found[name] = task
-    return found
+        if task := _task(ledger, ledger.scores(query)):
+            tasks[name] = task
+    return tasks
 
 
 def _task(ledger: Ledger, scores: Sequence[Score]) -> Task | None:
-    """The task of the first score whose rows can be read; with all metrics that it had.
+    """The task of the first score whose rows can be read, with all metrics of these rows.
 
     Args:
-        scores: of one task, the one to be asked again first
+        scores: of one task, the preferred score first
     """
     for score in scores:
         spec = score.spec

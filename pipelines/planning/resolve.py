@@ -1,7 +1,7 @@
 """From a recipe to its plan: adapters are found, fetched and judged, and all specs are made.
 
-A run, the look whether anything is left to do, and `--dry-run` share this code. They differ in
-their `Steps`: a run downloads and records, the others take what is here.
+A run, the look (the check whether anything is left to do), and `--dry-run` share this code. They
+differ in their `Steps`: a run downloads and records, the others use the files on this disk.
 """
 
 from __future__ import annotations
@@ -39,10 +39,10 @@ def _leave_to_the_run(section: ExpertSection, refusal: Refusal) -> None:
 
 @dataclass(frozen=True)
 class Steps:
-    """How each step from a recipe to its plan is done.
+    """The functions for each step from a recipe to its plan.
 
     The defaults are those of a look: nothing is downloaded, printed or recorded, and
-    `sources.NotHereError` is raised where a run would have to download or refuse an adapter.
+    `sources.NotHereError` is raised where a run would download or refuse an adapter.
     """
 
     look_up: LookUp
@@ -54,7 +54,7 @@ class Steps:
     refuse: Callable[[ExpertSection, Refusal], None] = _leave_to_the_run
     """Called with each refusal; raises if the run cannot go on without that expert."""
     check_stack: Callable[[Sequence[Expert]], None] = lambda _experts: None
-    """Called with all accepted experts; raises if they cannot lie in one stack."""
+    """Called with all accepted experts; raises if they do not fit into one stack."""
 
 
 def at_hand(context: RunContext, base: BaseSpec) -> Steps:
@@ -69,7 +69,7 @@ def recording(
 
     Args:
         proportion: `update_norm.check_proportion`, or a call of it in the worker process.
-        memory_limit_bytes: What a stack may take.
+        memory_limit_bytes: The most memory for a stack.
     """
     cache, ours = context.adapters_folder, context.base_folder(built.spec)
     return Steps(
@@ -85,13 +85,13 @@ def resolve(context: RunContext, built: BuiltBase, steps: Steps, made: Plan | No
     """The plan of a recipe.
 
     Args:
-        made: The plan of the same recipe that a look made a moment before. It is used again if the
+        made: The plan that a look has just made of the same recipe. It is used again if the
             experts are the same.
 
     Raises:
         AdapterError: An adapter is refused, and the recipe does not leave refused ones out.
         NoExpertsError: Not one adapter can be used.
-        NotHereError: With `at_hand`: an adapter is not here, or is refused.
+        NotHereError: With `at_hand`: an adapter is not on this disk, or is refused.
         HubError: A fault of the Hub itself.
         ExamplesError: Rows are missing or malformed, or a test row is also an example.
     """
@@ -118,10 +118,10 @@ def resolve(context: RunContext, built: BuiltBase, steps: Steps, made: Plan | No
 
 
 def complete(context: RunContext, built: BuiltBase, plan: Plan) -> Plan:
-    """The plan of a recipe whose pool was dealt after the plan was made.
+    """The final plan of a recipe whose pool is now divided among the experts.
 
     Raises:
-        ExamplesError: The pool, or the examples beside it, were changed meanwhile.
+        ExamplesError: The pool, or the experts' examples, were changed meanwhile.
     """
     whole = _plan_of(context, built, plan.experts)
     if not whole.is_dealt:
@@ -133,12 +133,12 @@ def complete(context: RunContext, built: BuiltBase, plan: Plan) -> Plan:
 
 
 def _plan_of(context: RunContext, built: BuiltBase, experts: Sequence[Expert]) -> Plan:
-    how_dealt = partial(dealt, context.ledger)
-    return make_plan(context.recipe, context.folder, built.spec, experts, how_dealt)
+    claims_of = partial(dealt, context.ledger)
+    return make_plan(context.recipe, context.folder, built.spec, experts, claims_of)
 
 
 def dealt(ledger: Ledger, pool: PoolSpec) -> list[Claim] | None:
-    """How a pool was dealt, from the store; None if it was not."""
+    """The experts' claims on a pool's prompts, from the store; None if it is not divided yet."""
     sha256 = ledger.weights_of(pool.id)
     if sha256 is None or sha256 not in ledger.blobs:
         return None
@@ -151,12 +151,12 @@ def read_adapters(
     sizes: Mapping[str, tuple[int, int]],
     steps: Steps,
 ) -> Iterator[tuple[ExpertSection, Expert | Refusal | Missing]]:
-    """Every adapter of the recipe: accepted, refused, or not here.
+    """Every adapter of the recipe: accepted, refused, or not on this disk.
 
     Args:
-        context: Its recipe has what `discover` found among its experts.
-        base: None while nothing of the base is here: adapters are then compared with no base.
-        sizes: (in_features, out_features) of each of its linear layers, by path.
+        context: Its recipe includes the adapters that `discover` found.
+        base: None if no file of the base is on this disk: then adapters are compared with no base.
+        sizes: (in_features, out_features) of each linear layer of the base, by path.
     """
     requirements = Requirements(
         base=base,

@@ -1,8 +1,8 @@
 """Whether every example, and every prompt of a benchmark with its answer, has room in the base.
 
-A prompt that is too long ends a benchmark, and to cut it would change what is asked. So it is
-refused before any gate is fitted. How long a conversation becomes is known only when it is asked:
-here its questions count, and of the answers the last alone.
+A prompt that is too long ends a benchmark, and to cut it would change the question. So it is
+refused before any gate is fitted. The length of a conversation depends on the model's answers: here
+all its questions count, and of the answers only the last.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ if TYPE_CHECKING:
 
 
 def check_names(tasks: Iterable[Task]) -> None:
-    """Refuse the first task that is to be one of lm-eval's own, and is none.
+    """Refuse the first `lm_eval` task that lm-eval does not know.
 
     Raises:
         BenchmarkError: lm-eval has no such task.
@@ -49,7 +49,7 @@ def check_names(tasks: Iterable[Task]) -> None:
 def check_room(
     tasks: Iterable[Task], config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Refuse the first task whose prompts are too long, or that the chat template does not take.
+    """Refuse the first task with prompts that are too long or not possible in the chat template.
 
     Tasks of lm-eval may be longer, since it cuts their prompts itself.
 
@@ -70,12 +70,12 @@ def check_examples(
     config: PretrainedConfig,
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    """Refuse an example that is longer than what the base was trained on, if its config says that.
+    """Refuse an example that is longer than the base's context, if its config states one.
 
     Args:
         examples: by expert
-        place: from an expert and the number of an example to where it stands
-        tokenizer: as gates are fitted with it
+        place: returns the place of an example, from its expert and its number
+        tokenizer: as for the fit: without a chat template if the recipe asks in plain text
 
     Raises:
         ExamplesError: an example is too long.
@@ -95,7 +95,7 @@ def check_examples(
 def check_spans(
     spans: Sequence[SpannedRow | SpannedTurns], tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Refuse turns that the chat template does not take, or that have none.
+    """Refuse rows with turns that need a chat template, or are not possible in this one.
 
     Raises:
         ExamplesError: a row has such turns.
@@ -105,10 +105,10 @@ def check_spans(
 
 
 def check_opening(options: RouterOptions, tokenizer: PreTrainedTokenizerBase) -> None:
-    """Refuse gates that know the opening of all prompts, where the template has the date in it.
+    """Refuse gates that store the opening of all prompts, if the template puts the date into it.
 
     Raises:
-        ExamplesError: they would not know the opening of tomorrow's prompts.
+        ExamplesError: the opening of tomorrow's prompts would be another one.
     """
     knows = options.opening == "prompt" and not options.by_turns
     if knows and "strftime_now" in str(tokenizer.chat_template or ""):
@@ -120,18 +120,18 @@ def check_opening(options: RouterOptions, tokenizer: PreTrainedTokenizerBase) ->
 
 
 def with_room(room: int, mixed: Sequence[LabelledSequence]) -> list[LabelledSequence]:
-    """The mixed prompts that the base has room for; says how many others there are."""
-    found = [one for one in mixed if len(one.input_ids) <= room]
-    if more := len(mixed) - len(found):
+    """The mixed prompts of at most `room` tokens; prints the number of the others."""
+    fitting = [one for one in mixed if len(one.input_ids) <= room]
+    if more := len(mixed) - len(fitting):
         text = f"{more} of {len(mixed)} mixed prompts have more than the {room} tokens that the"
         say(f"{text} base has room for: gates are fitted without these", "note")
-    return found
+    return fitting
 
 
 def longest(task: Task, config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> int:
-    """The most tokens that a prompt of a task has, with its answer or answers.
+    """The most tokens of a task's prompt with its answer or answers.
 
-    Of tasks that cannot be measured so, what the base has room for.
+    The base's context length for tasks whose prompts are not known here, such as lm-eval's.
     """
     answers = max((len(dialogue.questions) for dialogue in task.dialogues), default=1)
     if task.lm_eval or not (lengths := _lengths(task, tokenizer)):
@@ -140,7 +140,7 @@ def longest(task: Task, config: PretrainedConfig, tokenizer: PreTrainedTokenizer
 
 
 def _lengths(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[int]:
-    """The tokens of each prompt, as the harness counts them; none where it cannot be asked."""
+    """The tokens of each prompt, as the harness counts them; empty if the template refuses one."""
     messages: list[list[dict[str, str]]] = [
         dialogue.with_answers([""] * (len(dialogue.questions) - 1)).messages()
         for dialogue in task.dialogues
@@ -158,7 +158,7 @@ def _lengths(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[int]:
                 for m in messages
             ]
         except TemplateError:
-            return []  # what the template does not take is said where it is asked
+            return []  # the benchmark reports the template's error
     else:
         texts = [own[-1]["content"] for own in messages]
     return [

@@ -1,4 +1,4 @@
-"""What an artifact is and what it was made of, as in-toto statements with SLSA provenance.
+"""Artifacts and their sources, as in-toto statements with SLSA provenance.
 
 `write_lineage` makes the `lineage.json` of a checkpoint from its manifest; `attest` makes a
 statement on any artifact from the ledger.
@@ -40,7 +40,7 @@ def write_lineage(manifest: Manifest, recipe_sha256: str) -> str:
     """The statement on a checkpoint: the files in it, its base and its experts.
 
     Args:
-        recipe_sha256: Empty where no recipe made it.
+        recipe_sha256: Of the recipe that made the checkpoint; empty if there is none.
     """
     base = manifest.base
     experts = [
@@ -69,9 +69,9 @@ def write_lineage(manifest: Manifest, recipe_sha256: str) -> str:
 
 
 def attest(ledger: Ledger, artifact_id: ArtifactId) -> str:
-    """The statement on an artifact of the ledger: what it is, what it was made of, by which run.
+    """The statement on an artifact of the ledger: its hash, its sources, and its run.
 
-    The subject is the artifact's bytes; without any, as for a comparison, it is its record.
+    The subject is the artifact's bytes, or its record if it has no bytes, as a comparison.
 
     Raises:
         UnknownError: The artifact is not in the index.
@@ -109,7 +109,7 @@ def _ancestor(
 def _dependency(
     name: str, source: str, revision: str, *, sha256: str = "", licence: str = ""
 ) -> dict[str, Any]:
-    """A Hub commit, or a local file by its hash; `sha256` is that of the weights, where known."""
+    """A Hub commit, or a local file by its hash; `sha256` is that of the weights, if known."""
     pinned = COMMIT.fullmatch(revision)
     found: dict[str, Any] = {
         "name": name,
@@ -135,8 +135,8 @@ def _statement(
 
     Args:
         subject: SHA-256 by name.
-        external: What a person asked for: the recipe.
-        internal: What followed from it: ids and settings.
+        external: The person's input: the recipe.
+        internal: The ids and settings that follow from it.
         run: `invocationId`, `startedOn`, `finishedOn`, as far as they are known.
     """
     details: dict[str, Any] = {"builder": {"id": BUILDER, "version": {BUILDER: __version__}}}

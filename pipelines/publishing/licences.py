@@ -17,17 +17,17 @@ NOT_STATED = "none"
 """The name by which adapters without a licence are allowed."""
 NO_DERIVATIVES = re.compile(r"\bcc[- ]by([- ]nc)?[- ]nd\b|no[- ]?deriv", re.IGNORECASE)
 NOT_A_LICENCE = {"unknown", "other", "unlicensed", "proprietary", "all-rights-reserved"}
-"""What cards write in place of a licence."""
+"""Words on cards that are no licence."""
 
 
 class LicenceError(MeteoraError):
-    """An adapter's licence does not let a model made of it be published."""
+    """An adapter's licence forbids the publication of a model made of it."""
 
 
 def refuse_forbidden(manifest: Manifest, allowed: Collection[str] = ()) -> None:
     """Refuse to publish adapters of the Hub whose licence forbids it, or that state none.
 
-    A folder of this machine that states none is assumed to be its user's own.
+    A local folder without a licence counts as the user's own.
 
     Args:
         allowed: Licences to accept all the same; `none` for adapters that state none.
@@ -56,7 +56,7 @@ def refuse_forbidden(manifest: Manifest, allowed: Collection[str] = ()) -> None:
 
 
 def _reason(licence: str, source: str) -> str:
-    """The licence that forbids to publish; empty where none does."""
+    """The licence that forbids publication; empty if none does."""
     if not licence:
         return "" if source.startswith(PATH) else NOT_STATED
     each = {one.strip().lower().replace(" ", "-") for one in licence.split(",")}

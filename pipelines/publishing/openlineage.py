@@ -1,7 +1,7 @@
-"""Runs as OpenLineage events: inputs, outputs, and how the run ended.
+"""Runs as OpenLineage events: inputs, outputs, and the outcome of the run.
 
 A dataset is an artifact under its id; its facet `symlinks` names its repository. Bases and adapters
-are always inputs, even of the run that recorded them first; everything else is an output.
+are always inputs, even of the run that recorded them first; all other artifacts are outputs.
 """
 
 from __future__ import annotations
@@ -94,7 +94,7 @@ def events(ledger: Ledger, run_id: str = "") -> Iterator[dict[str, Any]]:
 def _event(
     what: str, when: datetime, run_id: str, recipe: str, facets: dict[str, Any]
 ) -> dict[str, Any]:
-    # the spec wants a UUID: this one follows from the run's id
+    # the spec requires a UUID: this one is computed from the run's id
     name = uuid.uuid5(uuid.NAMESPACE_URL, f"urn:meteora-pipelines:run:{run_id}")
     job_type = {"processingType": "BATCH", "integration": "METEORA", "jobType": "RECIPE"}
     return {

@@ -39,38 +39,38 @@ if TYPE_CHECKING:
 
 RELOAD_WORKER = "pipelines.publishing.reload_worker"
 RELOAD_SECONDS = 3600.0
-"""For the download, and for loading the model twice."""
+"""The deadline for the download, and for loading the model twice."""
 SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
 
 
 class PublicationError(MeteoraError):
-    """A checkpoint cannot be published, or is not the same where it was published."""
+    """A checkpoint cannot be published, or differs from its copy on the Hub."""
 
 
 @dataclass(frozen=True)
 class Destination:
-    """Where a checkpoint is published, and how."""
+    """The repository to publish a checkpoint to, and the settings of the publication."""
 
     repo_id: str
     hub: Hub
     """With a token that may write to the repository."""
     download: Mapping[str, str | bool] = field(default_factory=dict)
-    """How a base on the Hub is downloaded for the comparison, as `meteora.load` takes it."""
+    """Options for the download of a base for the comparison, as `meteora.load` takes them."""
     private: bool = True
     tag: str = ""
-    """The tag of this publication; when empty, one is made from its hash."""
+    """The tag of this publication; if empty, one is made from its hash."""
     onto: str = ""
-    """The commit of main that may be replaced, where another machine made it."""
+    """The commit of main that may be replaced, if another machine made it."""
     allow_licences: Sequence[str] = ()
     device: str = "auto"
-    """Where the comparison computes, as `choose_device` takes it."""
+    """The device of the comparison, as `choose_device` takes it."""
     dtype: str = "auto"
-    """Of the base in the comparison; `auto`: as it lies on the disk."""
+    """The dtype of the base in the comparison; `auto`: as in its files."""
 
 
 @dataclass(frozen=True)
 class Published:
-    """What was published."""
+    """A publication on the Hub."""
 
     repo_id: str
     revision: str
@@ -80,13 +80,13 @@ class Published:
 
 
 def publish_plan(work: RunContext, plan: Plan) -> Published:
-    """Publish what a recipe made, to the repository that it names; the last stage of a run."""
+    """Publish a recipe's checkpoint to the repository that it names; the last stage of a run."""
     section, hub = work.recipe.publish, work.recipe.hub
-    assert section is not None  # noqa: S101  (only then is it asked)
+    assert section is not None  # noqa: S101  (the caller checks it)
     require_sound(work.ledger, plan.base)
     to = Destination(
         section.repo,
-        # that a recipe publishes there is leave to send the saved token
+        # a recipe that publishes to an owner allows the saved token for it
         hub_for(section.repo, [section.repo], endpoint=hub.endpoint, allow_http=hub.allow_http),
         private=section.private,
         tag=section.tag,
@@ -112,9 +112,9 @@ def publish(
 
     Raises:
         LicenceError: An adapter's licence forbids it.
-        HubConflictError: The repository holds something else, or main has moved.
-        PublicationError: A file names a secret or a folder of this machine; or the model on the Hub
-            gives other logits, and then main does not show it.
+        HubConflictError: The repository has other contents, or main has moved.
+        PublicationError: A file contains a secret or the path of a local folder; or the model on
+            the Hub computes other logits, and then main does not show it.
         HubError: The Hub does not answer, or refuses.
     """
     if not REPO_ID.fullmatch(to.repo_id) or ".." in to.repo_id:
@@ -134,7 +134,7 @@ def publish(
     with tempfile.TemporaryDirectory(prefix="meteora-publish-") as scratch:
         bundle = _bundle(folder, to.repo_id, Path(scratch))
         home = Path.home()
-        own = "" if home == home.parent else f"{home}/"  # in a container: every URL has the root's
+        own = "" if home == home.parent else f"{home}/"  # `/` as in a container is in every URL
         _refuse_secrets(bundle, (to.hub.token or "", own, str(ledger.home)))
         tag = to.tag or f"meteora-{bundle.digest[:12]}"
 
@@ -157,7 +157,7 @@ def publish(
 def _bundle(folder: Path, repo_id: str, scratch: Path) -> Bundle:
     """The checkpoint's files, with the repository's name in the card.
 
-    A signature is published, too; then the card stays as it was signed.
+    A signature is published, too; then the card must stay unchanged.
     """
     names = (*FILES, SIGNATURE, EVAL_RESULTS)
     signed = (folder / SIGNATURE).is_file()
@@ -195,7 +195,7 @@ def _check_reload(
     """Download a commit into an empty cache, and compare its bytes and its logits with ours.
 
     Args:
-        home: The cache lies in it, so that the store removes what a killed process leaves.
+        home: The cache is inside it, so the store removes the files of a killed process.
     """
     with partial_file(home) as cache:
         cache.mkdir()
@@ -226,13 +226,13 @@ def _check_reload(
 
 
 def _reload(request: dict[str, Any], hub: Hub) -> dict[str, Any]:
-    """What `reload_worker.compare` returns, in a process that starts with nothing loaded."""
+    """The result of `reload_worker.compare`, in a process that starts with nothing loaded."""
     environment = {
         "HF_ENDPOINT": hub.url(),
         "HF_TOKEN": hub.token or "",
         "HF_HUB_DISABLE_TELEMETRY": "1",
         "HF_HUB_DISABLE_PROGRESS_BARS": "1",
-        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # the same products twice, also on a GPU
+        "CUBLAS_WORKSPACE_CONFIG": ":4096:8",  # makes products on a GPU deterministic
     }
     with ChildProcess(RELOAD_WORKER, quiet=True, environment=environment) as worker:
         return worker.ask(request, deadline_seconds=RELOAD_SECONDS)

@@ -1,7 +1,7 @@
 """The process that loads a checkpoint from here and from the Hub, and compares the logits.
 
-It starts as the process of a user does who downloads the checkpoint: without anything that the
-publishing process has imported or keeps in memory.
+It starts like the process of any user who downloads the checkpoint: without the imports and the
+memory of the publishing process.
 """
 
 from __future__ import annotations
@@ -45,9 +45,9 @@ def compare(
     """The folder of the download, and the largest difference of any logit.
 
     Args:
-        download: How a base on the Hub is downloaded.
-        device: Where both compute, as `choose_device` takes it.
-        dtype: Of the base of both.
+        download: Options for the download of a base on the Hub.
+        device: The device for both, as `choose_device` takes it.
+        dtype: The dtype of the base for both.
     """
     token = os.environ.get("HF_TOKEN") or False  # of the publisher, for this repository
     there = find_checkpoint(repo_id, revision, download={"cache_dir": cache_dir, "token": token})

@@ -31,7 +31,7 @@ MISMATCHES = (
 
 
 class SignatureError(MeteoraError):
-    """A folder cannot be signed, or is not what was signed."""
+    """A folder cannot be signed, or differs from its signature."""
 
 
 def sign(folder: Path, private_key: Path) -> Path:
@@ -58,7 +58,7 @@ def check_signature(folder: Path, public_key: Path) -> None:
     """Compare a checkpoint with its signature.
 
     Raises:
-        SignatureError: A file is not what was signed, or another key signed.
+        SignatureError: A file has changed since it was signed, or another key signed.
     """
     _require_checkpoint(folder)
     hashing, _, verifying = _library()
@@ -87,8 +87,8 @@ def _hashed(hashing: ModuleType, signature: Path) -> Config:
 
 
 def _difference(error: Exception) -> str:
-    """What the library found, in a few words."""
-    text = str(error).replace("\\'", "'")  # a list as Python shows it
+    """The differences that the library reports, in a few words."""
+    text = str(error).replace("\\'", "'")  # the message has a Python list with escaped quotes
     found = [
         f"{name} {what}"
         for pattern, what in MISMATCHES

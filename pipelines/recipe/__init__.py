@@ -1,10 +1,10 @@
-"""What a user asks for, in YAML; and the recipes that ship with the program.
+"""Recipes: the YAML files in which a user describes a run; some ship with the program.
 
 recipe       the whole recipe, read and checked
 gates        its section `gates`
 benchmark    its section `benchmark`
 publish      its section `publish`
 stage        the names of a run's stages
-keys         every key of a recipe, from its schema
-from_folder  a recipe made from a folder of adapters
+keys         the reference of all keys, from the schema
+from_folder  make a recipe from a folder of adapters
 """

@@ -1,4 +1,4 @@
-"""The section `benchmark` of a recipe: what is measured, and what it is compared with."""
+"""The section `benchmark` of a recipe: the measurements, and the systems to compare with."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ System = Literal[
     "linear", "ties", "dare_ties", "experts",
 ]  # fmt: skip
 OF_CONVERSATIONS = ("single", "swap", "alora")
-"""Systems that are asked conversations only."""
+"""Systems that answer conversations only."""
 MIX = re.compile(r"(composite|conversation)-\d.*")
-"""What composites and conversations are called, so no other task may be."""
+"""The names of composites and conversations, which no other task may have."""
 
 
 class Section(BaseModel):
@@ -37,7 +37,7 @@ class TaskSection(Section):
     name: str = ""
     """Its name in tables; a task of lm-eval has lm-eval's name."""
     rows: str = ""
-    """Where its rows come from, such as `jsonl:<file>` or `hf:<owner>/<name>`."""
+    """The source of its rows, such as `jsonl:<file>` or `hf:<owner>/<name>`."""
     lm_eval: str = ""
     """The name of a task of lm-eval, in place of rows."""
     folder: str = ""
@@ -45,7 +45,7 @@ class TaskSection(Section):
     metric: str | tuple[str, ...] = ""
     """One or more; tables show the first. Default: exact_match; acc for tasks of lm-eval."""
     template: Template | None = None
-    """How it is asked. Default: as in `benchmark`."""
+    """`auto`, `chat` or `plain` prompts. Default: as in `benchmark`."""
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Greatest length of an answer. Default: as in `benchmark`."""
     limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
@@ -74,7 +74,7 @@ class TaskSection(Section):
 
 
 def written_out(sections: object) -> object:
-    """Sections in which a plain number stands for `{n: number}`."""
+    """Replace each plain number in a list of sections by `{n: number}`."""
     if not isinstance(sections, tuple | list):
         return sections
     return tuple({"n": n} if isinstance(n, int) else n for n in sections)
@@ -84,11 +84,11 @@ class CompositeSection(Section):
     """Prompts that join questions of several tasks."""
 
     n: Annotated[int, Field(ge=2, le=99)]
-    """How many questions are in a prompt."""
+    """The number of questions in a prompt."""
     tasks: tuple[str, ...] = ()
     """The tasks whose rows are taken. Default: all tasks with rows."""
     count: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """How many prompts. Default: `limit` of the benchmark."""
+    """The number of prompts. Default: `limit` of the benchmark."""
     num_fewshot: Annotated[int, Field(ge=0, le=16)] = 0
     """Solved prompts of the same kind in each prompt, of other rows; the paper has two."""
 
@@ -102,11 +102,11 @@ class ConversationSection(Section):
     """Conversations whose subject changes at each turn, made of questions of several tasks."""
 
     n: Annotated[int, Field(ge=2, le=99)]
-    """How many turns a conversation has."""
+    """The number of turns in a conversation."""
     tasks: tuple[str, ...] = ()
     """The tasks whose rows are taken. Default: all tasks with rows."""
     count: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """How many conversations. Default: as many as have 200 turns together."""
+    """The number of conversations. Default: as many as have 200 turns together."""
 
     @property
     def called(self) -> str:
@@ -115,7 +115,7 @@ class ConversationSection(Section):
 
 
 class SpeedSection(Section):
-    """How a model is timed against its base."""
+    """The settings with which a model is timed against its base."""
 
     prompt_tokens: Annotated[int, Field(ge=1, le=1_000_000)] = 256
     """Length of each prompt."""
@@ -124,11 +124,11 @@ class SpeedSection(Section):
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
     """Prompts that are answered together."""
     rounds: Annotated[int, Field(ge=3, le=1000)] = 7
-    """How often model and base are timed, in turns."""
+    """The number of times that model and base are timed, in turns."""
 
 
 class BenchmarkSection(Section):
-    """What is measured, and what it is compared with."""
+    """The measurements, and the systems to compare with."""
 
     limit: Annotated[int, Field(ge=1, le=1_000_000)] = 100
     """Greatest number of rows of a task."""
@@ -139,25 +139,25 @@ class BenchmarkSection(Section):
     conversation: tuple[ConversationSection, ...] = ()
     """Also written as plain numbers: `conversation: [3, 10]`."""
     compare: tuple[System, ...] = ("base", "oracle", "uniform", "arrow")
-    """The systems that are asked the same rows."""
+    """The systems that answer the same rows."""
     template: Template = "auto"
     """`auto`: the chat template if the tokenizer has one. Choose as the adapters were trained. With
     `plain`, gates are fitted to plain text, too."""
     system_prompt: Annotated[str, Field(max_length=20_000)] | None = None
-    """In front of every question; an empty text means none. Default: that of the chat template."""
+    """Before every question; an empty text means none. Default: that of the chat template."""
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] = 64
     """Greatest length of an answer; for composites, of the answer to each question."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] | Literal["auto"] = 16
     """Prompts that are answered together; fewer take less memory. `auto`: for each task as many as
     the memory of the device holds, 64 at most."""
     seed: Annotated[int, Field(ge=0, lt=1 << 32)] = 0  # numpy takes no other
-    """Seed of composites, conversations, the random router, and of what DARE drops."""
+    """Seed of composites, conversations, the random router, and DARE."""
     speed: SpeedSection | None = None
     """How to time the model against its base. Without this section it is not timed."""
 
     @property
     def mixes(self) -> tuple[CompositeSection | ConversationSection, ...]:
-        """What is made of several tasks' rows."""
+        """All sections of composites and conversations, which join rows of several tasks."""
         return (*self.composite, *self.conversation)
 
     _short = field_validator("composite", "conversation", mode="before")(written_out)
@@ -206,7 +206,7 @@ class BenchmarkSection(Section):
 
 
 def metric_names(metric: str | tuple[str, ...]) -> tuple[str, ...]:
-    """The metrics that a section names; none where it leaves that to its default."""
+    """The metrics that a section names; empty if it leaves them to the default."""
     return tuple(filter(None, (metric,))) if isinstance(metric, str) else metric
 
 
@@ -214,7 +214,7 @@ def known_metrics(metric: str | tuple[str, ...]) -> None:
     """Refuse metrics that do not exist.
 
     Raises:
-        ValueError: One does not.
+        ValueError: A metric does not exist.
     """
     if unknown := [one for one in metric_names(metric) if one not in get_args(MetricName)]:
         raise ValueError(

@@ -1,4 +1,4 @@
-"""`meteora import`: a recipe from a folder of PEFT adapters, with defaults to change."""
+"""`meteora import`: make a recipe from a folder of PEFT adapters, with defaults to change."""
 
 from __future__ import annotations
 
@@ -20,16 +20,16 @@ from pipelines.recipe.recipe import LONGEST_NAME, Recipe
 CONFIG = "adapter_config.json"
 EXAMPLES = ("train.jsonl", "examples.jsonl")
 TESTS = ("test.jsonl", "eval.jsonl")
-"""Files of rows beside an adapter, or below another folder in one with the adapter's name."""
+"""Files of rows beside an adapter, or in another folder, in a subfolder with the adapter's name."""
 
 
 class ImportingError(MeteoraError):
-    """No recipe can be made of a folder."""
+    """No recipe can be made from a folder."""
 
 
 @dataclass(frozen=True)
 class Found:
-    """An adapter in the folder, and why it is refused, if it is."""
+    """An adapter in the folder, its rows, and the reason if it is refused."""
 
     folder: Path
     name: str
@@ -38,7 +38,7 @@ class Found:
     examples: Path | None = None
     test: Path | None = None
     note: str = ""
-    """What was done to its rows."""
+    """A change of its rows, for a comment in the recipe."""
 
 
 def write_recipe(
@@ -59,9 +59,9 @@ def write_recipe(
         prepare: Called with all adapters, refused ones among them; may change their rows.
 
     Raises:
-        ImportingError: There is no folder, or no adapter in it, no base is named, `base` is none,
-            `examples` has rows for none of them, there is no file `pool`, or the recipe is there
-            already.
+        ImportingError: There is no folder, or no usable adapter in it; no base is named, or `base`
+            has another form; `examples` has no rows for the adapters; there is no file `pool`; or
+            `out` exists already.
     """
     if pool is not None and not pool.is_file():
         raise ImportingError(f"{pool}: there is no such file of prompts")
@@ -71,10 +71,10 @@ def write_recipe(
         raise ImportingError(f"{out} is there already; give another name with -o")
     if examples is not None and not examples.is_dir():
         raise ImportingError(f"{examples}: there is no such folder of rows; check its path")
-    found = [find_rows(one, examples) for one in find_adapters(folder)]
-    usable = [adapter for adapter in found if not adapter.refusal]
+    adapters = [find_rows(one, examples) for one in find_adapters(folder)]
+    usable = [adapter for adapter in adapters if not adapter.refusal]
     if not usable:
-        refusals = "; ".join(f"{one.folder}: {one.refusal}" for one in found[:5])
+        refusals = "; ".join(f"{one.folder}: {one.refusal}" for one in adapters[:5])
         raise ImportingError(
             f"{folder}: no adapter in it can be an expert ({refusals or 'no ' + CONFIG})"
         )
@@ -85,7 +85,7 @@ def write_recipe(
             f" the adapter's name are needed, or NAME.{EXAMPLES[0]} and NAME.{TESTS[0]}"
         )
     base = _given_base(base, out.parent) if base else _base_of(usable, folder, out.parent)
-    text = recipe_text(prepare(found), base, out.parent, pool)
+    text = recipe_text(prepare(adapters), base, out.parent, pool)
     recipe = Recipe.parse(text.encode(), out)
     out.parent.mkdir(parents=True, exist_ok=True)
     partial = out.with_name(f".{out.name}.partial")
@@ -98,7 +98,7 @@ def find_adapters(folder: Path) -> list[Found]:
     """Every adapter in a folder or right below it, sorted by name, each judged."""
     configs = [folder / CONFIG] if (folder / CONFIG).is_file() else []
     configs += sorted(folder.glob(f"*/{CONFIG}"))
-    found: list[Found] = []
+    adapters: list[Found] = []
     for config in configs:
         verdict = reader.check(config.parent)
         refusal = ""
@@ -106,18 +106,18 @@ def find_adapters(folder: Path) -> list[Found]:
             refusal = "; ".join(reason.message for reason in verdict.reasons)
         revision = verdict.facts.get("base_revision") or ""
         base = verdict.facts.get("base_model") or ""
-        name = _name(config.parent.resolve().name, {one.name for one in found})
+        name = _name(config.parent.resolve().name, {one.name for one in adapters})
         at = f"@{revision}" if base and revision else ""
-        found.append(Found(config.parent, name, f"{base}{at}", refusal))
-    return found
+        adapters.append(Found(config.parent, name, f"{base}{at}", refusal))
+    return adapters
 
 
 def find_rows(adapter: Found, folder: Path | None) -> Found:
     """The adapter with its files of rows: `train.jsonl` and `test.jsonl`, or their other names.
 
     Args:
-        folder: They lie in its folder with the adapter's name, or in itself, as
-            `<name>.train.jsonl`. None: beside the adapter.
+        folder: Holds the files in a subfolder with the adapter's name, or itself, as
+            `<name>.train.jsonl`. None: they are beside the adapter.
     """
     name = adapter.folder.resolve().name
 
@@ -170,7 +170,7 @@ def recipe_text(found: Sequence[Found], base: str, folder: Path, pool: Path | No
 
 
 def _given_base(base: str, beside: Path) -> str:
-    """The base that a person names; a folder is one from where the person is."""
+    """The base that the user names; a folder is relative to the working folder."""
     local = path_from(Path(), base.removeprefix(PATH))
     if local.is_dir():
         return f"{PATH}{_path(local, beside)}"
@@ -183,7 +183,7 @@ def _given_base(base: str, beside: Path) -> str:
 
 
 def _base_of(usable: Sequence[Found], folder: Path, beside: Path) -> str:
-    """The base that most adapters name: a Hub id, or a folder of this machine."""
+    """The base that most adapters name: a Hub id, or a folder on this machine."""
     named = Counter(one.base for one in usable if one.base)
     if not named:
         raise ImportingError(
@@ -202,7 +202,7 @@ def _base_of(usable: Sequence[Found], folder: Path, beside: Path) -> str:
 
 
 def _path(path: Path, folder: Path) -> str:
-    """A path as it is from a folder; `..` leads out of where the folder is, not of a link to it."""
+    """A path relative to a folder; links to the folder are resolved, so `..` leaves its target."""
     resolved = path.parent.resolve() / path.name  # a link in the folder keeps its own name
     return Path(os.path.relpath(resolved, folder.resolve())).as_posix()
 
@@ -214,7 +214,7 @@ def _name(text: str, taken: set[str]) -> str:
 
 
 def _text(value: str) -> str:
-    """A string in YAML: bare if that is safe, else in quotes, with escapes for what is no text."""
+    """A string in YAML: bare if that is safe, else in quotes, with escapes."""
     is_safe = re.fullmatch(r"[A-Za-z][A-Za-z0-9_./:@-]*[A-Za-z0-9_/]", value)
     if is_safe:
         return value
@@ -223,5 +223,5 @@ def _text(value: str) -> str:
 
 
 def _line(text: str) -> str:
-    """Text from strangers as a YAML comment: on one line, without control characters."""
+    """Untrusted text for a YAML comment: on one line, without control characters."""
     return " ".join("".join(c if c.isprintable() else " " for c in text).split())[:300]

@@ -1,4 +1,4 @@
-"""The section `gates` of a recipe: how gates are made."""
+"""The section `gates` of a recipe: the fit of the gates."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ class MixedSection(Section):
     """Prompts with examples of several experts: gates learn to switch inside them."""
 
     n: Annotated[int, Field(ge=2, le=50)]
-    """How many examples are in a prompt."""
+    """The number of examples in a prompt."""
     num_fewshot: Annotated[int, Field(ge=0, le=16)] = 0
     """Solved prompts of the same kind in each prompt, of other examples; the paper has two."""
 
@@ -25,7 +25,7 @@ Composites = Annotated[tuple[MixedSection, ...], Field(max_length=8), BeforeVali
 
 
 def numbers_of(composites: Sequence[MixedSection]) -> dict[str, tuple[int, ...]]:
-    """The same as two fields of a `RouterSpec`."""
+    """Two fields of a `RouterSpec` about mixed prompts."""
     solved = tuple(section.num_fewshot for section in composites)
     return {
         "composites": tuple(section.n for section in composites),
@@ -34,7 +34,7 @@ def numbers_of(composites: Sequence[MixedSection]) -> dict[str, tuple[int, ...]]
 
 
 class _Common(Section):
-    """What both methods take: what gates are fitted to."""
+    """The keys of both methods: the data that gates are fitted to."""
 
     method: str
     examples_per_expert: Annotated[int, Field(ge=2, le=1_000_000)] = 64
@@ -49,13 +49,13 @@ class _Common(Section):
     system_prompts: (
         Annotated[tuple[Annotated[str, Field(max_length=20_000)], ...], Field(max_length=64)] | None
     ) = None
-    """System prompts of every other example. Default: with `opening: shared` or `share: turn` 24
+    """System prompts for every second example. Default: with `opening: shared` or `share: turn` 24
     that ship with the program, else none."""
     spans: Annotated[str, Field(max_length=4096)] = ""
     """`jsonl:<file>` of examples whose parts belong to different experts."""
     pool: Annotated[str, Field(max_length=4096)] = ""
-    """`jsonl:<file>` of {"prompt"}, without labels. Experts without examples get those prompts on
-    which their updates are larger than on others."""
+    """`jsonl:<file>` of {"prompt"}, without labels. Experts without examples get the prompts on
+    which their updates are unusually large."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0
     """Seed of the mixed prompts and of the order of training."""
 
@@ -66,7 +66,7 @@ class CalibrateSection(_Common):
     method: Literal["calibrate"] = "calibrate"
     """`calibrate`: one forward sweep. `joint`: gradient descent."""
     by_layer: bool | None = None
-    """Read the base from the disk one layer at a time, with the same gates. Default: if base and
+    """Read the base from the disk one layer at a time, for the same gates. Default: if base and
     experts take more than 0.6 of the memory."""
 
 
@@ -89,13 +89,13 @@ class JointSection(_Common):
     warmup_ratio: Annotated[float, Field(ge=0, le=1)] = 0.005
     """Share of the steps in which the learning rate rises."""
     gate_loss_weight: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 50.0
-    """Weight of the gate loss, a mean over all gates. A gate gets a hundredth of it or less, so at
-    50 the labels and the language model's loss count about the same for a gate. With `top_k: 1`
+    """Weight of the gate loss, a mean over all gates. One gate gets a hundredth of it or less, so
+    at 50 the labels and the language model's loss count about the same for a gate. With `top_k: 1`
     only the labels train the gates, at any weight."""
     max_grad_norm: Annotated[float, Field(gt=0, le=1e6, allow_inf_nan=False)] = 0.3
     """A gradient with a larger norm is scaled down to this one."""
     checkpoint_every: Count = 100
-    """Steps between two training checkpoints, from which a stopped run goes on."""
+    """Steps between two training checkpoints, from which a stopped run continues."""
     processes: Annotated[int, Field(ge=1, le=1024)] | None = None
     """Processes that share each batch, through Accelerate. Default: one for each GPU."""
     sharded: bool = False

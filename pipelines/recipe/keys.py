@@ -1,4 +1,4 @@
-"""Every key of a recipe, read off the schema: its place, type, range, default and meaning."""
+"""List every key of a recipe from the schema: its place, type, range, default and meaning."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ BOUNDS = {
     "maxItems": "{} at most",
 }
 TIME = "time"
-"""The `format` of a length of time, which stands in the schema in seconds."""
+"""The `format` of a length of time; its default in the schema is in seconds."""
 
 
 @dataclass(frozen=True)
@@ -35,30 +35,31 @@ class Key:
     """A key of a recipe."""
 
     path: str
-    """Such as `benchmark.tasks.name`; keys in a list stand below the name of the list."""
+    """Such as `benchmark.tasks.name`; keys in a list come after the name of the list."""
     type: str
     needed: bool
-    """Whether its section has to have it."""
+    """Whether its section must have it."""
     default: str
-    """As in YAML; empty where there is none."""
+    """As in YAML; empty if there is none."""
     range: str
-    """Which values are allowed; empty where all of its type are."""
+    """The allowed values; empty if all of its type are allowed."""
     text: str
-    """What it means."""
+    """Its meaning."""
 
 
 def keys_of(section: type[BaseModel]) -> list[Key]:
     """Every key of a section and of the sections in it, in their order."""
     schema = section.model_json_schema()
-    found: dict[str, Key] = {}
+    by_path: dict[str, Key] = {}
     for key in _keys(schema, schema.get("$defs", {}), ""):
-        if (first := found.setdefault(key.path, key)).range != key.range:  # of two kinds of section
-            found[key.path] = replace(first, range=f"{first.range}, {key.range}")
-    return list(found.values())
+        first = by_path.setdefault(key.path, key)
+        if first.range != key.range:  # two kinds of a section have the key
+            by_path[key.path] = replace(first, range=f"{first.range}, {key.range}")
+    return list(by_path.values())
 
 
 def suggest(path: str, known: Sequence[str]) -> str:
-    """A clause with the key that a person may have meant; empty if none is like it.
+    """A clause with a similar key, for an error message; empty if there is none.
 
     Args:
         path: an unknown key, as in `Key.path`
@@ -68,8 +69,8 @@ def suggest(path: str, known: Sequence[str]) -> str:
     here = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == above}
     similar = [here[one] for one in get_close_matches(name, list(here), n=1)]
     elsewhere = [key for key in known if key.rpartition(".")[2] == name]
-    found = (similar or elsewhere)[:2]
-    return f" (did you mean {' or '.join(found)}?)" if found else ""
+    guesses = (similar or elsewhere)[:2]
+    return f" (did you mean {' or '.join(guesses)}?)" if guesses else ""
 
 
 def _keys(section: Mapping[str, Any], defs: Mapping[str, Any], above: str) -> Iterator[Key]:
@@ -97,10 +98,10 @@ def _keys(section: Mapping[str, Any], defs: Mapping[str, Any], above: str) -> It
 def _values(
     body: Mapping[str, Any], defs: Mapping[str, Any], within: str = ""
 ) -> Iterator[dict[str, Any]]:
-    """The schema of each kind of value: of a choice each one, and of a list what it holds.
+    """The schema of each kind of value: each choice of a union, and the items of a list.
 
     Args:
-        within: "list of " for what is in a list, which then stands under `within`
+        within: "list of " for items of a list; the schema then has it as `within`
     """
     if "$ref" in body:
         yield from _values(defs[body["$ref"].rpartition("/")[2]], defs, within)
@@ -128,7 +129,7 @@ def _type(value: Mapping[str, Any]) -> str:
 
 
 def _kind(section: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]) -> str:
-    """The start of a text on a key that only one of several kinds of a section has."""
+    """The start of the text of a key that only one of several kinds of a section has."""
     constants = {n: v["const"] for n, v in section["properties"].items() if "const" in v}
     if len(choices) < 2 or not constants:
         return ""

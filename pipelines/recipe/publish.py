@@ -1,4 +1,4 @@
-"""The section `publish` of a recipe: where its model is published, and on what terms."""
+"""The section `publish` of a recipe: the repository of its model, and the allowed licences."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from pipelines.recipe.benchmark import Section
 NOT_IN_TAGS = re.compile(r"[\x00-\x20\x7f~^:?*\[\\]|\.\.|@\{")
 MAIN = "main"
 STAGING = "meteora-staging-"
-"""How the names of our own branches begin. A branch with such a name may be removed."""
+"""The beginning of the names of our own branches. A branch with such a name may be removed."""
 
 
 def is_tag(name: str) -> bool:
-    """Whether git takes a name for a tag, and no branch of a publication has it."""
+    """Whether git allows a name for a tag, and no branch of a publication has it."""
     if name == MAIN or name.startswith(STAGING):
         return False
     parts = name.split("/")
@@ -27,14 +27,14 @@ def is_tag(name: str) -> bool:
 
 
 class PublishSection(Section):
-    """Where the finished model is published. Without this section it is not."""
+    """The repository for the finished model. Without this section it is not published."""
 
     repo: str
     """`owner/name` on the Hub; created if missing."""
     private: bool = True
     """Whether only its owner sees it."""
     tag: str = ""
-    """A tag for one model: if the Hub has it at another model, nothing is published. Default: a
+    """A tag for one model: if another model has it on the Hub, nothing is published. Default: a
     hash of the content, which differs between models."""
     allow_licences: tuple[str, ...] = ()
     """Licences to allow that otherwise stop a publication; `none`: adapters without a licence."""

@@ -1,4 +1,4 @@
-"""The recipe: what a person asks for, read from YAML and checked."""
+"""The recipe: a YAML file that describes a run; it is read and checked here."""
 
 from __future__ import annotations
 
@@ -28,16 +28,16 @@ from pipelines.recipe.publish import PublishSection  # noqa: TC001  (pydantic re
 
 LONGEST_NAME = 64
 NUMBERS = ("int_type", "float_type", "bool_type")
-"""Pydantic's errors where a number, or true or false, is needed."""
+"""Pydantic's error types for a value that must be a number, or true or false."""
 KINDS = {
     "tuple_type": "Input should be a list",
     "model_type": "Input should be a section, with keys of its own",
 }
-"""Better words for pydantic's errors about a tuple, and about an instance of a class."""
+"""Clearer messages for pydantic's errors about a tuple, and about an instance of a class."""
 MOST_FAULTS = 20
-"""Faults of one recipe that a message names."""
+"""Most faults of a recipe in one message."""
 AUTO = "auto"
-"""Examples that the adapter's own card names, or that it writes itself."""
+"""Examples from the adapter's card, or written by the adapter itself."""
 NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{LONGEST_NAME - 1}}}")
 NAME_RULE = (
     f"may hold letters from a to z, digits, '_', '.' and '-', at most {LONGEST_NAME}, and begins"
@@ -60,7 +60,7 @@ class ExpertSection(Section):
     adapter: str
     """`owner/name`, `owner/name@<commit, tag or branch>`, or `path:<folder>`."""
     subfolder: str = ""
-    """The adapter's folder inside the repository or folder, where it is not at the top."""
+    """The adapter's folder inside the repository or folder, if it is not at the top."""
     examples: str | None = None
     """`jsonl:<file>` of {"prompt", "response"}; a gate needs them. `auto`: rows of a data set that
     the adapter's card names; if there is none (and no `gates.pool`), prompts that the adapter
@@ -68,7 +68,7 @@ class ExpertSection(Section):
     test: str | None = None
     """Held-out rows; they are a benchmark task with this expert's name."""
     metric: str | tuple[str, ...] = "exact_match"
-    """How answers are scored: one metric or more; tables show the first."""
+    """The score of answers: one metric or more; tables show the first."""
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
     """Greatest length of an answer. Default: as in `benchmark`."""
 
@@ -89,15 +89,15 @@ class DiscoverSection(Section):
     """Adapters to find on the Hub, most downloaded first."""
 
     base: str = ""
-    """The `owner/name` that their cards give as their base. Default: the recipe's base."""
+    """The `owner/name` that their cards name as their base. Default: the recipe's base."""
     tags: tuple[str, ...] = ()
-    """Tags that each must have on the Hub."""
+    """Tags that each adapter must have on the Hub."""
     limit: Annotated[int, Field(ge=1, le=256)] = 20
     """Greatest number of adapters."""
 
 
 class HubSection(Section):
-    """Which Hub is used, and who gets the saved token."""
+    """The Hub, and the repositories to which the saved token is sent."""
 
     endpoint: str = ""
     """The URL of the Hub. Default: `HF_ENDPOINT`, or huggingface.co."""
@@ -114,46 +114,47 @@ class RouterSection(Section):
     """How tokens are routed to experts."""
 
     kind: Literal["gate", "prompt", "arrow", "norm", "uniform"] = "gate"
-    """`gate` is fitted to examples and routes each token. Without examples `prompt` gives each
-    prompt the expert whose updates stand out on it, `arrow` and `norm` route each token by the
-    weights, and `uniform` is the mean."""
+    """`gate` is fitted to examples and routes each token. Without examples, `prompt` routes each
+    prompt to the expert with unusually large updates on it, `arrow` and `norm` route each token by
+    the weights, and `uniform` is the mean."""
     top_k: Annotated[int, Field(ge=1, le=MAX_EXPERTS)] = 1
     """Number of experts for each token."""
     temperature: Temperature = 1.0
     """Temperature of the softmax over the chosen experts' logits."""
     margin: Annotated[float, Field(ge=0, le=MAX_MARGIN, allow_inf_nan=False)] | None = None
-    """Chosen experts get no weight if their logit is more than this below the best, in nats."""
+    """A chosen expert gets no weight if its logit is more than this below the best, in nats."""
     opening: Literal["prompt", "own", "shared"] = "shared"
-    """How tokens are routed that do not show the task, such as a system prompt. `shared`: to all
+    """The route of tokens that do not show the task, such as a system prompt. `shared`: to all
     experts together, each with weight 1 / E. `own`: each token by itself. `prompt`: by the prompt
     that follows; then answers depend on the cache, the chunks and the prefix."""
     null: bool = False
     """Whether the base without an expert is one of the choices."""
     share: Literal["module", "point", "layer", "token", "turn"] = "point"
-    """What one gate decides for: a module, modules with one input (`point`), a layer, or all layers
-    from a third of the depth on (`token`). `turn`: each question as a whole decides for its turn of
-    a conversation, with its answer; then answers depend on the chunks and the prefix."""
+    """The modules that share one gate: none (`module`), modules with one input (`point`), a layer,
+    or all layers from a third of the depth on (`token`). `turn`: as `point`, but each question as a
+    whole decides for its turn of a conversation, with its answer; then answers depend on the chunks
+    and the prefix."""
     without_examples: Literal["refuse", "arrow", "norm"] = "refuse"
-    """What to do with an expert without examples: refuse the recipe, or route to it by its weights,
-    as this router does."""
+    """For an expert without examples: refuse the recipe, or route to it by its weights, as this
+    kind of router does."""
 
     def options(self, stand_ins: tuple[str, ...], *, fitted: bool) -> RouterOptions:
-        """How the model is asked to route.
+        """The routing options of the model.
 
         Args:
             stand_ins: the experts without examples
-            fitted: whether gates are fitted at all
+            fitted: whether gates are fitted
         """
-        found = RouterOptions(**self.model_dump(exclude={"without_examples"}))
+        options = RouterOptions(**self.model_dump(exclude={"without_examples"}))
         if not fitted:
-            return replace(found, opening="own", share="module")
-        if found.share == "turn":
-            found = replace(found, opening="prompt")
+            return replace(options, opening="own", share="module")
+        if options.share == "turn":
+            options = replace(options, opening="prompt")
         if not stand_ins:
-            return found
-        share = found.share if found.share == "turn" else "module"
+            return options
+        share = options.share if options.share == "turn" else "module"
         stand_in = self.without_examples
-        return replace(found, share=share, stand_in=stand_in, stand_ins=stand_ins)
+        return replace(options, share=share, stand_in=stand_in, stand_ins=stand_ins)
 
     @model_validator(mode="after")
     def _a_turn_has_its_opening(self) -> Self:
@@ -169,9 +170,9 @@ class PolicySection(Section):
     """What to do with adapters that are not sound."""
 
     modules_to_save: Literal["refuse", "strip"] = "refuse"
-    """What to do with an adapter that has whole modules beside the LoRA."""
+    """For an adapter with whole modules beside the LoRA: refuse it, or leave the modules out."""
     unreachable_base: Literal["warn", "refuse"] = "warn"
-    """What to do if an adapter names a different base that cannot be compared with ours."""
+    """For an adapter that names another base which cannot be compared with ours."""
     on_refused: Literal["fail", "skip"] = "fail"
     """Whether a refused adapter ends the run, or is left out."""
 
@@ -193,7 +194,7 @@ Seconds = Annotated[
 
 
 class DeadlinesSection(Section):
-    """After what time a stage is stopped, so that no stage blocks a schedule.
+    """The time after which a stage is stopped, so that no stage blocks a schedule.
 
     Requests to the Hub have separate limits.
     """
@@ -211,14 +212,14 @@ class DeadlinesSection(Section):
 
 
 class Recipe(Section):
-    """Everything that a person can ask of a run."""
+    """All settings of a run."""
 
     base: str
     """`owner/name`, `owner/name@<commit, tag or branch>`, `path:<folder>`, or
     `gguf:<python package>/<file>`."""
     quantise: Literal["4bit", "8bit"] | None = None
-    """Load the base with linear layers of 4 or 8 bits, by bitsandbytes. Gates are fitted to this
-    base, and it is measured. Default: as in its files."""
+    """Load the base with linear layers of 4 or 8 bits, by bitsandbytes. Gates and measurements use
+    this base. Default: as in its files."""
     expert_cache_bytes: Annotated[int, Field(ge=0)] | None = None
     """Leave the experts in their file, and keep at most this many bytes of them on the device, the
     last used ones. Default: all are on the device."""
@@ -229,17 +230,17 @@ class Recipe(Section):
     router: RouterSection = RouterSection()
     """How tokens are routed to experts."""
     gates: GatesSection = CalibrateSection()
-    """How gates are made, where `router.kind` is `gate`."""
+    """The fit of the gates, if `router.kind` is `gate`."""
     benchmark: BenchmarkSection = BenchmarkSection()
-    """What is measured, and what it is compared with."""
+    """The measurements, and the systems to compare with."""
     publish: PublishSection | None = None
-    """Where the finished model is published. Without this section it is not."""
+    """The repository for the finished model. Without this section it is not published."""
     policy: PolicySection = PolicySection()
     """What to do with adapters that are not sound."""
     hub: HubSection = HubSection()
-    """Which Hub is used, and who gets the saved token."""
+    """The Hub, and the repositories to which the saved token is sent."""
     deadlines: DeadlinesSection = DeadlinesSection()
-    """After what time a stage is stopped; downloads have separate limits."""
+    """The time after which a stage is stopped; downloads have separate limits."""
 
     @property
     def task_names(self) -> list[str]:
@@ -260,12 +261,12 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _only_gates_learn(self) -> Self:
-        asked = self.router.model_fields_set - {"kind", "top_k", "temperature"}
+        for_gates = self.router.model_fields_set - {"kind", "top_k", "temperature"}
         if self.router.kind == "prompt":
-            asked -= {"null"}
-        if self.router.kind != "gate" and asked:
+            for_gates -= {"null"}
+        if self.router.kind != "gate" and for_gates:
             raise ValueError(
-                f"router.{min(asked)} is for gates; take it out, or choose `kind: gate`"
+                f"router.{min(for_gates)} is for gates; take it out, or choose `kind: gate`"
             )
         return self
 
@@ -323,8 +324,9 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _a_pool_is_used(self) -> Self:
-        surely = [one.examples not in {None, "", AUTO} for one in self.experts]  # a card may fail
-        if self.gates.pool and self.discover is None and all(surely):
+        # `auto` does not count: a card may name no usable examples
+        have_examples = [one.examples not in {None, "", AUTO} for one in self.experts]
+        if self.gates.pool and self.discover is None and all(have_examples):
             raise ValueError(
                 "gates.pool is for experts without examples, and every expert has some; take it"
                 " out, or take out the examples of those that are to get theirs from it"
@@ -372,10 +374,10 @@ class Recipe(Section):
         """Check a recipe.
 
         Args:
-            path: Where it was read, for error messages.
+            path: Its file, for error messages.
 
         Raises:
-            RecipeError: It is not readable, or faulty; each fault is named with its place.
+            RecipeError: It cannot be read, or has faults; the message names each with its place.
         """
         try:
             body = parse_yaml(text.decode(), typed=True)
@@ -385,10 +387,10 @@ class Recipe(Section):
             raise RecipeError(f"{path}: not readable as YAML: {error}") from error
         if not isinstance(body, dict):
             raise RecipeError(f"{path}: a recipe is a mapping with `base` and `experts`")
-        # of an emptied section only its name is left
-        given = {key: v for key, v in body.items() if v is not None or key not in cls.model_fields}
+        # a section whose keys are all commented out is null
+        sections = {k: v for k, v in body.items() if v is not None or k not in cls.model_fields}
         try:
-            return cls.model_validate(_tuples(given))
+            return cls.model_validate(_tuples(sections))
         except ValidationError as error:
             raise RecipeError(f"{path}: {explain(error)}") from error
 
@@ -429,16 +431,16 @@ def explain(error: ValidationError) -> str:
             path = ".".join(step for step in steps if not step.isdecimal())
             parts.append(f"unknown key {place:.200}{suggest(path, paths)}")
         else:
-            said = KINDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
-            given = f" (given: {fault['input']!r:.60})"
+            message = KINDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
+            value = f" (given: {fault['input']!r:.60})"
             if fault["type"] in {"missing", "value_error"}:
-                given = ""
+                value = ""
             elif fault["type"] == "too_long":
                 length, most = (fault["ctx"][key] for key in ("actual_length", "max_length"))
-                said, given = f"has {length:,} items; at most {most:,}", ""
+                message, value = f"has {length:,} items; at most {most:,}", ""
             elif fault["type"] in NUMBERS and _is_number(fault["input"]):
-                given = f" (given: the text {fault['input']!r:.60}; write it without quotes)"
-            parts.append(f"{place}: {said}{given}")
+                value = f" (given: the text {fault['input']!r:.60}; write it without quotes)"
+            parts.append(f"{place}: {message}{value}")
     more = len(faults) - len(parts)
     return "; ".join([*parts, *([f"and {more:,} more faults"] if more else [])])
 
@@ -453,8 +455,8 @@ def _is_number(value: object) -> bool:
 
 def shipped() -> dict[str, Path]:
     """The recipes that come with the program, by the name that `meteora run` takes."""
-    found = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
-    return {"quickstart": SHIPPED / "quickstart" / "recipe.yaml", **found}
+    others = {path.stem: path for path in sorted(SHIPPED.glob("*.yaml"))}
+    return {"quickstart": SHIPPED / "quickstart" / "recipe.yaml", **others}
 
 
 def find_shipped(name: str) -> Path:
@@ -463,13 +465,13 @@ def find_shipped(name: str) -> Path:
     Raises:
         RecipeError: There is none of this name.
     """
-    there = shipped()
-    if name not in there:
+    recipes = shipped()
+    if name not in recipes:
         raise RecipeError(
-            f"there is no shipped recipe {name!r}{did_you_mean(name, there)}; there are"
-            f" {', '.join(there)}"
+            f"there is no shipped recipe {name!r}{did_you_mean(name, recipes)}; there are"
+            f" {', '.join(recipes)}"
         )
-    return there[name]
+    return recipes[name]
 
 
 def locate(name: str) -> Path:

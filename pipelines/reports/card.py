@@ -17,9 +17,9 @@ if TYPE_CHECKING:
     from pipelines.reports.summary import Summary
 
 METHODS = {"calibrate": "calibrated", "joint": "trained by gradient descent"}
-"""How gates were made, by the method's name in a recipe."""
+"""A sentence on the fit of the gates, by the method's name in a recipe."""
 NAME_PLACEHOLDER = "FOLDER_OR_HUB_ID"
-"""What the code on a card loads, until the model is published under a name."""
+"""The model in the code of a card, until it is published under a name."""
 MISSED = 0.5
 """An expert is missed by its router if it has less than this share of its own tokens."""
 PAPER = "[MeteoRA](https://arxiv.org/abs/2405.13053)"
@@ -214,7 +214,7 @@ def turn_tables(summary: Summary) -> list[tuple[list[str], list[list[str]], str]
 
 
 def method_lines(summary: Summary) -> list[str]:
-    """How the scores of the table were measured, in one or two sentences."""
+    """The settings of the scores in the table, in one or two sentences."""
     scores = [score for row in summary.scores.values() for score in row.values()]
     if not scores:
         return []
@@ -226,7 +226,7 @@ def method_lines(summary: Summary) -> list[str]:
     for system in {score.spec.system_prompt for score in scores} - {None}:
         asked.add(f"under the system prompt {system!r}" if system else "without a system prompt")
     specs = [row["fused"].spec for row in summary.scores.values()]
-    given = {one.task: one.num_fewshot for one in specs if one.num_fewshot}  # once for all metrics
+    given = {one.task: one.num_fewshot for one in specs if one.num_fewshot}  # metrics share it
     apart = " and ".join(f"{task} ({shots(n)})" for task, n in given.items())
     prompts = f"zero-shot but for {apart}" if apart else "zero-shot"
     how = ", ".join(["greedy", prompts, *sorted(asked), first.harness])
@@ -254,13 +254,13 @@ def method_lines(summary: Summary) -> list[str]:
 
 
 def _has_answers(score: Score) -> bool:
-    """Whether it is of answers: not of choices, and not of a task of lm-eval's own."""
+    """Whether a score rates written answers: not choices, and not a task of lm-eval's own."""
     metric = METRICS.get(score.spec.metric)
     return score.mean_prompt_tokens is not None and not (metric and metric.of_choices)
 
 
 def _missed_line(summary: Summary, missed: Sequence[str]) -> str:
-    """What to do about experts whose tokens go to others."""
+    """The advice for experts whose tokens go to others."""
     kind = summary.gates.spec.options.kind
     more = "Give more examples" if kind == "gate" else "Give examples to a router of kind gate"
     return (
@@ -270,7 +270,7 @@ def _missed_line(summary: Summary, missed: Sequence[str]) -> str:
 
 
 def routing_lines(summary: Summary) -> list[str]:
-    """How often tokens were sent to their own expert, and which were not; empty if not measured."""
+    """Sentences on the routing accuracy and on missed experts; empty if not measured."""
     if summary.routing is None:
         return []
     routing = summary.routing
@@ -294,7 +294,7 @@ def _abstention_line(found: Abstention) -> str:
 
 
 def example_lines(gates: RouterBuild) -> list[str]:
-    """Where examples come from that are no files of a recipe's, in sentences."""
+    """Sentences on the sources of examples that are no files of a recipe."""
     lines = []
     if gates.hub_examples:
         lines.append(f"Examples of the Hub: {', '.join(map(_code, gates.hub_examples))}.")
@@ -312,7 +312,7 @@ def example_lines(gates: RouterBuild) -> list[str]:
 
 
 def stand_in_lines(names: Sequence[str], stand_in: str) -> list[str]:
-    """Which experts had no examples, in one sentence; empty if all had some.
+    """One sentence that names the experts without examples; empty if all had some.
 
     Args:
         names: of the experts without examples
@@ -339,7 +339,7 @@ def loss_lines(summary: Summary) -> list[str]:
 
 
 def speed_lines(summary: Summary) -> list[str]:
-    """What routing costs in time and memory, in sentences; empty if not measured."""
+    """Sentences on the time and memory of routing; empty if not measured."""
     made = summary.speed
     if made is None:
         return []
@@ -376,5 +376,5 @@ def _router(manifest: Manifest) -> str:
 
 
 def _code(text: str) -> str:
-    """Untrusted text as inline code, so that no markup in it takes effect."""
+    """Untrusted text as inline code, so its markup has no effect."""
     return f"`{text.replace('`', '').replace('|', '')}`"

@@ -39,9 +39,9 @@ if TYPE_CHECKING:
 UPRIGHT = 26
 """Below this width in pixels, columns have vertical names: diagonal names would touch."""
 LONGEST = 24
-"""Characters of a name."""
+"""The most characters of a name in a chart."""
 NUMBERED = 16
-"""Heat maps with more columns have no room for numbers in the cells."""
+"""The most columns of a heat map with numbers in its cells."""
 MARKS = {
     "fused": Mark(ACCENT, "o", 7, filled=True),
     "oracle": Mark(SECOND, "D", 6, filled=False),
@@ -50,9 +50,9 @@ MARKS = {
     "B": Mark(ACCENT, "o", 7, filled=True),
     "B minus A": Mark(ACCENT, "o", 7, filled=True),
 }
-"""Systems with a mark of their own, and the two checkpoints of a page on both."""
+"""The marks of some systems, and of the two checkpoints of a page on both."""
 DASHES = ("-", "--", ":", "-.", (0, (6, 2, 1, 2, 1, 2)))
-"""Of thin lines, in their order, so that those of one colour can be told apart."""
+"""The dashes of thin lines, in their order; they distinguish lines of one colour."""
 FEW = 5
 """A forest plot with more systems has its lines closer together."""
 OTHERS = [Mark(SOFT, shape, 5.5, filled=False) for shape in "^vsPX<>*"]
@@ -77,7 +77,7 @@ def system_marks(systems: Sequence[str]) -> dict[str, Mark]:
 
 
 def name_in_chart(name: str, most: int = LONGEST) -> str:
-    """A name with at most so many characters: its end stays, by which long names often differ."""
+    """A name cut in the middle to `most` characters: long names often differ at their end."""
     plain = shortened(name, len(name))
     end = most // 2
     return plain if len(plain) <= most else f"{plain[: most - end - 1]}…{plain[-end:]}"
@@ -89,7 +89,7 @@ def forest_plot(
     """Scores with their intervals: a block for each task, in it a line for each system.
 
     Args:
-        signed: whether they are differences, so that a line stands at zero
+        signed: whether the values are differences; then the plot has a line at zero
     """
     systems = list(dict.fromkeys(interval.system for interval in intervals))
     tasks = list(dict.fromkeys(interval.task for interval in intervals))

@@ -24,12 +24,12 @@ if TYPE_CHECKING:
 MAX_NEW_TOKENS = 128
 """Longer traces are hard to read."""
 JUDGING = {*METRICS, RIGHT, TURNS_RIGHT}
-"""Metrics that say how right an answer is. A row of outputs has its task's in their order."""
+"""Metrics that rate an answer. A row of outputs has those of its task, in the task's order."""
 
 
 @dataclass(frozen=True)
 class Example:
-    """A test prompt, and how it was asked."""
+    """A test prompt, its right answer, and the settings of its measurement."""
 
     task: str
     prompt: str
@@ -38,11 +38,11 @@ class Example:
     templated: bool
     """Whether it was put into the tokenizer's chat template, if there is one."""
     max_new_tokens: int
-    """Of each answer."""
+    """The limit of each answer."""
     dialogue: Dialogue | None = None
-    """Of a conversation: its questions; the prompt is then the last of them."""
+    """For a conversation, its questions; the prompt is then the last of them."""
     value: float | None = None
-    """Of the recorded answer, by the task's first metric; None where none is recorded."""
+    """The recorded answer's value by the task's first metric; None if none is recorded."""
 
     @property
     def caption(self) -> str:

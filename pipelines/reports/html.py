@@ -15,7 +15,7 @@ from meteora.artifacts import MeteoraError
 
 
 class PageError(MeteoraError):
-    """A page cannot be written to the path that was asked for."""
+    """A page cannot be written to the chosen path."""
 
 
 @cache
@@ -30,12 +30,12 @@ def _templates() -> Environment:
 
 
 def render(template: str, context: Mapping[str, object]) -> str:
-    """One self-contained page, of a file in `templates`; a variable that is missing is an error."""
+    """One self-contained page, from a file in `templates`; a missing variable is an error."""
     return _templates().get_template(template).render(context)
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a path where no file can be written, before the work of making the page.
+    """Refuse a path where no file can be written, before the page is made.
 
     Raises:
         PageError: the path is a folder, or its folder is missing or read-only.
@@ -45,7 +45,7 @@ def check_writable(path: Path) -> None:
 
 
 def write_notebook(path: Path, home: Path) -> None:
-    """Write the notebook over the ledger of a home; a file that is there is left alone.
+    """Write the notebook over the ledger of a home; an existing file is not replaced.
 
     Raises:
         PageError: there is a file already, or none can be written.

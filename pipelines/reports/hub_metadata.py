@@ -46,7 +46,7 @@ LICENCES = {
     "fair-noncommercial-research-license", "llama2", "llama3", "llama3.1", "llama3.2", "llama3.3",
     "llama4", "grok2-community", "gemma", "unknown",
 }  # fmt: skip
-"""What the Hub takes as a licence besides `other`, in May 2026; a card with another is refused."""
+"""The licences of the Hub besides `other`, in May 2026; it refuses a card with another one."""
 NAME_OF_LICENCE = re.compile(r"[a-z0-9.-]+")
 EVAL_RESULTS = ".eval_results/meteora.yaml"
 """The leaderboards' file, relative to the checkpoint's folder."""
@@ -92,9 +92,9 @@ def hub_ids(manifest: Manifest) -> list[str]:
 
 
 def shared_licence(manifest: Manifest) -> dict[str, Any]:
-    """The licence that all parts share; `other` where they differ, and the card lists them.
+    """The licence that all parts share; `other` if they differ, and the card lists them.
 
-    The Hub knows licences by names in small letters. One that it does not know is `other`, too.
+    The Hub names licences in small letters. A licence that it does not know is `other`, too.
     """
     stated = [manifest.base.licence, *(expert.licence for expert in manifest.experts)]
     if not any(stated):
@@ -107,12 +107,12 @@ def shared_licence(manifest: Manifest) -> dict[str, Any]:
 
 
 def shots(num_fewshot: int) -> str:
-    """How many solved examples were in each prompt."""
+    """The number of solved examples in each prompt, in words."""
     return f"{num_fewshot}-shot" if num_fewshot else "zero-shot"
 
 
 def write_eval_results(tasks: Sequence[TaskSection], summary: Summary) -> str:
-    """The text of `EVAL_RESULTS`; empty where the recipe puts no task on a leaderboard.
+    """The text of `EVAL_RESULTS`; empty if the recipe puts no task on a leaderboard.
 
     Shares of right rows become percent, as the leaderboards show them.
     """

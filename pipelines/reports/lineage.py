@@ -1,4 +1,4 @@
-"""The lineage of a checkpoint as a graph: base and adapters, then what was made of them, in order.
+"""The lineage of a checkpoint as a graph: base and adapters, then the artifacts made of them.
 
     base       ─┐
     adapter 1  ─┼▶ stack ─▶ router ─▶ checkpoint ─▶ scores
@@ -36,11 +36,11 @@ if TYPE_CHECKING:
 
 
 MOST = 14
-"""Adapters that are shown; of more, the last line has their number."""
+"""The most lines for adapters; if there are more, the last line has the number of the others."""
 LINE, BOX, GAP = 23, 58, 26
-"""Heights of an adapter and of a box, and the room between boxes, in CSS pixels."""
+"""Heights of an adapter and of a box, and the space between boxes, in CSS pixels."""
 DIGITS = 12
-"""Of an id."""
+"""The digits of an id to show."""
 
 
 @dataclass(frozen=True)
@@ -100,7 +100,7 @@ def lineage_graph(results: Mapping[str, QueryResult]) -> Markup:
             _draw_box(axes, box, number, small=number < len(items))
         ends = [steps[1] if i >= len(items) - len(before) else steps[0] for i in range(len(items))]
         for number, (item, end) in enumerate(zip(items, ends, strict=True)):
-            # a router before this one leads past the stack, to the lower side
+            # the line of an earlier router passes the stack, to the lower side
             side = "bottom" if end is steps[1] and not tall else "left"
             _draw_edge(axes, item.at("right"), end.at(side), number, upward=side == "bottom")
         for number, (one, other) in enumerate(pairwise(steps), len(items)):
@@ -156,7 +156,7 @@ def _draw_edge(
     *,
     upward: bool = False,
 ) -> None:
-    """A curve with an arrow at its end, which it reaches from the left, or from below."""
+    """A curve with an arrow at its end; it arrives from the left, or from below if `upward`."""
     (x, y), (to_x, to_y) = start, end
     middle = (x + to_x) / 2
     bends = [(middle, y), (to_x, y) if upward else (middle, to_y)]

@@ -33,18 +33,18 @@ class QueryResult:
     name: str
     title: str
     sql: str
-    """With the router's id filled in."""
+    """The SQL, with the router's id."""
     answer: Answer
 
     @property
     def rows(self) -> list[dict[str, Any]]:
-        """Each row by its columns' names."""
+        """Each row as a mapping from column to value."""
         return [dict(zip(self.answer.columns, row, strict=True)) for row in self.answer.rows]
 
 
 @dataclass(frozen=True)
 class Comparison:
-    """The fused model against another system, over the tasks that both were measured on."""
+    """The fused model against another system, over the tasks with scores of both."""
 
     other: str
     better: tuple[str, ...]
@@ -73,7 +73,7 @@ def run_queries(ledger: Ledger, router_id: ArtifactId, called: str = "") -> dict
     """The result of every query, by its name.
 
     Args:
-        called: What a person calls the checkpoint, which the ledger may not know.
+        called: The person's name for the checkpoint, for the error message.
 
     Raises:
         ReportError: the id is not a router's, or the ledger has no scores of this router.
@@ -95,7 +95,7 @@ def run_queries(ledger: Ledger, router_id: ArtifactId, called: str = "") -> dict
 
 
 def ask_queries(ledger: Ledger, router_id: ArtifactId) -> dict[str, QueryResult]:
-    """The result of every query, by its name; without rows where nothing is recorded."""
+    """The result of every query, by its name; without rows if nothing is recorded."""
     results = {}
     for name, title, sql in load_queries():
         literal = sql.replace("$router", f"'{router_id}'")

@@ -26,10 +26,10 @@ FIGURES = (
 COMPARED = ("scores", "overall", "accuracy", "router", "stages", "speed", "lineage")
 """Queries whose results a page on two checkpoints shows for each."""
 LEAST_SHARE = 0.01
-"""Of an expert's tokens: another one that gets less has no place in the charts, unless it has rows
-of its own. Among hundreds of experts most have none."""
+"""A share of an expert's tokens. An expert without test rows is in the charts only if it receives
+this share of another expert's tokens or more; among hundreds of experts most do not."""
 BESIDE = {SHARED: "their mean", NULL: "the base"}
-"""What a router may choose beside experts, in words."""
+"""The choices of a router besides experts, in words."""
 ALL_MODULES = "all modules"
 """The name of the line over all modules of a layer."""
 
@@ -40,7 +40,7 @@ def report_page(
     """One self-contained HTML page.
 
     Args:
-        traces: each as `trace_figure` gives it, shown as examples
+        traces: the results of `trace_figure`, shown as examples
     """
     num_experts = len(results["experts"].rows)
     choices = [f"{num_experts} experts", *(BESIDE[name] for name in beside(results))]
@@ -182,7 +182,7 @@ def draw_charts(results: Mapping[str, QueryResult]) -> dict[str, Any]:
 
 
 def beside(results: Mapping[str, QueryResult]) -> list[str]:
-    """What tokens are sent to that is no expert: the mean of all, or the base."""
+    """The choices besides experts that tokens are routed to: the mean of all, or the base."""
     chosen = {row["chosen"] for row in results["confusion"].rows}
     return [name for name in BESIDE if name in chosen]
 

@@ -1,4 +1,4 @@
-"""Two checkpoints side by side: what differs in experts, router and scores. A is before, B after.
+"""Two checkpoints side by side: the differences in experts, router and scores. A is the older one.
 
 Experts, options and sizes come from the checkpoints' own files, the rest from the ledger.
 """
@@ -31,24 +31,24 @@ COSTS = (
     ("seconds", "time: {}", "{:.1f} s", 1),
     ("slowdown", "{}: time, × base", "{:.2f}", 1),
 )
-"""What a `Side` has of them, and how each is called and shown, in which unit."""
+"""The costs: attribute of `Side`, name on the page, number format, and divisor."""
 SHOWN = 16
-"""Characters of a revision or a hash."""
+"""The characters of a revision or a hash to show."""
 
 
 @dataclass(frozen=True)
 class Side:
-    """One of the two."""
+    """One of the two checkpoints."""
 
     label: str
     """`A` or `B`."""
     manifest: Manifest
     sizes: Mapping[str, int]
-    """Of its files of tensors, by name, in bytes."""
+    """The bytes of its files of tensors, by name."""
     results: Mapping[str, QueryResult]
-    """Of the queries of a report."""
+    """The results of a report's queries."""
     tasks: Sequence[str]
-    """All that it was asked."""
+    """All tasks with scores of it."""
 
     @property
     def name(self) -> str:
@@ -61,12 +61,12 @@ class Side:
 
     @property
     def by_expert(self) -> dict[str, float]:
-        """The same for the rows of each expert."""
+        """The share of tokens that reach their own expert, by expert."""
         return {row["expert"]: row["accuracy"] for row in self.results["accuracy"].rows}
 
     @property
     def seconds(self) -> dict[str, float]:
-        """How long the fit of its gates and each stage of its run took."""
+        """The seconds of the fit of its gates and of each stage of its run."""
         router = self.results["router"].rows
         fit = {"fit": router[0]["wall_seconds"]} if router else {}
         return fit | {row["stage"]: row["wall_seconds"] for row in self.results["stages"].rows}
@@ -78,17 +78,17 @@ class Side:
 
 
 class ExpertChange(NamedTuple):
-    """An expert of either side: its number on each, from 1, and how it differs."""
+    """An expert of either side: its number on each, from 1, and its change."""
 
     name: str
     a: int | None
     b: int | None
     change: str
-    """Empty where both have the same adapter."""
+    """Empty if both have the same adapter."""
 
 
 class ScoreRow(NamedTuple):
-    """One task and metric in which both were measured."""
+    """One task and metric with scores of both."""
 
     name: str
     """The task, with the metric if that is not its first, as in `Summary`."""
@@ -98,12 +98,12 @@ class ScoreRow(NamedTuple):
     difference: Difference
     """B minus A."""
     mark: str
-    """`+` where B is better beyond chance, `-` where it is worse, else empty."""
+    """`+` if B is better beyond chance, `-` if it is worse, else empty."""
 
 
 @dataclass(frozen=True)
 class SideBySide:
-    """Both, and how their scores on the same rows differ."""
+    """Both sides, and the differences of their scores on the same rows."""
 
     a: Side
     b: Side
@@ -127,7 +127,7 @@ class SideBySide:
 
     @property
     def options(self) -> list[tuple[str, Any, Any]]:
-        """What differs in base, router and gates: name, A's value, B's value."""
+        """The differences in base, router and gates: name, A's value, B's value."""
         a, b = (_options(side.manifest) for side in self.sides)
         return [
             (name, a.get(name), b.get(name))
@@ -152,7 +152,7 @@ class SideBySide:
 
     @property
     def unmeasured(self) -> dict[str, list[str]]:
-        """By label, the tasks that only the other one was asked."""
+        """The tasks that only the other side has scores on, by label."""
         common = {row.a.spec.task for row in self.rows}
         found = {
             side.label: [task for task in other.tasks if task not in common]
@@ -177,7 +177,7 @@ class SideBySide:
         ]
 
     def to_dict(self) -> dict[str, Any]:
-        """For programs."""
+        """All facts as JSON types, for programs."""
         return {
             **{side.label.lower(): _facts(side) for side in self.sides},
             "experts": [one._asdict() for one in self.experts],
@@ -268,7 +268,7 @@ def _place(name: str, experts: Mapping[str, ExpertEntry]) -> int | None:
 
 
 def _change(name: str, a: Mapping[str, ExpertEntry], b: Mapping[str, ExpertEntry]) -> str:
-    """How an expert differs, as a few words; empty if it does not."""
+    """The change of an expert in a few words; empty if there is none."""
     if name in a and name in b:
         one, other = a[name], b[name]
         if one.adapter_id == other.adapter_id:
@@ -285,7 +285,7 @@ def _source(expert: ExpertEntry) -> str:
 
 
 def _options(manifest: Manifest) -> dict[str, Any]:
-    """What a checkpoint's base, router and gates are, each under one name."""
+    """The values of a checkpoint's base, router and gates, by name."""
     base = {"base": manifest.base.repo_id, "base's revision": manifest.base.revision}
     gates = {f"gates: {name}": value for name, value in manifest.gates.items()}
     found = base | asdict(manifest.router) | gates | {"routed modules": len(manifest.modules)}

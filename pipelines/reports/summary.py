@@ -32,23 +32,23 @@ class Summary:
     """By task, then by system. A task's second metric has the key `task: metric`, and so on."""
     gates: RouterBuild
     routing: RoutingBuild | None
-    """None where no expert has test rows."""
+    """None if no expert has test rows."""
     sizes: Mapping[str, int]
     """Sizes of the stored files in bytes, by name."""
     own: frozenset[str] = frozenset()
-    """Tasks that are an expert's own: means are over them."""
+    """Tasks that belong to an expert: means are over them."""
     matrix: Mapping[str, Mapping[str, Score]] = field(default_factory=dict)
     """By task, then by expert: each alone on every task, if the recipe asks for it."""
     comparisons: Mapping[str, ComparisonBuild] = field(default_factory=dict)
     """The fused model against each other system, by its name."""
     speed: SpeedBuild | None = None
-    """None where the recipe does not ask for it."""
+    """None if the recipe does not ask for it."""
 
     @property
     def systems(self) -> list[str]:
-        """In the order of the table's columns: base, oracle, fused, then the others.
+        """Systems in the order of the table's columns: base, oracle, fused, then the others.
 
-        Without those that are asked conversations alone, which have a table of their own.
+        Systems of conversations only are left out; they have a table of their own.
         """
         rows = [row for task, row in self.scores.items() if task not in self.conversations]
         return _in_order(system for row in rows or self.scores.values() for system in row)

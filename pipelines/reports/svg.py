@@ -54,9 +54,9 @@ STYLE: dict[str, Any] = {
 NUMBERED_ID = re.compile(r' id="[\w.]+_\d+"')
 """Matplotlib's own ids of groups: equal in all figures, and nothing refers to them."""
 MARK_ID = re.compile(r'<g id="([a-z]+-\d+(?:-\d+)?)"')
-"""Our own of marks, such as `point-0-1`: equal in all figures of a page, where ids are unique."""
+"""Our own ids of marks, such as `point-0-1`: equal in all figures, but a page needs unique ids."""
 FONT = re.compile(r"font: ([\d.]+px)[^;\"]*|font-size: ([\d.]+px); font-family: [^;\"]*")
-"""In matplotlib up to 3.10, and in later versions."""
+"""The font of a text, as matplotlib up to 3.10 writes it, and as later versions do."""
 NO_TURN = re.compile(r' transform="rotate\(-?0 [^)]*\)"')
 LONG_NUMBER = re.compile(r"(\d+\.\d{3})\d+")
 EMPTY = re.compile(r"\s*<g/>|\s*<g>\s*</g>")
@@ -67,12 +67,12 @@ LEGEND_ROW = 18
 
 @dataclass(frozen=True)
 class Mark:
-    """How one system is drawn."""
+    """The mark of one system in a chart."""
 
     colour: str
     """One of the placeholder colours."""
     shape: str
-    """A marker of matplotlib."""
+    """The name of a marker in matplotlib."""
     size: float
     filled: bool
 
@@ -116,7 +116,7 @@ def draw_legend(figure: Figure, entries: Mapping[str, Mark], left: float) -> Non
 
 
 def draw_wide_and_narrow(draw: Callable[[int], Figure], name: str) -> Markup:
-    """Two SVG elements, of which the style sheet shows one.
+    """Two SVG elements, a wide and a narrow one; the style sheet shows one of them.
 
     Args:
         draw: makes the figure, given its width in CSS pixels

@@ -1,8 +1,8 @@
-"""Which expert each token went to: as coloured text in a terminal, and as a page of HTML.
+"""The expert of each token: as coloured text in a terminal, and as a page of HTML.
 
-Each expert has a colour, the same in a terminal and on a page; after eight they begin again, with
+Each expert has a colour, the same in a terminal and on a page; after eight the colours repeat, with
 another emphasis in a terminal and another line below the text on a page. Colour is never the only
-sign: a number stands where another expert begins.
+sign: at each change of the expert the text has its number.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ COLOURS = (
 LINES = ("solid", "dashed", "dotted", "double", "wavy")
 """CSS line styles: the ninth expert has the first colour again, with the next line."""
 EMPHASES = ("", "underline ", "italic ", "bold ", "bold underline ")
-"""The same in a terminal."""
+"""The emphases in a terminal, in place of line styles."""
 NAMED = (
     "bright_blue", "yellow", "green", "magenta", "cyan", "red", "white", "bright_yellow",
 )  # fmt: skip
-"""The nearest colours that a terminal with few colours has."""
+"""The nearest colours of a terminal with few colours."""
 DEPTH = 0.8
-"""The share of a token whose colour stands for all, where a terminal has too few for depths."""
+"""The share that sets the colour's depth for all tokens if a terminal has too few colours."""
 
 LONGEST_TITLE = 200
-"""Characters."""
+"""The most characters of a page's title."""
 
 
 def expert_style(expert: int) -> tuple[str, str]:
@@ -63,7 +63,7 @@ def tint(expert: int, weight: float) -> str:
 
 
 def terminal_style(expert: int, share: float, colours: str | None) -> str:
-    """An expert's style, as rich reads it; one for all its tokens unless all tints can be shown.
+    """An expert's style, as rich reads it; the same for all its tokens if tints cannot be shown.
 
     Args:
         share: of a token, 0 to 1; the larger, the deeper the colour
@@ -76,7 +76,7 @@ def terminal_style(expert: int, share: float, colours: str | None) -> str:
 
 
 def terminal_texts(trace: Trace, colours: str | None) -> list[Text]:
-    """Prompt, answer and legend. A number stands where another expert begins.
+    """Prompt, answer and legend, with a number at each change of the expert.
 
     Args:
         colours: as `terminal_style` takes them

@@ -1,4 +1,4 @@
-"""Compare two systems on the same rows: by how much they differ, and whether beyond chance."""
+"""Compare two systems on the same rows: the difference, its interval, and a test."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def compare(ledger: Ledger, spec: ComparisonSpec) -> ComparisonBuild:
             low=low,
             high=high,
             p_value=test(*values),
-            p_holm=0.0,  # of all tests together, below
+            p_holm=0.0,  # set below, once all p-values are known
             test="sign-flip" if graded else "mcnemar",
             num_samples=ours.num_samples,
         )
@@ -61,12 +61,12 @@ def values_of(ledger: Ledger, score: Score) -> list[float]:
 def scores_in_common(
     ledger: Ledger, subject_id: ArtifactId, other_id: ArtifactId, other_base_id: ArtifactId
 ) -> dict[str, list[tuple[Score, Score]]]:
-    """The scores of two subjects that were asked the same rows in the same way, by task.
+    """The scores of two subjects on the same rows with the same settings, by task.
 
-    A pair for each metric that both have; of several askings the last.
+    A pair for each metric that both have; if a task was measured several times, the last pairs.
 
     Args:
-        other_base_id: of the other subject; it may have another base
+        other_base_id: the other subject's base, which may be another one
     """
     ours = recorded_scores(ledger, subject_id)
     twins = [replace(one.spec, subject_id=other_id, base_id=other_base_id).id for one in ours]
@@ -81,7 +81,7 @@ def scores_in_common(
 
 
 def recorded_scores(ledger: Ledger, subject_id: ArtifactId) -> list[Score]:
-    """All scores of a subject, earliest first; without shares of attempts, which judge nothing."""
+    """All scores of a subject, earliest first; without shares of attempts, which rate no answer."""
     return ledger.scores(
         f"SELECT id FROM scores WHERE subject_id = '{subject_id}'"  # noqa: S608  (an id)
         f" AND metric <> '{ATTEMPTED}' ORDER BY recorded_at, record_sha256"

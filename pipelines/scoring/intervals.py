@@ -1,7 +1,7 @@
 """Confidence intervals of scores, and tests of whether two scores differ.
 
-Where each row is right or wrong: Wilson's interval (a bootstrap has no width at 0 and at 1) and
-McNemar's exact test. Where a row may be partly right: a bootstrap over rows, and sign flips.
+For rows that are right or wrong: Wilson's interval (a bootstrap has no width at 0 and at 1) and
+McNemar's exact test. For rows that may be partly right: a bootstrap over rows, and sign flips.
 Tests are paired: both systems answered the same rows.
 """
 
@@ -13,11 +13,11 @@ from collections.abc import Sequence
 import numpy as np
 
 Z95 = 1.959963984540054
-"""The 97.5 % quantile of the normal distribution: two sides make 95 %."""
+"""The 97.5 % quantile of the normal distribution, for two-sided 95 % intervals."""
 RESAMPLES = 9_999
-"""Of a bootstrap, and sign flips of a test."""
+"""Resamples of a bootstrap, and sign flips of a test."""
 ROUNDING = 1e-9
-"""Values that differ by no more are equal, as 0.3 - 0.2 and 0.8 - 0.7 are."""
+"""Values closer than this count as equal, such as 0.3 - 0.2 and 0.8 - 0.7."""
 
 
 def interval_of_mean(
@@ -27,7 +27,7 @@ def interval_of_mean(
 
     Args:
         values: of each row
-        graded: whether a row may be partly right: then by bootstrap
+        graded: whether a row may be partly right; then the method is the bootstrap
         seed: of the bootstrap
     """
     if not graded:
@@ -44,7 +44,7 @@ def wilson(successes: float, total: int) -> tuple[float, float]:
     scale = 1 + Z95**2 / total
     centre = (share + Z95**2 / (2 * total)) / scale
     half = Z95 / scale * math.sqrt(share * (1 - share) / total + Z95**2 / (4 * total**2))
-    low, high = min(share, centre - half), max(share, centre + half)  # rounding puts it outside
+    low, high = min(share, centre - half), max(share, centre + half)  # rounding can exclude `share`
     return max(0.0, low), min(1.0, high)
 
 
@@ -84,7 +84,7 @@ def bootstrap_median(values: Sequence[float]) -> tuple[float, float]:
 
 
 def standard_error(values: Sequence[float]) -> float:
-    """Of the mean: the standard deviation (n - 1) divided by √n; 0 for a single row."""
+    """The standard error of the mean: the sample standard deviation over √n; 0 for one row."""
     n = len(values)
     if n < 2:
         return 0.0
@@ -110,11 +110,11 @@ def sign_flip(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> 
     """
     apart = np.subtract(ours, theirs)
     apart = apart[np.abs(apart) > ROUNDING]
-    if len(apart) < 2:  # one row is as far from zero with either sign
+    if len(apart) < 2:  # either sign of a single difference is equally extreme
         return 1.0
     from scipy.stats import permutation_test  # noqa: PLC0415  (as above)
 
-    found = permutation_test(
+    result = permutation_test(
         (apart,),
         np.mean,
         permutation_type="samples",
@@ -123,7 +123,7 @@ def sign_flip(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> 
         vectorized=True,
         batch=max(1, 1_000_000 // len(apart)),  # all at once would fill the memory
     )
-    return float(found.pvalue)
+    return float(result.pvalue)
 
 
 def difference_interval(
@@ -163,8 +163,8 @@ def mean_difference(
 ) -> tuple[float, float, float]:
     """The mean of the differences on several tasks, with its 95 % interval: mean, low, high.
 
-    From the tasks' own intervals (MOVER, Zou and Donner 2008), so it has a width where no row of a
-    task differs. Tasks are not resampled: the interval holds for these tasks only.
+    It combines the tasks' own intervals (MOVER, Zou and Donner 2008), so it has a width even if no
+    row of a task differs. Tasks are not resampled: the interval holds for these tasks only.
 
     Args:
         differences: of each task the mean difference, and the ends of its 95 % interval

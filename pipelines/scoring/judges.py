@@ -1,7 +1,7 @@
-"""Whether recorded scores of mixed questions were judged as they would be now.
+"""Check that recorded scores of mixed questions used the metrics of the present recipe.
 
-The id of such a score says which questions were asked, not by which metric each was judged. So an
-expert's new metric would leave the old values under the new recipe.
+The id of such a score depends on the questions, but not on the metric of each. So after a change of
+an expert's metric, the old values would count for the new recipe.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 class JudgedError(MeteoraError):
-    """A recorded score was judged by another metric than the one that is asked for."""
+    """A recorded score used another metric than the recipe names now."""
 
 
 def check_judges(
@@ -30,8 +30,8 @@ def check_judges(
     Answers that are not on this disk, or damaged, are left out.
 
     Args:
-        asked: of each composite and conversation, the metric of each part; other tasks have none
-        scores: recorded ones of any tasks
+        asked: the metric of each part, by composite or conversation and by part
+        scores: recorded scores of any tasks
 
     Raises:
         JudgedError: a part has another metric now.
@@ -50,7 +50,7 @@ def check_judges(
 
 
 def _judges(ledger: Ledger, score: Score) -> dict[str, str]:
-    """The metric that judged each part of a score; empty where its answers do not say it."""
+    """The metric that judged each part of a score; empty if its answers do not state it."""
     from pyarrow import ArrowInvalid  # noqa: PLC0415  (slow to import; few recipes mix tasks)
 
     from pipelines.scoring.outputs import read_outputs  # noqa: PLC0415  (as above)

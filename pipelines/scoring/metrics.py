@@ -1,14 +1,14 @@
 """The value of an answer. Each metric is a pure function of one answer and its row.
 
-    exact_match     1 where the normalised texts are equal
-    numeric_match   1 where the last numbers are equal as numbers
+    exact_match     1 if the normalised texts are equal
+    numeric_match   1 if the last numbers are equal as numbers
     sentence_bleu   sacrebleu's sentence BLEU over 100, 0 to 1
     rouge1 rouge2 rougeL                          rouge-score's F1, 0 to 1
-    verified        1 where reasoning-gym's own scorer gives full credit
-    acc acc_norm    1 where the right choice has the largest log-likelihood, plain or per byte
+    verified        1 if reasoning-gym's own scorer gives full credit
+    acc acc_norm    1 if the right choice has the largest log-likelihood, plain or per byte
 
-An empty answer has value 0 and counts like any other. A row with several right answers gets the
-value of the nearest.
+An empty answer has value 0 and counts like any other. With several right answers the value is that
+of the nearest.
 """
 
 from __future__ import annotations
@@ -27,20 +27,20 @@ from pipelines.data.row_sources import reasoning_task
 from pipelines.data.rows import ExamplesError, Row
 
 RIGHT, ATTEMPTED = "composite_right", "composite_attempted"
-"""Metrics of composites: the shares of questions that were answered rightly, and at all."""
+"""Metrics of composites: the shares of questions with a right answer, and with any answer."""
 TURNS_RIGHT = "conversation_right"
 """The metric of conversations: the mean over the turns, each by the metric of its task."""
 NUMBER = re.compile(
     r"((?<!\d)[-+])?(\d[\d,]*|(?<![\d.])(?=\.\d))((?:\.\d+)?(?:[eE][-+]?\d{1,3}\b)?)"
 )
-"""Sign, whole part and the rest of a decimal number. Nothing in it is tried twice."""
+"""Sign, whole part and the rest of a decimal number. It does not backtrack."""
 GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+")
-"""A whole part with commas between thousands; other commas stand between numbers."""
+"""A whole part with commas between thousands; other commas separate numbers."""
 JOINED = re.compile(r"\d[/:]\d[\d,.]*\D*$")
-"""The last number of a text, where it is a part of a fraction or of a time."""
+"""A last number of a text that is a part of a fraction or of a time."""
 MINUS = {ord("\N{MINUS SIGN}"): "-", ord("\N{EN DASH}"): "-"}
 LONGEST_NUMBER = 1000
-"""Characters; an answer of more is no number."""
+"""The most characters of a number; a longer one counts as none."""
 WORD = re.compile(r"[^\W_]+")
 RUNS_ANSWERS = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(")
 """A scorer whose module calls one of these might run an answer as code."""
@@ -52,7 +52,7 @@ def normalise(text: str) -> str:
 
 
 def exact_match(output: str, row: Row) -> float:
-    """1 where the normalised texts are equal; a right answer with words around it gets 0."""
+    """1 if the normalised texts are equal; a right answer with words around it gets 0."""
     text = normalise(output)
     return float(bool(text) and any(text == normalise(answer) for answer in row.answers))
 
@@ -72,7 +72,7 @@ def last_number(text: str) -> Decimal | None:
 
 
 def numeric_match(output: str, row: Row) -> float:
-    """1 where the last number equals that of a right answer; 1,200.0 equals 1200."""
+    """1 if the last number equals that of a right answer; 1,200.0 equals 1200."""
     number = last_number(output)
     return float(number is not None and any(number == last_number(a) for a in row.answers))
 
@@ -85,7 +85,7 @@ def sentence_bleu(output: str, row: Row) -> float:
     if not output.strip():
         return 0.0
     score = _bleu().sentence_score(output, list(row.answers)).score
-    return min(1.0, score / 100)  # sacrebleu gives equal texts a little more than 100
+    return min(1.0, score / 100)  # for equal texts sacrebleu returns a little more than 100
 
 
 @lru_cache(maxsize=1)
@@ -109,17 +109,17 @@ def _rouge_scorer() -> Any:  # noqa: ANN401
 
 
 class _Words:
-    """Words of letters and digits of any script; rouge-score's own knows a to z alone."""
+    """Words of letters and digits of any script; rouge-score's own tokenizer knows only a to z."""
 
     def tokenize(self, text: str) -> list[str]:
         return WORD.findall(text.lower())
 
 
 def verified(output: str, row: Row) -> float:
-    """1 where the scorer of the row's reasoning-gym task gives full credit.
+    """1 if the scorer of the row's reasoning-gym task gives full credit.
 
-    Partial credit counts as 0: the scorers often give it to a right answer with words around it. So
-    does an answer at which the scorer fails: some take it for a number, or for JSON.
+    Partial credit counts as 0: the scorers often give it to a right answer with words around it. An
+    answer that makes the scorer fail counts as 0, too: some parse it as a number, or as JSON.
 
     Raises:
         ExamplesError: the row has no scorer, or its scorer might run the answer as code.
@@ -137,15 +137,15 @@ def verified(output: str, row: Row) -> float:
             f"reasoning_gym:{name}: its scorer may run an answer as code, but answers come from"
             " adapters that cannot be trusted; choose exact_match"
         )
-    asked = task[int(number)]
+    entry = task[int(number)]
     try:
-        return float(task.score_answer(output.strip(), asked) >= 1.0)
+        return float(task.score_answer(output.strip(), entry) >= 1.0)
     except Exception:  # each of 91 scorers fails in its own way
         return 0.0
 
 
 def without_scorer(row: Row) -> str:
-    """What is wrong with a row that `verified` cannot score."""
+    """The message for a row that `verified` cannot score."""
     return (
         f"the prompt {row.prompt[:60]!r} has no scorer; `verified` needs rows of"
         " `reasoning_gym:…`, so choose exact_match"
@@ -153,7 +153,7 @@ def without_scorer(row: Row) -> str:
 
 
 def without_number(row: Row) -> str:
-    """What is wrong with a row that `numeric_match` cannot score; empty where nothing is."""
+    """The message for a row that `numeric_match` cannot score; empty if it can."""
     joined = [answer for answer in row.answers if JOINED.search(answer.rpartition("####")[2])]
     if not joined:
         return ""
@@ -167,19 +167,19 @@ def runs_answers(task: object) -> bool:
 
 
 def acc(log_likelihoods: Sequence[float], row: Row) -> float:
-    """1 where a right choice has the largest log-likelihood."""
+    """1 if a right choice has the largest log-likelihood."""
     return _chosen(log_likelihoods, row)
 
 
 def acc_norm(log_likelihoods: Sequence[float], row: Row) -> float:
-    """1 where a right choice has the largest log-likelihood per byte of its UTF-8 text."""
+    """1 if a right choice has the largest log-likelihood per byte of its UTF-8 text."""
     lengths = [max(1, len(choice.encode())) for choice in row.choices]
     return _chosen([value / n for value, n in zip(log_likelihoods, lengths, strict=True)], row)
 
 
 def _chosen(values: Sequence[float], row: Row) -> float:
     if any(map(math.isnan, values)) or math.isinf(max(values)):
-        return 0.0  # of a model that overflows the first choice would win
+        return 0.0  # the model overflowed, and `max` would name the first choice
     return float(row.choices[max(range(len(values)), key=values.__getitem__)] in row.answers)
 
 

@@ -1,8 +1,7 @@
-"""The answers of a measurement, kept in one Parquet file, and the value of each.
+"""The answers of a measurement in one Parquet file, and the value of each.
 
-A file has one row for each question, composite or conversation. It holds what was asked and what
-was answered, so values can be computed from it again; they are computed in the same way right after
-a system has answered.
+A file has one row for each question, composite or conversation. It holds prompts and answers, so
+values can be computed from it again, by the same functions as right after the measurement.
 """
 
 from __future__ import annotations
@@ -23,7 +22,7 @@ from pipelines.scoring.intervals import interval_of_mean
 from pipelines.scoring.metrics import ATTEMPTED, METRICS, RIGHT, TURNS_RIGHT
 
 COSTS = ("prompt_tokens", "computed_tokens", "new_tokens", "seconds")
-"""What each turn of a conversation takes, by the names in the column `turns` and in `ScoreTurn`."""
+"""The costs of a turn of a conversation, as named in the column `turns` and in `ScoreTurn`."""
 
 
 @dataclass(frozen=True)
@@ -35,10 +34,10 @@ class RowValues:
     graded: bool
     """Whether a row may be partly right; see `Metric.graded`."""
     parts: tuple[ScorePart, ...] = ()
-    """Of composites and conversations: the same metric on the questions of each task."""
+    """For composites and conversations: the same metric on the questions of each task."""
     higher_is_better: bool = True
     turns: tuple[ScoreTurn, ...] = ()
-    """Of conversations: see `Score.turns`."""
+    """For conversations: see `Score.turns`."""
 
     @property
     def mean(self) -> float:
@@ -61,7 +60,7 @@ def read_outputs(path: Path, columns: Sequence[str] | None = None) -> list[dict[
     Raises:
         pyarrow.ArrowInvalid: it is not a Parquet file.
     """
-    # ParquetFile, not read_table: that would read partitions out of the names of a blob's folders
+    # not read_table, which takes the names of a blob's folders for partitions
     table = pq.ParquetFile(path).read(columns=None if columns is None else list(columns))
     return table.to_pylist()
 
@@ -81,7 +80,7 @@ def compute_values(rows: Sequence[Mapping[str, Any]], metric: str) -> RowValues:
 
 
 def compute_composite_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, RowValues]:
-    """The shares of each composite's questions that were answered rightly, and at all.
+    """The shares of each composite's questions with a right answer, and with any answer.
 
     Args:
         rows: with the columns `asked` (JSON of a `Composite`), `judged_by` (JSON of the metric of
@@ -96,8 +95,8 @@ def compute_composite_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, Row
     for row in rows:
         asked = json.loads(row["asked"])["questions"]
         answers = split_answers(row["output"], len(asked))
-        said = [answers.get(number, "") for number in range(1, len(asked) + 1)]
-        values = _judge(row, said, by_task)
+        texts = [answers.get(number, "") for number in range(1, len(asked) + 1)]
+        values = _judge(row, texts, by_task)
         right.append(_mean(values))
         attempted.append(len(answers) / len(values))
     parts = _parts(by_task)
@@ -115,12 +114,12 @@ def compute_composite_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, Row
 def compute_conversation_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, RowValues]:
     """The mean over the turns of each conversation, and over the conversations at each turn.
 
-    A conversation is one row: its turns depend on each other, so intervals and tests may not take
+    A conversation is one row: its turns depend on each other, so intervals and tests must not take
     them as rows of their own.
 
     Args:
         rows: with the columns `asked` (JSON of a `Dialogue`), `judged_by` (JSON of the metric of
-            each task) and `turns` (JSON of what each turn was answered and took)
+            each task) and `turns` (JSON of each turn's answer and `COSTS`)
 
     Returns:
         by metric, `TURNS_RIGHT`
@@ -148,7 +147,7 @@ def _judge(
     """The value of the answer to each question of a row.
 
     Args:
-        by_task: takes each value, and whether there is an answer at all, under the question's task
+        by_task: filled with each value, and whether there is an answer, by the question's task
     """
     judged_by, values = json.loads(row["judged_by"]), []
     asked = json.loads(row["asked"])["questions"]

@@ -29,7 +29,7 @@ TOLERANCE = 1e-9
 
 @dataclass(frozen=True)
 class Recomputed:
-    """What came of computing a sample of scores again."""
+    """The result of computing a sample of scores again."""
 
     num_scores: int
     """Scores that could be computed again."""
@@ -46,7 +46,7 @@ def recompute_scores(ledger: Ledger, count: int) -> Recomputed:
         count: scores in the sample, another one each time; all of them if there are fewer
     """
     if not ledger.records.parts():
-        return Recomputed(0, ())  # an empty home stays as it is: a query would create the index
+        return Recomputed(0, ())  # a query would create the index in an empty home
     chosen = ledger.scores(f"SELECT id FROM scores ORDER BY random() LIMIT {count:d}")  # noqa: S608
     findings, num_scores = [], 0
     for score in chosen:
@@ -62,7 +62,7 @@ def recompute_scores(ledger: Ledger, count: int) -> Recomputed:
             continue
         num_scores += 1
         num_samples = len(found.values)
-        same = abs(found.mean - score.value) <= TOLERANCE  # no NaN is
+        same = abs(found.mean - score.value) <= TOLERANCE  # False for NaN
         if not same or num_samples != score.num_samples:
             problem = (
                 f"it is recorded as {score.value:.6g} over {score.num_samples} rows, but its"

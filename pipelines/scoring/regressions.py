@@ -20,7 +20,7 @@ class Change:
     value: float
     previous: float
     worse: bool
-    """Beyond chance: see `changes` in the ledger."""
+    """Whether it is worse beyond chance; see `changes` in the ledger."""
 
     def describe(self) -> str:
         before = "Worse than the last checkpoint on " if self.worse else ""

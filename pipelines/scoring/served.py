@@ -1,7 +1,7 @@
 """Ask a server for recorded answers again: does it serve the model that was measured?
 
-Any server with OpenAI's HTTP interface can be asked. Greedy answers of the same model are equal in
-32 bits; a server that leaves adapters out, or another model, gives others.
+Any server with OpenAI's HTTP interface works. Greedy answers of the same model are equal in
+float32; a server without the adapters, or with another model, answers differently.
 """
 
 from __future__ import annotations
@@ -24,16 +24,16 @@ if TYPE_CHECKING:
 AT_ONCE = 8
 """Requests at a time."""
 TIMEOUT_SECONDS = 600.0
-"""Of one request: servers of many users let one wait."""
+"""Of one request; a server with many users lets it wait."""
 
 
 class ServerError(MeteoraError):
-    """A server does not answer, or not as OpenAI's interface says."""
+    """A server does not answer, or not by OpenAI's interface."""
 
 
 @dataclass(frozen=True)
 class RecordedAnswer:
-    """What a model answered when it was measured."""
+    """The answer of a model to one prompt when it was measured."""
 
     task: str
     prompt: str
@@ -42,13 +42,13 @@ class RecordedAnswer:
     templated: bool
     """Whether the prompt was put into the chat template."""
     system_prompt: str | None = None
-    """In front of the prompt; None leaves it to the chat template."""
+    """Before the prompt; None is the chat template's default."""
 
 
 def recorded_answers(ledger: Ledger, router_id: ArtifactId, count: int) -> list[RecordedAnswer]:
-    """A sample of what a fused model answered, drawn over all its tasks; always the same one.
+    """A sample of a fused model's answers, drawn over all its tasks; always the same one.
 
-    Without conversations, whose later answers depend on the ones before.
+    Conversations are left out: their later answers depend on earlier ones.
 
     Args:
         count: answers in the sample; all of them if there are fewer
@@ -90,11 +90,11 @@ class Server:
     """A server with OpenAI's HTTP interface."""
 
     def __init__(self, url: str, model: str = "") -> None:
-        """Find out what it serves.
+        """Ask for the served models.
 
         Args:
             url: with or without `/v1`
-            model: its name there; without it, the first that the server lists
+            model: the model's name on the server; empty for the first that the server lists
 
         Raises:
             ServerError: it does not answer, or lists no model.
@@ -110,7 +110,7 @@ class Server:
         self.model = model or listed[0]
 
     def answer(self, asked: RecordedAnswer) -> str:
-        """Its greedy answer to the prompt of a recorded one."""
+        """The server's greedy answer to the prompt of a recorded answer."""
         body = {"model": self.model, "temperature": 0, "max_tokens": asked.max_new_tokens}
         if not asked.templated:
             found = self._get("/completions", body | {"prompt": asked.prompt})
@@ -122,7 +122,7 @@ class Server:
         return _field(found, self.url, "choices", 0, "message", "content")
 
     def answers(self, asked: Sequence[RecordedAnswer]) -> list[str]:
-        """Its answers to all, `AT_ONCE` of them at a time."""
+        """The server's answers to all prompts, `AT_ONCE` of them at a time."""
         with ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(self.answer, asked))
 
@@ -147,7 +147,7 @@ class Server:
 
 
 def _field(found: Any, url: str, *keys: str | int) -> str:  # noqa: ANN401
-    """A text inside an answer; an empty one may be null."""
+    """The text at a path of keys in an answer; null counts as empty."""
     try:
         for key in keys:
             found = found[key]

@@ -1,4 +1,4 @@
-"""What a client gets: whole, or as a stream of events."""
+"""Replies to clients: whole, or as a stream of events."""
 
 from __future__ import annotations
 

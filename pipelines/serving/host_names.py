@@ -1,11 +1,11 @@
-"""The names under which a server answers, so that pages of other sites cannot read from it.
+"""The host names that a server accepts, so pages of other sites cannot read from it.
 
-A browser lets a page read what comes from the page's own name. A stranger can let the name of his
-page point to the address of a server in your network (DNS rebinding). The page then reads the
-server's answers, and the header `Host` of its requests has the stranger's name. So a request under
-an unknown name is refused. An address cannot be made to point elsewhere, and is always allowed. A
-page that asks for the server under the server's own name gets nothing either: the server lets no
-other origin read, and a browser asks for permission before it sends JSON to another origin.
+A browser lets a page read answers from the page's own host name. A stranger can make the name of
+his page point to the address of a server in your network (DNS rebinding). The page then reads the
+server's answers, and the header `Host` of its requests has the stranger's name. So a request with
+an unknown name is refused. An address cannot point elsewhere, and is always allowed. A page that
+uses the server's own name gets no answer either: the server allows no other origin, and a browser
+asks for permission before it sends JSON to another origin.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ NAME = re.compile(r"\w(?:[\w.-]*\w)?", re.ASCII)
 
 
 class KnownHostsOnly:
-    """An app that answers under any address, and under the names that it is given."""
+    """An app that accepts any address as `Host`, and these names."""
 
     def __init__(self, app: ASGIApp, names: Collection[str]) -> None:
         self._app = app
@@ -59,7 +59,7 @@ class KnownHostsOnly:
 
 
 def is_address(host: str) -> bool:
-    """Whether it is an address of IPv4 or IPv6, and no name."""
+    """Whether a host is an IPv4 or IPv6 address, and not a name."""
     try:
         ip_address(host)
     except ValueError:
@@ -71,7 +71,7 @@ def names_of(host: str, allowed: Collection[str]) -> list[str]:
     """The names of a server that listens on `host`, with those that a person allows.
 
     Raises:
-        MeteoraError: What is allowed is no name, such as a URL.
+        MeteoraError: An allowed name is none, but such as a URL.
     """
     for name in allowed:
         if not NAME.fullmatch(name):

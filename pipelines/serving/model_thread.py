@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     Item = Token | Answer | Exception
 
 LOOK_EVERY_SECONDS = 1.0
-"""How often a request that waits looks whether its client and the server are still there."""
+"""The time between two checks of a waiting request that client and server still run."""
 
 
 class ClientLeftError(Exception):
@@ -31,11 +31,11 @@ class ClientLeftError(Exception):
 
 
 class StoppedError(MeteoraError):
-    """The server was asked to stop, and its answers took longer than it waits."""
+    """The server stopped before the answer was finished."""
 
 
 class _Outbox:
-    """Takes what the thread has for a client over to the event loop, until the client leaves."""
+    """Moves items for a client from the model's thread to the event loop, until it leaves."""
 
     def __init__(self) -> None:
         self.items: asyncio.Queue[Item] = asyncio.Queue()
@@ -43,26 +43,26 @@ class _Outbox:
         self._loop = asyncio.get_running_loop()
 
     def look(self, *_: object) -> None:
-        """Go on only while somebody waits.
+        """Return while the client waits.
 
         Raises:
-            ClientLeftError: nobody does.
+            ClientLeftError: it has left.
         """
         if self.closed.is_set():
             raise ClientLeftError
 
     def put(self, item: Item) -> None:
-        """Hand an item on, in the model's thread.
+        """Pass on an item; called in the model's thread.
 
         Raises:
-            ClientLeftError: nobody waits for it; what computes it may stop.
+            ClientLeftError: the client has left, so the computation can stop.
         """
         self.look()
         self._loop.call_soon_threadsafe(self.items.put_nowait, item)
 
 
 class ModelThread:
-    """Answers requests one after the other."""
+    """Answers requests one at a time, in a thread of its own."""
 
     def __init__(self, chat: Chat) -> None:
         self.chat = chat
@@ -70,17 +70,17 @@ class ModelThread:
         self._pool = ThreadPoolExecutor(1, thread_name_prefix="model")
 
     def stop(self) -> None:
-        """End all answers, those that wait too, each with a `StoppedError`."""
+        """End all answers, also waiting ones, each with a `StoppedError`."""
         self._stopped = True
 
     async def answer(
         self, asked: ChatRequest, expert: str, client: Request
     ) -> AsyncGenerator[Token | Answer]:
-        """Each token as it comes, and the answer at the end; it ends where the client leaves.
+        """Yield each token at once, and the answer at the end; stop if the client leaves.
 
         Args:
-            expert: send every token to this one; empty for the model's own routing
-            client: the request as it came, which knows whether its client is still there
+            expert: the expert of every token; empty for the model's own routing
+            client: the HTTP request, which knows whether its client is still connected
         """
         outbox = _Outbox()
         self._pool.submit(self._work, asked, expert, outbox)
@@ -123,9 +123,9 @@ class ModelThread:
 
 @contextmanager
 def _before_each_layer(model: nn.Module, look: Callable[..., None]) -> Generator[None]:
-    """Look before each routed layer computes: reading a long prompt takes minutes on some machines.
+    """Call `look` before each routed layer; an exception from it ends the pass.
 
-    What it raises ends the pass.
+    Without this, a long prompt would be read for minutes for a client that has left.
     """
     with ExitStack() as hooks:
         for layer in routed_layers(model).values():

@@ -33,9 +33,9 @@ def chat_page(model: str, experts: Sequence[str], *, expert: str, max_new_tokens
     """The page as HTML.
 
     Args:
-        model: its name in requests
-        experts: the names of what may answer alone, in the order of their colours
-        expert: who answers until a person chooses others; empty for the fused model
+        model: the model's name in requests
+        experts: the experts, and the base, that can answer alone, in the order of their colours
+        expert: the one that answers at first; empty for the fused model
         max_new_tokens: of each answer
 
     Raises:

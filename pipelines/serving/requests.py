@@ -1,4 +1,4 @@
-"""What a client may ask of `/v1/chat/completions`; what would have no effect is refused."""
+"""The requests of `/v1/chat/completions`; fields that would have no effect are refused."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ if TYPE_CHECKING:
     from starlette.types import Message as Event
 
 MAX_MEGABYTES = 32
-"""Of a request's body, which is read and parsed whole before anything in it can be refused."""
+"""The limit of a request's body: it is read and parsed whole before its fields are checked."""
 MAX_VALUES = 30_000
-"""Of a request's JSON, which are some 10,000 messages. Each value may be wrong, and an error takes
-about a kilobyte; a template gives each message tokens, even without text."""
+"""The most values in a request's JSON: some 10,000 messages. Each value can be wrong, and its error
+takes about a kilobyte; a template adds tokens for each message, even without text."""
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 MAX_NEW_TOKENS = 512
-"""Where a request names no other number."""
+"""The default for requests that name no number."""
 MAX_CHARACTERS = 4_000_000
-"""Of all messages: a model could not take more, and making tokens of them takes minutes."""
+"""The most characters of all messages: more fit into no model, and take minutes to tokenize."""
 
 
 class BoundedBodies:
@@ -54,7 +54,7 @@ class TextPart(BaseModel):
 
 
 class Message(BaseModel):
-    """Clients send answers back with all that they had: other fields are no part of a message."""
+    """A turn of the conversation; other fields, which clients send back, are ignored."""
 
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
@@ -68,7 +68,7 @@ class Message(BaseModel):
         return sent
 
     def plain(self) -> dict[str, str]:
-        """As chat templates take it."""
+        """The message as chat templates take it."""
         content = self.content
         return {
             "role": "system" if self.role == "developer" else self.role,
@@ -83,7 +83,7 @@ class StreamOptions(BaseModel):
 
 
 class ChatRequest(BaseModel):
-    """A request. Without a temperature the most likely tokens are taken."""
+    """A request. Without a temperature, decoding is greedy."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
@@ -98,9 +98,9 @@ class ChatRequest(BaseModel):
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
     stop: Stop | Annotated[list[Stop], Field(max_length=16)] | None = None
     trace: bool | Literal["layers"] = False
-    """Also give the expert of each token of the answer, or that of each layer, too."""
+    """Whether the reply has the expert of each token; `layers`: also the expert in each layer."""
 
-    # these may be given if they ask for nothing
+    # these are accepted only with values that ask for nothing
     n: Literal[1] | None = None
     logprobs: Literal[False] | None = None
     frequency_penalty: Zero | None = None
@@ -124,7 +124,7 @@ class ChatRequest(BaseModel):
     @model_validator(mode="before")
     @classmethod
     def _leave_nulls_out(cls, sent: Any) -> Any:  # noqa: ANN401  (JSON)
-        """Some clients send every field that they know, with null for what is not asked."""
+        """Drop null fields: some clients send every field that they know."""
         if not isinstance(sent, dict):
             return sent
         return {name: value for name, value in sent.items() if value is not None}
@@ -165,5 +165,5 @@ class ChatRequest(BaseModel):
 
     @property
     def wants_usage(self) -> bool:
-        """Whether a stream ends with the numbers of tokens."""
+        """Whether a stream ends with the token counts."""
         return self.stream_options is not None and self.stream_options.include_usage

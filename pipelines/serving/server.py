@@ -1,7 +1,7 @@
-"""The app, and how it is served.
+"""The app and its server.
 
 A request names the model, one of its experts (`NAME:iso_dates`), or the base without experts
-(`NAME:(base)`). Browsers get nothing for the pages of other sites: `host_names` says why.
+(`NAME:(base)`). Pages of other sites get no answers: see `host_names`.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ if TYPE_CHECKING:
     from meteora.model.trace import Token
 
 GOODBYE_SECONDS = 5
-"""How long answers may go on after the server is asked to stop."""
+"""The time for unfinished answers after the server is asked to stop."""
 
 
 def make_app(thread: ModelThread, name: str, *, names: Collection[str], page: str = "") -> FastAPI:
@@ -40,8 +40,8 @@ def make_app(thread: ModelThread, name: str, *, names: Collection[str], page: st
 
     Args:
         name: of the model; each of its experts is a model `name:expert`, too, and so is its base
-        names: by which clients reach it, besides its addresses
-        page: what `chat_page` gives; empty for none
+        names: the accepted host names, besides its addresses
+        page: the HTML of `chat_page`; empty for none
     """
     app = FastAPI(title="MeteoRA", docs_url=None, redoc_url=None, openapi_url=None)
     app.add_middleware(BoundedBodies)
@@ -71,7 +71,7 @@ def make_app(thread: ModelThread, name: str, *, names: Collection[str], page: st
         except (MeteoraError, HTTPException):
             raise
         except Exception as error:
-            # one that leaves here is raised again behind its handler, and logged with a traceback
+            # an exception that leaves here would be raised again, and logged with a traceback
             return await _fail(http, error)
 
     if page:
@@ -99,7 +99,7 @@ async def _respond(
     reply: Reply, items: AsyncGenerator[Token | Answer], *, stream: bool
 ) -> dict[str, Any] | Response:
     if stream:
-        # what is refused has no first token, and gets a status of its own
+        # a refused request fails before its first token, and so gets a status of its own
         events = _stream(reply, await anext(items, None), items)
         return StreamingResponse(events, media_type="text/event-stream")
     async with aclosing(items):
@@ -112,7 +112,7 @@ async def _respond(
 async def _stream(
     reply: Reply, first: Token | Answer | None, items: AsyncGenerator[Token | Answer]
 ) -> AsyncGenerator[str]:
-    """The events of one answer. An error in its middle is the last of them."""
+    """The events of one answer. An error in the middle becomes the last event."""
     async with aclosing(items):
         yield reply.first()
         if first is not None:
@@ -126,15 +126,15 @@ async def _stream(
 
 
 async def _refuse_fields(_request: Request, error: Exception) -> JSONResponse:
-    """Name the first field that is wrong."""
+    """The reply to a malformed request: it names the first wrong field."""
     assert isinstance(error, RequestValidationError)  # noqa: S101
     if isinstance(error.body, bytes):
         return JSONResponse(error_body("send it as Content-Type: application/json"), 415)
     first = error.errors()[0]
     if first["type"] == "json_invalid":
         return JSONResponse(error_body("the body of the request is not JSON"), 400)
-    # a value that may be of several types has an error for each; the deepest came furthest, and
-    # of two that are as deep the one whose type is right
+    # a value of several possible types has an error for each: take the deepest one, and of equally
+    # deep ones the one with the right type
     alike = [one for one in error.errors() if one["loc"][:2] == first["loc"][:2]]
     found = max(alike, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     where = ".".join(_place(error.body, found)) or "the body of the request"
@@ -142,7 +142,7 @@ async def _refuse_fields(_request: Request, error: Exception) -> JSONResponse:
 
 
 def _place(body: Any, found: Mapping[str, Any]) -> list[str]:  # noqa: ANN401  (JSON)
-    """Where an error is, without the names of the types that pydantic tried."""
+    """The path of the wrong field, without the names of the types that pydantic tried."""
     parts: list[str] = []
     for part in found["loc"][1:]:
         with suppress(LookupError, TypeError):
@@ -154,7 +154,7 @@ def _place(body: Any, found: Mapping[str, Any]) -> list[str]:  # noqa: ANN401  (
 
 async def _refuse(_request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, AnyHTTPException)  # noqa: S101
-    # a method that is refused comes with a header that names the others
+    # the reply to a refused method has a header with the allowed ones
     return JSONResponse(error_body(str(error.detail)), error.status_code, headers=error.headers)
 
 
@@ -170,10 +170,10 @@ async def _fail(_request: Request, error: Exception) -> JSONResponse:
 
 
 def listen(host: str, port: int) -> socket.socket:
-    """Take an address, so that one that is taken is known before a model is loaded.
+    """Listen on an address before a model is loaded, so a conflict is known early.
 
     Raises:
-        MeteoraError: The address cannot be had.
+        MeteoraError: The address is in use, or not one of this machine.
     """
     if not host.strip():
         raise MeteoraError(
@@ -191,12 +191,12 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def make_server(chat: Chat, name: str, names: Collection[str], page: str = "") -> uvicorn.Server:
-    """The server, to be run on what `listen` gives.
+    """The server; it runs on the socket of `listen`.
 
     Args:
         name: of the model in requests
-        names: by which clients reach it, as `names_of` gives them
-        page: what `chat_page` gives, to be shown at `/`; empty for none
+        names: the accepted host names, from `names_of`
+        page: the HTML of `chat_page`, shown at `/`; empty for none
     """
     thread = ModelThread(chat)
     config = uvicorn.Config(
@@ -210,13 +210,13 @@ def make_server(chat: Chat, name: str, names: Collection[str], page: str = "") -
 
 
 class _Server(uvicorn.Server):
-    """Ends its answers before uvicorn would cancel them, which it reports as a fault."""
+    """A server that ends its answers before uvicorn cancels them and reports a fault."""
 
     def __init__(self, config: uvicorn.Config, thread: ModelThread) -> None:
         super().__init__(config)
         self._thread = thread
 
     async def shutdown(self, sockets: list[socket.socket] | None = None) -> None:
-        """Wait for the answers until the goodbye is over."""
+        """Wait `GOODBYE_SECONDS` for unfinished answers, then end them."""
         asyncio.get_running_loop().call_later(GOODBYE_SECONDS, self._thread.stop)
         await super().shutdown(sockets)

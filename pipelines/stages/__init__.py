@@ -1,11 +1,11 @@
 """The stages of a run as plain functions, and the process that runs them.
 
 build            base, stack, gates, checkpoint
-pool             prompts without labels, dealt to experts without examples
+pool             prompts without labels, divided among the experts without examples
 measure          the benchmark
 benchmark        the benchmark of a checkpoint without its recipe
 adopt            a checkpoint that was made elsewhere, added to the ledger
-checkpoint       a checkpoint's folder with its texts, and the records of what lies in it
+checkpoint       a checkpoint's folder with its texts, and the records of its stack and router
 edit             add an expert to a checkpoint, or drop one
 open_model       a plan as a loaded model
 train_processes  gates trained by several processes

@@ -1,8 +1,8 @@
 """Add a checkpoint that was made elsewhere to the ledger, so that its scores have a subject.
 
 Its manifest cannot be checked, since it was not made here. So its experts and its gates get new
-ids, made of the bytes of its files. Under the ids in the manifest, a run of that recipe here would
-mistake a stranger's files for its own results.
+ids, computed from the bytes of its files. Under the ids in the manifest, a run of that recipe here
+would mistake a stranger's files for its own results.
 """
 
 from __future__ import annotations
@@ -49,14 +49,14 @@ class Adoption:
 
     found: FoundCheckpoint
     manifest: Manifest
-    """Its own, with the ids that it has here."""
+    """Its own manifest, but with the ids that it has here."""
     adapters: tuple[AdapterSpec, ...]
     fused: FusedSpec
     router: RouterSpec
 
 
 def as_recorded(ledger: Ledger, found: FoundCheckpoint) -> FoundCheckpoint:
-    """The checkpoint under the id that it has here: its copy if it was taken in, else itself."""
+    """The copy of the checkpoint under this home if it was adopted; else the checkpoint itself."""
     manifest = read_manifest(found.folder)
     if recorded_router(ledger, found, manifest) is not None:
         return found
@@ -68,9 +68,9 @@ def as_recorded(ledger: Ledger, found: FoundCheckpoint) -> FoundCheckpoint:
 def recorded_router(
     ledger: Ledger, found: FoundCheckpoint, manifest: Manifest
 ) -> RouterSpec | None:
-    """The router of a checkpoint, if the ledger has it: on this base, with these experts and files.
+    """The router of a checkpoint, if the ledger has it with this base, these experts and files.
 
-    Without that look a manifest could name the ids of another model.
+    Without this comparison a manifest could name the ids of another model.
     """
     known = ledger.spec_of(ArtifactId(manifest.router_id))
     if known is None:
@@ -90,7 +90,7 @@ def recorded_router(
 
 
 def plan_adoption(ledger: Ledger, found: FoundCheckpoint, manifest: Manifest) -> Adoption:
-    """What a checkpoint is called here; nothing is written."""
+    """The ids of a checkpoint here; nothing is written."""
     files = _files(found.folder, manifest)
     adapters = tuple(
         AdapterSpec(
@@ -137,7 +137,7 @@ def adopt(work: RunContext, adoption: Adoption) -> FoundCheckpoint:
     Raises:
         CheckpointError: A file of tensors is missing, damaged, or not the one of its manifest.
         NoSpaceError: The disk has no room for them.
-        HubError, SourceError: The base cannot be brought.
+        HubError, SourceError: The base cannot be downloaded or found.
     """
     found, manifest, ledger = adoption.found, adoption.manifest, work.ledger
     built = build_base(work, manifest.base.spec)
@@ -164,7 +164,7 @@ def adopt(work: RunContext, adoption: Adoption) -> FoundCheckpoint:
 
 
 def _record(work: RunContext, adoption: Adoption) -> None:
-    """Record experts, stack and router, and where the manifest says that the experts are from."""
+    """Record experts, stack and router, with the experts' sources as the manifest states them."""
     ledger, manifest, run_id = work.ledger, adoption.manifest, work.run_id
     experts = manifest.files[EXPERTS]
     for spec, entry in zip(adoption.adapters, manifest.experts, strict=True):
@@ -196,9 +196,9 @@ def _verdict(entry: ExpertEntry) -> AdapterVerdict:
 
 
 def _files(folder: Path, manifest: Manifest) -> dict[str, str]:
-    """The SHA-256 of each file of tensors, as the manifest names it, else of the bytes.
+    """The SHA-256 of each file of tensors: the manifest's, or else computed from the bytes.
 
-    Empty for one that is missing.
+    Empty for a missing file.
     """
     names = [EXPERTS, *([GATES] if manifest.router.kind in WITH_GATES else [])]
     names += [STATISTICS] if (folder / STATISTICS).is_file() else []
@@ -210,7 +210,7 @@ def _files(folder: Path, manifest: Manifest) -> dict[str, str]:
 
 
 def _modules(manifest: Manifest, e: int) -> tuple[AdapterModule, ...]:
-    """What expert `e` changes, sorted by path; alpha is the one that gives its scaling."""
+    """The modules that expert `e` changes, sorted by path; alpha is scaling times rank."""
     return tuple(
         AdapterModule(
             path,
@@ -226,12 +226,12 @@ def _modules(manifest: Manifest, e: int) -> tuple[AdapterModule, ...]:
 
 
 def _placed(modules: Sequence[AdapterModule]) -> list[tuple[str, int, float]]:
-    """What counts of them when a model computes."""
+    """Path, rank and scaling of each module: the parts that a model computes with."""
     return [(one.path, one.r, one.scaling) for one in modules]
 
 
 def _base_of(ledger: Ledger, manifest: Manifest, folder: Path | None) -> BaseSpec:
-    """The base of the manifest; of another folder than its own, which has other bytes, that one."""
+    """The base of the manifest; or, if the folder has other weights, the base in that folder."""
     spec = manifest.base.spec
     if folder is None or folder == base_at(ledger.home, spec.stored.id):
         return spec

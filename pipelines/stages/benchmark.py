@@ -47,23 +47,23 @@ if TYPE_CHECKING:
     from store.ledger import Ledger
 
 COMPARE = ("base", "oracle")
-"""Systems to compare with by default; of recorded tasks, their scores are mostly recorded, too."""
+"""Systems to compare with by default; their scores on recorded tasks are mostly recorded, too."""
 
 
 class BenchmarkRequestError(MeteoraError):
-    """A checkpoint cannot be measured in the way that is asked for."""
+    """A checkpoint cannot be measured with these tasks or settings."""
 
 
 @dataclass(frozen=True)
 class BenchmarkRequest:
-    """What a person asks of a benchmark."""
+    """A person's choices for a benchmark."""
 
     tasks: tuple[str, ...] = ()
     """Names of tasks, or `name=source` with the source of their rows. Empty: all known tasks."""
     compare: tuple[str, ...] = ()
     """Systems to compare with. Empty: as in the recipe, else `COMPARE`."""
     recipe: Path | None = None
-    """A recipe whose tests and section `benchmark` are taken, in place of recorded tasks."""
+    """A recipe whose tests and section `benchmark` replace the recorded tasks."""
     token_for: tuple[str, ...] = ()
     """Owners of data sets, or `owner/name`, to whom the saved token is sent."""
 
@@ -71,17 +71,17 @@ class BenchmarkRequest:
 def benchmark(
     ledger: Ledger, found: FoundCheckpoint, request: BenchmarkRequest
 ) -> tuple[Path, Plan, Summary]:
-    """Measure a checkpoint, and record the scores as a run does; what is recorded is not repeated.
+    """Measure a checkpoint, and record the scores as a run does; recorded scores are not repeated.
 
-    One that the ledger does not know is taken in first.
+    A checkpoint that the ledger does not know is adopted first.
 
     Returns:
-        Its folder, which is under the home if it was taken in; the plan, and what was measured.
+        The checkpoint's folder, under the home if it was adopted; the plan, and the scores.
 
     Raises:
         BenchmarkRequestError: There is no task, or none of a given name.
         ExamplesError: Rows are missing or malformed.
-        CheckpointError: It is not sound.
+        CheckpointError: The checkpoint is not sound.
     """
     manifest, adoption = read_manifest(found.folder), None
     router = recorded_router(ledger, found, manifest)
@@ -97,7 +97,7 @@ def benchmark(
     plan = plan_benchmark(base, stack_in(manifest), router, tasks, settings)
     plan = replace(plan, whole=whole)
     at_hand = found.base_folder
-    recipe = Recipe.model_construct(  # what measuring reads of one, and bringing a base
+    recipe = Recipe.model_construct(  # only the parts that the stages below read
         base=f"{PATH}{at_hand.absolute()}" if at_hand else base.base_model,
         benchmark=settings,
         hub=HubSection(token_for=request.token_for),
@@ -110,7 +110,7 @@ def benchmark(
         found = _measure(work, plan, found, adoption)
         summary = summarise(ledger, plan, found.base_folder)
         assert summary is not None  # noqa: S101  (all of it was measured)
-    # other cards show what their recipe asks for
+    # the card of a recipe's checkpoint shows the scores that the recipe asks for
     if manifest.gates.keys() & {"grown_from", "adopted_from"} and whole:
         _write_card(folder, manifest, summary)
     return folder, plan, summary
@@ -119,15 +119,15 @@ def benchmark(
 def _measure(
     work: RunContext, plan: Plan, found: FoundCheckpoint, adoption: Adoption | None
 ) -> FoundCheckpoint:
-    """Measure what is missing, as a run of its own; one at a time of one checkpoint.
+    """Take the missing measurements, as a run of its own; one run at a time for a checkpoint.
 
     Returns:
-        The checkpoint that was measured: where it was taken in, the one under the home.
+        The measured checkpoint: the copy under the home if it was adopted.
     """
     name = f"benchmark of {short(plan.router.id)}"
-    asked = canonical_sha256([one.spec.id for one in plan.measurements])
+    sha256 = canonical_sha256([one.spec.id for one in plan.measurements])
     device = device_name(choose_device(found.device), found.dtype)
-    with one_stage(work.ledger, work.run_id, name, asked, device, Stage.benchmark):
+    with one_stage(work.ledger, work.run_id, name, sha256, device, Stage.benchmark):
         here = adopt(work, adoption) if adoption else found
         measure_model(work, plan, lambda: nullcontext(here.load()), here.dtype)
     return here
@@ -136,7 +136,7 @@ def _measure(
 def _choose_tasks(
     ledger: Ledger, manifest: Manifest, router_id: str, request: BenchmarkRequest
 ) -> tuple[BenchmarkSection, dict[str, Task], bool]:
-    """The settings, the tasks that are asked for, and whether no other task is known."""
+    """The settings, the chosen tasks, and whether these are all known tasks."""
     given = _given_rows(request)
     chosen = [one for one in request.tasks if "=" not in one]
     recorded: dict[str, Task] = {}
@@ -156,9 +156,9 @@ def _choose_tasks(
             own[name] = ExpertSection(name=name, adapter="", test=_absolute(source))
         else:
             further.append(TaskSection(name=name, rows=_absolute(source)))
-    asked = {"compare": request.compare or compare, "tasks": tuple(further)}
+    changes = {"compare": request.compare or compare, "tasks": tuple(further)}
     try:
-        settings = BenchmarkSection.model_validate(dict(settings) | asked)
+        settings = BenchmarkSection.model_validate(dict(settings) | changes)
     except ValidationError as error:
         raise BenchmarkRequestError(explain(error)) from None
     read = partial(read_rows, token_of=token_of_rows(request.token_for))
@@ -179,13 +179,13 @@ def _choose_tasks(
             f"no task of its experts is in the ledger under {ledger.home}; give rows as"
             " --tasks NAME=jsonl:FILE, or a recipe that has some with --recipe"
         )
-    keep = {*chosen, *given} if chosen else {*tasks}
-    kept = {name: task for name, task in tasks.items() if name in keep}
-    return settings, kept, len(kept) == len(tasks)
+    names = {*chosen, *given} if chosen else {*tasks}
+    to_measure = {name: task for name, task in tasks.items() if name in names}
+    return settings, to_measure, len(to_measure) == len(tasks)
 
 
 def _given_rows(request: BenchmarkRequest) -> dict[str, str]:
-    """The source of each task that is given its rows."""
+    """The sources in `--tasks NAME=SOURCE`, by name."""
     given = {}
     for one in request.tasks:
         name, equals, source = one.partition("=")
@@ -201,7 +201,7 @@ def _given_rows(request: BenchmarkRequest) -> dict[str, str]:
 
 
 def _settings_of(recorded: dict[str, Task]) -> BenchmarkSection:
-    """The settings of recorded tasks, for further ones; defaults where there are none."""
+    """The settings of recorded tasks, for further ones; defaults if there are none."""
     if not recorded:
         return BenchmarkSection(compare=COMPARE)
     first = next(iter(recorded.values()))
@@ -223,7 +223,7 @@ def _absolute(source: str) -> str:
 
 
 def _write_card(folder: Path, manifest: Manifest, summary: Summary) -> None:
-    """Write the card of a checkpoint again, now with scores; a signed one stays as it was."""
+    """Write the card of a checkpoint again, now with scores, unless the checkpoint is signed."""
     if (folder / SIGNATURE).exists():
         say(f"{folder} is signed, so its card stays as it is, without the scores", "note")
         return

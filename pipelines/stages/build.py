@@ -1,7 +1,7 @@
 """The stages that build: base, stack, gates, checkpoint.
 
 Each is a plain function that does nothing if the ledger has its artifact. Else it puts the bytes
-into the blobs, and then writes the record. So a run that was stopped anywhere continues there.
+into the blobs, and then writes the record. So a stopped run continues with the unfinished stage.
 """
 
 from __future__ import annotations
@@ -86,7 +86,7 @@ def build_base(work: RunContext, spec: BaseSpec) -> BuiltBase:
     known = work.ledger.built(spec.id)
     if known is not None and folder.is_dir():
         return BuiltBase.from_dict(known)
-    if spec.quantise:  # its files are those of the base that it is made of
+    if spec.quantise:  # its files are those of the full base
         built = replace(build_base(work, spec.stored), spec=spec)
         loading.refuse_quantised(folder)
     else:
@@ -119,7 +119,7 @@ def _bring_base(work: RunContext, spec: BaseSpec, folder: Path) -> None:
                 made = scratch / "base"
                 _dequantise(work.recipe.base, spec, made)
             else:
-                made = folder.with_name(f"{folder.name}.partial")  # where another run goes on
+                made = folder.with_name(f"{folder.name}.partial")  # another run can continue it
                 hub = hub_of(work.recipe, spec.base_model)
                 repositories.download_base(spec, made, hub=hub)
             seal(made, work.home)
@@ -151,7 +151,7 @@ def stack(work: RunContext, plan: Plan) -> FusedCheckpoint:
 def fit_gates(
     work: RunContext, plan: Plan, built: BuiltBase, fused: FusedCheckpoint
 ) -> RouterBuild:
-    """Fit the gates as the recipe asks; a router without gates is only recorded."""
+    """Fit the gates with the recipe's settings; a router without gates is only recorded."""
     if work.holds(plan.router.id):
         return RouterBuild.from_dict(work.ledger.built(plan.router.id) or {})
     if plan.router.router == "prompt":
@@ -192,7 +192,7 @@ def _make_gates(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
 
 
 def _compare_with_background(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
-    """The router of whole prompts: no examples, but texts that belong to no expert."""
+    """Fit a router of whole prompts, to texts that belong to no expert; it needs no examples."""
     started, router = time.perf_counter(), plan.router
     model_of = opened(work, plan, built, None, map_to_fit(work, plan))
     with model_of as (model, tokenizer), work.scratch() as scratch:
@@ -222,13 +222,13 @@ def _compare_with_background(work: RunContext, plan: Plan, built: BuiltBase) -> 
 
 
 def _bytes_of_fit(plan: Plan) -> float:
-    """The room that gates need at most until they are recorded."""
+    """The most disk space, in bytes, for gates until they are recorded."""
     modules = [module for expert in plan.experts for module in expert.adapter.spec.modules]
     inputs = {module.path: module.in_features for module in modules}
     gates, statistics = bytes_of_gates(inputs, len(plan.experts) + 2)  # and the mean, and the base
     if plan.router.joint is not None:
-        return gates * 4  # parameters with two moments, and the gates
-    # each point when it is fitted, with twice the directions, and all of them
+        return gates * 4  # the saved state: parameters with two moments; and the gates
+    # a file for each fitted point, with twice the directions, and one for all
     return gates * 2 + statistics * 3
 
 
@@ -266,7 +266,10 @@ def _fit_together(work: RunContext, plan: Plan, built: BuiltBase, out: Path) -> 
 def _labelled(
     work: RunContext, plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[LabelledSequence], Template | None]:
-    """The sequences that the gates are fitted to, and the template around their prompts."""
+    """The sequences to fit the gates to, and the template around their prompts.
+
+    The template is None unless the router looks ahead (`opening: prompt`).
+    """
     router = plan.router
     for name, source in plan.card_examples.items():
         num = len(plan.examples[name])
@@ -304,9 +307,9 @@ def _labelled(
 
 
 def _conversations(plan: Plan, tokenizer: PreTrainedTokenizerBase, room: int) -> list[Conversation]:
-    """The examples as the router asks for them, as far as the base's chat template takes them.
+    """The examples as conversations with system prompts, if the base's chat template takes them.
 
-    None where it asks for neither conversations nor system prompts.
+    Empty if the router asks for neither conversations nor system prompts.
 
     Args:
         room: the most tokens of a conversation
@@ -330,7 +333,7 @@ def _conversations(plan: Plan, tokenizer: PreTrainedTokenizerBase, room: int) ->
     number = Counter(name for talk in talks for name in {turn.expert for turn in talk.turns})
     if plan.router.composites or plan.spans or min(number.values()) >= LEAST_EXAMPLES:
         return talks
-    return deal((1,))  # one conversation has all examples of an expert
+    return deal((1,))  # else an expert has all its examples in one conversation
 
 
 @contextmanager

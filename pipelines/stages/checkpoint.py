@@ -1,4 +1,4 @@
-"""A checkpoint's folder with its texts, and the records of what lies in it."""
+"""A checkpoint's folder with its texts, and the records of its stack and router."""
 
 from __future__ import annotations
 
@@ -30,8 +30,8 @@ def write_texts(
 
     Args:
         title: The heading of the card.
-        summary: The scores that the card shows; None where nothing was measured.
-        recipe_sha256: Of the recipe that made the checkpoint; empty where none did.
+        summary: The scores that the card shows; None if nothing was measured.
+        recipe_sha256: Of the recipe that made the checkpoint; empty if there is none.
         more: Other texts, by path in the folder.
     """
     texts = {

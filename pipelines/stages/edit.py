@@ -1,7 +1,7 @@
 """Add an expert to a checkpoint, or drop one; the bytes of all others stay the same.
 
-The checkpoint may come from anywhere. It has the statistics that its gates were fitted to, so the
-recipe, the examples and the adapters of its other experts are not needed.
+The checkpoint may come from anywhere. It includes the statistics that its gates were fitted to, so
+the recipe, the examples and the adapters of its other experts are not needed.
 """
 
 from __future__ import annotations
@@ -68,7 +68,7 @@ if TYPE_CHECKING:
     from store.ledger import Ledger
 
 EXAMPLES = 64
-"""Of a new expert; the default of a recipe."""
+"""The most examples of a new expert; the same as a recipe's default."""
 
 
 class GrowthError(MeteoraError):
@@ -86,15 +86,15 @@ class EditedCheckpoint:
     router: RouterBuild
     """Without the hashes of its files."""
     adapter: Adapter | None = None
-    """Of the new expert; None where one is dropped."""
+    """The new expert's adapter; None if an expert is dropped."""
 
 
 def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: str) -> Path:
-    """A checkpoint with one expert more, beside the one that is given.
+    """Make a checkpoint with one expert more; the given one stays as it is.
 
     Args:
-        found: the checkpoint, which stays as it is; gates are fitted on its device
-        candidate: the new expert; it is judged as the adapters of a recipe are, and so recorded
+        found: the given checkpoint; gates are fitted on its device
+        candidate: the new expert; it is judged and recorded like the adapters of a recipe
         examples: of the new expert's task, as a recipe names them
 
     Returns:
@@ -102,9 +102,9 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
 
     Raises:
         AdapterError: the adapter is refused, it changes nothing, or the stack would not fit.
-        HubError: it does not come from the Hub.
-        GrowthError: the checkpoint has no gates of `calibrate`, nothing is kept of them, a recipe
-            could not have the name, or the device has no 64 bits.
+        HubError: the Hub does not deliver the adapter.
+        GrowthError: the checkpoint has no gates of `calibrate` or not their statistics, a recipe
+            could not have the name, or the device has no float64.
         EditError: there is an expert of that name, or the sizes do not fit.
         TrainingError: the examples are too few.
     """
@@ -176,11 +176,11 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
 
 
 def drop(ledger: Ledger, folder: Path, name: str) -> Path:
-    """A checkpoint with one expert less, beside the one that is given; no model is loaded.
+    """Make a checkpoint with one expert less; no model is loaded, and the given one stays as it is.
 
     Raises:
-        GrowthError: the checkpoint has no gates of `calibrate`, or nothing is kept of them.
-        EditError: there is no such expert, or no other.
+        GrowthError: the checkpoint has no gates of `calibrate`, or not their statistics.
+        EditError: there is no such expert, or it is the only one.
     """
     manifest = _read_editable(folder)
     gates = tensors.read_gates(folder, manifest)
@@ -201,23 +201,24 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
 
 
 def _dtype_without(ledger: Ledger, manifest: Manifest, name: str) -> torch.dtype | None:
-    """The dtype that a recipe stacks the other experts in; None where that is not known.
+    """The dtype of a stack of the other experts in a recipe; None if it is not known.
 
-    So a dropped expert that was wider than the others leaves the stack that they would have alone.
+    A dropped expert may have a wider dtype than the others. With this dtype the smaller stack is
+    the one that a recipe would make.
     """
     recorded = ledger.weights_of(ArtifactId(manifest.fused_id))
     if recorded is None or recorded != manifest.files.get(EXPERTS):
-        return None  # a stranger's stack may hold other numbers than the adapters that it names
+        return None  # a stranger's stack may differ from the adapters that it names
     others = [entry.adapter_id for entry in manifest.experts if entry.name != name]
     found = [ledger.spec_of(ArtifactId(adapter_id)) for adapter_id in others]
     specs = [AdapterSpec.from_dict(spec) for spec in found if spec]
-    known = [spec for spec in specs if spec.dtype]  # one of elsewhere has none
+    known = [spec for spec in specs if spec.dtype]  # an adopted expert has none
     return common_dtype(known) if others and len(known) == len(others) else None
 
 
 def _map_of(manifest: Manifest, base_folder: Path | None, device: str) -> dict[str, Any]:
-    """How the base is laid out while it is loaded; empty where it is moved afterwards."""
-    if manifest.base.quantise:  # what is quantised is made where it is to lie
+    """The options that place the base while it is loaded; empty if it is moved afterwards."""
+    if manifest.base.quantise:  # quantised weights are made on their device
         return {"device_map": {"": device}}
     if base_folder is None or not is_too_large(shape_of(base_folder).num_bytes, memory_bytes()):
         return {}
@@ -248,8 +249,8 @@ def _scratch(
     """A temporary folder on the store's disk, for a run of its own; `gc` does not run meanwhile.
 
     Args:
-        what: is done to the checkpoint, such as `drop sums from`
-        device: where it is made, for people
+        what: the change of the checkpoint, such as `drop sums from`
+        device: the device's name, as people read it
     """
     name, stage = f"{what} {short(manifest.router_id)}", what.partition(" ")[0]
     with one_stage(ledger, run_id, name, canonical_sha256(name), device, stage):
@@ -272,9 +273,9 @@ def _composites(folder: Path, manifest: Manifest) -> tuple[MixedSection, ...]:
 
 
 def _was_crossed(ledger: Ledger, manifest: Manifest) -> bool:
-    """Whether the fit of the gates left out the digits of answers' numbers, as one in halves does.
+    """Whether the gates were fitted in halves; such a fit leaves out the digits in answers.
 
-    Earlier versions recorded it, and did not write it into the manifest.
+    Earlier versions wrote this into the ledger, and not into the manifest.
     """
     recorded = ledger.spec_of(ArtifactId(manifest.router_id)) or {}
     return bool(manifest.gates.get("crossed", recorded.get("crossed", False)))
@@ -307,7 +308,7 @@ def _router(
 
 
 def _made_before(ledger: Ledger, spec: RouterSpec) -> Path | None:
-    """The folder of a checkpoint that was made before, perhaps on another device."""
+    """The folder of this checkpoint if it was made before, perhaps on another device; else None."""
     folder = checkpoint_at(ledger.home, spec.id)
     if ledger.built(spec.id) is None or not (folder / MANIFEST).is_file():
         return None
@@ -342,7 +343,7 @@ def _finish(ledger: Ledger, before: Manifest, edited: EditedCheckpoint) -> Path:
 
 
 def _record(ledger: Ledger, manifest: Manifest, edited: EditedCheckpoint) -> None:
-    """Record adapter, stack and router, under the ids that a recipe would give them."""
+    """Record adapter, stack and router, under the ids that they have in a recipe's run."""
     run_id = edited.run_id
     for name in manifest.files:
         ledger.blobs.put(edited.folder / name)

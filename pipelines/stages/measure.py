@@ -1,4 +1,4 @@
-"""The stages that measure: every subject on every task, what differs, how fast, and the routes."""
+"""The stages that measure: scores of every subject on every task, comparisons, routes and speed."""
 
 from __future__ import annotations
 
@@ -53,13 +53,13 @@ if TYPE_CHECKING:
     from pipelines.workspace.context import RunContext
 
 WATCHED = 16
-"""Rows in a batch whose routes are watched, where the memory decides how many are answered."""
+"""The batch size for the measurement of routes, if `benchmark.batch_size` is `auto`."""
 
 
 def missing(work: RunContext, plan: Plan) -> list[list[Measurement]]:
-    """The measurements that the ledger does not hold yet; those of one asking together.
+    """The measurements that the ledger does not have yet, grouped by subject and task.
 
-    A run that was stopped continues here with the next task, and in it with the next row: see
+    A stopped run continues with the next group, and inside it with the next row: see
     `evaluation.resume`.
 
     Raises:
@@ -81,8 +81,8 @@ def check_prompts(work: RunContext, plan: Plan) -> None:
     Raises:
         ExamplesError: gates are not fitted yet, and an example is too long, or the base's chat
             template does not take its turns, or does not suit the gates.
-        BenchmarkError: a prompt of a measurement that is missing is too long, or its task is not
-            one of lm-eval's.
+        BenchmarkError: a prompt of a missing measurement is too long, or lm-eval does not know its
+            task.
     """
     tasks = _tasks_of(missing(work, plan), plan)
     check_names(tasks)
@@ -105,7 +105,7 @@ def _tasks_of(askings: Sequence[Sequence[Measurement]], plan: Plan) -> list[Task
 
 
 def measure(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild) -> None:
-    """Take every measurement that is missing, with the model from the store."""
+    """Take every missing measurement, with the model from the store."""
     measure_model(
         work,
         plan,
@@ -121,14 +121,14 @@ def measure_model(
     ],
     dtype: str = "auto",
 ) -> None:
-    """Take every measurement that is missing, each recorded as it is done.
+    """Take every missing measurement, and record each at once.
 
     One model serves all subjects: the base is the model without its experts, an adapter alone is
-    the model with that expert forced, and tests prove both equal to the real thing.
+    the model with that expert forced, and tests show that both equal the real ones.
 
     Args:
-        open_model: the fused model and its tokenizer, loaded only if anything is missing
-        dtype: of its base, if a person named one; it is recorded with the device
+        open_model: the fused model and its tokenizer, loaded only if a measurement is missing
+        dtype: of the base, if a person named one; it is recorded with the device
     """
     to_do, say_once = missing(work, plan), cache(say)
     watch = plan.watches_routing and work.ledger.built(plan.routing.id) is None
@@ -156,32 +156,32 @@ def measure_model(
 def _batch_size(
     work: RunContext,
     plan: Plan,
-    asked: Measurement,
+    measurement: Measurement,
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     say_once: Callable[[str], None],
 ) -> int:
-    """How many prompts of a task are answered together by the system that the model is now."""
+    """The number of prompts to answer together, for the task and system of a measurement."""
     settings = work.recipe.benchmark
     if settings.batch_size != "auto":
         return settings.batch_size
-    task, shape = plan.tasks[asked.spec.task], loading.shape_of_model(model)
+    task, shape = plan.tasks[measurement.spec.task], loading.shape_of_model(model)
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
-    if asked.system in plan.merges:
+    if measurement.system in plan.merges:
         routed = [shape.linears[f"{path}.projection"] for path in routed_layers(model)]
         held += sum(a * b for a, b in routed) * shape.dtype.itemsize
     tokens = longest(task, model.config, tokenizer)
-    found = rows_at_once(settings, shape, tokens, held_bytes=held, memory_bytes=memory_bytes())
-    say_once(f"{task.name}: {found} prompts are answered together")
-    return found
+    number = rows_at_once(settings, shape, tokens, held_bytes=held, memory_bytes=memory_bytes())
+    say_once(f"{task.name}: {number} prompts are answered together")
+    return number
 
 
 def _of_one_system(
     askings: Sequence[list[Measurement]], plan: Plan
 ) -> list[list[list[Measurement]]]:
-    """Askings that one and the same model answers; a merge takes long to make, so it is made once.
+    """Group the tasks of each merge: it takes long to make, so it is made once.
 
-    Others each have their own: a random router begins anew with every task.
+    Each other task is a group of its own: a random router begins anew with every task.
     """
     groups: dict[object, list[list[Measurement]]] = {}
     for number, asking in enumerate(askings):
@@ -191,7 +191,7 @@ def _of_one_system(
 
 
 def _record_controls(work: RunContext, plan: Plan) -> None:
-    """Scores refer to their subjects: routers and merges that are only measured."""
+    """Record the routers and merges that are only measured: their scores refer to them."""
     experts = str(work.ledger.weights_of(plan.fused.id))
     for spec in plan.others.values():
         if work.ledger.weights_of(spec.id) is None:
@@ -210,17 +210,17 @@ def _ask(
     batch_size: int,
     device: str,
 ) -> None:
-    """Ask the model as it is now one task, and record a score for each metric."""
+    """Ask the model one task, with its present routing, and record a score for each metric."""
     first = asking[0]
     task = plan.tasks[first.spec.task]
-    answers = work.answers_file(_what_decides(first.spec, batch_size, device))
+    answers = work.answers_file(_answers_key(first.spec, batch_size, device))
     control = control_of(first.system, task)
     total = task.num_questions * (len(task.part_metrics) if control == ONE_EXPERT else 1)
     with (
         bar(f"{task.name}: {first.system}", total, "rows") as advance,
         nullcontext(NoLog()) if first.system == "random" else open_log(answers) as log,
     ):
-        found = evaluate.evaluate_task(
+        result = evaluate.evaluate_task(
             model,
             tokenizer,
             task,
@@ -231,22 +231,22 @@ def _ask(
             advance=advance,
         )
     with work.scratch() as scratch:
-        write_outputs(found.outputs, scratch / "outputs.parquet")
+        write_outputs(result.outputs, scratch / "outputs.parquet")
         outputs_sha256 = work.ledger.blobs.put(scratch / "outputs.parquet", move=True)
     for one in asking:
-        score = found.score(one.spec, outputs_sha256, device)
+        score = result.score(one.spec, outputs_sha256, device)
         work.ledger.record_score(score, run_id=work.run_id)
     answers.unlink(missing_ok=True)
 
 
-def _what_decides(spec: BenchmarkSpec, batch_size: int, device: str) -> str:
-    """The hash of all that decides what is answered, whatever the answers are judged by."""
-    asked = {
+def _answers_key(spec: BenchmarkSpec, batch_size: int, device: str) -> str:
+    """The hash of all settings that can change the answers; the metric is not one of them."""
+    settings = {
         name: value
         for name, value in spec.to_dict().items()
         if name != "metric" and value is not None
     }
-    return canonical_sha256([asked, batch_size, BATCHES, device, HARNESS])
+    return canonical_sha256([settings, batch_size, BATCHES, device, HARNESS])
 
 
 def _compare(work: RunContext, plan: Plan) -> None:
@@ -257,7 +257,7 @@ def _compare(work: RunContext, plan: Plan) -> None:
 
 
 def _time(work: RunContext, plan: Plan, model: PreTrainedModel) -> None:
-    assert plan.speed is not None  # noqa: S101  (only then is it asked)
+    assert plan.speed is not None  # noqa: S101  (the caller checks it)
     stored = {str(work.ledger.weights_of(part.id)) for part in (plan.fused, plan.router)}
     num_bytes = sum(work.ledger.blobs.path_of(sha256).stat().st_size for sha256 in stored)
     with bar("timing against the base", plan.speed.rounds + 1, "rounds") as advance:
@@ -268,7 +268,7 @@ def _time(work: RunContext, plan: Plan, model: PreTrainedModel) -> None:
 def _watch_routing(
     work: RunContext, plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> None:
-    """Feed each expert's own test rows, and see where every routed module sends their tokens."""
+    """Measure and record the routes of each expert's own test rows, in every routed module."""
     started = time.perf_counter()
     tokenizer = tokenizer_of_gates(tokenizer, plan.router.template)
     names = expert_names(model)
@@ -278,7 +278,7 @@ def _watch_routing(
     total: dict[str, routing_stats.RoutingSums] = {}
     with bar("measuring routing", sum(map(len, own.values())), "rows") as advance:
         for truth, rows in own.items():
-            found = routing_stats.measure_routing(
+            sums_of = routing_stats.measure_routing(
                 model,
                 tokenizer,
                 rows,
@@ -287,11 +287,11 @@ def _watch_routing(
             )
             scores.extend(
                 RoutingScore(plan.router.id, path, truth, chosen, count)
-                for path, sums in found.items()
+                for path, sums in sums_of.items()
                 for chosen, count in zip(names, sums.counts.tolist(), strict=True)
                 if count
             )
-            routing_stats.add(total, found)
+            routing_stats.add(total, sums_of)
     switches: tuple[RoutingSwitch, ...] = ()
     if composites := routing_stats.composites_of(own):
         with bar("measuring switches", len(composites), "prompts") as advance:
@@ -309,13 +309,13 @@ def _watch_routing(
         plan.routing,
         accuracy=_accuracy(scores, list(own)),
         by_expert=by_expert,
-        num_tokens=next(iter(total.values())).num_tokens,  # every module saw them all
+        num_tokens=next(iter(total.values())).num_tokens,  # the same in every module
         wall_seconds=time.perf_counter() - started,
         details=tuple(sums.detail(path) for path, sums in total.items()),
         switches=switches,
         abstention=abstention,
     )
-    if not work.ledger.has_routing(plan.router.id):  # one a router: on other rows, the first stay
+    if not work.ledger.has_routing(plan.router.id):  # a router keeps the counts of its first rows
         work.ledger.record_routing(scores, run_id=work.run_id)
     work.ledger.record_artifact(plan.routing, weights_sha256="", built=made, run_id=work.run_id)
 

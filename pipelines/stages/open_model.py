@@ -37,7 +37,7 @@ if TYPE_CHECKING:
 
 
 def describe(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifest:
-    """The manifest of the checkpoint that a plan makes; its files are experts and gates."""
+    """The manifest of a plan's checkpoint; its files are experts and gates."""
     files = {EXPERTS: str(work.ledger.weights_of(plan.fused.id))}
     made: dict[str, Any] = {}
     if gates is not None and plan.router.router in WITH_GATES:
@@ -121,13 +121,13 @@ def opened(
     gates: RouterBuild | None,
     device_map: dict[str, str] | str | None = None,
 ) -> Generator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
-    """The base with the plan's experts in it, and with its router where `gates` are given.
+    """The base with the plan's experts in it, and with its router if `gates` are given.
 
     Args:
-        device_map: how it is spread; without it, it lies on one device
+        device_map: the device of each module; None for one device
     """
     require_sound(work.ledger, plan.base)
-    if device_map is None and plan.base.quantise:  # what is quantised is made where it is to lie
+    if device_map is None and plan.base.quantise:  # quantised weights are made on their device
         device_map = {"": choose_device()}
     options = {} if device_map is None else placed(device_map)
     with work.scratch() as scratch:
@@ -150,9 +150,9 @@ def opened(
 
 
 def map_to_fit(work: RunContext, plan: Plan) -> dict[str, str] | None:
-    """How a model is spread while its gates are fitted; None where it lies on one device.
+    """The device map of a model while its gates are fitted; None for one device.
 
-    A fit goes through the model layer by layer, so one of them at a time is enough.
+    A fit goes through the model layer by layer, so one layer at a time in memory is enough.
     """
     if not reads_by_layer(work.recipe, _num_bytes(work, plan), memory_bytes()):
         return None
@@ -161,9 +161,9 @@ def map_to_fit(work: RunContext, plan: Plan) -> dict[str, str] | None:
 
 
 def map_to_divide(work: RunContext, plan: Plan) -> dict[str, str] | None:
-    """How a model is spread in each of several processes; None where each of them holds it whole.
+    """The device map of a model in each of several processes; None if each holds it whole.
 
-    Those that divide the base read it one layer at a time, so none ever holds all of it.
+    Processes that divide the base read it one layer at a time, so none ever holds all of it.
     """
     if not getattr(work.recipe.gates, "sharded", False):
         return None
@@ -176,7 +176,7 @@ def is_spread(work: RunContext, plan: Plan) -> bool:
 
 
 def _num_bytes(work: RunContext, plan: Plan) -> float:
-    """Of base and experts, on the device."""
+    """The bytes of base and experts on the device."""
     experts = work.ledger.blobs.path_of(str(work.ledger.weights_of(plan.fused.id))).stat().st_size
     held = held_bytes(work.recipe, experts)
     return loading.shape_of(work.base_folder(plan.base)).num_bytes + held
@@ -185,10 +185,10 @@ def _num_bytes(work: RunContext, plan: Plan) -> float:
 def tokenizer_of_gates(
     tokenizer: PreTrainedTokenizerBase, template: str
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer with the prompts that gates are fitted to.
+    """The tokenizer for the prompts that gates are fitted to.
 
     Args:
-        template: `plain` for one without the chat template
+        template: `plain` for a copy without the chat template
     """
     if template != "plain":
         return tokenizer

@@ -1,4 +1,4 @@
-"""The stage that deals a pool: experts without examples get theirs from prompts without labels.
+"""The stage that divides a pool: experts without examples take theirs from prompts without labels.
 
 Without a pool the experts whose cards name no examples write the prompts.
 """
@@ -29,9 +29,9 @@ if TYPE_CHECKING:
 
 
 def deal_pool(work: RunContext, plan: Plan, built: BuiltBase) -> None:
-    """Deal the plan's pool, and record how; say what each expert got.
+    """Divide the plan's pool, record it, and print the number of each expert's prompts.
 
-    A run that was stopped asks the experts again that had not answered all their prompts.
+    After a stop only the experts that had not answered all their prompts are asked again.
     """
     spec = plan.pool
     if spec is None or work.holds(spec.id):
@@ -85,7 +85,7 @@ def deal_pool(work: RunContext, plan: Plan, built: BuiltBase) -> None:
 def _written(
     spec: PoolSpec, plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> list[Claim]:
-    """Prompts of the experts that are to write some, each its writer's, with its answer."""
+    """Have the `writers` write prompts; each prompt belongs to its writer, with its answer."""
     written = write_prompts(
         model, tokenizer, spec.writers, spec.examples_per_expert, seed=spec.seed
     )

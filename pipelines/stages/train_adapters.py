@@ -1,7 +1,7 @@
 """Train adapters on a recipe's own rows, for experts whose folders do not exist.
 
-PEFT has the LoRA and its files; the loop is a plain one over batches of rows. The loss is over the
-answers, not over the prompts.
+PEFT makes the LoRA and its files; the loop goes over batches of rows. The loss is over the answers,
+not over the prompts.
 """
 
 from __future__ import annotations
@@ -59,16 +59,15 @@ if TYPE_CHECKING:
 BATCH_SIZE = 8
 """Rows of a step."""
 TOKENS_AT_ONCE = 1024
-"""Of rows and their padding, in one pass through the model; a longer batch is divided. A row that
-is longer by itself keeps no activations inside layers: each layer is computed again. Llama-2-13B in
-bfloat16 keeps 14 MB a token, with a LoRA in float32 on every linear layer: 14 GB beside 26 GB of
-weights, and 41 GB for an article of 3,000 tokens. Without those inside layers it is 0.4 MB a token.
-"""
+"""The tokens of one pass, padding included; a longer batch is divided. A single longer row keeps no
+activations inside layers: each layer is computed again. Llama-2-13B in bfloat16, with a LoRA in
+float32 on every linear layer, keeps 14 MB a token: 14 GB beside 26 GB of weights, and 41 GB for an
+article of 3,000 tokens. Without the activations inside layers it keeps 0.4 MB a token."""
 MOST_ROWS = 1000
-"""Of each task."""
+"""The most rows of each task."""
 SEED = 0
 Lesson = tuple[list[int], list[int]]
-"""Token ids and labels: the same ids where they are to be predicted, else `IGNORED`."""
+"""Token ids, and their labels: the same ids in the answer, `IGNORED` in the prompt."""
 T = TypeVar("T")
 
 
@@ -78,25 +77,25 @@ class AdapterTrainingError(MeteoraError):
 
 @dataclass(frozen=True)
 class Training:
-    """How adapters are trained; the defaults are the ranks of MeteoRA's paper."""
+    """The settings of the training; the default rank is that of MeteoRA's paper."""
 
     r: int = 8
-    """Of each linear layer but the head; `lora_alpha` is twice as much."""
+    """The rank on each linear layer but the head; `lora_alpha` is twice as much."""
     steps: int = 1000
-    """Of `BATCH_SIZE` rows."""
+    """Steps of `BATCH_SIZE` rows each."""
     peak: float = 5e-4
     """The highest learning rate: reached after ten steps, then falling along a cosine."""
 
 
-def train(work: RunContext, asked: Training, only: Collection[str] = ()) -> Iterator[Path]:
+def train(work: RunContext, settings: Training, only: Collection[str] = ()) -> Iterator[Path]:
     """Train each adapter of the recipe whose `path:` folder does not exist; yield the folders.
 
     Args:
-        only: names of experts; without any, all
+        only: names of experts; empty for all
 
     Raises:
         AdapterTrainingError: an expert cannot be trained, or the device has too little memory.
-        ExamplesError: rows cannot be read, or one to be trained on is also a test row.
+        ExamplesError: rows cannot be read, or a training row is also a test row.
         DivergedError: a gradient is not finite.
         BusyError: another process trains the adapters of this recipe.
     """
@@ -115,12 +114,17 @@ def train(work: RunContext, asked: Training, only: Collection[str] = ()) -> Iter
         model, tokenizer = _open_base(work, spec, device)
         for expert in experts:
             if _is_there(local_folder(expert, work.folder)):
-                continue  # it was copied there while others were trained
-            yield _train_one(work, expert, rows[expert.name], skip, spec, model, tokenizer, asked)
+                continue  # somebody copied it there meanwhile
+            own = rows[expert.name]
+            yield _train_one(work, expert, own, skip, spec, model, tokenizer, settings)
 
 
 def _missing(work: RunContext, only: Collection[str]) -> list[ExpertSection]:
-    """The experts to train, all of which can be."""
+    """The experts to train: those of the recipe whose folders do not exist.
+
+    Raises:
+        AdapterTrainingError: one of them cannot be trained.
+    """
     known = {expert.name: expert for expert in work.recipe.experts}
     for name in only:
         if name not in known:
@@ -132,7 +136,7 @@ def _missing(work: RunContext, only: Collection[str]) -> list[ExpertSection]:
                 f"{name}: the recipe takes its adapter from the Hub, {known[name].adapter}; give it"
                 " a `path:` where it is to be trained"
             )
-    found = []
+    missing = []
     for expert in work.recipe.experts:
         if not expert.adapter.startswith(PATH) or expert.name not in (only or known):
             continue
@@ -149,32 +153,32 @@ def _missing(work: RunContext, only: Collection[str]) -> list[ExpertSection]:
                 f"{expert.name}: the recipe names no examples of it to train on; give it"
                 " `examples`, or name other experts with --only"
             )
-        found.append(expert)
-    return found
+        missing.append(expert)
+    return missing
 
 
 def _is_there(folder: Path) -> bool:
-    """Whether something is where an adapter is to be trained; an empty folder is nothing."""
+    """Whether an adapter's folder has files; also True for a file in its place."""
     return any(folder.iterdir()) if folder.is_dir() else folder.exists()
 
 
 def training_rows(
     work: RunContext, experts: Sequence[ExpertSection], *, skip: int
 ) -> dict[str, list[Row]]:
-    """Rows of each expert to train on, none of them a test's; `MOST_ROWS` at most.
+    """The training rows of each expert, none of them a test row; `MOST_ROWS` at most.
 
     Args:
-        skip: rows at the beginning that gates are fitted to; no prompt of theirs comes back
+        skip: the first rows, which gates are fitted to; equal later rows are left out, too
 
     Raises:
-        AdapterTrainingError: there are no rows beside those.
+        AdapterTrainingError: there are no other rows.
         ExamplesError: rows cannot be read, or are also test rows of the recipe.
     """
     recipe, folder = work.recipe, work.folder
     token_of = token_of_rows(recipe.hub.token_for, allow_http=recipe.hub.allow_http)
     read = partial(read_rows, token_of=token_of)
     sources = {expert.name: str(expert.examples) for expert in experts}
-    found: dict[str, list[Row]] = {}
+    training: dict[str, list[Row]] = {}
     numbers: dict[str, list[int]] = {}
     for name, source in sources.items():
         rows = read(source, folder, skip + MOST_ROWS)
@@ -185,23 +189,23 @@ def training_rows(
                 f"{name}: beside the {skip} rows that gates are fitted to, {source} has none to"
                 " train on; a smaller `examples_per_expert` leaves some"
             )
-        found[name], numbers[name] = [rows[n] for n in own], own
+        training[name], numbers[name] = [rows[n] for n in own], own
     tests = make_tasks(recipe.experts, recipe.benchmark, folder, read)
     refuse_overlap(
-        found,
+        training,
         {name: task.rows for name, task in tests.items()},
         lambda name, number: row_place(sources[name], folder, numbers[name][number]),
         kind="a row to train {expert} on",
     )
-    return found
+    return training
 
 
 def _open_base(
     work: RunContext, spec: BaseSpec, device: str
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
-    """The base on one device: in bfloat16 on a GPU, else as its files are.
+    """The base on one device: in bfloat16 on a GPU, else in the dtype of its files.
 
-    Gradients in float16 would underflow, so a base in float16 is in bfloat16 everywhere.
+    Gradients in float16 would underflow, so a float16 base is loaded in bfloat16 everywhere.
     """
     folder = work.base_folder(spec)
     shape = replace(shape_of(folder), quantise=spec.quantise)
@@ -228,9 +232,9 @@ def _train_one(
     spec: BaseSpec,
     base: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    asked: Training,
+    settings: Training,
 ) -> Path:
-    """Train the adapter of one expert, and leave the base as it was; its folder is whole."""
+    """Train the adapter of one expert; the base stays unchanged. Its folder appears when whole."""
     tokenizer = tokenizer_of_gates(tokenizer, work.recipe.benchmark.template)
     room = resolve_max_length(base.config, default=sys.maxsize)
     short = [r for r in rows if len(encode_pair(tokenizer, r.prompt, r.response)) <= room]
@@ -244,8 +248,8 @@ def _train_one(
     on_hub = COMMIT.fullmatch(spec.base_revision)
     torch.manual_seed(SEED)
     config = LoraConfig(
-        r=asked.r,
-        lora_alpha=2 * asked.r,
+        r=settings.r,
+        lora_alpha=2 * settings.r,
         target_modules="all-linear",
         task_type="CAUSAL_LM",
         revision=spec.base_revision if on_hub else None,
@@ -261,11 +265,11 @@ def _train_one(
     batches = lessons(tokenizer, shuffled_for_ever(short))
     folder = local_folder(expert, work.folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # made before the work: a place that nothing can be written to is known now
+    # made before the training, so that a read-only place fails at once
     with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".training-") as scratch:
         made = Path(scratch) / "adapter"
         try:
-            losses = fit(model, batches, steps=asked.steps, peak=asked.peak, what=expert.name)
+            losses = fit(model, batches, steps=settings.steps, peak=settings.peak, what=expert.name)
         except RuntimeError as error:
             if not is_out_of_memory(error):
                 raise
@@ -273,10 +277,10 @@ def _train_one(
                 f"{expert.name}: the device has too little memory to train it; take"
                 " `quantise: 4bit`, rows with shorter prompts, or a larger device"
             ) from error
-        # of a folder or a file no path, which leads nowhere on another machine
+        # a local base is named without its path, which means nothing on another machine
         name = spec.base_model if on_hub else spec.base_model.rpartition("/")[2]
         save(model, made, name.removeprefix(PATH))
-        about = _card(expert, spec, len(short), skip, losses, asked)
+        about = _card(expert, spec, len(short), skip, losses, settings)
         (made / "README.md").write_text(about, encoding="utf-8")
         put_in_place(made, folder)
     with peft_is_behind():
@@ -291,9 +295,9 @@ def _card(
     num_rows: int,
     skip: int,
     losses: Sequence[float],
-    asked: Training,
+    settings: Training,
 ) -> str:
-    """The README of an adapter: what it was trained on, and how."""
+    """The README of an adapter: its base, its rows and its training."""
     front = {"base_model": spec.base_model} if COMMIT.fullmatch(spec.base_revision) else {}
     front |= {"library_name": "peft", "pipeline_tag": "text-generation"}
     head = yaml.safe_dump({**front, "tags": ["lora"]}, sort_keys=False)
@@ -307,15 +311,15 @@ A LoRA for one task, trained by `meteora train` (meteora-pipelines {version("met
 
 - Base: `{spec.base_model}` at `{spec.base_revision}`
 - Rows: {num_rows} of `{expert.examples}`{after}; none is a test row of the recipe
-- LoRA: r {asked.r}, lora_alpha {2 * asked.r}, no dropout, on every linear layer but the head
-- Training: {asked.steps} steps of {BATCH_SIZE} rows, the loss of answers alone; learning rate
-  {asked.peak:g} at most; loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last
+- LoRA: r {settings.r}, lora_alpha {2 * settings.r}, no dropout, on every linear layer but the head
+- Training: {settings.steps} steps of {BATCH_SIZE} rows, the loss of answers alone; learning rate
+  {settings.peak:g} at most; loss {losses[0]:.3f} at first, {losses[-1]:.3f} at last
 """
 
 
 @contextmanager
 def peft_is_behind() -> Generator[None]:
-    """PEFT 0.21 asks transformers 5.23 for an attribute that it deprecates."""
+    """Hide a warning: PEFT 0.21 reads an attribute that transformers 5.23 deprecates."""
     with warnings.catch_warnings():
         warnings.filterwarnings("ignore", "`is_gradient_checkpointing`", FutureWarning)
         yield
@@ -323,13 +327,13 @@ def peft_is_behind() -> Generator[None]:
 
 def shuffled_for_ever(rows: Sequence[T]) -> Iterator[T]:
     """All rows in random order, then all in another, and so on."""
-    rng = random.Random(SEED)  # noqa: S311  (a deal, no secret)
+    rng = random.Random(SEED)  # noqa: S311  (an order of rows, no secret)
     while True:
         yield from rng.sample(rows, len(rows))
 
 
 def lesson(tokenizer: PreTrainedTokenizerBase, row: Row) -> Lesson:
-    """A row's answer, after its prompt."""
+    """The tokens of a row's prompt and answer, and their labels."""
     ids = encode_pair(tokenizer, row.prompt, row.response)
     start = len(encode_prompt(tokenizer, row.prompt))
     return ids, [IGNORED] * start + ids[start:]
@@ -346,11 +350,11 @@ def lessons(
 def fit(
     model: nn.Module, batches: Iterator[list[Lesson]], *, steps: int, peak: float, what: str
 ) -> list[float]:
-    """Train whatever of a model asks for gradients, a step a batch; returns the loss of each step.
+    """Train all parameters that require gradients, a step a batch; returns the loss of each step.
 
     Args:
         peak: the highest learning rate, as in `Training`
-        what: it is called so in messages
+        what: the name of the trained adapter in messages
 
     Raises:
         DivergedError: a gradient is not finite.
@@ -368,7 +372,7 @@ def fit(
             losses.append(0.0)
             counted = sum(map(_num_learnt, batch))
             for few in _divided(batch):
-                ids = padded([ids for ids, _ in few]).to(device)  # no token sees what follows it
+                ids = padded([ids for ids, _ in few]).to(device)  # no mask: padding is at the end
                 labels = padded([labels for _, labels in few], IGNORED).to(device)
                 with computed_again(layers) if ids.numel() > TOKENS_AT_ONCE else nullcontext():
                     loss = _summed_loss(model, ids, labels) / counted
@@ -387,30 +391,30 @@ def fit(
 
 
 def _summed_loss(model: nn.Module, ids: Tensor, labels: Tensor) -> Tensor:
-    """The cross-entropy of all tokens to predict, summed.
+    """The sum of the cross-entropy of all answer tokens.
 
-    No logits are made where no row of the batch predicts anything: with a vocabulary of 262,144
-    and short prompts they would take a quarter of a step's time.
+    No logits are computed at positions where no row has an answer token: with a vocabulary of
+    262,144 and short prompts they would take a quarter of a step's time.
 
     Args:
         ids: [B, L]
-        labels: [B, L], `IGNORED` where nothing is predicted
+        labels: [B, L], `IGNORED` outside answers
     """
     following = labels[:, 1:]
     places = (following != IGNORED).any(0).nonzero().flatten()
-    # a cache would get the tokens of a layer that is computed again twice
+    # no cache: a layer that is computed again would add its tokens twice
     logits = model(input_ids=ids, logits_to_keep=places, use_cache=False).logits
     predicted = logits.flatten(0, 1).float(), following[:, places].flatten()
     return cross_entropy(*predicted, ignore_index=IGNORED, reduction="sum")
 
 
 def _num_learnt(one: Lesson) -> int:
-    """The tokens that are predicted; the first has nothing to be predicted from."""
+    """The number of predicted tokens; nothing predicts the first one."""
     return sum(label != IGNORED for label in one[1][1:])
 
 
 def _divided(batch: Sequence[Lesson]) -> list[list[Lesson]]:
-    """A batch as passes through the model, of at most `TOKENS_AT_ONCE` or of one row."""
+    """The batch in parts for one pass each: at most `TOKENS_AT_ONCE` tokens, or one row."""
     passes: list[list[Lesson]] = [[]]
     for one in batch:
         grown = [*passes[-1], one]
@@ -422,12 +426,12 @@ def _divided(batch: Sequence[Lesson]) -> list[list[Lesson]]:
 
 
 def save(model: PeftModel, folder: Path, base: str) -> None:
-    """Leave an adapter as PEFT does, in 16 bits, with the name of its base."""
-    # 16 bits halve what ships; bfloat16 would keep only 8 bits of mantissa
+    """Save an adapter in PEFT's format, in float16, with the name of its base."""
+    # float16 halves the file; bfloat16 would keep only 8 bits of mantissa
     for parameter in model.parameters():
         if parameter.requires_grad:
             parameter.data = parameter.data.half()
     model.peft_config["default"].base_model_name_or_path = base
-    # embeddings are not trained; else PEFT would ask the Hub how many the base has
+    # embeddings are not trained; to decide this itself, PEFT would ask the Hub
     model.save_pretrained(str(folder), save_embedding_layers=False)
-    shutil.copymode(folder / CONFIG, folder / PEFT_WEIGHTS)  # safetensors lets nobody else read it
+    shutil.copymode(folder / CONFIG, folder / PEFT_WEIGHTS)  # safetensors writes it for us alone

@@ -1,7 +1,7 @@
 """Gates by gradient descent: in this process, or in several that share every batch.
 
-There is one process a GPU. Each gets the variables that `torchrun` sets, from which Accelerate
-joins them; on a CPU it does so over gloo. The first reports the progress, and writes the gates.
+There is one process a GPU. Each has the environment variables of `torchrun`, so Accelerate joins
+them; on a CPU it uses gloo. The first process reports the progress, and writes the gates.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ HOST = "localhost"
 
 
 def num_processes(recipe: Recipe) -> int:
-    """How many processes train the gates: as the recipe says, else one a GPU."""
+    """The number of processes that train the gates: the recipe's, else one a GPU."""
     gates = recipe.gates
     if recipe.router.kind != "gate" or not isinstance(gates, JointSection):
         return 1
@@ -55,12 +55,12 @@ def train(
     scratch: Path,
     progress: Callable[[int, int], None],
 ) -> joint.Training:
-    """Train, from the state that a stopped run left if there is one.
+    """Train, from the saved state of a stopped run if there is one.
 
     The state is removed once the gates are recorded.
     """
-    settings, asked = router.joint, work.recipe.gates
-    if settings is None or not isinstance(asked, JointSection):
+    settings, section = router.joint, work.recipe.gates
+    if settings is None or not isinstance(section, JointSection):
         raise MeteoraError(f"{router.id} is asked for by a recipe without `method: joint`")
     return joint.train_jointly(
         model,
@@ -71,9 +71,9 @@ def train(
         offsets=router.offsets,
         seed=router.seed,
         folder=work.training_folder(router.id),
-        checkpoint_every=asked.checkpoint_every,
-        gradient_checkpointing=asked.gradient_checkpointing,
-        sharded=asked.sharded,
+        checkpoint_every=section.checkpoint_every,
+        gradient_checkpointing=section.gradient_checkpointing,
+        sharded=section.sharded,
         scratch=scratch,
         progress=progress,
     )
@@ -92,8 +92,8 @@ def train_together(
 
     Raises:
         StageError: One of them died.
-        MeteoraError: There are fewer GPUs than processes; or what `train` raises in the first
-            process in which it does.
+        MeteoraError: There are fewer GPUs than processes; or the first error of `train` in a
+            process.
     """
     count = num_processes(work.recipe)
     if torch.cuda.is_available() and count > torch.cuda.device_count():
@@ -129,7 +129,7 @@ def train_together(
 
 
 def _environment(rank: int, count: int, port: int) -> dict[str, str]:
-    """What `torchrun` sets for the processes of one machine, and what selects the device."""
+    """The variables of `torchrun` for one machine, and the one that selects the device."""
     numbers = {"RANK": rank, "LOCAL_RANK": rank, "WORLD_SIZE": count, "LOCAL_WORLD_SIZE": count}
     address = {"MASTER_ADDR": HOST, "MASTER_PORT": port, "TORCHELASTIC_USE_AGENT_STORE": True}
     threads = {"OMP_NUM_THREADS": os.environ.get("OMP_NUM_THREADS", "1")}

@@ -1,4 +1,4 @@
-"""The process in which stages run: it gets one request after the other, and answers each.
+"""The process in which stages run: it receives requests one at a time, and answers each.
 
 `worker_client` starts it.
 """
@@ -37,9 +37,8 @@ PROGRESS_SECONDS = 2.0
 def slots(work: RunContext, plan: Plan) -> list[str]:
     """The names of the devices that this run locks for itself; none on a CPU.
 
-    A model that one device does not hold is spread over all.
-
-    They are sorted: runs that lock several in the same order never wait for each other in a circle.
+    A model that is too large for one device uses all. The names are sorted: runs that lock several
+    in the same order never wait for each other in a circle.
     """
     if not torch.cuda.is_available():
         return []
@@ -68,8 +67,8 @@ STAGES: dict[str, Callable[..., Any]] = {
 
 def main() -> None:
     run = parent(pickled=True)
-    _, (home, *told) = run.receive()
-    work = RunContext(Ledger(home), *told)
+    _, (home, *fields) = run.receive()
+    work = RunContext(Ledger(home), *fields)
     with CONSOLE.listening(
         on_message=lambda text: run.send("message", (text,)),
         on_progress=_seldom(lambda *step: run.send("progress", step)),
@@ -96,7 +95,7 @@ SMALLER = {
     "fit_gates": "a smaller `gates.examples_per_expert` (with `method: joint`, `gates.batch_size`)",
     "measure": "a smaller `benchmark.batch_size`",
 }
-"""What to ask of a recipe instead, by the stage that runs out of memory."""
+"""The change of a recipe that saves memory, by the stage that runs out of it."""
 
 
 def _seldom(send: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
@@ -113,7 +112,7 @@ def _seldom(send: Callable[[str, int, int], None]) -> Callable[[str, int, int], 
 
 
 def _portable(stage: str, error: Exception) -> Exception:
-    """An error that can be pickled; one that is not ours gets its traceback as a note."""
+    """The error in a form that can be pickled; a foreign one gets its traceback as a note."""
     if is_out_of_memory(error):
         first = str(error).partition("\n")[0]
         smaller = f"{SMALLER[stage]} or " if stage in SMALLER else ""

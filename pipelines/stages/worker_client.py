@@ -1,7 +1,7 @@
-"""The process that does a run's long work, as the run sees it.
+"""The run's side of the worker process, which does the long work.
 
-One process serves all stages of a run, so that the model libraries are loaded once. A stage takes
-and returns artifacts and plans, never a tensor: large results lie in the store.
+One process serves all stages of a run, so the model libraries are loaded once. A stage takes and
+returns artifacts and plans, never a tensor: large results are in the store.
 """
 
 from __future__ import annotations
@@ -24,9 +24,9 @@ class StageProcess(ChildProcess):
     """A process that waits for stages to run.
 
     Args:
-        on_progress: Called every few seconds with what is being done, how far it is, and out of
-            how much.
-        on_message: Called with each line that the process has shown to people.
+        on_progress: Called every few seconds with the name of the work, the steps done, and all
+            its steps.
+        on_message: Called with each line that the process printed.
     """
 
     def __init__(
@@ -45,7 +45,7 @@ class StageProcess(ChildProcess):
 
         Raises:
             StageError: It took longer than its deadline, or its process died.
-            Exception: Whatever the stage itself raised.
+            Exception: The error of the stage itself.
         """
         try:
             return self.ask(

@@ -1,4 +1,4 @@
-"""The bases of a home: read-only files that are checked before a result is made from them.
+"""The bases of a home: read-only files that are checked before each use.
 
 A base is too large to be hashed at every start. A note in its folder holds the size, the time and
 the hash of every file. A file is hashed again when its size or its time differs from the note, and
@@ -28,12 +28,12 @@ NOTE = ".sealed.json"
 
 
 class DamagedBaseError(MeteoraError):
-    """A base in a home does not have the bytes any more that it was made with."""
+    """The bytes of a base in a home have changed since it was made."""
 
 
 @dataclass(frozen=True)
 class SealedFile(Noun):
-    """A file of a base, as it was when it was hashed."""
+    """Size, time and hash of a base's file at the time of hashing."""
 
     path: str
     """Relative to the folder of the base."""
@@ -49,7 +49,7 @@ class SealedFile(Noun):
         return cls(path, before.st_size, before.st_mtime_ns, file_sha256(folder / path))
 
     def is_unchanged(self, folder: Path) -> bool:
-        """Whether the file is there with the same size and time."""
+        """Whether the file exists with the same size and time."""
         try:
             now = (folder / self.path).stat()
         except FileNotFoundError:
@@ -71,10 +71,10 @@ def seal(folder: Path, home: Path) -> None:
 
 
 def require_sound(ledger: Ledger, spec: BaseSpec) -> None:
-    """Check a base before it is loaded; files that the note knows unchanged are not hashed.
+    """Check a base before it is loaded; files with the size and time of the note are not hashed.
 
-    A base that an earlier version put there gets a note and read-only files now. A base in a folder
-    of the user's is not checked here, nor one behind a link: its files are not the home's.
+    A base of an earlier version gets its note and read-only files now. A base in the user's own
+    folder or behind a link is not checked: its files do not belong to the home.
 
     Raises:
         DamagedBaseError: A file is missing, was added, or has other bytes.
@@ -100,7 +100,7 @@ def require_sound(ledger: Ledger, spec: BaseSpec) -> None:
 
 
 def verify_bases(ledger: Ledger) -> Iterator[Finding]:
-    """Hash every file of every base in a home; yield what is damaged."""
+    """Hash every file of every base in a home; yield a finding for each fault."""
     for folder in sorted((ledger.home / "bases").glob("*/")):
         if folder.is_symlink() or not SHA256.fullmatch(folder.name):
             continue
@@ -114,9 +114,9 @@ def verify_bases(ledger: Ledger) -> Iterator[Finding]:
 
 
 def _made_from(ledger: Ledger, base_id: ArtifactId) -> list[str]:
-    """The ids of all that was made from a base, and of all scores of these.
+    """The ids of all artifacts that were made from a base, and of their scores.
 
-    Empty where the index cannot be read, which is a finding of its own.
+    Empty if the index cannot be read, which is a finding of its own.
     """
     query = f"""
         WITH made AS (
@@ -135,11 +135,11 @@ def _made_from(ledger: Ledger, base_id: ArtifactId) -> list[str]:
 def _problems(
     noted: Sequence[SealedFile] | None, files: Sequence[SealedFile], weights: str | None
 ) -> list[str]:
-    """What is wrong with a base, each as a clause.
+    """The faults of a base, each as a clause.
 
     Args:
-        noted: None where there is no note, as in homes of earlier versions.
-        weights: The hash of the weights in the ledger; None where it is not recorded.
+        noted: None if there is no note, as in homes of earlier versions.
+        weights: The hash of the weights in the ledger; None if it is not recorded.
     """
     problems = []
     if noted is not None:
@@ -157,9 +157,9 @@ def _problems(
 
 
 def _paths(folder: Path) -> list[str]:
-    """All files but hidden ones, which a file manager may have put there; sorted."""
-    found = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
-    return sorted(str(path) for path in found if not any(p.startswith(".") for p in path.parts))
+    """All files but hidden ones, which a file manager may add; sorted."""
+    files = (path.relative_to(folder) for path in folder.rglob("*") if path.is_file())
+    return sorted(str(path) for path in files if not any(p.startswith(".") for p in path.parts))
 
 
 def _weights(files: Sequence[SealedFile]) -> str:
@@ -167,7 +167,7 @@ def _weights(files: Sequence[SealedFile]) -> str:
 
 
 def _read_note(folder: Path) -> list[SealedFile] | None:
-    """The files of the note; None where there is none that can be read."""
+    """The files of the note; None if there is no readable one."""
     try:
         files = [SealedFile.from_dict(one) for one in json.loads((folder / NOTE).read_bytes())]
     except (OSError, ValueError, KeyError, TypeError):
@@ -176,7 +176,7 @@ def _read_note(folder: Path) -> list[SealedFile] | None:
 
 
 def _write_note(folder: Path, home: Path, files: Sequence[SealedFile]) -> None:
-    """Write the note; in a home that is read-only there is none, and every check hashes again."""
+    """Write the note. A read-only home gets none, and every check hashes again."""
     with suppress(OSError, StoreError):
         for file in files:
             (folder / file.path).chmod(READ_ONLY)

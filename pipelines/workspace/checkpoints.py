@@ -14,7 +14,7 @@ from store.ledger import Ledger
 
 
 def checkpoint_folder(name: str, home: Path) -> str | Path:
-    """The folder of a checkpoint whose id is in the ledger; any other name is returned as it is.
+    """The folder of a checkpoint, by its id in the ledger; other names are returned unchanged.
 
     Raises:
         UnknownError: There is no ledger, or it has the id, but no checkpoint with it.
@@ -39,7 +39,7 @@ def base_at_hand(folder: str | Path, home: Path) -> Path | None:
     """The base of a checkpoint, if this home has it as safetensors already.
 
     Raises:
-        DamagedBaseError: It has, and not with the bytes any more that it was made with.
+        DamagedBaseError: The bytes of this base have changed since it was made.
     """
     if not (Path(folder) / MANIFEST).is_file():
         return None
@@ -52,7 +52,9 @@ def base_at_hand(folder: str | Path, home: Path) -> Path | None:
 
 
 def base_option(base_model: str, folder: Path | None) -> str:
-    """The option by which a next command finds a base in a folder, which no checkpoint names.
+    """The `--base` option for a next command; empty unless the base is a local folder.
+
+    A checkpoint does not name the folder of its base, so the user must.
 
     Args:
         base_model: As the checkpoint names it.

@@ -1,7 +1,7 @@
-"""What a person sees while a run works, on stderr: lines, and bars where it takes time.
+"""Messages and progress bars for a person, on stderr.
 
-`CONSOLE` is the console of this process, and `say`, `bar` and `growing` are its methods. The run
-that goes on in this process listens to it, to pass lines and progress on.
+`CONSOLE` is the console of this process, and `say`, `bar` and `growing` are its methods. A run in
+this process listens to it, to pass lines and progress on.
 """
 
 from __future__ import annotations
@@ -27,16 +27,16 @@ if TYPE_CHECKING:
     MessageListener = Callable[[str], None]
     """Called with each line, without its colours."""
     ProgressListener = Callable[[str, int, int], None]
-    """Called with what a bar counts, how far it is, and out of how much."""
+    """Called with a bar's name, the units done, and all units."""
 
 QUIET = "METEORA_QUIET"
-"""A variable of the environment; where it is not empty, only errors are shown."""
+"""An environment variable; if it is not empty, only errors are shown."""
 LABELS = {"error": "red", "left out": "yellow", "note": "yellow"}
 """The colour of each label."""
 PATIENCE_SECONDS = 2.0
-"""What takes less time gets no bar in `Console.growing`."""
+"""Shorter work gets no bar in `Console.growing`."""
 LOOK_EVERY_SECONDS = 0.5
-"""How often `Console.growing` measures."""
+"""The time between two measurements of `Console.growing`."""
 
 
 class Console:
@@ -62,7 +62,7 @@ class Console:
             self._on_message, self._on_progress = before
 
     def say(self, text: str, label: str = "") -> None:
-        """Print a line without control characters; brackets are no markup, since names have some.
+        """Print a line without control characters; brackets are text, and no markup.
 
         Args:
             label: One of `LABELS`, before the text and in its colour.
@@ -78,7 +78,7 @@ class Console:
     def bar(self, what: str, total: int, unit: str) -> Generator[Callable[[int], None]]:
         """A bar with the rate and the time left; yields `advance(count)`.
 
-        Where stderr is no terminal, one line at the end says what a bar would have shown.
+        If stderr is no terminal, one line at the end replaces the bar.
         """
         started = time.perf_counter()
         columns = (
@@ -109,8 +109,8 @@ class Console:
         """A bar over something that grows by itself, such as a download, if it takes a while.
 
         Args:
-            num_bytes: How large it will be.
-            measure: How large it is.
+            num_bytes: The final size.
+            measure: Returns the present size in bytes.
         """
         ended = threading.Event()
 
@@ -126,7 +126,7 @@ class Console:
                     advance(now - shown)
                     shown = now
 
-        # in the context of who waits: a run's log is found through it
+        # in the caller's context, which leads to the run's log
         watcher = threading.Thread(target=copy_context().run, args=(watch,), daemon=True)
         watcher.start()
         try:
@@ -141,9 +141,9 @@ say, bar, growing = CONSOLE.say, CONSOLE.bar, CONSOLE.growing
 
 
 def plain_console() -> rich_console.Console:
-    """A console on stdout that takes names and values as text, not as markup.
+    """A console on stdout that prints names and values as text, not as markup.
 
-    Its lines are wider where stdout is no terminal.
+    Its lines have 120 characters if stdout is no terminal.
     """
     return rich_console.Console(
         markup=False, highlight=False, width=None if sys.stdout.isatty() else 120
@@ -151,20 +151,21 @@ def plain_console() -> rich_console.Console:
 
 
 class _HowFar(ProgressColumn):
-    """How much is done, in which time, at which rate, and the time that is left by this rate."""
+    """The units done, the time taken, the rate, and the time left at this rate."""
 
     def __init__(self, unit: str) -> None:
         super().__init__(Column(no_wrap=True))
         self._unit = unit
 
     def render(self, task: Task) -> Text:
-        """What stands beside a bar, in one line.
+        """The text beside a bar, in one line.
 
-        Rows of a batch are done at one moment: a rate over the last few steps would be absurd.
+        The rate is over the whole time: the rows of a batch end at one moment, so a rate over the
+        last few steps would jump.
         """
         done, total, seconds = task.completed, task.total or 0.0, task.elapsed or 0.0
         shown = f"{done:.0f} of {total:.0f} {self._unit}, {timedelta(seconds=int(seconds))}"
-        at = task.fields["at"]  # of the last step: between two the time left counts down
+        at = task.fields["at"]  # the time of the last step; between steps the time left counts down
         if done and at:
             left = timedelta(seconds=max(0, round(at * total / done - seconds)))
             shown += f"{_rate(done / at)}, {left} left"

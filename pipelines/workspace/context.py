@@ -1,4 +1,4 @@
-"""Where a run works: the ledger, the recipe and its folder, and the run's id."""
+"""The context of a run: the ledger, the recipe and its folder, and the run's id."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ from store.ledger import Ledger
 
 @dataclass(frozen=True)
 class RunContext:
-    """What every stage of a run needs."""
+    """The objects that every stage of a run needs."""
 
     ledger: Ledger
     recipe: Recipe
@@ -30,7 +30,7 @@ class RunContext:
     """The recipe's file."""
     run_id: str
     recipe_sha256: str = ""
-    """Of the recipe as it was read, whatever its file says later; empty where none was."""
+    """The hash of the recipe's text when it was read; empty if no file was read."""
 
     @classmethod
     def open(cls, recipe: str, home: Path) -> Self:
@@ -42,12 +42,12 @@ class RunContext:
 
     @property
     def name(self) -> str:
-        """The recipe's, by `name_of`."""
+        """The recipe's name, by `name_of`."""
         return name_of(self.path)
 
     @property
     def key(self) -> str:
-        """The name, with a hash of the path, so that recipes of one name are different."""
+        """The name, with a hash of the path unless it is a shipped recipe; unique in a home."""
         if shipped().get(self.name) == self.path:
             return self.name
         return f"{self.name}-{canonical_sha256(str(_place(self.path)))[:8]}"
@@ -72,7 +72,7 @@ class RunContext:
 
     @contextmanager
     def scratch(self) -> Generator[Path]:
-        """A temporary folder on the store's disk, from which files move there by a rename."""
+        """A temporary folder on the store's disk, so files can move to the store by a rename."""
         parent = self.home / "runs" / self.run_id
         parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=parent) as folder:
@@ -102,7 +102,7 @@ class RunContext:
         return self.home / "answers" / f"{sha256[:32]}.jsonl"
 
     def holds(self, artifact_id: ArtifactId) -> bool:
-        """Whether an artifact was made, and its bytes are still in the store."""
+        """Whether an artifact is recorded, and its bytes are still in the store."""
         sha256 = self.ledger.weights_of(artifact_id)
         return sha256 is not None and sha256 in self.ledger.blobs
 
@@ -115,10 +115,10 @@ def checkpoint_at(home: Path, router_id: ArtifactId) -> Path:
 def put_in_place(made: Path, folder: Path) -> None:
     """Rename a finished folder to `folder`, in place of any older one.
 
-    Its bytes are on the disk first: a folder that has its name is taken for whole.
+    Its bytes are written to the disk first: a folder with this name counts as complete.
 
     Args:
-        made: On the same disk, in a temporary folder, where the older one is moved to.
+        made: On the same disk, in a temporary folder; the older folder moves there, too.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     if folder.exists():
@@ -140,8 +140,8 @@ def name_of(recipe: Path) -> str:
 
 
 def _place(recipe: Path) -> Path:
-    """A recipe's path, the same from every folder. A link to a recipe is one of its own.
+    """A recipe's absolute path; only its folder is resolved.
 
-    Its paths are relative to the link's folder.
+    So a link to a recipe is a recipe of its own, and its paths are relative to the link's folder.
     """
     return recipe.parent.resolve() / recipe.name

@@ -1,4 +1,4 @@
-"""Check a schedule without Prefect, which is imported only when its server is there."""
+"""Check a schedule without Prefect, which must not be imported before its server runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ SHORT = ("@hourly", "@daily", "@midnight", "@weekly", "@monthly", "@yearly", "@a
 
 
 class ScheduleError(MeteoraError):
-    """A schedule is malformed, or nothing is ever due by it."""
+    """A schedule is malformed, or never due."""
 
 
 def require_schedule(cron: str, timezone: str) -> None:

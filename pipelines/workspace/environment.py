@@ -1,4 +1,4 @@
-"""What has to stand in the environment before torch, Prefect and Hugging Face libraries load."""
+"""Environment variables to set before torch, Prefect and Hugging Face libraries load."""
 
 from __future__ import annotations
 
@@ -6,10 +6,10 @@ import os
 from pathlib import Path
 
 SETTINGS = {
-    # nothing calls home
+    # no telemetry
     "DO_NOT_TRACK": "1",
     "HF_HUB_DISABLE_TELEMETRY": "1",
-    # no library sends the saved token by itself: we give it, for owners that the user names
+    # no library sends the saved token by itself: we pass it, for owners that the user names
     "HF_HUB_DISABLE_IMPLICIT_TOKEN": "1",
     "PREFECT_SERVER_ANALYTICS_ENABLED": "false",
     # Prefect's first start makes a database and takes up to half a minute; its limit is 20 s
@@ -17,20 +17,20 @@ SETTINGS = {
     # the ledger is the cache and the record: Prefect keeps attempts, and no results
     "PREFECT_RESULTS_PERSIST_BY_DEFAULT": "false",
     "PREFECT_RESULTS_DEFAULT_SERIALIZER": "json",
-    # Prefect's log goes to its server; what a person should read, we say ourselves
+    # Prefect's log goes to its server; we print the messages for people
     "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "CRITICAL",
     "PREFECT_LOGGING_INTERNAL_LEVEL": "CRITICAL",
     # torch's C++ code writes past every logger, some lines for each use of its profiler
     "KINETO_LOG_LEVEL": "6",
     "TORCH_CPP_LOG_LEVEL": "ERROR",
-    # bars are shown by us, too
+    # we show the progress bars
     "TQDM_DISABLE": "1",
     "TOKENIZERS_PARALLELISM": "false",
 }
 
 
 def prepare(home: Path) -> None:
-    """Set what the user has not set. Without a server of the user's, Prefect lives under `home`."""
+    """Set variables that the user has not set. Without a user's server, Prefect uses `home`."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
     if "PREFECT_API_URL" not in os.environ:

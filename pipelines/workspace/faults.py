@@ -31,23 +31,23 @@ ADVICE = {
     errno.ECONNRESET: "the connection was closed by the server; run again",
     errno.ETIMEDOUT: "the server did not answer in time; run again",
 }
-"""What to do about each fault; others are faults of ours, and show where they come from."""
+"""The advice for each fault; other errors are our own faults, and keep their traceback."""
 IN_TEXT = re.compile(r"\(os error (\d+)\)")
-"""How libraries in Rust name a fault of the system."""
+"""The errno in messages of libraries in Rust."""
 
 
 class NoSpaceError(MeteoraError):
-    """A disk has no room for what is to be written."""
+    """A disk has too little free space for the next step."""
 
 
 def require_space(folder: Path, num_bytes: float, what: str) -> None:
-    """Check that a disk has room, before a long work that needs it.
+    """Check that a disk has enough free space, before long work that needs it.
 
     Args:
-        folder: On that disk.
+        folder: A folder on that disk.
 
     Raises:
-        NoSpaceError: It has less than `num_bytes` left.
+        NoSpaceError: The disk has less than `num_bytes` left.
     """
     free = shutil.disk_usage(folder).free
     if free < num_bytes:
@@ -78,7 +78,7 @@ def _of_one(error: BaseException) -> str | None:
     if isinstance(error, socket.gaierror):
         return "the name of a server cannot be looked up; check the network, and run again"
     if isinstance(error, OSError) and error.errno in ADVICE:
-        name = error.filename2 or error.filename  # the second is where a copy goes
+        name = error.filename2 or error.filename  # filename2 is the target of a copy
         where = f"{name}: " if isinstance(name, str) else ""
         return where + ADVICE[error.errno]
     number = IN_TEXT.search(str(error))

@@ -1,4 +1,4 @@
-"""The device that models run on, and how fast it computes: measured in a second, for estimates."""
+"""The device that models run on, and its speed: measured in a second, for estimates."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ SECONDS = 0.15
 SIZE = 2048
 """Rows and columns of the matrices."""
 MOST = 0.6
-"""Share of the memory that the weights of a model may take."""
+"""The largest share of the memory for the weights of a model."""
 
 
 class DeviceError(MeteoraError):
@@ -32,9 +32,9 @@ class Machine:
     flops_per_second: float
     """Of matrix products in the base's dtype, with 512 tokens at a time."""
     read_bytes_per_second: float
-    """Of products with one token, whose time is that of reading the weights."""
+    """Of products with one token: nearly all their time goes to reading the weights."""
     call_seconds: float
-    """Of the smallest operation: the overhead of Python and the device."""
+    """The time of the smallest operation: the overhead of Python and the device."""
     hash_bytes_per_second: float
     memory_bytes: float
     is_cpu: bool = False
@@ -74,10 +74,10 @@ def measure_machine(dtype: torch.dtype) -> Machine:
 
 
 def choose_device(name: str = "auto") -> str:
-    """The device that models are moved to, as torch names it.
+    """The device for models, as torch names it.
 
     Args:
-        name: `auto`, the GPU where there is one; or such as `cpu`, `cuda`, `cuda:1`, `mps`
+        name: `auto` for the GPU if there is one; or a name such as `cpu`, `cuda`, `cuda:1`, `mps`
 
     Raises:
         DeviceError: There is no such device here.
@@ -100,7 +100,7 @@ def _devices() -> list[str]:
 
 
 def is_too_large(num_bytes: float, memory_bytes: float) -> bool:
-    """Whether weights of this size leave too little memory to work with them."""
+    """Whether weights of this size leave too little memory for the computation."""
     return num_bytes > MOST * memory_bytes
 
 

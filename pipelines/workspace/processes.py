@@ -1,9 +1,9 @@
-"""A child process for work that has to be stoppable: at a deadline, at Ctrl-C, with its parent.
+"""A child process for work that can be stopped: at a deadline, at Ctrl-C, with its parent.
 
 A thread that computes or waits for a server cannot be stopped, a process can. `ChildProcess` starts
-a module in a session of its own, so that it can be killed with all that it started. The module
-calls `parent` first; from then on it ends when its standard input closes, which happens when its
-parent ends, however that ends.
+a module in a session of its own, so it can be killed with all its children. The module calls
+`parent` first; from then on it ends when its standard input closes, as it does when its parent ends
+for any reason.
 
 The two exchange messages, each a kind and a value: a "request" to the child, an "answer" or an
 "error" from it, and before that any other kind for a listener.
@@ -30,15 +30,15 @@ from typing import TYPE_CHECKING, Any, Self, cast
 
 if TYPE_CHECKING:
     Listeners = Mapping[str, Callable[..., None]]
-    """By kind of message; called with the value's items."""
+    """Functions by kind of message; each is called with the value's items."""
 
 
 class ChildError(Exception):
-    """The child answers with an error; `args[0]` is the error as the child describes it."""
+    """The child answers with an error; `args[0]` is the child's description of it."""
 
 
 class ChildDiedError(ChildError):
-    """The child ended without an answer; the message says how."""
+    """The child ended without an answer; the message gives its exit code or signal."""
 
 
 class ChildTimeoutError(ChildError):
@@ -46,9 +46,9 @@ class ChildTimeoutError(ChildError):
 
 
 class Channel:
-    """One end of the connection between a child and its parent; threads may send at once.
+    """One end of the connection between a child and its parent; several threads may send.
 
-    Messages are JSON where the child works on untrusted data, since to unpickle can run code.
+    Messages are JSON if the child works on untrusted data, since unpickling can run code.
     """
 
     def __init__(self, connection: Connection, *, pickled: bool) -> None:
@@ -76,8 +76,8 @@ class ChildProcess:
     Args:
         module: Run as `python -m module`.
         pickled: Exchange pickled objects, not JSON: only with a child that reads nothing untrusted.
-        quiet: Show nothing that it prints; if it dies, the last line on its stderr says why.
-        environment: Variables to set for it, besides those of this process.
+        quiet: Hide its output; if it dies, the error has the last line of its stderr.
+        environment: Variables for it, in addition to those of this process.
     """
 
     def __init__(
@@ -93,14 +93,14 @@ class ChildProcess:
         self._stderr = tempfile.TemporaryFile() if quiet else None  # noqa: SIM115  (until closed)
         with theirs:
             self._process = subprocess.Popen(  # noqa: S603  (our own module)
-                # -P: no file in the folder where a person works takes the place of a library
+                # -P: a file in the working folder must not replace a library
                 [sys.executable, "-P", "-m", module, str(theirs.fileno())],
                 env=os.environ | dict(environment or {}),
                 stdin=subprocess.PIPE,  # never written to: it closes when this process ends
                 stdout=subprocess.DEVNULL if quiet else None,
                 stderr=self._stderr,
                 pass_fds=[theirs.fileno()],
-                start_new_session=True,  # Ctrl-C is for this process, which then ends the child
+                start_new_session=True,  # Ctrl-C reaches this process only, which ends the child
             )
 
     def __enter__(self) -> Self:
@@ -111,7 +111,7 @@ class ChildProcess:
 
     @property
     def pid(self) -> int:
-        """The number of the process, and of its process group."""
+        """The id of the process, and of its process group."""
         return self._process.pid
 
     def ask(
@@ -122,7 +122,7 @@ class ChildProcess:
         Raises:
             ChildTimeoutError: There is no answer at the deadline; the child is killed.
             ChildDiedError: It ended without an answer.
-            ChildError: It answers with an error. Where messages are pickled, the error itself.
+            ChildError: It answers with an error. If messages are pickled, the error itself.
         """
         late = threading.Event()
 
@@ -157,7 +157,7 @@ class ChildProcess:
             raise ChildDiedError(self.how_it_ended()) from None
 
     def close(self) -> None:
-        """End the child with all that it started. May be called twice."""
+        """Kill the child and its children. May be called twice."""
         self._kill()
         self._process.wait()
         for file in (self.channel.connection, self._process.stdin, self._stderr):
@@ -165,7 +165,7 @@ class ChildProcess:
                 file.close()
 
     def _kill(self) -> None:
-        if self._process.returncode is None:  # else its number may be another's by now
+        if self._process.returncode is None:  # else its id may belong to another process by now
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
 
@@ -187,11 +187,11 @@ class ChildProcess:
 
 
 def answers(children: Sequence[ChildProcess], listeners: Listeners | None = None) -> list[Any]:
-    """The answers to what was sent to several children, in the order of the children.
+    """The answers of several children to their requests, in the order of the children.
 
     Raises:
         ChildDiedError: One of them ended without an answer.
-        ChildError: One of them answers with an error. Where messages are pickled, the error itself.
+        ChildError: One of them answers with an error. If messages are pickled, the error itself.
     """
     found: dict[ChildProcess, Any] = {}
     waiting = {child.channel.connection: child for child in children}
@@ -202,7 +202,7 @@ def answers(children: Sequence[ChildProcess], listeners: Listeners | None = None
                 kind, value = child.channel.receive()
             except (EOFError, OSError):
                 raise ChildDiedError(child.how_it_ended()) from None
-            except (ValueError, TypeError) as error:  # not from our own code, then
+            except (ValueError, TypeError) as error:  # the message is not from our own code
                 raise ChildDiedError(f"its process sent no message: {error}") from None
             if kind == "answer":
                 found[child] = value
@@ -225,14 +225,14 @@ def parent(*, pickled: bool = False) -> Channel:
 
 
 def limit_memory(most: int) -> None:
-    """Give this process so many bytes at most; where its own limit is lower, that one stays."""
+    """Limit the memory of this process to `most` bytes, or to its lower present limit."""
     hard = resource.getrlimit(resource.RLIMIT_DATA)[1]
     most = most if hard == resource.RLIM_INFINITY else min(most, hard)
     resource.setrlimit(resource.RLIMIT_DATA, (most, hard))
 
 
 def _end_with_parent() -> None:
-    # unbuffered: a lock on `sys.stdin` would be in the way when Python ends
+    # os.read takes no lock; a lock on `sys.stdin` would block the end of Python
     while os.read(0, 1024):
         pass
-    os.killpg(os.getpid(), signal.SIGKILL)  # with all that this process started
+    os.killpg(os.getpid(), signal.SIGKILL)  # and all children of this process

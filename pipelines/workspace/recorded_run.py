@@ -1,4 +1,4 @@
-"""The record of a run: when it began, with what, how it ended, and how long each stage took."""
+"""The record of a run: its start, versions and device, its outcome, and the time of each stage."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ VERSIONS = ("torch", "transformers", "safetensors", "prefect", "duckdb", "lm-eva
 
 @contextmanager
 def alone(ledger: Ledger, name: str) -> Generator[Sequence[RunStarted]]:
-    """Hold the locks of a run; yields the killed runs of this name, whose ends are recorded here.
+    """Hold the locks of a run; yields the killed runs of this name, and records their ends.
 
     Raises:
         BusyError: another process holds them.
@@ -55,12 +55,12 @@ def recorded(
     device: str,
     seconds: dict[str, float],
 ) -> Generator[None]:
-    """Record the beginning of a run and, however it ends, its end; remove what it leaves behind.
+    """Record the start of a run and its end, also after an error; remove its temporary files.
 
     Args:
-        name: of the recipe, or what else was asked for
-        asked_sha256: of the recipe, or of what else was asked for
-        seconds: the time of each stage, filled while it runs
+        name: of the recipe, or of another command's work
+        asked_sha256: of the recipe, or of that work's inputs
+        seconds: the time of each stage, filled during the run
     """
     versions = {package: version(package) for package in VERSIONS}
     ledger.record_run(RunStarted(run_id, name, asked_sha256, versions, device))
@@ -85,7 +85,7 @@ def recorded(
 
 @contextmanager
 def timed(seconds: dict[str, float], stage: str) -> Generator[None]:
-    """Note how long a stage took, also where it fails."""
+    """Write the seconds of a stage into `seconds`, also if it fails."""
     started = time.perf_counter()
     try:
         yield

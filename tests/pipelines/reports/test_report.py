@@ -101,16 +101,14 @@ def test_a_router_that_sends_every_token_elsewhere_has_a_report(
 
 
 @pytest.mark.parametrize("in_answer", [False, True])
-def test_switches_of_one_kind_alone_are_one_line(
-    ledger: Ledger, tmp_path: Path, in_answer: bool
-) -> None:
+def test_switches_of_one_kind_alone_are_one_line(copied: Path, in_answer: bool) -> None:
     """A share of no switches is nothing to draw."""
-    home = shutil.copytree(ledger.home, tmp_path / "home")
     spec = RoutingSpec(GATE.id, "d" * 64)
     seen = (RoutingSwitch("dates", in_answer, 0, 6), RoutingSwitch("sums", in_answer, None, 2))
     built = RoutingBuild(spec, 1.0, (), 9, 1.0, switches=seen)
-    Ledger(home).record_artifact(spec, weights_sha256="", built=built, run_id=report_ledger.RUN)
-    found = queries.run_queries(Ledger(home), GATE.id)
+    ledger = Ledger(copied)
+    ledger.record_artifact(spec, weights_sha256="", built=built, run_id=report_ledger.RUN)
+    found = queries.run_queries(ledger, GATE.id)
     shares = [(row["question_share"], row["answer_share"]) for row in found["switches"].rows]
     assert shares == ([(None, 0.75), (None, 1.0)] if in_answer else [(0.75, None), (1.0, None)])
     assert "Tokens until routing switches" in report.report_page(found)

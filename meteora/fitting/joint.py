@@ -156,6 +156,7 @@ def train_jointly(
                     learner.learn(step, [sequences[i] for i in chosen])
                 except DivergedError:
                     save(step)
+                    accelerator.wait_for_everyone()  # who ends first may end the one that writes
                     raise
                 if (step + 1) % checkpoint_every == 0 or step + 1 == settings.steps:
                     save(step + 1)

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from meteora.artifacts import SHARED, JointSettings, RouterOptions, canonical_sha256
 from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
-from meteora.base.placement import input_device, is_offloaded, settle
+from meteora.base.placement import input_device, is_offloaded, own_head, settle
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.losses import (
     Batch,
@@ -303,7 +303,8 @@ def _fast(model: PreTrainedModel, device: torch.device) -> torch.autocast:
 def shard(model: PreTrainedModel) -> None:
     """Divide the base among the processes, layer by layer; every process has all gates.
 
-    Of layers that lie in their files, a process reads and holds one at a time as a whole.
+    Of layers that lie in their files, a process reads and holds one at a time as a whole. The
+    embeddings, and a head that has its own weights, are gathered as a layer is.
     """
     from torch.distributed.fsdp import fully_shard  # noqa: PLC0415  (a second, and few recipes need it)
 
@@ -312,4 +313,7 @@ def shard(model: PreTrainedModel) -> None:
         settle(layer)
         fully_shard(layer, ignored_params=gates & set(layer.parameters()))
     settle(model)
+    if (head := own_head(model)) is not None:  # else both are one, and in use from first to last
+        for part in (model.get_input_embeddings(), head):
+            fully_shard(part)
     fully_shard(model, ignored_params=gates)

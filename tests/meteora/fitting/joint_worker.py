@@ -20,6 +20,7 @@ from unittest.mock import patch
 
 import torch
 from accelerate import PartialState
+from torch.distributed.tensor import DTensor
 
 import meteora
 from meteora.artifacts.routers import POINT_GATES
@@ -62,6 +63,12 @@ def diverge(model: PreTrainedModel, top_k: int, folder: Path) -> bool:
     return (folder / FILE).is_file()
 
 
+def is_divided(model: PreTrainedModel) -> bool:
+    """Whether no matrix of the base is whole in this process."""
+    matrices = [p for path, p in model.named_parameters() if ".router." not in path and p.ndim > 1]
+    return all(isinstance(matrix, DTensor) for matrix in matrices)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("checkpoint", type=Path)
@@ -85,7 +92,8 @@ def main() -> None:
     )
     if PartialState().is_main_process:
         tensors.write_gates(asked.out, gates_of(model))
-        print(PartialState().num_processes, "processes")
+        share = "divide" if is_divided(model) else "have"
+        print(f"{PartialState().num_processes} processes {share} the base")
     PartialState().wait_for_everyone()
 
 

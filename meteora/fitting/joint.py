@@ -23,7 +23,7 @@ from torch import Tensor
 
 from meteora.artifacts import SHARED, JointSettings, RouterOptions, canonical_sha256
 from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
-from meteora.base.placement import input_device, is_offloaded, settle
+from meteora.base.placement import input_device, is_offloaded, own_head, settle
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.losses import (
     Batch,
@@ -156,6 +156,7 @@ def train_jointly(
                     learner.learn(step, [sequences[i] for i in chosen])
                 except DivergedError:
                     save(step)
+                    accelerator.wait_for_everyone()  # who ends first may end the one that writes
                     raise
                 if (step + 1) % checkpoint_every == 0 or step + 1 == settings.steps:
                     save(step + 1)
@@ -302,7 +303,8 @@ def _fast(model: PreTrainedModel, device: torch.device) -> torch.autocast:
 def shard(model: PreTrainedModel) -> None:
     """Divide the base among the processes, layer by layer; every process has all gates.
 
-    Layers on disk are read one at a time, so a process holds at most one of them as a whole.
+    Layers on disk are read one at a time, so a process holds at most one of them as a whole. The
+    embeddings, and a head that has its own weights, are gathered like a layer.
     """
     from torch.distributed.fsdp import fully_shard  # noqa: PLC0415  (a second, and few recipes need it)
 
@@ -311,4 +313,7 @@ def shard(model: PreTrainedModel) -> None:
         settle(layer)
         fully_shard(layer, ignored_params=gates & set(layer.parameters()))
     settle(model)
+    if (head := own_head(model)) is not None:  # else both are one, and in use from first to last
+        for part in (model.get_input_embeddings(), head):
+            fully_shard(part)
     fully_shard(model, ignored_params=gates)

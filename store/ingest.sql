@@ -122,7 +122,7 @@ INSERT INTO abstentions BY NAME
 SELECT spec->>'router_id' AS router_id, record_sha256,
        unnest(fields(built->'abstention', ['num_own', 'num_nobodys', 'own_share', 'nobodys_share',
                                            'auroc']))
-FROM made WHERE kind = 'routing' AND built->>'abstention' IS NOT NULL;
+FROM made WHERE kind = 'routing' AND (built->>'abstention') IS NOT NULL;
 
 CREATE OR REPLACE TEMP TABLE measured AS
 SELECT * REPLACE ( -- fields that older releases did not write

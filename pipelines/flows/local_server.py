@@ -105,16 +105,25 @@ def _is_healthy(url: str, *, seconds: float) -> bool:
 
 
 def raise_if_it_failed(error: Exception) -> None:
-    """Raise a readable error if the server itself failed; else return.
+    """Raise a readable error if the server itself failed or refused to answer; else return.
 
     Raises:
-        ServerError: The server answered a request with a status of 500 or more.
+        ServerError: The server answered a request with a status of 500 or more, or asks for
+            another secret, as a server does that has taken the address of one that ended.
     """
-    if isinstance(error, httpx.HTTPStatusError) and error.response.is_server_error:
+    if not isinstance(error, httpx.HTTPStatusError):
+        return
+    if error.response.is_server_error:
         raise ServerError(
             f"the Prefect server on {page()} fails with {error.response.status_code}, as it does"
             " where its disk is full; its log says why (of a home's own: prefect/server.log)."
             " What was finished is kept, so run again"
+        ) from error
+    if error.response.status_code == httpx.codes.UNAUTHORIZED:
+        raise ServerError(
+            f"the Prefect server on {page()} does not take the secret that was sent (401): set"
+            " PREFECT_API_AUTH_STRING to the one that it asks for, or, if it has taken the place of"
+            " one that ended, PREFECT_API_URL to yours. What was finished is kept, so run again"
         ) from error
 
 

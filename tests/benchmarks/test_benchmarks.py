@@ -40,8 +40,9 @@ def test_a_device_that_is_not_there_is_refused_in_one_sentence(name, device, mon
     assert "name one of cpu" in said
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize("name", TINY)
+@pytest.mark.parametrize(
+    "name", ["layer", "model", "twins", pytest.param("fuse", marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("as_json", [False, True])
 def test_a_benchmark_prints_a_table_or_json(name, as_json, monkeypatch, capsys):
     module = importlib.import_module(f"tests.benchmarks.{name}")

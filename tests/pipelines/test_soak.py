@@ -132,7 +132,9 @@ def ask(url: str, seed: int) -> None:
         elif kind == 3:
             assert client.post(url, json={**body, "model": "nobody"}).status_code == 404
         elif kind == 4:
-            assert client.post(url, content=draw.randbytes(1_000)).status_code == 400
+            noise, as_json = draw.randbytes(1_000), {"content-type": "application/json"}
+            assert client.post(url, content=noise).status_code == 415
+            assert client.post(url, content=noise, headers=as_json).status_code == 400
         else:
             assert client.post(url, json=body, headers={"host": "evil.example"}).status_code == 403
 

@@ -435,6 +435,15 @@ def test_no_default_calls_a_function(filled: Shelf) -> None:
     assert not [default for (default,) in defaults if "(" in default.replace("CAST(", "")]
 
 
+def test_arrows_stand_alone() -> None:
+    """DuckDB 1.5 reads `a AND b->>'c'` as `(a AND b)->>'c'`, and rejected every such record."""
+    for file in Path(index.__file__).parent.rglob("*.*"):
+        sql = file.read_text() if file.suffix in {".py", ".sql"} else ""
+        arrows = re.findall(r"\w+(?:->>?'[^']+')+", sql)
+        alone = r"(?:[(,]|SELECT)\s*(\w+(?:->>?'[^']+')+)(?=\s*(?:[),\"]|AS\b|FROM\b))"
+        assert re.findall(alone, sql) == arrows, file
+
+
 def test_every_table_forgets_a_record_that_an_earlier_one_overrules(asked: Shelf) -> None:
     """But those of events, of which each counts."""
     sql = resources.files("store").joinpath("ingest.sql").read_text()

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import json
 import os
+import random
 import re
+import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,6 +25,7 @@ import meteora
 from meteora.artifacts import MeteoraError, canonical_sha256, file_sha256
 from meteora.checkpoint.manifest import EXPERTS, FILES, GATES, LINEAGE, STATISTICS
 from meteora.untrusted.findings import AdapterError
+from pipelines.flows.local_server import HOST
 from pipelines.flows.run_page import tags_of
 from pipelines.reports.summary import summarise
 from pipelines.stages.worker_client import StageError, StageProcess
@@ -283,20 +288,40 @@ def test_a_run_that_is_killed_after_its_last_result_is_closed_by_the_next(
     assert "nothing to do" in meteora("run", work.path, home=work.home).stderr
 
 
+def keep_a_port_for(home: Path) -> str:
+    """The URL at which a home's server will be, and nobody's when that one is gone.
+
+    Others on the machine take Prefect's own port, or one that the system gives, from 32768 on.
+    """
+    for port in random.sample(range(20_000, 30_000), 10):
+        with suppress(OSError), socket.create_server((HOST, port)):
+            url = f"http://{HOST}:{port}/api"
+            (home / "prefect" / "address").write_text(url)
+            return url
+    raise AssertionError("no port is free")
+
+
 @pytest.mark.slow
 @pytest.mark.parametrize("own", [True, False], ids=["its own, started again", "the user's, gone"])
-def test_a_run_outlives_its_server(recipe_folder: Path, tmp_path: Path, own: bool) -> None:
+def test_a_run_outlives_its_server(
+    recipe_folder: Path, tmp_path: Path, new_database: Path, own: bool
+) -> None:
     """With nothing done twice, and the next run finds nothing to do."""
     from pipelines.flows.server_secret import read_or_make, secret_file  # noqa: PLC0415
     from store.ledger import Ledger  # noqa: PLC0415
     from tests.pipelines.flows.test_local_server import told, user  # noqa: PLC0415
 
     home, env = tmp_path / "home", without_prefect()
+    with_server = home if own else tmp_path / "elsewhere"
+    (with_server / "prefect").mkdir(mode=0o700, parents=True)
+    shutil.copy(new_database, with_server / "prefect")
     elsewhere = None
     if not own:
-        elsewhere = user(tmp_path / "elsewhere")
-        env["PREFECT_API_URL"] = told(elsewhere)[1]
-        env["PREFECT_API_AUTH_STRING"] = read_or_make(secret_file(tmp_path / "elsewhere"))
+        env["PREFECT_API_URL"] = keep_a_port_for(with_server)
+        elsewhere = user(with_server)
+        assert told(elsewhere) == (True, env["PREFECT_API_URL"])
+        env["PREFECT_API_AUTH_STRING"] = read_or_make(secret_file(with_server))
+        env["PREFECT_CLIENT_MAX_RETRIES"] = "1"  # else each request waits a minute for it
     command = [
         sys.executable, "-m", "pipelines.cli", "run", str(recipe_folder / "recipe.yaml"),
         "--home", str(home),
@@ -306,7 +331,7 @@ def test_a_run_outlives_its_server(recipe_folder: Path, tmp_path: Path, own: boo
     if elsewhere is not None:
         elsewhere.kill()  # who would start it again
         elsewhere.communicate()
-    for pid in servers(home if own else tmp_path / "elsewhere"):
+    for pid in servers(with_server):
         os.kill(pid, signal.SIGKILL)
     _, said = running.communicate(timeout=500)
     assert running.returncode == 0, said

@@ -144,7 +144,7 @@ def test_a_disk_without_room_is_said_before_a_server_starts(
     assert not servers(tmp_path)
 
 
-def test_a_server_that_fails_by_itself_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_server_that_fails_or_refuses_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:4200/api")
     request = httpx.Request("POST", "http://127.0.0.1:4200/api/flow_runs")
 
@@ -153,6 +153,8 @@ def test_a_server_that_fails_by_itself_is_one_sentence(monkeypatch: pytest.Monke
 
     with pytest.raises(local_server.ServerError, match=r"127\.0\.0\.1:4200 fails with 500"):
         local_server.raise_if_it_failed(error(500))
+    with pytest.raises(local_server.ServerError, match="does not take the secret that was"):
+        local_server.raise_if_it_failed(error(401))
     for ours in (error(422), KeyError("ours")):
         local_server.raise_if_it_failed(ours)
 

@@ -582,17 +582,8 @@ def test_a_hub_with_too_many_requests_is_asked_again_when_it_says(
 HANGS, ASKS_TO_WAIT = Fault(hang=True), Fault(status=429, headers={"Retry-After": "86400"})
 
 
-@pytest.mark.parametrize(
-    ("fault", "kind"),
-    [
-        (HANGS, "tree"),
-        (HANGS, "get"),
-        (ASKS_TO_WAIT, "head"),
-        pytest.param(HANGS, "head", marks=pytest.mark.slow),
-        pytest.param(ASKS_TO_WAIT, "tree", marks=pytest.mark.slow),
-        pytest.param(ASKS_TO_WAIT, "get", marks=pytest.mark.slow),
-    ],
-)
+@pytest.mark.parametrize("fault", [HANGS, ASKS_TO_WAIT], ids=["hangs", "asks to wait"])
+@pytest.mark.parametrize("kind", ["head", "tree", "get"])
 def test_nobody_waits_longer_than_the_limit(
     fault: Fault, kind: str, server: HubServer, asked_apart: Hub, tmp_path: Path
 ) -> None:

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
+from pipelines.flows import flow
 from pipelines.hub.errors import HubError
 from pipelines.workspace import console
 from tests.pipelines.admission.test_discover import COMMIT, adapter_repo
@@ -23,7 +24,7 @@ if TYPE_CHECKING:
     from tests.conftest import World
     from tests.pipelines.hub.hub_server import HubServer
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("prefect_server")]
+pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
 @pytest.fixture
@@ -50,6 +51,7 @@ def on_the_hub(
     )
 
 
+@pytest.mark.slow
 def test_a_branch_is_resolved_anew_and_what_moved_is_compared_with_what_was(
     on_the_hub: Callable[..., RunContext],
     server: HubServer,
@@ -86,11 +88,14 @@ def test_a_branch_is_resolved_anew_and_what_moved_is_compared_with_what_was(
     assert "it was" in said or "scored the same" in said
 
 
+@pytest.mark.usefixtures("hub_here")
 def test_what_may_pass_is_tried_again_and_what_stays_is_not(
     on_the_hub: Callable[..., RunContext],
     server: HubServer,
     capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
 ) -> None:
+    monkeypatch.setattr(flow.resolve_adapter, "retry_delay_seconds", 0)
     server.faults["refs"] = Fault(status=503, times=1, path="org/adapter/refs")
     run(on_the_hub(), "check")
     assert server.faults["refs"].times == 0

@@ -137,7 +137,6 @@ def test_it_is_private_and_whole_and_new_gates_leave_the_experts_where_they_are(
     assert repo.main[GATES] == (folder / GATES).read_bytes()
 
 
-@pytest.mark.slow
 def test_results_for_leaderboards_come_and_go_with_the_model(
     server: HubServer, world: World, folder: Path
 ) -> None:
@@ -163,7 +162,6 @@ def test_what_comes_back_as_another_model_is_never_shown(
     assert not repo_of(server).tags
 
 
-@pytest.mark.slow
 def test_what_cannot_be_loaded_is_never_shown(
     server: HubServer, world: World, folder: Path
 ) -> None:

@@ -24,6 +24,7 @@ from pipelines.serving import model_thread, server
 from pipelines.serving.host_names import names_of
 from pipelines.serving.requests import ChatRequest
 from tests.pages import ROOT, fences
+from tests.pipelines import test_soak
 from tests.pipelines.serving.conftest import serving
 
 HALF = [{"role": "user", "content": "\ud800"}]
@@ -256,6 +257,13 @@ def test_a_body_of_another_type_is_refused_since_a_page_of_another_site_may_send
     found = httpx.post(f"{url}/chat/completions", content=body, headers=headers)
     assert found.status_code == 415
     assert found.json()["error"]["message"] == "send it as Content-Type: application/json"
+
+
+@pytest.mark.parametrize("seed", [2, 1, 7, 0, 5, 19])  # one for each way
+def test_the_clients_of_the_soak_are_answered_as_they_expect(url, monkeypatch, seed: int) -> None:
+    """It takes ten minutes, so nobody would notice."""
+    monkeypatch.setitem(test_soak.HELLO, "model", "tiny")
+    test_soak.ask(f"{url}/chat/completions", seed)
 
 
 @pytest.mark.parametrize("announced", [True, False])

@@ -73,9 +73,7 @@ def test_a_run_fits_conversations_and_system_prompts_and_the_checkpoint_can_grow
     [
         pytest.param({"null": True}, id="with the base as a choice"),
         pytest.param({"without_examples": "arrow"}, id="with an expert without examples"),
-        pytest.param(
-            {"share": "turn", "null": True}, id="a turn, with the base", marks=pytest.mark.slow
-        ),
+        pytest.param({"share": "turn", "null": True}, id="a turn, with the base"),
         pytest.param({"share": "turn", "without_examples": "norm"}, id="a turn, without examples"),
     ],
 )

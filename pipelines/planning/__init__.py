@@ -7,4 +7,5 @@ room            whether every prompt of the benchmark has room in the base
 overlaps        rows of an import that are both examples and tests
 dry_run         `--dry-run`: the steps that a run would take
 estimate        its memory, disk and time
+batch_size      how many prompts are answered together
 """

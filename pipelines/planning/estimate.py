@@ -36,10 +36,10 @@ from pipelines.evaluation.measurements import (
 )
 from pipelines.evaluation.routing_stats import QUESTIONS, num_composites
 from pipelines.evaluation.tasks import TURNS
+from pipelines.planning.batch_size import rows_at_once, working_bytes
 from pipelines.planning.plan import prompt_shapes
 from pipelines.recipe.benchmark import (
     OF_CONVERSATIONS,
-    BenchmarkSection,
     ConversationSection,
     metric_names,
 )
@@ -71,10 +71,6 @@ PASSES_A_STEP = 3
 """Passes for a training step with mixed experts: one forward, about two for the backward."""
 MERGE_PASSES = 20
 """Passes over all experts' products B A in float32 for one merge, such as TIES."""
-AT_ONCE = (64, 32, 16, 8, 4, 2)
-"""Prompts that `batch_size: auto` tries to answer together."""
-FILLED = 0.9
-"""Share of the memory that `batch_size: auto` fills; drivers need some of the rest."""
 ASSUMED_RANK, ASSUMED_ITEMSIZE = 8, 4
 ASSUMED_PROMPT_TOKENS, ASSUMED_ANSWER_TOKENS = 256, 64
 
@@ -267,39 +263,6 @@ def _widths(inputs: Mapping[str, int]) -> list[int]:
     return [width for _, width in points]
 
 
-def working_bytes(shape: Shape, num_rows: int, num_tokens: float) -> float:
-    """The memory of answers to prompts, beside the model: caches, states and logits.
-
-    Args:
-        num_tokens: of the longest prompt, with its answer
-    """
-    itemsize = shape.dtype.itemsize
-    a_token = shape.cache_bytes_per_token
-    a_token += (4 * shape.hidden_size + 2 * shape.intermediate_size) * itemsize
-    return num_rows * (num_tokens * a_token + 4 * shape.vocab_size)
-
-
-def rows_at_once(
-    settings: BenchmarkSection,
-    shape: Shape,
-    num_tokens: float,
-    *,
-    held_bytes: float,
-    memory_bytes: float,
-) -> int:
-    """The number of prompts to answer together.
-
-    Args:
-        num_tokens: of the longest prompt, with its answer
-        held_bytes: of the model
-        memory_bytes: of the device
-    """
-    if settings.batch_size != "auto":
-        return settings.batch_size
-    free = FILLED * memory_bytes - held_bytes
-    return next((n for n in AT_ONCE if working_bytes(shape, n, num_tokens) <= free), 1)
-
-
 def bytes_of_gates(inputs: Mapping[str, int], num_experts: int) -> tuple[float, float]:
     """The largest file sizes of gates, and of the statistics that they are fitted to, in bytes.
 
@@ -320,6 +283,12 @@ class FittingWork:
     """Tokens of further passes, forward or backward."""
     kept: bool = True
     """Whether statistics are kept."""
+    graph_tokens: float = 0.0
+    """Tokens of a backward pass through the whole model, padding included."""
+    top_k: int = 1
+    """Experts of a token in that pass."""
+    recomputed: bool = False
+    """Whether that pass keeps the input of each layer alone (gradient checkpointing)."""
 
 
 BACKGROUND_TOKENS = 3_000
@@ -343,8 +312,27 @@ def _fitting_work(recipe: Recipe, examples: Sequence[Rows]) -> FittingWork:
     learned = settings.steps * settings.batch_size * settings.accumulate
     each = tokens / max(1, num_sequences)
     swept = tokens if settings.start == "calibrate" else 2 * each * len(lengths)
-    passes = 1 if recipe.router.top_k == 1 else PASSES_A_STEP
-    return FittingWork(swept, passes * learned * each + for_offsets, kept=False)
+    if recipe.router.top_k == 1:  # no gradient goes through the model
+        return FittingWork(swept, learned * each + for_offsets, kept=False)
+    longest = max(lengths, default=0.0) * max(turns or (1,))
+    return FittingWork(
+        swept,
+        PASSES_A_STEP * learned * each + for_offsets,
+        kept=False,
+        graph_tokens=settings.batch_size / (settings.processes or 1) * longest,
+        top_k=recipe.router.top_k,
+        recomputed=settings.gradient_checkpointing,
+    )
+
+
+def _graph_bytes(shape: Shape, experts: Experts, work: FittingWork) -> float:
+    """The memory of a backward pass: what each layer keeps for it, logits and their gradients."""
+    sizes = [shape.linears[path] for path in experts.ranks]
+    routed = sum(work.top_k * num_in + num_out for num_in, num_out in sizes) / shape.num_layers
+    layer = (8 * shape.hidden_size + 4 * shape.intermediate_size + routed) * shape.dtype.itemsize
+    states = shape.hidden_size * shape.dtype.itemsize
+    layers = shape.num_layers * (states if work.recomputed else layer) + layer
+    return work.graph_tokens * (layers + (8 + shape.dtype.itemsize) * shape.vocab_size)
 
 
 def _gates(pace: Pace, loaded: float, disk: float, work: FittingWork) -> Need:
@@ -373,6 +361,7 @@ def _gates(pace: Pace, loaded: float, disk: float, work: FittingWork) -> Need:
     memory = loaded + batch + spread + copies
     if pace.machine.is_cpu:  # a sweep keeps its states between points in the CPU's memory
         memory += hidden + kept_outputs
+    memory = max(memory, loaded + _graph_bytes(shape, experts, work))
     return Need("gates", memory, disk, seconds)
 
 

@@ -27,7 +27,7 @@ from pipelines.evaluation.harness import HARNESS
 from pipelines.evaluation.measurements import ONE_EXPERT, Measurement, control_of
 from pipelines.evaluation.resume import BATCHES, NoLog, open_log
 from pipelines.evaluation.systems import use_system
-from pipelines.planning.estimate import rows_at_once
+from pipelines.planning.batch_size import rows_at_once
 from pipelines.planning.plan import Plan, place_of_example
 from pipelines.planning.room import (
     check_examples,

@@ -11,13 +11,12 @@ import pytest
 import yaml
 
 from pipelines.planning import dry_run
+from pipelines.planning.batch_size import rows_at_once, working_bytes
 from pipelines.planning.estimate import (
     Experts,
     Rows,
     assumed_ranks,
     estimate,
-    rows_at_once,
-    working_bytes,
 )
 from pipelines.recipe.benchmark import BenchmarkSection
 from pipelines.recipe.recipe import Recipe, locate
@@ -385,6 +384,20 @@ def test_gates_take_the_longer_the_more_they_are_taught() -> None:
     one, mixed = (seconds({"top_k": k}, **joint, steps=1000) for k in (1, 2))
     assert mixed == pytest.approx(3 * one, rel=0.1)
     assert needs(gates=joint)["gates"].disk_bytes == 4 * (64 + 64)  # no statistics
+
+
+def test_a_backward_pass_through_the_model_takes_memory_for_each_token_of_a_batch() -> None:
+    def memory(top_k: int, batch_size: int, **settings: bool) -> float:
+        gates = {"method": "joint", "batch_size": batch_size, **settings}
+        return needs(gates=gates, router={"top_k": top_k})["gates"].memory_bytes
+
+    tokens = 1000 * 4 * (256 + 64)  # of the longest conversations
+    layer = 2 * (8 * 64 + 4 * 256 + ((2 * 64 + 64) + (2 * 64 + 256)) / 20)  # of a token, in bytes
+    more = memory(2, 2000) - memory(2, 1000)
+    assert more == pytest.approx(tokens * (21 * layer + (2 + 8) * 999))
+    less = memory(2, 2000) - memory(2, 2000, gradient_checkpointing=True)
+    assert less == pytest.approx(2 * tokens * 20 * (layer - 2 * 64))
+    assert memory(1, 2000) == memory(1, 1000) < memory(2, 1000)  # no gradient leaves a layer
 
 
 def test_conversations_take_the_longer_the_more_a_control_computes_again() -> None:

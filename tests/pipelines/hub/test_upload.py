@@ -110,9 +110,10 @@ def test_main_gets_everything_at_once_and_nothing_is_sent_twice(
 
 
 def test_the_same_again_writes_nothing(server: HubServer, folder: Path) -> None:
-    commit = publish(server, folder)
+    commit, seen = publish(server, folder), []
     before = len(server.requests)
-    assert publish(server, folder) == commit
+    assert publish(server, folder, check=seen.append) == commit
+    assert seen == [commit]  # whoever showed it may have been killed before it was recorded
     assert {kind for kind, _, _ in server.requests[before:]} == {"revision", "refs", "tree"}
 
 
@@ -230,6 +231,8 @@ def test_a_head_that_is_not_known_here_is_replaced_only_when_told_so(
     edited = repo_of(server).commit_files("main", repo_of(server).main | {"README.md": b"edited"})
     with pytest.raises(HubConflictError, match=f"--onto {edited}"):
         publish(server, folder, known={first})
+    with pytest.raises(HubConflictError, match=f"expected there is {first}"):
+        publish(server, folder, known={first, edited}, onto=first)
     assert publish(server, folder, known={first}, onto=edited, tag="t2") != edited
     assert repo_of(server).main["README.md"] == (folder / "README.md").read_bytes()
 
@@ -275,6 +278,20 @@ def test_what_fails_its_check_is_never_shown_and_is_not_sent_again(
     publish(server, folder)
     assert server.count("put") == 2
     assert whole_or_absent(repo_of(server), folder) == 1
+
+
+def test_what_failed_its_check_is_removed_once_another_is_shown(
+    server: HubServer, folder: Path
+) -> None:
+    def refuse(_commit: str) -> None:
+        raise HubError("its logits differ")
+
+    with pytest.raises(HubError):
+        publish(server, folder, check=refuse)
+    assert len(repo_of(server).branches) == 2
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Another\n")
+    commit = publish(server, folder)
+    assert repo_of(server).branches == {"main": commit}
 
 
 def test_a_tag_that_means_something_else_is_not_moved(server: HubServer, folder: Path) -> None:

@@ -71,6 +71,20 @@ def test_answers_do_not_need_the_database(filled: Shelf) -> None:
     assert Ledger(filled.home).resolve("base:") == filled.base.id
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["loose", "packed"])
+def test_rows_that_cannot_be_read_are_read_from_the_records(
+    filled: Shelf, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    """As where a block of one table is damaged, and the names of the files can be read."""
+    if packed:
+        filled.ledger.pack()
+    filled.ledger.ingest()
+    assert (filled.ledger.index.known() or set()) >= filled.ledger.records.parts()
+    monkeypatch.setattr(filled.ledger.index, "select", lambda *_: None)
+    assert filled.ledger.weights_of(filled.base.id)
+    assert filled.ledger.resolve("base:") == filled.base.id
+
+
 @INGESTED
 def test_recording_twice_is_once(shelf: Shelf, ingested: bool) -> None:
     shelf.make(shelf.base)

@@ -124,8 +124,10 @@ def test_new_gates_leave_the_experts_where_they_are(server: HubServer, folder: P
     assert server.count("put") == 3  # experts, gates, other gates
     assert repo_of(server).parents[second] == first
     (folder / "gates.safetensors").unlink()
-    publish(server, folder, tag="t3", known={first, second})
+    seen: list[str] = []
+    publish(server, folder, tag="t3", known={first, second}, check=seen.append)
     assert "gates.safetensors" not in repo_of(server).main
+    assert repo_of(server).commits[seen[0]] == repo_of(server).main  # also if a file only goes
     assert server.count("put") == 3
 
 
@@ -302,6 +304,16 @@ def test_a_tag_that_means_something_else_is_not_moved(server: HubServer, folder:
             publish(server, folder, known={first})
         assert repo_of(server).branches == {"main": first}  # so the next one can be published
     assert publish(server, folder, tag="t2", known={first}) != first
+
+
+def test_a_tag_that_somebody_sets_meanwhile_is_not_taken_for_ours(
+    server: HubServer, folder: Path
+) -> None:
+    def somebody_else(_commit: str) -> None:
+        repo_of(server).tags["t1"] = repo_of(server).branches["main"]
+
+    with pytest.raises(HubConflictError, match="t1 names commit"):
+        publish(server, folder, check=somebody_else)
 
 
 def test_writing_needs_a_token_that_may(server: HubServer, folder: Path) -> None:

@@ -205,8 +205,9 @@ def test_two_homes_copied_together_agree_in_any_order(
 ) -> None:
     """Both made one artifact, differently: the earlier record stands, however it got there."""
     other = make_shelf("other")
-    shelf.make(shelf.base, "these weights")
-    other.make(shelf.base, "other weights")
+    for spec in (shelf.base, *map(shelf.adapter, range(1, 5))):
+        shelf.make(spec, "these weights")
+        other.make(spec, "other weights")
     other.measure(shelf.base, "sorting", 0.4)
     shelf.measure(shelf.base, "sorting", 0.5)
     shelf.ledger.ingest()
@@ -217,9 +218,14 @@ def test_two_homes_copied_together_agree_in_any_order(
     shelf.ledger.ingest()
     other.ledger.ingest()
     assert shelf.views() == other.views()
-    assert len(shelf.ledger.query("FROM artifacts").rows) == 1
+    stands = dict(shelf.ledger.query("SELECT id, weights_sha256 FROM artifacts").rows)
+    assert len(stands) == 5
+    assert [*stands.values()] == [shelf.ledger.blobs.put_bytes(b"these weights")] * 5
     assert shelf.ledger.query("SELECT value FROM scores").rows == [(0.4,)]
-    assert shelf.ledger.weights_of(shelf.base.id) == other.ledger.weights_of(shelf.base.id)
+    score_id = shelf.benchmark(shelf.base.id, "sorting").id
+    for one in (shelf, other):
+        assert {id_: one.ledger.weights_of(ArtifactId(id_)) for id_ in stands} == stands
+        assert one.ledger.scores_of([score_id])[score_id].value == 0.4
     grown = shelf.views()
     shelf.ledger.rebuild()
     assert shelf.views() == grown

@@ -100,6 +100,21 @@ def test_recording_twice_is_once(shelf: Shelf, ingested: bool) -> None:
     assert shelf.ledger.records.loose() == before
 
 
+def test_a_publication_is_recorded_again_where_the_last_record_of_it_says_something_else(
+    shelf: Shelf,
+) -> None:
+    shelf.make(shelf.base)
+    for count, (private, tag) in enumerate(((True, ""), (False, ""), (True, ""), (True, "v1")), 1):
+        made = Publication(shelf.base.id, "someone/base", "c" * 40, "", private, tag)
+        for run_id in ("r1", "r2"):
+            shelf.ledger.record_publication(made, run_id=run_id)
+        found = shelf.ledger.publications("someone/base")
+        assert (found[-1], len(found)) == (made, count)
+        shelf.ledger.ingest()
+        assert len(shelf.ledger.query("FROM publications").rows) == 1
+    assert not shelf.ledger.verify().findings
+
+
 @INGESTED
 def test_one_spec_has_one_outcome(shelf: Shelf, ingested: bool) -> None:
     shelf.make(shelf.base, "these weights")

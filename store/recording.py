@@ -121,14 +121,16 @@ class Recording:
         self._record_once(Record(kind, event.run_id, body, event.run_id, now()), ())
 
     def record_publication(self, publication: Publication, *, run_id: str) -> None:
-        """Record that an artifact is published.
+        """Record that an artifact is published, unless the latest record says the same of it.
 
         Raises:
             UnknownError: the artifact is not recorded.
         """
         self._require((publication.artifact_id,), of=f"its publication at {publication.repo_id}")
         where = f"{publication.artifact_id} at {publication.repo_id}@{publication.revision}"
-        self._record_once(Record("publication", where, publication.to_dict(), run_id, now()), ())
+        earlier = self._lookup.find("publication", [where])
+        if not earlier or Publication.from_dict(earlier[-1].body) != publication:
+            self._write(Record("publication", where, publication.to_dict(), run_id, now()))
 
     def record_failure(self, failure: Failure, *, run_id: str) -> None:
         """Record a refusal or an error; every call writes a new record."""

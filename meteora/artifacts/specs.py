@@ -203,3 +203,5 @@ class Publication(Noun):
     texts_sha256: str = ""
     """Of all files of the checkpoint that are not tensors; they name the tensors by hash."""
     private: bool = True
+    tag: str = ""
+    """Its tag there; empty in records of earlier versions."""

@@ -120,11 +120,16 @@ def grow(
         accuracies.append(sum(s * own.mean().item() for s, own in zip(shares, right, strict=True)))
         return gate
 
-    needs_template = bool(gates.template.opening) or options.by_turns
-    template = gates.template if needs_template else None
     offsets = _more_offsets(model, sequences, gates.offsets, expert)
     sweep_gates(
-        model, batches, options, template, fit, leaves_out=True, offsets=offsets, progress=progress
+        model,
+        batches,
+        options,
+        gates.template,
+        fit,
+        leaves_out=True,
+        offsets=offsets,
+        progress=progress,
     )
     return Growth(
         statistics=grown,

@@ -137,7 +137,7 @@ def _scores(
             "low": score.low,
             "high": score.high,
             "num_samples": score.num_samples,
-            "differs": summary.mark(task, system) if score is row.get(system) else "",
+            "differs": summary.mark(task, system),
         }
         for task, row in summary.scores.items()
         for system, score in {**row, **alone.get(task, {})}.items()

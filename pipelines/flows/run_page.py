@@ -177,7 +177,7 @@ def show_results(
         )
         create_table_artifact(rows, key=f"scores-{slug}", description=f"{context.name}: scores")
         create_markdown_artifact("\n\n".join((*worse, card)), key=f"report-{slug}")
-        for repo_id, revision in sources:
+        for repo_id, revision in dict.fromkeys(sources):  # recorded again with another tag
             if COMMIT.fullmatch(revision):
                 create_link_artifact(
                     f"{hub_of(context.recipe, repo_id).url()}/{repo_id}/tree/{revision}",

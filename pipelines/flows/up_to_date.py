@@ -113,14 +113,15 @@ def _is_written(context: RunContext, plan: Plan, summary: Summary) -> bool:
 
 
 def _is_published(context: RunContext, plan: Plan) -> bool:
-    """Whether the present checkpoint is published; also True if the recipe does not publish."""
+    """Whether the present checkpoint was last published as the recipe asks for it now.
+
+    Also True if the recipe does not publish.
+    """
     to = context.recipe.publish
     if to is None:
         return True
-    texts = texts_sha256(context.checkpoint_folder(plan.router.id))
-    return any(
-        one.artifact_id == plan.router.id
-        and one.texts_sha256 == texts
-        and one.private == to.private
-        for one in context.ledger.publications(to.repo)
-    )
+    found = context.ledger.publications(to.repo)
+    made = next((one for one in reversed(found) if one.artifact_id == plan.router.id), None)
+    if made is None or made.private != to.private or to.tag not in {"", made.tag}:
+        return False
+    return made.texts_sha256 == texts_sha256(context.checkpoint_folder(plan.router.id))

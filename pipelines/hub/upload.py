@@ -138,7 +138,7 @@ class Repository:
         onto: str,
         known: Collection[str],
     ) -> None:
-        others = set(there) - NEUTRAL - {RESULTS}
+        others = set(there) - NEUTRAL
         if bundle.mark not in there and others:
             some = ", ".join(sorted(others - set(bundle.names) or there)[:5])
             raise HubConflictError(

@@ -149,7 +149,8 @@ def publish(
     router_id = ArtifactId(manifest.router_id)
     recorded = bool(router_id) and ledger.weights_of(router_id) is not None
     if recorded:
-        made = Publication(router_id, to.repo_id, revision, texts_sha256(folder), to.private)
+        texts = texts_sha256(folder)
+        made = Publication(router_id, to.repo_id, revision, texts, to.private, tag)
         ledger.record_publication(made, run_id=run_id)
     return Published(to.repo_id, revision, tag, recorded)
 

@@ -42,4 +42,6 @@ def describe(changes: Sequence[Change]) -> list[str]:
         return []
     others = [one for one in changes if one.value != one.previous and not one.worse]
     lines = [one.describe() for one in (*(one for one in changes if one.worse), *others)]
-    return lines or [f"The last checkpoint scored the same on all {len(changes)} tasks."]
+    number = len({one.task for one in changes})
+    where = "its task" if number == 1 else f"all {number} tasks"
+    return lines or [f"The last checkpoint scored the same on {where}."]

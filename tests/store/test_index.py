@@ -63,14 +63,18 @@ def flipped(path: Path, position: int) -> None:
     path.write_bytes(data)
 
 
-def orphaned(path: Path) -> None:
-    """The log of another database lies where that of the next one will be."""
+def with_a_log(path: Path) -> None:
+    """The log of another database lies beside it, as of whoever wrote to an earlier copy."""
     with duckdb.connect(str(path.with_name("other.duckdb"))) as connection:
         connection.execute(
             "PRAGMA disable_checkpoint_on_shutdown; CREATE TABLE records (sha256 INT)"
         )
     index.wal(path.with_name("other.duckdb")).rename(index.wal(path))
     path.with_name("other.duckdb").unlink()
+
+
+def orphaned(path: Path) -> None:
+    with_a_log(path)
     path.unlink()
 
 
@@ -121,6 +125,8 @@ def views_with_last(
         pytest.param(Path.unlink, [SNAPSHOT], id="snapshot deleted"),
         pytest.param(Path.unlink, [LIVE, SNAPSHOT], id="both deleted"),
         pytest.param(orphaned, [LIVE], id="live deleted, its log left"),
+        pytest.param(with_a_log, [LIVE], id="another log beside live"),
+        pytest.param(with_a_log, [SNAPSHOT], id="another log beside the snapshot"),
         pytest.param(truncated, [LIVE], id="live truncated"),
         pytest.param(truncated, [SNAPSHOT], id="snapshot truncated"),
         pytest.param(emptied, [LIVE, SNAPSHOT], id="both empty"),
@@ -144,9 +150,17 @@ def test_a_lost_index_comes_back_from_the_records(
     assert filled.ledger.weights_of(filled.base.id)
     filled.ledger.records.write(LAST)
     assert filled.ledger.ingest().reason == ""
-    assert not index.wal(filled.ledger.index.live).exists()
+    assert not any(index.wal(filled.home / name).exists() for name in (LIVE, SNAPSHOT))
     assert not filled.ledger.verify().findings
     assert filled.views() == views_with_last
+
+
+def test_a_rebuilt_index_takes_over_no_log_that_was_left(filled: Shelf) -> None:
+    before = filled.views()
+    orphaned(filled.ledger.index.live)
+    assert filled.ledger.rebuild().reason == ""
+    assert not index.wal(filled.ledger.index.live).exists()
+    assert filled.views() == before
 
 
 @pytest.mark.parametrize("names", [[LIVE], [LIVE, SNAPSHOT]], ids=["live", "both"])
@@ -173,6 +187,17 @@ def test_a_damaged_index_is_set_aside_not_deleted(
     (aside,) = filled.home.glob("ledger.damaged-*.duckdb")
     assert aside.read_bytes() == b"damaged"
     assert "made again from the records" in caplog.text
+
+
+def test_an_index_of_another_history_is_set_aside_too(filled: Shelf) -> None:
+    """A migration that it was made with had other bytes, so its tables may be others."""
+    before = filled.views()
+    with duckdb.connect(str(filled.ledger.index.live)) as connection:
+        connection.execute("UPDATE migrations SET sha256 = 'other' WHERE number = 1")
+    filled.ledger.index.snapshot.unlink()
+    assert Ledger(filled.home).ingest().reason == ""
+    assert len([*filled.home.glob("ledger.damaged-*.duckdb")]) == 1
+    assert filled.views() == before
 
 
 @pytest.mark.parametrize(
@@ -550,6 +575,10 @@ def test_a_record_that_is_not_understood_does_not_stop_the_others(shelf: Shelf) 
     before = shelf.ledger.index.snapshot.stat().st_ino
     shelf.ledger.ingest()
     assert shelf.ledger.index.snapshot.stat().st_ino == before, "nothing new, nothing written"
+    assert shelf.ledger.pack() == len(strange) + 2
+    outcome = shelf.ledger.ingest()
+    assert (outcome.num_records, outcome.reason) == (0, "")
+    assert shelf.ledger.query("SELECT count(*) FROM rejected").rows == [(len(strange),)]
 
 
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])

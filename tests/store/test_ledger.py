@@ -71,6 +71,20 @@ def test_answers_do_not_need_the_database(filled: Shelf) -> None:
     assert Ledger(filled.home).resolve("base:") == filled.base.id
 
 
+@pytest.mark.parametrize("packed", [False, True], ids=["loose", "packed"])
+def test_rows_that_cannot_be_read_are_read_from_the_records(
+    filled: Shelf, monkeypatch: pytest.MonkeyPatch, packed: bool
+) -> None:
+    """As where a block of one table is damaged, and the names of the files can be read."""
+    if packed:
+        filled.ledger.pack()
+    filled.ledger.ingest()
+    assert (filled.ledger.index.known() or set()) >= filled.ledger.records.parts()
+    monkeypatch.setattr(filled.ledger.index, "select", lambda *_: None)
+    assert filled.ledger.weights_of(filled.base.id)
+    assert filled.ledger.resolve("base:") == filled.base.id
+
+
 @INGESTED
 def test_recording_twice_is_once(shelf: Shelf, ingested: bool) -> None:
     shelf.make(shelf.base)
@@ -84,6 +98,21 @@ def test_recording_twice_is_once(shelf: Shelf, ingested: bool) -> None:
     shelf.ledger.record_score(replace(measured, wall_seconds=9.0), run_id="r2")
     shelf.ledger.record_publication(publication, run_id="r2")
     assert shelf.ledger.records.loose() == before
+
+
+def test_a_publication_is_recorded_again_where_the_last_record_of_it_says_something_else(
+    shelf: Shelf,
+) -> None:
+    shelf.make(shelf.base)
+    for count, (private, tag) in enumerate(((True, ""), (False, ""), (True, ""), (True, "v1")), 1):
+        made = Publication(shelf.base.id, "someone/base", "c" * 40, "", private, tag)
+        for run_id in ("r1", "r2"):
+            shelf.ledger.record_publication(made, run_id=run_id)
+        found = shelf.ledger.publications("someone/base")
+        assert (found[-1], len(found)) == (made, count)
+        shelf.ledger.ingest()
+        assert len(shelf.ledger.query("FROM publications").rows) == 1
+    assert not shelf.ledger.verify().findings
 
 
 @INGESTED
@@ -191,8 +220,9 @@ def test_two_homes_copied_together_agree_in_any_order(
 ) -> None:
     """Both made one artifact, differently: the earlier record stands, however it got there."""
     other = make_shelf("other")
-    shelf.make(shelf.base, "these weights")
-    other.make(shelf.base, "other weights")
+    for spec in (shelf.base, *map(shelf.adapter, range(1, 5))):
+        shelf.make(spec, "these weights")
+        other.make(spec, "other weights")
     other.measure(shelf.base, "sorting", 0.4)
     shelf.measure(shelf.base, "sorting", 0.5)
     shelf.ledger.ingest()
@@ -203,9 +233,14 @@ def test_two_homes_copied_together_agree_in_any_order(
     shelf.ledger.ingest()
     other.ledger.ingest()
     assert shelf.views() == other.views()
-    assert len(shelf.ledger.query("FROM artifacts").rows) == 1
+    stands = dict(shelf.ledger.query("SELECT id, weights_sha256 FROM artifacts").rows)
+    assert len(stands) == 5
+    assert [*stands.values()] == [shelf.ledger.blobs.put_bytes(b"these weights")] * 5
     assert shelf.ledger.query("SELECT value FROM scores").rows == [(0.4,)]
-    assert shelf.ledger.weights_of(shelf.base.id) == other.ledger.weights_of(shelf.base.id)
+    score_id = shelf.benchmark(shelf.base.id, "sorting").id
+    for one in (shelf, other):
+        assert {id_: one.ledger.weights_of(ArtifactId(id_)) for id_ in stands} == stands
+        assert one.ledger.scores_of([score_id])[score_id].value == 0.4
     grown = shelf.views()
     shelf.ledger.rebuild()
     assert shelf.views() == grown

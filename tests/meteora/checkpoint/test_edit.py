@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 import shutil
 
 import pytest
@@ -13,9 +14,10 @@ from meteora.adapters import reader
 from meteora.adapters.compatibility import fit_to_base
 from meteora.adapters.weights import ChangedAdapterError
 from meteora.base import loading
-from meteora.checkpoint.edit import EditError, add_expert, drop_expert
+from meteora.checkpoint.edit import EditError, add_expert, drop_expert, larger_bytes
 from meteora.checkpoint.manifest import EXPERTS, MANIFEST, read_manifest
 from meteora.checkpoint.tensors import read_experts
+from tests.meteora.checkpoint.checkpoint_maker import gated
 
 
 def slices(folder, manifest):
@@ -80,8 +82,51 @@ def test_modules_that_only_one_expert_targeted_come_and_go_with_it(world, tmp_pa
         reader.read(world.adapters["all_seven"]), loading.linear_sizes(world.base)
     )
     grown = add_expert(folder, adapter, world.manifest.experts[0], tmp_path / EXPERTS)
-    assert grown.modules.keys() == world.manifest.modules.keys()
+    assert list(grown.modules) == list(world.manifest.modules)
     assert grown.modules["model.layers.0.mlp.up_proj"].ranks == (0, 0, 0, 4)
+
+
+def test_a_module_stays_without_ranks_where_its_gate_decides_for_others(world, tmp_path):
+    up = "model.layers.0.mlp.up_proj"
+    manifest = drop_expert(world.checkpoint, "all_seven", tmp_path / EXPERTS, keep={up})
+    assert manifest.modules[up].ranks == (0, 0, 0)
+    assert [path for path in manifest.modules if "up_proj" in path] == [up]
+
+
+def test_a_changed_stack_has_none_of_the_old_names_and_gates(world, tmp_path):
+    folder = tmp_path / "gated"
+    ids = {"fused_id": f"fused:{'0' * 64}", "router_id": f"router:{'0' * 64}"}
+    before = dataclasses.replace(gated(world, folder), **ids)
+    assert before.gates != {} != before.files
+    (folder / MANIFEST).write_text(before.to_json())
+    left = drop_expert(folder, "q_and_v", tmp_path / EXPERTS)
+    assert (left.gates, left.fused_id, left.router_id, left.files) == ({}, "", "", {})
+
+
+def test_a_newcomer_of_mlx_lm_in_a_wider_dtype_is_added_exactly(world, tmp_path):
+    folder, mlx = tmp_path / "narrow", tmp_path / "mlx"
+    for made in (folder, mlx):
+        made.mkdir()
+    narrow = drop_expert(world.checkpoint, "q_and_v", folder / EXPERTS, dtype=torch.bfloat16)
+    (folder / MANIFEST).write_text(narrow.to_json())
+    peft = reader.read(world.adapters["q_and_v"])
+    own = load_file(peft.weights)
+    turned = {}
+    for path, names in peft.tensors.items():
+        turned[f"{path}.lora_a"] = own[names.a_key].T.contiguous()
+        turned[f"{path}.lora_b"] = own[names.b_key].T.contiguous()
+    save_file(turned, mlx / "adapters.safetensors")
+    claims = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 8, "scale": 2}}
+    (mlx / "adapter_config.json").write_text(json.dumps(claims))
+    adapter = fit_to_base(reader.read(mlx), loading.linear_sizes(world.base))
+    num_bytes = larger_bytes(folder, adapter)
+    manifest = add_expert(folder, adapter, world.manifest.experts[2], tmp_path / EXPERTS)
+    before, after = slices(world.checkpoint, world.manifest), slices(tmp_path, manifest)
+    assert sum(part.nbytes for pair in after.values() for part in pair) == num_bytes
+    for (name, path), pair in after.items():
+        for one, other in zip(pair, before[name, path], strict=True):
+            same = other if name == "q_and_v" else other.bfloat16().float()
+            assert torch.equal(one, same)
 
 
 def test_a_strangers_stack_of_several_dtypes_keeps_its_numbers(world, tmp_path):

@@ -7,10 +7,11 @@ import random
 
 import pytest
 import torch
+from safetensors.torch import save_file
 
 from meteora.artifacts import NULL, RouterOptions
 from meteora.artifacts.routers import OPENING_SHARE
-from meteora.checkpoint.manifest import STATISTICS
+from meteora.checkpoint.manifest import STATISTICS, CheckpointError
 from meteora.checkpoint.tensors import Gates
 from meteora.fitting import sequences as dealing
 from meteora.fitting.add_expert import _with_one_more, drop, grow
@@ -122,6 +123,48 @@ def test_statistics_are_written_with_fewer_directions(world, tmp_path, monkeypat
     assert torch.equal(read.rows, point.narrowed(6).rows)
 
 
+def test_narrowed_statistics_are_numbers_where_no_direction_is_wider_than_the_others():
+    rows = torch.linalg.qr(torch.randn(9, 9)).Q.half()  # of one length but for rounding
+    alike = PointStatistics(torch.zeros(2, 9), torch.zeros(9), rows, torch.tensor([0.1, 0.0, 0.5]))
+    for point in (alike, dataclasses.replace(alike, rows=torch.zeros(9, 9).half())):
+        few = point.narrowed(6)
+        assert few.rows.isfinite().all()
+        (kept, floor), (whole, _) = (
+            (one.rows.float().square().sum() * one.scalars[0] ** 2, one.scalars[1])
+            for one in (few, point)
+        )
+        assert (kept + 9 * floor).item() == pytest.approx(whole.item(), rel=1e-3)
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"rows": torch.zeros(3, 5).half()},
+        {"scalars": torch.tensor([1.0, 0.0])},
+        {"scalars": torch.tensor([0.0, 0.0, 0.5])},
+        {"scalars": torch.tensor([1.0, 0.0, 0.0])},
+        {"scalars": torch.tensor([1.0, 0.0, 1.5])},
+    ],
+    ids=["width", "two scalars", "no unit", "no shrinkage", "shrunk too far"],
+)
+def test_statistics_that_do_not_fit_are_refused(world, tmp_path, wrong):
+    limits = torch.tensor([1.0, 0.0, 1.0])  # no floor, all shrunk
+    point = dataclasses.replace(PointStatistics.of(scatter_of(*drawn()), 1.0), scalars=limits)
+    gates = Gates({"a.b": (point.means, torch.zeros(4))})
+    write_statistics(tmp_path / STATISTICS, {"a.b": point})
+    read_statistics(tmp_path, world.manifest, gates)
+    tensors = {f"a.b.gate.{name}": part for name, part in (vars(point) | wrong).items()}
+    save_file(tensors, tmp_path / STATISTICS)
+    with pytest.raises(CheckpointError, match=r"a\.b has statistics that do not fit its gate"):
+        read_statistics(tmp_path, world.manifest, gates)
+
+
+def test_statistics_of_a_module_without_a_gate_are_refused(world, tmp_path):
+    write_statistics(tmp_path / STATISTICS, {"a.b": PointStatistics.of(scatter_of(*drawn()), 0.1)})
+    with pytest.raises(CheckpointError, match=r"a\.b has statistics that do not fit its gate"):
+        read_statistics(tmp_path, world.manifest, Gates({}))
+
+
 def test_statistics_come_back_equal(world, tmp_path):
     written = {"a.b": PointStatistics.of(scatter_of(*drawn()), 0.03)}
     write_statistics(tmp_path / STATISTICS, written)
@@ -167,8 +210,10 @@ def test_a_model_that_grew_routes_its_new_expert_and_its_old_ones(world, three):
     old = routing_accuracy(before, examples(4, seed=9, experts=range(3)))
     model = world.load()
     gates = gates_of(before)
-    found = grow(model, examples(8, experts=[3]), gates, fitted.statistics, ENTRY)
-    assert found.heldout_accuracy > 0.85
+    own = examples(8, experts=[3])
+    found = grow(model, own, gates, fitted.statistics, ENTRY)
+    assert found.num_tokens == sum(sequence.experts.count(3) for sequence in own)
+    assert 0.85 < found.heldout_accuracy <= 1
     for path, (weight, bias) in gates_of(model).own.items():
         assert torch.equal(weight[:3], gates.own[path][0])
         assert torch.equal(bias[:3], gates.own[path][1])
@@ -240,7 +285,8 @@ def test_a_new_expert_gets_offsets_beside_those_of_the_others(world, three):
     openings = [replaced(s, {UNLABELLED: 3}) for s in examples(6, experts=range(3))]
     fitted = calibrate(before, openings)
     gates = gates_of(before)
-    found = grow(model, examples(6, experts=[3]), gates, fitted.statistics, ENTRY)
+    behind = [replaced(s, {UNLABELLED: 4}) for s in examples(6, experts=[3])]
+    found = grow(model, behind, gates, fitted.statistics, ENTRY)
     grown = gates_of(model)
     assert grown.offsets.keys() == gates.offsets.keys() != set()
     for path, rows in grown.offsets.items():

@@ -101,6 +101,7 @@ def test_what_follows_of_another_choice_is_left_out(model, pairs, other):
         for ids, choices in pairs
     ]
     mixed += [((3, 20, *ids), (MEAN, MEAN + 1, *choices)) for ids, choices in pairs]
+    mixed = [*((ids[2:], choices[2:]) for ids, choices in pairs), *mixed]  # without an opening
     expected, found = find_offsets(model, pairs, MEAN), find_offsets(model, mixed, MEAN)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[path], offsets) for path, offsets in expected.items())
@@ -118,6 +119,34 @@ def test_in_several_passes_they_are_the_same(model, pairs, monkeypatch):
     first = [(ids, choices) for ids, choices in pairs if 0 in choices]
     needed = find_offsets(model, first, MEAN).keys()  # by the first expert, for all
     assert find_offsets(model, pairs, MEAN).keys() == needed
+
+
+def test_the_first_examples_of_each_expert_are_enough(model, pairs, monkeypatch):
+    kept = [pair for i, pair in enumerate(pairs) if i % 3 < 2]
+    expected = find_offsets(model, kept, MEAN)
+    assert len(pairs) == 3 * 4
+    monkeypatch.setattr(opening_offsets, "EXAMPLES", 2)
+    found = find_offsets(model, pairs, MEAN)
+    assert found.keys() == expected.keys() != set()
+    assert all(torch.equal(found[path], offsets) for path, offsets in expected.items())
+
+
+def test_a_pass_is_within_its_limit_with_its_padding(monkeypatch):
+    monkeypatch.setattr(opening_offsets, "MAX_TOKENS", 60)
+    lengths = [(3, 3), (9,), (10,), (2, 2, 2), (40, 1), (1,)]
+    own = [
+        [opening_offsets._Example((1,) * n, expert, (True,) * n) for n in of]
+        for expert, of in enumerate(lengths)
+    ]
+    passes = list(opening_offsets._in_passes(own))
+    assert [one for together in passes for one in together] == [one for of in own for one in of]
+    experts = [sorted({one.expert for one in together}) for together in passes]
+    assert experts == [[0, 1], [2], [3], [4], [5]]
+
+
+def test_offsets_that_explain_little_are_left_out(model, pairs, monkeypatch):
+    monkeypatch.setattr(opening_offsets, "LEAST_SHARE", 1.0)
+    assert find_offsets(model, pairs, MEAN) == {}
 
 
 def test_there_are_none_where_no_example_begins_with_an_opening(model, pairs):

@@ -110,9 +110,10 @@ def test_main_gets_everything_at_once_and_nothing_is_sent_twice(
 
 
 def test_the_same_again_writes_nothing(server: HubServer, folder: Path) -> None:
-    commit = publish(server, folder)
+    commit, seen = publish(server, folder), []
     before = len(server.requests)
-    assert publish(server, folder) == commit
+    assert publish(server, folder, check=seen.append) == commit
+    assert seen == [commit]  # whoever showed it may have been killed before it was recorded
     assert {kind for kind, _, _ in server.requests[before:]} == {"revision", "refs", "tree"}
 
 
@@ -123,8 +124,10 @@ def test_new_gates_leave_the_experts_where_they_are(server: HubServer, folder: P
     assert server.count("put") == 3  # experts, gates, other gates
     assert repo_of(server).parents[second] == first
     (folder / "gates.safetensors").unlink()
-    publish(server, folder, tag="t3", known={first, second})
+    seen: list[str] = []
+    publish(server, folder, tag="t3", known={first, second}, check=seen.append)
     assert "gates.safetensors" not in repo_of(server).main
+    assert repo_of(server).commits[seen[0]] == repo_of(server).main  # also if a file only goes
     assert server.count("put") == 3
 
 
@@ -230,6 +233,8 @@ def test_a_head_that_is_not_known_here_is_replaced_only_when_told_so(
     edited = repo_of(server).commit_files("main", repo_of(server).main | {"README.md": b"edited"})
     with pytest.raises(HubConflictError, match=f"--onto {edited}"):
         publish(server, folder, known={first})
+    with pytest.raises(HubConflictError, match=f"expected there is {first}"):
+        publish(server, folder, known={first, edited}, onto=first)
     assert publish(server, folder, known={first}, onto=edited, tag="t2") != edited
     assert repo_of(server).main["README.md"] == (folder / "README.md").read_bytes()
 
@@ -277,6 +282,20 @@ def test_what_fails_its_check_is_never_shown_and_is_not_sent_again(
     assert whole_or_absent(repo_of(server), folder) == 1
 
 
+def test_what_failed_its_check_is_removed_once_another_is_shown(
+    server: HubServer, folder: Path
+) -> None:
+    def refuse(_commit: str) -> None:
+        raise HubError("its logits differ")
+
+    with pytest.raises(HubError):
+        publish(server, folder, check=refuse)
+    assert len(repo_of(server).branches) == 2
+    (folder / "README.md").write_text("---\nlicense: mit\n---\n# Another\n")
+    commit = publish(server, folder)
+    assert repo_of(server).branches == {"main": commit}
+
+
 def test_a_tag_that_means_something_else_is_not_moved(server: HubServer, folder: Path) -> None:
     first = publish(server, folder)
     (folder / "README.md").write_text("---\nlicense: mit\n---\n# Another\n")
@@ -285,6 +304,16 @@ def test_a_tag_that_means_something_else_is_not_moved(server: HubServer, folder:
             publish(server, folder, known={first})
         assert repo_of(server).branches == {"main": first}  # so the next one can be published
     assert publish(server, folder, tag="t2", known={first}) != first
+
+
+def test_a_tag_that_somebody_sets_meanwhile_is_not_taken_for_ours(
+    server: HubServer, folder: Path
+) -> None:
+    def somebody_else(_commit: str) -> None:
+        repo_of(server).tags["t1"] = repo_of(server).branches["main"]
+
+    with pytest.raises(HubConflictError, match="t1 names commit"):
+        publish(server, folder, check=somebody_else)
 
 
 def test_writing_needs_a_token_that_may(server: HubServer, folder: Path) -> None:

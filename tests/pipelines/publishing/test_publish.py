@@ -273,12 +273,39 @@ def test_a_recipe_publishes_what_it_made_and_only_what_is_new(
     assert len(work.ledger.publications(NAME)) == 1
 
     _the_card_is_true(repo.main[CARD].decode(), world, tmp_path)
+    _what_is_asked_anew_is_done_once(work, repo, to, world)
 
     (folder / CARD).write_text((folder / CARD).read_text() + "\nnew\n")
     assert finished(work) is None
     repo.commit_files("main", repo.main | {CARD: b"edited there"})
     with pytest.raises(HubConflictError, match=f"--onto {repo.branches['main']}"):
         publish(work.ledger, folder, to, work.run_id, base_folder=world.base)
+
+
+def _what_is_asked_anew_is_done_once(
+    work: RunContext, repo: GitRepo, to: Destination, world: World
+) -> None:
+    """Another visibility, a tag, a file that is not published: then nothing is left to do."""
+    planned = finished(work)
+    assert planned is not None
+    assert work.recipe.publish is not None
+    folder, commit = work.checkpoint_folder(planned.router.id), repo.branches["main"]
+    for private, tag in ((False, ""), (True, ""), (True, "v1"), (True, "v2")):
+        repo.private = private
+        section = work.recipe.publish.model_copy(update={"private": private, "tag": tag})
+        recipe = work.recipe.model_copy(update={"publish": section})
+        asked = dataclasses.replace(work, recipe=recipe)
+        assert finished(asked) is None
+        other = dataclasses.replace(to, private=private, tag=tag)
+        publish(work.ledger, folder, other, work.run_id, base_folder=world.base)
+        assert finished(asked) is not None
+        assert tag in {"", *repo.tags}
+    (folder / "notes.txt").write_text("mine")
+    publish(work.ledger, folder, to, work.run_id, base_folder=world.base)
+    assert finished(work) is not None
+    assert repo.branches == {"main": commit}
+    work.ledger.ingest()
+    assert len(work.ledger.query("FROM publications").rows) == 1
 
 
 def _the_card_is_true(text: str, world: World, tmp_path: Path) -> None:

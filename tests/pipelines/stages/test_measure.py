@@ -7,6 +7,7 @@ import re
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import ANY
 
 import pytest
 from rich.console import Console
@@ -77,6 +78,12 @@ def test_every_kind_of_task_and_control_is_measured_compared_and_timed(
     assert len(summary.comparisons["oracle"].differences) == 3
     assert [one.task for one in summary.comparisons["one_expert"].differences] == ["composite-2"]
     assert summary.speed is not None
+    files = sum(
+        path.stat().st_size for path in work.base_folder(planned.base).glob("*.safetensors")
+    )
+    assert summary.sizes == {"experts": ANY, "gates": ANY, "statistics": ANY, "base": files}
+    assert summary.own == TASKS
+    nothing_is_finished_that_lacks_a_result(work, planned, monkeypatch)
 
     for question, count in (
         ("FROM comparisons", 3 * 6 + 1),
@@ -264,6 +271,26 @@ def trace_a_conversation_as_it_was_asked(
         for part in (question.row.prompt, turn["output"].strip()):  # the recorded answers
             place = text.index(part, place)
     assert "".join(single["data"]["pieces"]).count("<user>") == 1
+
+
+def nothing_is_finished_that_lacks_a_result(
+    work: RunContext, planned: Plan, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    own = type(work.ledger).built
+    assert planned.speed is not None
+    for needed in (planned.router, planned.routing, planned.comparisons[-1], planned.speed):
+        with monkeypatch.context() as patch:
+            patch.setattr(
+                type(work.ledger),
+                "built",
+                lambda ledger, one, lost=needed.id: None if one == lost else own(ledger, one),
+            )
+            assert summarise(work.ledger, planned, None) is None, needed.kind
+    scores = work.ledger.scores_of(one.spec.id for one in planned.measurements)
+    del scores[planned.measurements[-1].spec.id]
+    with monkeypatch.context() as patch:
+        patch.setattr(type(work.ledger), "scores_of", lambda _ledger, _ids: scores)
+        assert summarise(work.ledger, planned, None) is None
 
 
 def mark_only_what_differs_beyond_chance(summary: Summary) -> None:

@@ -24,9 +24,10 @@ import duckdb
 from store.errors import BusyError, DamagedError, NewerLedgerError, StoreError
 from store.files import copy, locked, partial_file, settle
 from store.intake import add, count, offer, offer_texts, rank
-from store.query import memory, quoted, reading
+from store.query import memory, quoted
 from store.schema import migrate, schema
 from store.segments import SUFFIX
+from store.snapshot import SnapshotReader
 
 if TYPE_CHECKING:
     from store.records import Records
@@ -68,6 +69,7 @@ class Index:
         self.home = home
         self.live = home / "ledger.duckdb"
         self.snapshot = home / "ledger.snapshot.duckdb"
+        self.reader = SnapshotReader(self.snapshot)
         self.lock = home / "ledger.lock"
         self._records = records
         self._stamp: tuple[int, int, int] | None = None
@@ -80,11 +82,9 @@ class Index:
 
         The set is small even for a large store, since many packed records are one file.
         """
-        try:
-            status = self.snapshot.stat()
-        except FileNotFoundError:
+        stamp = self.reader.stamp()
+        if stamp is None:
             return None
-        stamp = (status.st_ino, status.st_mtime_ns, status.st_size)
         if stamp != self._stamp:
             rows = self.select(
                 "SELECT 'known', name, NULL FROM read_files"
@@ -105,7 +105,7 @@ class Index:
         if not self.snapshot.exists():
             return None
         try:
-            with reading(self.snapshot) as connection:
+            with self.reader.reading() as connection:
                 return connection.execute(sql, parameters).fetchall()
         except duckdb.Error as error:
             logger.warning("%s cannot be read: %s", self.snapshot.name, error)
@@ -255,6 +255,7 @@ class Index:
         with partial_file(self.home) as partial:
             copy(self.live, partial)
             wal(self.snapshot).unlink(missing_ok=True)  # left if a user wrote to the old copy
+            self.reader.close()  # an open file takes room after another is in its place
             settle(partial, self.snapshot, root=self.home)
 
     def _replace(self, why: str, names: Collection[str]) -> tuple[int, set[str], Path | None]:

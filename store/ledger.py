@@ -25,7 +25,7 @@ from store import check, garbage
 from store.errors import BusyError, DamagedError, StoreError
 from store.events import RunEnded, RunStarted
 from store.files import discard, locked, sweep
-from store.query import LIMITS, Answer, Limits, ask, reading
+from store.query import LIMITS, Answer, Limits, ask
 from store.recording import WRITE_DEADLINE_SECONDS, Recording
 
 if TYPE_CHECKING:
@@ -105,7 +105,7 @@ class Ledger(Recording):
                     " records and blobs are not harmed, run again when that is mended"
                 )
         try:
-            with reading(self.index.snapshot, limits) as connection:
+            with self.index.reader.reading(limits) as connection:
                 return ask(connection, sql, limits)
         except duckdb.Error as error:
             raise DamagedError(

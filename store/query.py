@@ -9,9 +9,7 @@ from __future__ import annotations
 
 import os
 import threading
-from collections.abc import Generator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
@@ -74,14 +72,17 @@ def quoted(path: Path) -> str:
     return "'" + str(path).replace("'", "''") + "'"
 
 
-@contextmanager
-def reading(path: Path, limits: Limits = LIMITS) -> Generator[duckdb.DuckDBPyConnection]:
-    """A read-only, hardened connection to the database at `path`."""
-    with memory() as connection:
+def opened(path: Path, memory_bytes: int) -> duckdb.DuckDBPyConnection:
+    """A read-only, hardened connection to the database at `path`, attached as `ledger`."""
+    connection = memory()
+    try:
         connection.execute(f"ATTACH {quoted(path)} AS ledger (READ_ONLY)")
         connection.execute("USE ledger")
-        harden(connection, limits.memory_bytes)
-        yield connection
+        harden(connection, memory_bytes)
+    except BaseException:
+        connection.close()
+        raise
+    return connection
 
 
 def harden(connection: duckdb.DuckDBPyConnection, memory_bytes: int) -> None:

@@ -166,6 +166,33 @@ def _same_random_numbers_every_time() -> None:
         sys.modules["torch"].manual_seed(0)
 
 
+@pytest.fixture(autouse=True, scope="session")
+def _tables_are_made_once(tmp_path_factory: pytest.TempPathFactory) -> Generator[None]:
+    """Making the tables of an empty index takes a tenth of a second: it is made once, and copied.
+
+    All else is done with the copy as with one that `build` has just made. Processes that tests
+    start make their own, and `tests/store/test_index.py` says that the two are the same.
+    """
+    if "store.index" not in sys.modules:
+        yield
+        return
+    from store.index import Index
+    from store.ledger import Ledger
+
+    build = Index.build
+    home = tmp_path_factory.mktemp("empty")
+    build(Ledger(home).index, home / "empty.duckdb", [])
+
+    def build_on_copy(index: Index, database: Path, *names: Any, **room: Any) -> Any:
+        if not database.exists():
+            shutil.copyfile(home / "empty.duckdb", database)
+        return build(index, database, *names, **room)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Index, "build", build_on_copy)
+        yield
+
+
 @pytest.fixture
 def disk_is_not_waited_for(monkeypatch: pytest.MonkeyPatch) -> None:
     """A record is on the disk when it says so, at some milliseconds each: others test that."""

@@ -47,7 +47,7 @@ from meteora.artifacts import (
 from meteora.artifacts.scores import Abstention
 from store.events import AdapterVerdict, Failure, RunEnded, RunStarted
 from store.ledger import Ledger
-from store.query import reading
+from store.query import LIMITS, opened
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -143,7 +143,7 @@ class Shelf:
 
     def views(self) -> dict[str, list[tuple]]:
         """Every row of every view and table but the bookkeeping, in one order."""
-        with reading(self.ledger.index.snapshot) as connection:
+        with opened(self.ledger.index.snapshot, LIMITS.memory_bytes) as connection:
             names = connection.execute(
                 "SELECT DISTINCT name FROM dictionary"
                 " WHERE name NOT IN ('migrations', 'read_files') ORDER BY ALL"

@@ -24,7 +24,7 @@ from store.events import RunStarted
 from store.files import locked
 from store.intake import add, offer_texts
 from store.ledger import Ledger
-from store.query import memory, quoted
+from store.query import LIMITS, memory, opened, quoted
 from store.records import Record
 from store.schema import migrate, sources
 
@@ -484,6 +484,28 @@ def test_every_table_forgets_a_record_that_an_earlier_one_overrules(asked: Shelf
 def test_migrations_are_numbered_as_they_are_applied() -> None:
     numbers = [int(name[:4]) for number, (name, _) in sorted(sources().items()) if number]
     assert numbers == list(range(1, len(numbers) + 1))
+
+
+def test_a_new_index_has_what_the_migrations_make(shelf: Shelf, tmp_path: Path) -> None:
+    """Though the tests copy it from an empty one."""
+    objects = (
+        "SELECT table_name AS name, sql, comment FROM duckdb_tables()"
+        " WHERE database_name = 'ledger' UNION ALL"
+        " SELECT view_name, sql, comment FROM duckdb_views() WHERE database_name = 'ledger'"
+        " ORDER BY ALL"
+    )
+    applied = "SELECT * FROM migrations ORDER BY ALL"
+    shelf.ledger.ingest()
+    path = tmp_path / "migrated.duckdb"
+    with memory() as connection:
+        version = f"STORAGE_VERSION '{index.STORAGE_VERSION}'"
+        connection.execute(f"ATTACH {quoted(path)} AS ledger ({version}); USE ledger")
+        migrate(connection)
+    with opened(path, LIMITS.memory_bytes) as connection:
+        for question, least in ((objects, 40), (applied, len(sources()))):
+            expected = connection.execute(question).fetchall()
+            assert len(expected) >= least
+            assert shelf.ledger.query(question).rows == expected
 
 
 def test_an_index_from_before_abstentions_reads_the_records_of_routing_again(

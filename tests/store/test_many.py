@@ -202,6 +202,7 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(
     assert not [finding for finding in shelf.ledger.verify().findings if finding.what == "record"]
     assert shelf.ledger.ingest().num_records == num_recorded - 6
     assert shelf.ledger.query("SELECT count(*) FROM failures").rows == [(num_recorded,)]
+    shelf.ledger.index.reader.close()  # or the disk is busy
 
 
 @needs_root
@@ -221,6 +222,7 @@ def test_a_read_only_disk_is_read(filled: Shelf) -> None:
             ledger.record_failure(Failure("fit", "x", "E", "m"), run_id="r1")
         with pytest.raises(StoreError, match="Read-only file system"):
             ledger.blobs.put_bytes(b"x")
+        ledger.index.reader.close()  # or the disk is busy
     finally:
         subprocess.run(["umount", home], check=True)
     assert filled.ledger.ingest().num_records == 1

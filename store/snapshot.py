@@ -1,0 +1,68 @@
+"""The database that all queries read. It stays open while its file is the same.
+
+Opening it takes some ten times as long as looking a record up.
+"""
+
+from __future__ import annotations
+
+import threading
+from contextlib import contextmanager
+from typing import TYPE_CHECKING
+
+from store.query import LIMITS, Limits, opened
+
+if TYPE_CHECKING:
+    from collections.abc import Generator
+    from pathlib import Path
+
+    import duckdb
+
+
+class SnapshotReader:
+    """Gives connections to the snapshot at `path`, to any number of threads.
+
+    The open file is no obstacle to a writer, who puts another one in its place. It keeps its disk
+    from being unmounted until the process ends, or `close`.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._turn = threading.Lock()
+        self._key: tuple[object, ...] = ()
+        self._database: duckdb.DuckDBPyConnection | None = None
+
+    def stamp(self) -> tuple[int, int, int] | None:
+        """What changes with the file: inode, time of change in ns, size; None without a file."""
+        try:
+            status = self.path.stat()
+        except FileNotFoundError:
+            return None
+        return (status.st_ino, status.st_mtime_ns, status.st_size)
+
+    @contextmanager
+    def reading(self, limits: Limits = LIMITS) -> Generator[duckdb.DuckDBPyConnection]:
+        """A read-only, hardened connection to the snapshot as it is now.
+
+        Raises:
+            duckdb.Error: the file is not there, or cannot be read.
+        """
+        with self._connect(limits.memory_bytes) as connection:
+            try:
+                connection.execute("USE ledger")
+                yield connection
+            except BaseException:
+                self.close()  # after some errors a database answers no query any more
+                raise
+
+    def close(self) -> None:
+        """Let go of the file; the next query opens it again, and those that run now go on."""
+        with self._turn:
+            self._database = None
+
+    def _connect(self, memory_bytes: int) -> duckdb.DuckDBPyConnection:
+        with self._turn:
+            key = (self.stamp(), memory_bytes)
+            if self._database is None or key != self._key:
+                self._database = None
+                self._database, self._key = opened(self.path, memory_bytes), key
+            return self._database.cursor()

@@ -43,6 +43,7 @@ from meteora.fitting.sequences import UNLABELLED
 from meteora.fitting.statistics import read_statistics, write_statistics
 from meteora.model.fused import check_base, insert_experts
 from meteora.routing.gates import gates_of
+from meteora.untrusted.findings import listed
 from pipelines.admission.candidate import Admission, Candidate
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.labels import label_lists, label_rows
@@ -230,7 +231,7 @@ def _read_editable(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     if manifest.router.stand_ins:
         raise GrowthError(
-            f"{folder}: {', '.join(manifest.router.stand_ins)} had no examples, so nothing is kept"
+            f"{folder}: {listed(manifest.router.stand_ins)} had no examples, so nothing is kept"
             " of them; give them some in the recipe, and run that"
         )
     if not (folder / STATISTICS).is_file():

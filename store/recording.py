@@ -139,6 +139,11 @@ class Recording:
         record = self._lookup.first("artifact", artifact_id)
         return record.body["weights_sha256"] if record else None
 
+    def run_of(self, artifact_id: ArtifactId) -> str | None:
+        """The run that made the artifact; None if it is not recorded."""
+        record = self._lookup.first("artifact", artifact_id)
+        return record.run_id if record else None
+
     def built(self, artifact_id: ArtifactId) -> dict[str, Any] | None:
         """The noun that was built, as its `to_dict`; None if there is none."""
         record = self._lookup.first("artifact", artifact_id)

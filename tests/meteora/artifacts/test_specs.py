@@ -77,7 +77,7 @@ def test_an_id_is_computed_once_for_a_spec(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_the_types_of_a_noun_s_fields_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A checkpoint may have 100,000 modules, and finding the types takes longer than reading one."""
+    """A checkpoint may have 100,000 modules; to find the types takes longer than to read one."""
     found = AdapterSpec.from_dict(ADAPTER.to_dict())
     monkeypatch.delattr(identity, "get_type_hints")
     assert AdapterSpec.from_dict(ADAPTER.to_dict()) == found

@@ -53,9 +53,11 @@ class Lookup:
         packed = self._records.segments.about(kind, subjects, segments)
         return _about(records | _parsed(packed), kind, subjects)
 
-    def first_among(self, sha256s: Collection[str], kind: str, subject: str) -> Record | None:
-        """The earliest of these records about this subject; None without any."""
-        return next(iter(_about(self._read(sha256s), kind, [subject])), None)
+    def find_among(
+        self, sha256s: Collection[str], kind: str, subjects: Collection[str]
+    ) -> list[Record]:
+        """Those of these records that are about these subjects, earliest first."""
+        return _about(self._read(sha256s), kind, subjects)
 
     def artifact_id(self, prefix: str) -> ArtifactId:
         """The one artifact whose id, or whose digest, begins with `prefix`.
@@ -114,9 +116,10 @@ def _parsed(texts: dict[str, bytes]) -> dict[str, Record]:
 
 
 def _about(records: dict[str, Record], kind: str, subjects: Collection[str] | None) -> list[Record]:
+    wanted = None if subjects is None else set(subjects)
     matching = (
         (record.at, sha256)
         for sha256, record in records.items()
-        if record.kind == kind and (subjects is None or record.subject in subjects)
+        if record.kind == kind and (wanted is None or record.subject in wanted)
     )
     return [records[sha256] for _, sha256 in sorted(matching)]

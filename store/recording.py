@@ -5,11 +5,20 @@ A fact is on disk when `record_…` returns. Recording it again does nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
-from meteora.artifacts import ArtifactId, Noun, Publication, RoutingScore, Score, Spec, short
+from meteora.artifacts import (
+    AdapterSpec,
+    ArtifactId,
+    Noun,
+    Publication,
+    RoutingScore,
+    Score,
+    Spec,
+    short,
+)
 from store.blobs import Blobs
 from store.errors import ConflictError, MissingBlobError, UnknownError
 from store.events import AdapterVerdict, Failure, RunEnded, RunStarted
@@ -55,18 +64,18 @@ class Recording:
             MissingBlobError: one of `blobs` is not in the store.
         """
         self._require(spec.parents, of=spec.id)
-        body = {
-            "id": spec.id,
-            "kind": spec.kind,
-            "spec": spec.to_dict(),
-            "parents": list(spec.parents),
-            "weights_sha256": weights_sha256,
-            "built": built.to_dict() if built else None,
-        }
-        self._record_once(
-            Record("artifact", spec.id, body, run_id, now(), tuple(blobs)), ("weights_sha256",)
-        )
+        record = _record_of(spec, weights_sha256, run_id, built, tuple(blobs))
+        self._record_once([record], ("weights_sha256",))
         return spec.id
+
+    def record_adapters(self, specs: Iterable[AdapterSpec], *, run_id: str) -> None:
+        """Record the adapters of a run; one lookup for all of them.
+
+        Raises:
+            ConflictError: one is already recorded with other weights.
+        """
+        records = [_record_of(spec, spec.weights_sha256, run_id) for spec in specs]
+        self._record_once(records, ("weights_sha256",))
 
     def record_score(self, score: Score, *, run_id: str) -> ArtifactId:
         """Record a measurement; its subject and base have to be recorded first.
@@ -79,7 +88,7 @@ class Recording:
         self._require((score.spec.subject_id, score.spec.base_id), of=score.spec.id)
         body = {"id": score.spec.id, **score.to_dict()}
         self._record_once(
-            Record("score", score.spec.id, body, run_id, now(), (score.outputs_sha256,)),
+            [Record("score", score.spec.id, body, run_id, now(), (score.outputs_sha256,))],
             ("value", "num_samples"),
         )
         return score.spec.id
@@ -94,7 +103,7 @@ class Recording:
         (router_id,) = {score.router_id for score in scores}
         self._require((router_id,), of="its routing")
         body = {"counts": [score.to_dict() for score in scores]}
-        self._record_once(Record("routing", router_id, body, run_id, now()), ("counts",))
+        self._record_once([Record("routing", router_id, body, run_id, now())], ("counts",))
 
     def has_routing(self, router_id: ArtifactId) -> bool:
         """Whether routing counts of this router are recorded."""
@@ -118,7 +127,7 @@ class Recording:
                 {"stage": stage, "wall_seconds": seconds}
                 for stage, seconds in body.pop("stage_seconds").items()
             ]
-        self._record_once(Record(kind, event.run_id, body, event.run_id, now()), ())
+        self._record_once([Record(kind, event.run_id, body, event.run_id, now())], ())
 
     def record_publication(self, publication: Publication, *, run_id: str) -> None:
         """Record that an artifact is published, unless the latest record says the same of it.
@@ -141,6 +150,11 @@ class Recording:
         record = self._lookup.first("artifact", artifact_id)
         return record.body["weights_sha256"] if record else None
 
+    def run_of(self, artifact_id: ArtifactId) -> str | None:
+        """The run that made the artifact; None if it is not recorded."""
+        record = self._lookup.first("artifact", artifact_id)
+        return record.run_id if record else None
+
     def built(self, artifact_id: ArtifactId) -> dict[str, Any] | None:
         """The noun that was built, as its `to_dict`; None if there is none."""
         record = self._lookup.first("artifact", artifact_id)
@@ -150,6 +164,11 @@ class Recording:
         """The spec of an artifact, as its `to_dict`; None if it is not recorded."""
         record = self._lookup.first("artifact", artifact_id)
         return record.body["spec"] if record else None
+
+    def specs_of(self, ids: Iterable[ArtifactId]) -> dict[str, dict[str, Any]]:
+        """The specs of the recorded ones of these artifacts, by id; one lookup for all of them."""
+        records = self._lookup.find("artifact", list(ids))
+        return {record.subject: record.body["spec"] for record in reversed(records)}
 
     def scores_of(self, benchmark_ids: Iterable[ArtifactId]) -> dict[str, Score]:
         """The recorded scores among these ids, by id; one lookup for all of them."""
@@ -189,25 +208,38 @@ class Recording:
                     f"{short(of)} refers to {artifact_id}, which is not recorded; record it first"
                 )
 
-    def _record_once(self, record: Record, must_agree: tuple[str, ...]) -> None:
-        """Write the record, unless its subject has one, which must agree in these fields."""
+    def _record_once(self, records: Sequence[Record], must_agree: tuple[str, ...]) -> None:
+        """Write records of one kind, but not about subjects that have one.
+
+        An earlier record must agree in these fields. All are looked up together, since each lookup
+        lists the whole store.
+        """
+        wanted = {record.subject: record for record in records}
         seen = self.records.loose()
-        earlier = self._lookup.first(record.kind, record.subject)
-        if earlier is None:
+        earlier = self._earlier(records, None)
+        if wanted.keys() - earlier.keys():
             with locked(self.home / "records.lock", deadline_seconds=WRITE_DEADLINE_SECONDS):
-                unseen = self.records.loose() - seen
-                earlier = self._lookup.first_among(unseen, record.kind, record.subject)
-                if earlier is None:
-                    self._write(record)
-                    return
-        for name in must_agree:
-            was, is_now = earlier.body[name], record.body[name]
-            if was != is_now:
-                raise ConflictError(
-                    f"{record.subject} is recorded by run {earlier.run_id} with {name}"
-                    f" {was!s:.200}; now it is {is_now!s:.200}. Find out which one is right, or"
-                    " change the spec (another seed) to record both"
-                )
+                left = [record for subject, record in wanted.items() if subject not in earlier]
+                unseen = self._earlier(left, self.records.loose() - seen)
+                earlier |= unseen
+                for record in left:
+                    if record.subject not in unseen:
+                        self._write(record)
+        for subject, before in earlier.items():
+            _require_agreement(before, wanted[subject], must_agree)
+
+    def _earlier(
+        self, records: Sequence[Record], among: Collection[str] | None
+    ) -> dict[str, Record]:
+        """The earliest record about the subject of each; None: among all."""
+        if not records:
+            return {}
+        kind, subjects = records[0].kind, [record.subject for record in records]
+        if among is None:
+            found = self._lookup.find(kind, subjects)
+        else:
+            found = self._lookup.find_among(among, kind, subjects)
+        return {record.subject: record for record in reversed(found)}
 
     def _write(self, record: Record) -> None:
         for sha256 in record.blobs:
@@ -219,3 +251,32 @@ class Recording:
         sha256 = self.records.write(record)
         if self.sharing:
             self.sharing.push(sha256)
+
+
+def _record_of(
+    spec: Spec,
+    weights_sha256: str,
+    run_id: str,
+    built: Noun | None = None,
+    blobs: tuple[str, ...] = (),
+) -> Record:
+    body = {
+        "id": spec.id,
+        "kind": spec.kind,
+        "spec": spec.to_dict(),
+        "parents": list(spec.parents),
+        "weights_sha256": weights_sha256,
+        "built": built.to_dict() if built else None,
+    }
+    return Record("artifact", spec.id, body, run_id, now(), blobs)
+
+
+def _require_agreement(earlier: Record, record: Record, fields: tuple[str, ...]) -> None:
+    for name in fields:
+        was, is_now = earlier.body[name], record.body[name]
+        if was != is_now:
+            raise ConflictError(
+                f"{record.subject} is recorded by run {earlier.run_id} with {name}"
+                f" {was!s:.200}; now it is {is_now!s:.200}. Find out which one is right, or"
+                " change the spec (another seed) to record both"
+            )

@@ -6,7 +6,7 @@ import hashlib
 import json
 import re
 from dataclasses import MISSING, asdict, fields, is_dataclass
-from functools import cached_property
+from functools import cache, cached_property
 from pathlib import Path
 from types import UnionType
 from typing import Any, ClassVar, NewType, Self, get_type_hints
@@ -70,7 +70,7 @@ class Noun:
         Raises:
             KeyError: a field is missing that has no default.
         """
-        hints = get_type_hints(cls)
+        hints = _hints(cls)
         return cls(
             **{
                 f.name: _revive(body[f.name], hints[f.name])
@@ -78,6 +78,11 @@ class Noun:
                 if f.name in body or f.default is MISSING
             }
         )
+
+
+@cache
+def _hints(cls: type) -> dict[str, Any]:
+    return get_type_hints(cls)  # slow, and a checkpoint may have 100,000 modules of one class
 
 
 def _revive(value: Any, hint: Any) -> Any:  # noqa: ANN401  (JSON is what it is)

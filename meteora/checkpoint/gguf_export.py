@@ -131,11 +131,10 @@ def _write(out: Path, stack: ExpertsFile, e: int, names: dict[str, str]) -> None
 def _factors(stack: ExpertsFile, e: int, alpha: float) -> Iterator[tuple[str, Tensor, Tensor]]:
     """Path, A [r, IN] and B [OUT, r] of each module of an expert, with B scaled for this alpha."""
     for path, entry in stack.manifest.modules.items():
-        ranks, own = list(entry.ranks), entry.scaling[e] * entry.ranks[e]
-        if ranks[e]:
-            a, b = stack.factors(path)
-            part = b.split(ranks, dim=1)[e]
-            yield path, a.split(ranks)[e], part if own == alpha else part.float() * (own / alpha)
+        if entry.ranks[e]:
+            a, b = stack.factors_of(path, e)
+            own = entry.scaling[e] * entry.ranks[e]
+            yield path, a, b if own == alpha else b.float() * (own / alpha)
 
 
 def _interleaved(b: Tensor, path: str, base: Fingerprint) -> Tensor:

@@ -28,7 +28,7 @@ from meteora.artifacts import (
 )
 from meteora.base.sources import PATH, REFERENCES, is_reference
 from meteora.untrusted import config_fields
-from meteora.untrusted.findings import Findings, did_you_mean, listed, shortened
+from meteora.untrusted.findings import MOST_NAMED, Findings, did_you_mean, listed, shortened
 from meteora.untrusted.safetensors_header import MAX_SIZE, NAME
 from meteora.untrusted.strict_json import StrictJSONError, parse_object
 
@@ -389,7 +389,8 @@ def no_expert(folder: Path, manifest: Manifest, name: str) -> str:
     """Return the message that a checkpoint has no expert of this name."""
     names = manifest.names
     return (
-        f"there is no expert {name!r}{did_you_mean(name, names)}; {folder} has {', '.join(names)}"
+        f"there is no expert {name!r}{did_you_mean(name, names)}; {folder} has"
+        f" {listed(names, MOST_NAMED)}"
     )
 
 

@@ -159,6 +159,25 @@ class ExpertsFile:
         a, b = _read(self._file, self.folder / EXPERTS, shapes)
         return a, b
 
+    def factors_of(self, module: str, expert: int) -> tuple[Tensor, Tensor]:
+        """A [r, IN] and B [OUT, r] of one expert in a module, without reading the others'.
+
+        Refuses modules of other sizes.
+        """
+        entry = self.manifest.modules[module]
+        shapes = _shapes_of(module, entry)
+        slices = [self._file.get_slice(key) for key in shapes]
+        _check(
+            self.folder / EXPERTS,
+            shapes,
+            [tuple(one.get_shape()) for one in slices],
+            {one.get_dtype() for one in slices},
+        )
+        start = sum(entry.ranks[:expert])
+        stop = start + entry.ranks[expert]
+        a, b = slices
+        return a[start:stop], b[:, start:stop]
+
 
 @contextmanager
 def open_experts(folder: Path, manifest: Manifest) -> Generator[ExpertsFile]:
@@ -195,13 +214,22 @@ def _refuse_others(path: Path, file: safe_open, named: AbstractSet[str]) -> None
 def _read(file: safe_open, path: Path, shapes: Mapping[str, tuple[int, ...]]) -> list[Tensor]:
     """Read tensors by their keys; refuses other shapes than these, and several dtypes."""
     tensors = [file.get_tensor(key) for key in shapes]
-    actual, needed = [tuple(one.shape) for one in tensors], [*shapes.values()]
-    if actual != needed or len({one.dtype for one in tensors}) > 1:
+    _check(path, shapes, [tuple(one.shape) for one in tensors], {one.dtype for one in tensors})
+    return tensors
+
+
+def _check(
+    path: Path,
+    shapes: Mapping[str, tuple[int, ...]],
+    actual: list[tuple[int, ...]],
+    dtypes: AbstractSet[object],
+) -> None:
+    """Refuse tensors whose actual shapes are not these, by key, and tensors of several dtypes."""
+    if actual != (needed := [*shapes.values()]) or len(dtypes) > 1:
         raise CheckpointError(
             f"{path}: {listed([*shapes])} has the shapes {actual}, {MANIFEST} asks for {needed} of"
             f" one type; the two files do not belong together, {AGAIN}"
         )
-    return tensors
 
 
 @dataclass(frozen=True)

@@ -32,7 +32,7 @@ from meteora.routing.gates import insert_gates, route_again_as_before
 from meteora.routing.layer import MoELoRALinear, RoutedExperts, routed_by, routed_layers
 from meteora.routing.routers import Fixed, Random, Router
 from meteora.routing.weight_scores import KINDS
-from meteora.untrusted.findings import did_you_mean
+from meteora.untrusted.findings import MOST_NAMED, did_you_mean, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -350,7 +350,7 @@ def check_expert(name: str, names: Sequence[str]) -> None:
     if name not in names:
         raise UnknownExpertError(
             f"there is no expert {name!r}{did_you_mean(name, names)}; this model has"
-            f" {', '.join(names)}"
+            f" {listed([*names], MOST_NAMED)}"
         )
 
 

@@ -12,6 +12,8 @@ from meteora.artifacts import MeteoraError, Reason
 
 MOST_OF_A_CODE = 3
 """Most reasons of one code, so that a file with a thousand faults gets a short message."""
+MOST_NAMED = 8
+"""Most experts or tasks that a message names; a model may have thousands."""
 GZIP = b"\x1f\x8b"
 """The first bytes of a compressed file."""
 MOST = 100

@@ -27,7 +27,9 @@ def probe(
     It is not refused: its weights are sound, and one prompt shows only that it is weak there. The
     benchmark measures its quality.
     """
-    silent = silent_experts(model, tokenizer)
+    if not experts:
+        return
+    silent = silent_experts(model, tokenizer, [expert.name for expert in experts])
     for expert in experts:
         if (change := silent.get(expert.name)) is None:
             continue

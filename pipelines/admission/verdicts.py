@@ -67,11 +67,8 @@ def require_stackable(
     adapters = {expert.name: expert.adapter for expert in experts}
     for reason in check_stackable(adapters, memory_limit_bytes):
         say(reason.message, "note")
-    for expert in experts:
-        spec = expert.adapter.spec
-        context.ledger.record_artifact(
-            spec, weights_sha256=spec.weights_sha256, run_id=context.run_id
-        )
+    specs = [expert.adapter.spec for expert in experts]
+    context.ledger.record_adapters(specs, run_id=context.run_id)
 
 
 def record_accepted(ledger: Ledger, run_id: str, expert: Expert) -> None:

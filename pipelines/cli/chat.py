@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meteora.artifacts import MeteoraError
-from meteora.untrusted.findings import for_terminal
+from meteora.untrusted.findings import MOST_NAMED, for_terminal, listed
 from pipelines.cli import options
 from pipelines.reports.trace import legend, token_text
 from pipelines.workspace.console import plain_console, say
@@ -182,7 +182,8 @@ class Conversation:
         """
         person = sys.stdin.isatty()
         if person:
-            say(f"experts: {', '.join(self.chat.experts)}; commands: {COMMANDS}")
+            some = listed([*self.chat.experts], MOST_NAMED)
+            say(f"experts: {some}; commands: {COMMANDS}")
         for line in _lines(self._out.is_terminal):
             try:
                 if line == "/quit":

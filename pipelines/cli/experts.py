@@ -12,6 +12,7 @@ from typing import Annotated
 
 import typer
 
+from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.cli import options
 from pipelines.cli.benchmark import run_benchmark
 from pipelines.workspace.console import say
@@ -196,7 +197,7 @@ def _print_made(made: Path, what: str, before: Path, *, as_json: bool) -> None:
 
     manifest, old = read_manifest(made), read_manifest(before)
     names = manifest.names
-    say(f"{what}: {_id(made)} has {', '.join(names)}")
+    say(f"{what}: {_id(made)} has {listed(names, MOST_NAMED)}")
     say(f"all others are as in {_id(before)}, bit for bit")
     facts = {
         "checkpoint": str(made),

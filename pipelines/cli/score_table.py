@@ -12,7 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from meteora.artifacts import short
-from meteora.untrusted.findings import for_terminal, shortened
+from meteora.untrusted.findings import MOST_NAMED, for_terminal, listed, shortened
 from pipelines.reports.card import (
     cell,
     example_lines,
@@ -176,7 +176,7 @@ def print_comparison(found: SideBySide, page: Path, *, as_json: bool = False) ->
         return
     out = plain_console()
     for side in found.sides:
-        names = ", ".join(side.manifest.names)
+        names = listed(side.manifest.names, MOST_NAMED)
         out.print(f"{side.label}: {side.name}, {len(side.manifest.experts)} experts: {names}")
     for table in _comparison_tables(found):
         if table.row_count:
@@ -194,7 +194,8 @@ def print_comparison(found: SideBySide, page: Path, *, as_json: bool = False) ->
     else:
         out.print("no task was asked of both with the same rows; `meteora benchmark` measures them")
     for label, tasks in found.unmeasured.items():
-        out.print(f"{label} was not asked, on the other's rows: {', '.join(tasks)}", soft_wrap=True)
+        some = listed([*tasks], MOST_NAMED)
+        out.print(f"{label} was not asked, on the other's rows: {some}", soft_wrap=True)
     out.print(str(page), soft_wrap=True)
 
 

@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import Noun
 from meteora.base.chat_template import content_places, encode_pair, encode_prompt, render_prompt
+from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
@@ -132,8 +133,8 @@ def mixable(examples: Mapping[str, Sequence[Row]]) -> dict[str, Sequence[Row]]:
     if not fit:
         raise ExamplesError(
             "gates.composites: no example of any expert can stand in a mixed prompt"
-            f" ({', '.join(examples)}): each answer is empty, or has lines that begin with a"
-            " number; take gates.composites out"
+            f" ({listed([*examples], MOST_NAMED)}): each answer is empty, or has lines that begin"
+            " with a number; take gates.composites out"
         )
     return fit
 

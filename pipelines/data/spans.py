@@ -21,6 +21,7 @@ from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import Noun
 from meteora.base.sources import path_from
+from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.data.composites import Composite, encode_composite, spans_of
 from pipelines.data.conversations import Conversation, Turn
 from pipelines.data.row_sources import json_lines, refuse_half_characters
@@ -163,8 +164,8 @@ def _row(line: str, place: str, experts: Collection[str]) -> SpannedRow | Spanne
     refuse_half_characters(json.dumps(row.to_dict(), ensure_ascii=False), place)
     if strange := row.owners - set(experts):
         raise ExamplesError(
-            f"{place}: {', '.join(sorted(strange))} is not an expert with its own examples; those"
-            f" are {', '.join(experts)}"
+            f"{place}: {listed(sorted(strange))} is not an expert with its own examples; those"
+            f" are {listed([*experts], MOST_NAMED)}"
         )
     return row
 

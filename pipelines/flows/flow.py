@@ -23,11 +23,18 @@ from prefect.context import TagsContext
 from prefect.states import Completed
 
 from meteora.artifacts import BaseSpec, BuiltBase, FusedCheckpoint, MeteoraError, RouterBuild
+from meteora.base.sources import PATH
 from pipelines.admission import sources, verdicts
 from pipelines.flows import device_lock, missed_runs, run_page
 from pipelines.flows.up_to_date import Finished, Look, look_or_reason
 from pipelines.planning.resolve import Steps, complete, recording, resolve
-from pipelines.recipe.recipe import DeadlinesSection, FoundExpert, Recipe, locate
+from pipelines.recipe.recipe import (
+    DeadlinesSection,
+    ExpertSection,
+    FoundExpert,
+    Recipe,
+    locate,
+)
 from pipelines.recipe.stage import Stage
 from pipelines.reports.summary import summarise
 from pipelines.scoring import regressions
@@ -282,10 +289,23 @@ def _steps(run: Run, built: BuiltBase) -> Steps:
     return replace(
         recording(run.context, built, partial(ask, "proportion"), memory_limit_bytes),
         discover=_discover,
-        resolve_adapter=resolve_adapter,
-        fetch_adapter=fetch_adapter,
+        resolve_adapter=_at_the_network_unless_local(resolve_adapter),
+        fetch_adapter=_at_the_network_unless_local(fetch_adapter),
         check_stack=partial(require_stackable, run.context, memory_limit_bytes),
     )
+
+
+def _at_the_network_unless_local(step: Task[..., Any]) -> Callable[..., Any]:
+    """A step of an adapter: a task if it may ask the Hub, and a plain call for a folder.
+
+    A task takes 0.1 s or more on the server, and a recipe may have thousands of folders.
+    """
+
+    def take(recipe: Recipe, expert: ExpertSection, *arguments: object) -> object:
+        call = step.fn if expert.adapter.startswith(PATH) else step
+        return call(recipe, expert, *arguments)
+
+    return take
 
 
 def _discover(recipe: Recipe) -> Recipe:

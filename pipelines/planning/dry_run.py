@@ -15,6 +15,7 @@ from meteora.adapters.compatibility import IncompatibleAdaptersError, check_stac
 from meteora.artifacts import COMMIT, BaseSpec, BuiltBase
 from meteora.base.loading import Shape, load_config, load_tokenizer, shape_of
 from meteora.base.sources import GGUF, PATH, SourceError, find_gguf
+from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.admission import sources
 from pipelines.admission.experts import Expert, Missing, Refusal
 from pipelines.data.claims import prompts_of
@@ -68,6 +69,8 @@ if TYPE_CHECKING:
 
 SAMPLE = 64
 """Rows of a source whose length is measured."""
+MOST_ALIKE = 32
+"""Most adapters with the same outcome and warnings that have a line; each refused one has its."""
 CHARACTERS_PER_TOKEN = 4
 """Assumed if the tokenizer is not on this disk."""
 
@@ -142,10 +145,18 @@ def _look_at_adapters(
 
 
 def _print_adapters(out: Console, outcomes: Outcomes) -> None:
+    alike: Counter[tuple[str, ...]] = Counter()
     for section, outcome in outcomes:
-        out.print(f"expert     {_describe_adapter(section, outcome)}", soft_wrap=True)
-        for warning in outcome.adapter.reasons if isinstance(outcome, Expert) else ():
-            out.print(f"           warning: {warning.message}", soft_wrap=True)
+        warnings = outcome.adapter.reasons if isinstance(outcome, Expert) else ()
+        kind = (type(outcome).__name__, *(one.code for one in warnings))
+        alike[kind] += not isinstance(outcome, Refusal)
+        if alike[kind] <= MOST_ALIKE:
+            said = [_describe_adapter(section, outcome), *(one.message for one in warnings)]
+            out.print("expert    ", "\n           warning: ".join(said), soft_wrap=True)
+    for (name, *codes), count in alike.items():
+        if count > MOST_ALIKE:
+            state = ", ".join(["accepted" if name == Expert.__name__ else "not here", *codes])
+            out.print(f"           and {count - MOST_ALIKE:,} more experts: {state}")
 
 
 def _without_left_out(context: RunContext, outcomes: Outcomes) -> RunContext:
@@ -169,7 +180,7 @@ def _print_settings(out: Console, recipe: Recipe, reached: Collection[str]) -> N
         )
     if Stage.benchmark in reached:
         systems = ", ".join(("fused", *recipe.benchmark.compare))
-        on = ", ".join(recipe.task_names) or "no task"
+        on = listed([*recipe.task_names], MOST_NAMED) or "no task"
         out.print(f"benchmark  {systems} on {on}, {recipe.benchmark.limit} rows at most")
     if Stage.publish in reached and recipe.publish is not None:
         seen = "private" if recipe.publish.private else "public"

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import RouterBuild, Score, short
 from meteora.base.sources import GGUF, PATH
+from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.hub.client import page_of
 from pipelines.reports.hub_metadata import card_metadata, shots
 from pipelines.scoring.metrics import METRICS
@@ -264,8 +265,8 @@ def _missed_line(summary: Summary, missed: Sequence[str]) -> str:
     kind = summary.gates.spec.options.kind
     more = "Give more examples" if kind == "gate" else "Give examples to a router of kind gate"
     return (
-        f"Most tokens of {', '.join(missed)} go to other experts: the router cannot tell them"
-        f" apart. {more}, or leave out one of two adapters for one task."
+        f"Most tokens of {listed([*missed], MOST_NAMED)} go to other experts: the router cannot"
+        f" tell them apart. {more}, or leave out one of two adapters for one task."
     )
 
 
@@ -321,8 +322,8 @@ def stand_in_lines(names: Sequence[str], stand_in: str) -> list[str]:
     if not names:
         return []
     return [
-        f"No examples were given for {', '.join(names)}: tokens are routed to them by their weights"
-        f" ({stand_in}), which is less reliable than gates fitted to examples."
+        f"No examples were given for {listed([*names], MOST_NAMED)}: tokens are routed to them by"
+        f" their weights ({stand_in}), which is less reliable than gates fitted to examples."
     ]
 
 

@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from functools import partial
 from typing import Any
 
 from markupsafe import Markup
 
 from meteora.artifacts import NULL, SHARED
+from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.hub.client import page_of
 from pipelines.reports import charts
 from pipelines.reports.html import render
@@ -58,6 +60,7 @@ def report_page(
         "expert_styles": expert_styles(max((len(t["experts"]) for t in traces), default=0)),
         "scripts": ["report.js", *(["trace.js"] if traces else [])],
         "page_of": page_of,
+        "listed": partial(listed, most=MOST_NAMED),
     }
     return render("report.html", context)
 

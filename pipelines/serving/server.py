@@ -20,7 +20,7 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 
 from meteora.artifacts import MeteoraError
 from meteora.model.chat import Answer, Chat
-from meteora.untrusted.findings import brief, shortened
+from meteora.untrusted.findings import MOST_NAMED, brief, did_you_mean, listed, shortened
 from pipelines.serving.answers import Reply, error_body, event
 from pipelines.serving.host_names import KnownHostsOnly
 from pipelines.serving.model_thread import ModelThread, StoppedError
@@ -90,8 +90,11 @@ def _model(name: str) -> dict[str, Any]:
 def _expert_of(models: dict[str, str], model: str) -> str:
     """The expert that a model's name asks for; empty for the model's own routing."""
     if model not in models:
-        known = ", ".join(models)
-        raise HTTPException(404, f"there is no model {shortened(model)!r}; there are {known}")
+        known = listed([*models], MOST_NAMED)
+        guess = did_you_mean(shortened(model), models)
+        raise HTTPException(
+            404, f"there is no model {shortened(model)!r}{guess}; there are {known}"
+        )
     return models[model]
 
 

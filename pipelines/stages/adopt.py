@@ -77,9 +77,10 @@ def recorded_router(
         return None
     router, fused = RouterSpec.from_dict(known), stack_in(manifest)
     files = _files(found.folder, manifest)
-    specs = [ledger.spec_of(one) for one in fused.adapter_ids]
-    recorded = [_placed(AdapterSpec.from_dict(spec).modules) for spec in specs if spec]
-    stated = [_placed(_modules(manifest, e)) for e in range(len(specs))]
+    specs = ledger.specs_of(fused.adapter_ids)
+    known_specs = [specs[one] for one in fused.adapter_ids if one in specs]
+    recorded = [_placed(AdapterSpec.from_dict(spec).modules) for spec in known_specs]
+    stated = [_placed(_modules(manifest, e)) for e in range(len(fused.adapter_ids))]
     same = (
         (router.fused_id, router.options, recorded) == (fused.id, manifest.router, stated)
         and ledger.weights_of(fused.id) == files[EXPERTS]

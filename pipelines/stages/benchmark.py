@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from meteora.artifacts import ArtifactId, MeteoraError, canonical_sha256, short
 from meteora.base.sources import PATH, path_from
 from meteora.checkpoint.manifest import MANIFEST, Manifest, read_manifest
-from meteora.untrusted.findings import did_you_mean
+from meteora.untrusted.findings import MOST_NAMED, did_you_mean, listed
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.row_sources import read_rows
 from pipelines.evaluation.speed import device_name
@@ -90,9 +90,8 @@ def benchmark(
         manifest, router = adoption.manifest, adoption.router
     ledger.ingest()
     settings, tasks, whole = _choose_tasks(ledger, manifest, router.id, request)
-    for name in manifest.names:
-        if name not in tasks and not request.tasks:
-            say(f"{name} has no test rows; give some with --tasks {name}=jsonl:FILE", "note")
+    if not request.tasks:
+        _note_untested([name for name in manifest.names if name not in tasks])
     base = manifest.base.spec
     plan = plan_benchmark(base, stack_in(manifest), router, tasks, settings)
     plan = replace(plan, whole=whole)
@@ -114,6 +113,14 @@ def benchmark(
     if manifest.gates.keys() & {"grown_from", "adopted_from"} and whole:
         _write_card(folder, manifest, summary)
     return folder, plan, summary
+
+
+def _note_untested(names: list[str]) -> None:
+    """Say which experts have no test rows."""
+    if names:
+        have = "has" if len(names) == 1 else "have"
+        rows = f"--tasks {names[0]}=jsonl:FILE"
+        say(f"{listed(names, MOST_NAMED)} {have} no test rows; give some with {rows}", "note")
 
 
 def _measure(
@@ -172,7 +179,7 @@ def _choose_tasks(
         if name not in tasks:
             raise BenchmarkRequestError(
                 f"there is no task {name!r}{did_you_mean(name, tasks)}; give its rows as"
-                f" --tasks {name}=jsonl:FILE (there are: {', '.join(tasks) or 'none'})"
+                f" --tasks {name}=jsonl:FILE (there are: {listed([*tasks], MOST_NAMED) or 'none'})"
             )
     if not tasks:
         raise BenchmarkRequestError(

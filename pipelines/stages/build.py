@@ -38,6 +38,7 @@ from meteora.fitting.background import fit_to_background
 from meteora.fitting.sequences import UNLABELLED, LabelledSequence
 from meteora.fitting.statistics import write_statistics
 from meteora.routing.gates import gates_of
+from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.admission import silent_experts
 from pipelines.admission.sources import hub_of
 from pipelines.data.conversations import Conversation, converse, takes, within
@@ -373,7 +374,8 @@ def _calibrate(
             folder=work.training_folder(router.id),
             progress=lambda _done, _total: advance(1),
         )
-    if names := ", ".join(found.not_crossed):
+    if found.not_crossed:
+        names = listed(found.not_crossed, MOST_NAMED)
         text = (
             f"the gates were not fitted in halves: too few examples are of {names} for both; lists"
         )

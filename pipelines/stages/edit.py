@@ -43,6 +43,7 @@ from meteora.fitting.sequences import UNLABELLED
 from meteora.fitting.statistics import read_statistics, write_statistics
 from meteora.model.fused import check_base, insert_experts
 from meteora.routing.gates import gates_of
+from meteora.untrusted.findings import listed
 from pipelines.admission.candidate import Admission, Candidate
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.labels import label_lists, label_rows
@@ -209,9 +210,9 @@ def _dtype_without(ledger: Ledger, manifest: Manifest, name: str) -> torch.dtype
     recorded = ledger.weights_of(ArtifactId(manifest.fused_id))
     if recorded is None or recorded != manifest.files.get(EXPERTS):
         return None  # a stranger's stack may differ from the adapters that it names
-    others = [entry.adapter_id for entry in manifest.experts if entry.name != name]
-    found = [ledger.spec_of(ArtifactId(adapter_id)) for adapter_id in others]
-    specs = [AdapterSpec.from_dict(spec) for spec in found if spec]
+    others = [ArtifactId(one.adapter_id) for one in manifest.experts if one.name != name]
+    found = ledger.specs_of(others)
+    specs = [AdapterSpec.from_dict(found[one]) for one in others if one in found]
     known = [spec for spec in specs if spec.dtype]  # an adopted expert has none
     return common_dtype(known) if others and len(known) == len(others) else None
 
@@ -230,7 +231,7 @@ def _read_editable(folder: Path) -> Manifest:
     manifest = read_manifest(folder)
     if manifest.router.stand_ins:
         raise GrowthError(
-            f"{folder}: {', '.join(manifest.router.stand_ins)} had no examples, so nothing is kept"
+            f"{folder}: {listed(manifest.router.stand_ins)} had no examples, so nothing is kept"
             " of them; give them some in the recipe, and run that"
         )
     if not (folder / STATISTICS).is_file():

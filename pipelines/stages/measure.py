@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import (
     NULL,
+    WITH_GATES,
     RouterBuild,
     RoutingBuild,
     RoutingScore,
@@ -138,7 +139,8 @@ def measure_model(
         with open_model() as (model, tokenizer):
             check_room(_tasks_of(to_do, plan), model.config, tokenizer)
             device = speed.device_name(input_device(model), dtype)
-            silent_experts.probe(work, plan.experts, model, tokenizer)
+            if not _is_probed(work, plan):
+                silent_experts.probe(work, plan.experts, model, tokenizer)
             for askings in _of_one_system(to_do, plan):
                 with use_system(
                     model, tokenizer, askings[0][0], plan.tasks, plan.merges, plan.others
@@ -151,6 +153,11 @@ def measure_model(
             if timing:
                 _time(work, plan, model)
     _compare(work, plan)
+
+
+def _is_probed(work: RunContext, plan: Plan) -> bool:
+    """Whether this run probed its experts when it fitted the gates; it takes a forward for each."""
+    return plan.router.router in WITH_GATES and work.ledger.run_of(plan.router.id) == work.run_id
 
 
 def _batch_size(

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from meteora import __version__
 from meteora.artifacts import BuiltBase, PoolBuild, PoolSpec, canonical_sha256
-from meteora.untrusted.findings import listed
+from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.admission.own_prompts import write_prompts
 from pipelines.data.claims import Claim, shares_of, write_claims
 from pipelines.data.pool import deal
@@ -90,7 +90,10 @@ def _written(
         model, tokenizer, spec.writers, spec.examples_per_expert, seed=spec.seed
     )
     if none := [name for name, own in written.items() if not own]:
-        say(f"{listed(none, 8)}: what they write in a user's place are no questions", "note")
+        say(
+            f"{listed(none, MOST_NAMED)}: what they write in a user's place are no questions",
+            "note",
+        )
     known = {prompt for own in plan.known_prompts.values() for prompt in own}
     claims = {
         one.prompt: Claim(one.prompt, name, 0, one.gain, one.lead, one.answer)
@@ -104,6 +107,6 @@ def _written(
 def _say(made: PoolBuild, claims: Sequence[Claim]) -> None:
     given = [f"{share.num_prompts} to {share.expert or 'no expert'}" for share in made.shares]
     which = "that experts wrote" if made.spec.writers else "of the pool"
-    say(f"of {len(claims):,} prompts {which}: {', '.join(given)}")
+    say(f"of {len(claims):,} prompts {which}: {listed(given, MOST_NAMED)}")
     if unread := sum(claim.cluster < 0 for claim in claims):
         say(f"{unread:,} of them do not fit into the base's context, and were not read", "note")

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import shutil
 from dataclasses import replace
@@ -13,6 +14,7 @@ from meteora.artifacts import ArtifactId, Publication, RouterBuild, RoutingScore
 from store.errors import BusyError, ConflictError, MissingBlobError, UnknownError
 from store.events import SKIPPED, RunEnded, RunStarted
 from store.ledger import Ledger
+from store.records import Records
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -61,6 +63,27 @@ def test_what_was_not_recorded_is_none(shelf: Shelf, ingested: bool) -> None:
     assert shelf.ledger.built(nothing) is None
     assert shelf.ledger.spec_of(nothing) is None
     assert shelf.ledger.scores_of([nothing]) == {}
+
+
+@INGESTED
+def test_adapters_are_recorded_together_and_the_store_is_not_listed_for_each(
+    shelf: Shelf, ingested: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A recipe may have thousands; one of them may be there twice, or from an earlier run."""
+    specs = [shelf.adapter(number) for number in range(40)]
+    specs = [replace(spec, weights_sha256=f"{n:064x}") for n, spec in enumerate(specs)]
+    shelf.ledger.record_adapters(specs[3:4], run_id="r0")
+    if ingested:
+        shelf.ledger.ingest()
+    listed, loose = [], Records.loose
+    monkeypatch.setattr(Records, "loose", lambda self: listed.append(self) or loose(self))
+    for _ in range(2):
+        shelf.ledger.record_adapters([*specs, specs[0]], run_id="r1")
+    assert len(listed) < 10
+    found = shelf.ledger.specs_of(spec.id for spec in specs)
+    assert found == {spec.id: json.loads(json.dumps(spec.to_dict())) for spec in specs}
+    shelf.ledger.ingest()
+    assert shelf.ledger.query("SELECT count(*) FROM records").rows == [(40,)]
 
 
 def test_answers_do_not_need_the_database(filled: Shelf) -> None:

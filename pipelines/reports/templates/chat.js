@@ -129,10 +129,12 @@ function drawNote({ box, note }, answer) {
 
 function drawLegend() {
   const tokens = state.turns.flatMap((turn) => turn.answers).flatMap((answer) => answer.tokens);
+  const won = new Map();
+  for (const token of tokens) won.set(token.expert, (won.get(token.expert) || 0) + 1);
   legend.forEach((item, e) => {
-    const won = tokens.filter((token) => token.expert === state.experts[e]).length;
-    item.querySelector(".share").textContent = won;
-    item.classList.toggle("none", !won);
+    const count = won.get(state.experts[e]) || 0;
+    item.querySelector(".share").textContent = count;
+    item.classList.toggle("none", !count);
   });
 }
 

@@ -76,6 +76,13 @@ def test_an_id_is_computed_once_for_a_spec(monkeypatch: pytest.MonkeyPatch) -> N
     assert replace(spec, dtype="F32").id != before  # a copy has its own
 
 
+def test_the_types_of_a_noun_s_fields_are_found_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A checkpoint may have 100,000 modules; to find the types takes longer than to read one."""
+    found = AdapterSpec.from_dict(ADAPTER.to_dict())
+    monkeypatch.delattr(identity, "get_type_hints")
+    assert AdapterSpec.from_dict(ADAPTER.to_dict()) == found
+
+
 def test_a_quantised_base_is_another_base_and_was_made_of_the_stored_one() -> None:
     narrow = BaseSpec(BASE.base_model, BASE.base_revision, "4bit")
     assert narrow.id == "base:283c37fd6424163126a4f7265b3858fb46bac768174855afbd7f4726366ddfdc"

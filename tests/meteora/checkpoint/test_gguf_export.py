@@ -62,6 +62,20 @@ def test_the_update_of_every_module_is_that_of_peft(
     assert not tensors
 
 
+def test_of_a_stack_only_the_expert_s_own_numbers_are_read(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Else the time to export all experts grows with the square of their number."""
+    with checkpoint_tensors.open_experts(world.checkpoint, world.manifest) as stack:
+        for path, entry in world.manifest.modules.items():
+            a, b = stack.factors(path)
+            parts = zip(a.split([*entry.ranks]), b.split([*entry.ranks], dim=1), strict=True)
+            for e, whole in enumerate(parts):
+                torch.testing.assert_close(stack.factors_of(path, e), whole, rtol=0, atol=0)
+    monkeypatch.delattr(checkpoint_tensors.ExpertsFile, "factors")
+    assert len(export_gguf(world.checkpoint, tmp_path / "out")) == len(world.manifest.names)
+
+
 @pytest.mark.parametrize(
     ("architecture", "in_pairs"),
     [("GraniteForCausalLM", True), ("SmolLM3ForCausalLM", True), ("Qwen2ForCausalLM", False)],

@@ -106,6 +106,15 @@ def test_what_is_refused_is_one_sentence_and_ends_a_pipe(talk, line: str, senten
     assert sentence in " ".join(said.stderr.split())
 
 
+def test_of_a_thousand_experts_a_chat_names_a_few_when_it_begins(capsys) -> None:
+    chat = Mock(experts=[f"expert-{number}" for number in range(1000)])
+    with patch.object(sys, "stdin", Mock(isatty=lambda: True)), patch("builtins.input") as line:
+        line.side_effect = EOFError
+        command.Conversation(chat, 8).run()
+    assert "experts: expert-0, " in (said := " ".join(capsys.readouterr().err.split()))
+    assert "expert-7 (and 992 more); commands: /expert NAME" in said
+
+
 def test_a_conversation_is_written_as_a_page(talk, tmp_path: Path) -> None:
     page = tmp_path / "talk.html"
     assert talk("hello", "and now?", f"/trace {page}").returncode == 0

@@ -124,6 +124,25 @@ def test_a_setting_of_the_paper_is_estimated_without_a_network(
     assert f"top_k {2 if name.endswith('top2') else 1}" in said
 
 
+def test_of_many_adapters_that_are_alike_only_the_first_have_a_line(
+    offline: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """But each refused one has its own: a person must change the recipe there."""
+    assert not offline.exists()
+    names = [f"e{number}" for number in range(100)]
+    (tmp_path / "bad").mkdir()
+    (tmp_path / "bad" / "adapter_model.safetensors").write_bytes(b"")
+    experts = [{"name": name, "adapter": f"path:nowhere/{name}"} for name in names]
+    experts += [{"name": f"bad{number}", "adapter": "path:bad"} for number in range(40)]
+    recipe = {"base": f"a/b@{'0' * 40}", "experts": experts, "router": {"kind": "norm"}}
+    (tmp_path / "recipe.yaml").write_text(yaml.safe_dump(recipe))
+    print_steps(RunContext.open(str(tmp_path / "recipe.yaml"), tmp_path / "home"))
+    said = capsys.readouterr().out
+    assert len(re.findall("^expert     e", said, re.MULTILINE)) == dry_run.MOST_ALIKE
+    assert f"           and {100 - dry_run.MOST_ALIKE} more experts: not here\n" in said
+    assert len(re.findall("^expert     bad[0-9]+: .* refused", said, re.MULTILINE)) == 40
+
+
 def test_the_page_on_hardware_shows_what_is_estimated(
     offline: Path,
     tmp_path: Path,

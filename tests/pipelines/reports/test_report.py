@@ -490,6 +490,8 @@ def test_experts_that_hardly_any_token_reaches_are_counted_and_not_drawn(
     (svg,) = tree.xpath("//figure[@id='confusion']//svg[@class='wide']")
     assert len(svg.xpath(".//g[starts-with(@class, 'cell-')]")) == 2
     assert "Left out here and below: 38 experts" in tree.text_content()
+    (table,) = tree.xpath("//details[summary='all 40 experts']//table")
+    assert len(table.xpath("./tbody/tr")) == 40
 
 
 def test_modules_that_share_a_gate_share_a_line() -> None:

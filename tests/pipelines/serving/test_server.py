@@ -15,6 +15,7 @@ from unittest.mock import AsyncMock, Mock, patch
 import httpx
 import openai
 import pytest
+from fastapi import HTTPException
 
 from meteora.artifacts import MeteoraError
 from meteora.model.chat import Chat
@@ -56,6 +57,14 @@ def test_the_model_and_each_of_its_experts_are_models(client, chat) -> None:
     names = [model.id for model in client.models.list()]
     assert names == ["tiny", *(f"tiny:{expert}" for expert in chat.experts)]
     assert client.models.retrieve("tiny:q_and_v").id == "tiny:q_and_v"
+
+
+def test_of_a_thousand_models_only_a_few_are_named_to_a_client_with_a_wrong_name() -> None:
+    models = {f"large:expert-{number}": "" for number in range(1000)}
+    with pytest.raises(HTTPException) as refused:
+        server._expert_of(models, "large:expert_7")
+    assert "(did you mean 'large:expert-7'?)" in refused.value.detail
+    assert refused.value.detail.endswith("large:expert-7 (and 992 more)")
 
 
 def test_an_answer_is_the_chat_s_own(client, chat) -> None:

@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from meteora.artifacts import ArtifactId
 from meteora.checkpoint.manifest import CARD, GATES, MANIFEST, STATISTICS, read_manifest
 from pipelines.planning.recorded_tasks import recorded_tasks
+from pipelines.stages.benchmark import _note_untested
 from store.events import RunStarted
 from store.ledger import Ledger
 from tests.pipelines.cli.command_line import ask
@@ -112,6 +113,16 @@ def test_a_changed_checkpoint_is_asked_what_its_experts_were_asked_before(
     assert len(work.ledger.query("FROM scores").rows) == before + 1
     base = read_manifest(folder).base.spec.id
     assert recorded_tasks(work.ledger, base, {"q_and_v": ArtifactId("adapter:" + "0" * 64)}) == {}
+
+
+def test_experts_without_test_rows_are_named_in_one_line(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    _note_untested([f"e{number}" for number in range(1000)])
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.endswith(
+        "e7 (and 992 more) have no test rows; give some with --tasks e0=jsonl:FILE"
+    )
 
 
 def test_new_rows_a_recipe_and_other_systems_can_be_given(

@@ -7,11 +7,12 @@ import re
 import sys
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
-from unittest.mock import ANY
+from unittest.mock import ANY, Mock
 
 import pytest
 from rich.console import Console
 
+from pipelines.admission import silent_experts
 from pipelines.cli import score_table
 from pipelines.evaluation.harness import BenchmarkError, Harness
 from pipelines.reports import card
@@ -60,9 +61,13 @@ def test_every_kind_of_task_and_control_is_measured_compared_and_timed(
         "speed": {"prompt_tokens": 8, "new_tokens": 2, "rounds": 3},
     }
     work = workplace(benchmark=body)
+    probe = Mock(wraps=silent_experts.probe)
+    monkeypatch.setattr(silent_experts, "probe", probe)
     planned, built, gates = go(work)
     assert summarise(work.ledger, planned, work.base_folder(planned.base)) is None
     measure.measure(work, planned, built, gates)
+    assert probe.call_count == 1  # when the gates were fitted
+    assert not measure._is_probed(replace(work, run_id="another"), planned)
 
     summary = told(work, planned)
     assert summary.systems == ["base", "oracle", "fused", *CONTROLS, "one_expert"]

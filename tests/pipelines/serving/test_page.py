@@ -295,6 +295,7 @@ def test_a_tab_that_is_loaded_again_still_has_its_conversation(page: Page) -> No
     assert page.texts() == []
 
 
+@pytest.mark.browser
 def test_an_answer_without_text_says_so(page: Page, chat) -> None:
     silent = Answer("", (), truncated=False, num_new=1, num_prompt=1, num_cached=0)
     with patch.object(chat, "answer", return_value=silent):

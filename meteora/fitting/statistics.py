@@ -23,12 +23,13 @@ MAX_DIRECTIONS = 256
 """Most directions of the covariance that a fit has of a point."""
 MAX_WRITTEN = 128
 """Most directions that a file has of a point. They can be larger than the experts: the quickstart's
-six experts have 10 MB, their statistics 28 MB. Experts that are added route as well as with 256
-directions. With 256 in 8 bits they do not: the widest direction is some fifty times as wide as the
-last, and its rounding error adds to the variance of all others."""
+six experts have 10 MB, their statistics 28 MB. There, experts that are added route as well as with
+256 directions. With 256 in 8 bits they do not: the widest direction is some fifty times as wide as
+the last, and its rounding error adds to the variance of all others
+(`tests/benchmarks/results/gates.md`)."""
 RIDGES = 10.0
-"""A direction is kept if its variance is more than this many times the addend of the shrinkage: a
-smaller one hardly changes the inverse."""
+"""A direction is kept if its variance is more than this many times the variance that shrinkage
+adds: a smaller one hardly changes the inverse."""
 
 
 @dataclass(frozen=True)

@@ -34,10 +34,12 @@ AllowHost = Annotated[
 Port = Annotated[int, typer.Option(min=0, max=65535, help="The port to listen on. 0: a free one.")]
 DEFAULT_HOST, DEFAULT_PORT = "127.0.0.1", 8000
 COMMANDS = "/expert NAME, /expert, /trace FILE.html, /reset, /help, /quit"
+ESCAPE = "a question that begins with / gets one more, as in //tmp"
 HELP = (
     "/expert NAME sends every token to one expert, /expert alone goes back to the router;"
     " /trace FILE.html writes the conversation with the expert of each token; /reset begins a new"
-    " conversation; /quit, or the end of the input, ends the program"
+    " conversation; /quit, or the end of the input, ends the program;"
+    f" {ESCAPE}"
 )
 
 
@@ -198,7 +200,9 @@ class Conversation:
         """Answer a turn, or execute a command."""
         command, _, argument = line.partition(" ")
         argument = argument.strip()
-        if not command.startswith("/"):
+        if command.startswith("//"):
+            self._ask(line[1:])
+        elif not command.startswith("/"):
             self._ask(line)
         elif command == "/expert":
             self._force(argument)
@@ -212,7 +216,7 @@ class Conversation:
         elif command == "/help":
             say(HELP)
         else:
-            raise MeteoraError(f"{line}: there is no such command; there are {COMMANDS}")
+            raise MeteoraError(f"{line}: there is no such command; there are {COMMANDS}; {ESCAPE}")
 
     def _force(self, expert: str) -> None:
         from meteora.model.fused import check_expert

@@ -90,11 +90,17 @@ def test_an_expert_is_forced_and_let_go(talk) -> None:
     assert talk("hello", expert="q_and_v").stdout.splitlines() == [forced]
 
 
+def test_a_question_that_begins_with_a_slash_gets_one_more(conversation) -> None:
+    here, _ = conversation()
+    here.take("//etc/passwd means what?")
+    assert here.messages[0]["content"] == "/etc/passwd means what?"
+
+
 @pytest.mark.parametrize(
     ("line", "sentence"),
     [
         ("/expert nobody", "there is no expert 'nobody'; this model has all_seven"),
-        ("/dance", "/dance: there is no such command"),
+        ("/etc", "/help, /quit; a question that begins with / gets one more, as in //tmp"),
         ("/trace", "/trace needs the name of a file, such as /trace talk.html"),
         ("/trace x.html", "there is no whole answer to trace"),
     ],

@@ -184,7 +184,9 @@ WITH relatives AS (
     SELECT ancestor_id, 'used in', descendant_id, depth FROM ancestors
 ),
 origins AS (
-    SELECT adapter_id AS id, arg_max(repo_id, (recorded_at, record_sha256)) AS source,
+    SELECT adapter_id AS id,
+           arg_max(concat_ws('/', repo_id, nullif(subfolder, '')), (recorded_at, record_sha256))
+               AS source,
            arg_max(revision, (recorded_at, record_sha256)) AS revision,
            arg_max(licence, (recorded_at, record_sha256)) AS licence
     FROM verdicts WHERE adapter_id IS NOT NULL GROUP BY adapter_id
@@ -202,7 +204,7 @@ COMMENT ON COLUMN lineage.relation IS 'itself, made from, or used in';
 COMMENT ON COLUMN lineage.depth IS 'Number of steps between the two';
 COMMENT ON COLUMN lineage.relative_id IS 'Artifact id of its relative';
 COMMENT ON COLUMN lineage.kind IS 'base, adapter, pool, fused, router, merge, routing, comparison or speed; NULL where the relative is not recorded';
-COMMENT ON COLUMN lineage.source IS 'Where the relative is published: Hub id, gguf: or path:; NULL if it was made in this home';
+COMMENT ON COLUMN lineage.source IS 'Where the relative is published: Hub id with its subfolder, gguf: or path:; NULL if it was made in this home';
 COMMENT ON COLUMN lineage.revision IS 'Commit of 40 hex digits, or sha256: and the hash of its weights';
 COMMENT ON COLUMN lineage.licence IS 'Licence that its card claims; empty where it claims none';
 COMMENT ON COLUMN lineage.weights_sha256 IS 'SHA-256 of the relative''s bytes, 64 hex digits';

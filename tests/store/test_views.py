@@ -389,6 +389,22 @@ def test_of_several_records_the_latest_counts(empty: duckdb.DuckDBPyConnection) 
     assert empty.execute("FROM latest_routing").fetchall() == [("router:0", "b")]
 
 
+def test_two_adapters_of_one_repository_have_their_subfolders_in_their_sources(
+    empty: duckdb.DuckDBPyConnection,
+) -> None:
+    subfolders = ("", "dates", "sums")
+    ids = [f"adapter:{n}" for n in range(len(subfolders))]
+    insert(empty, "artifacts", [{"id": one, "kind": "adapter"} for one in ids])
+    place = {"repo_id": "one/lora", "revision": "main", "verdict": "accept", "licence": ""}
+    verdicts = [
+        {**place, "subfolder": subfolder, "adapter_id": one}
+        for one, subfolder in zip(ids, subfolders, strict=True)
+    ]
+    insert(empty, "verdicts", verdicts)
+    found = empty.execute("SELECT source FROM lineage ORDER BY relative_id").fetchall()
+    assert found == [("one/lora",), ("one/lora/dates",), ("one/lora/sums",)]
+
+
 def test_runs_stand_by_their_starts_or_ends_and_stages_in_their_order(
     empty: duckdb.DuckDBPyConnection,
 ) -> None:

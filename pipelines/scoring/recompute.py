@@ -24,7 +24,10 @@ if TYPE_CHECKING:
     from store.ledger import Ledger
 
 TOLERANCE = 1e-9
-"""Scores that differ by less count as equal."""
+"""Scores, and ends of intervals, that differ by less count as equal."""
+DRAWN = 0.1
+"""The same for ends of a bootstrap's interval, as a share of its width: another release of numpy
+may draw other resamples."""
 
 
 @dataclass(frozen=True)
@@ -53,23 +56,34 @@ def recompute_scores(ledger: Ledger, count: int) -> Recomputed:
         if score.outputs_sha256 not in ledger.blobs:
             continue
         try:
-            found = _recompute(ledger, score)
+            problem = _difference(score, _recompute(ledger, score))
+            num_scores += 1
         except DamagedError:
             continue
         except (ArrowInvalid, LookupError, TypeError, ValueError, ExamplesError) as error:
             problem = f"it cannot be computed again from its outputs: {error}"
-            findings.append(Finding("score", score.spec.id, problem))
-            continue
-        num_scores += 1
-        num_samples = len(found.values)
-        same = abs(found.mean - score.value) <= TOLERANCE  # False for NaN
-        if not same or num_samples != score.num_samples:
-            problem = (
-                f"it is recorded as {score.value:.6g} over {score.num_samples} rows, but its"
-                f" outputs give {found.mean:.6g} over {num_samples}"
-            )
+        if problem:
             findings.append(Finding("score", score.spec.id, problem))
     return Recomputed(num_scores, tuple(findings))
+
+
+def _difference(score: Score, found: RowValues) -> str:
+    """How a recorded score differs from what its outputs give; empty if it does not."""
+    num_samples = len(found.values)
+    same = abs(found.mean - score.value) <= TOLERANCE  # False for NaN
+    if not same or num_samples != score.num_samples:
+        return (
+            f"it is recorded as {score.value:.6g} over {score.num_samples} rows, but its outputs"
+            f" give {found.mean:.6g} over {num_samples}"
+        )
+    _, low, high = found.interval(score.spec.seed)
+    apart = max(abs(low - score.low), abs(high - score.high))
+    if apart > (DRAWN * (high - low) if found.graded else TOLERANCE):
+        return (
+            f"its interval is recorded as {score.low:.6g} to {score.high:.6g}, but its outputs give"
+            f" {low:.6g} to {high:.6g}"
+        )
+    return ""
 
 
 def _recompute(ledger: Ledger, score: Score) -> RowValues:
@@ -82,4 +96,5 @@ def _recompute(ledger: Ledger, score: Score) -> RowValues:
     if "asked" in rows[0]:
         return compute_values(rows, metric)
     # lm-eval's own task, or an older release: the file has only the values computed at that time
-    return RowValues(tuple(float(row[metric]) for row in rows), graded=True)
+    graded = score.interval == "bootstrap"
+    return RowValues(tuple(float(row[metric]) for row in rows), graded=graded)

@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from meteora.artifacts import BaseSpec, BenchmarkSpec, Score
+from pipelines.scoring.intervals import wilson
 from pipelines.scoring.outputs import write_outputs
 from pipelines.scoring.recompute import recompute_scores
 from store.ledger import Ledger
@@ -19,7 +20,15 @@ if TYPE_CHECKING:
 BASE = BaseSpec("tiny/base", "a" * 40)
 
 
-def record(ledger: Ledger, folder: Path, task: str, value: float, *, kept: bool = True) -> None:
+def record(
+    ledger: Ledger,
+    folder: Path,
+    task: str,
+    value: float,
+    interval: tuple[float, float] = wilson(1, 2),
+    *,
+    kept: bool = True,
+) -> None:
     """A score of one right and one wrong answer."""
     ledger.record_artifact(BASE, weights_sha256="", run_id="r")
     rows = [
@@ -30,7 +39,7 @@ def record(ledger: Ledger, folder: Path, task: str, value: float, *, kept: bool 
     write_outputs(rows, folder / "outputs")
     sha256 = ledger.blobs.put(folder / "outputs", move=True)
     spec = BenchmarkSpec(BASE.id, task, "f" * 64, "exact_match", 0, 8, 0, BASE.id)
-    score = Score(spec, value, 0.1, 0.0, 1.0, 2, sha256, "lm-eval", 1.0)
+    score = Score(spec, value, 0.1, *interval, 2, sha256, "lm-eval", 1.0)
     ledger.record_score(score, run_id="r")
     ledger.ingest()
 
@@ -52,6 +61,15 @@ def test_a_score_that_does_not_follow_is_named_with_both_values(tmp_path: Path) 
     (finding,) = recompute_scores(ledger, 20).findings
     assert finding.what == "score"
     assert "recorded as 0.9 over 2 rows, but its outputs give 0.5 over 2" in finding.problem
+
+
+def test_an_interval_that_does_not_follow_is_named_with_both(tmp_path: Path) -> None:
+    ledger = Ledger(tmp_path / "home")
+    record(ledger, tmp_path, "surer", 0.5, (0.45, 0.55))
+    (finding,) = recompute_scores(ledger, 20).findings
+    assert finding.problem == (
+        "its interval is recorded as 0.45 to 0.55, but its outputs give 0.0945312 to 0.905469"
+    )
 
 
 @pytest.mark.parametrize(

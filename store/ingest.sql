@@ -220,13 +220,16 @@ SELECT recorded_at, run_id, sha256 AS record_sha256,
        unnest(fields(body, ['stage', 'subject', 'error', 'message']))
 FROM fresh WHERE kind = 'failure';
 
+-- the earliest record about a subject stands; of a router's routes the latest, since it may be
+-- measured again on other rows
 CREATE OR REPLACE TEMP TABLE overruled AS
 WITH touched AS (
     SELECT DISTINCT kind, subject FROM fresh
     WHERE kind IN ('artifact', 'score', 'routing', 'publication', 'run-started', 'run-ended')
 )
 SELECT sha256 FROM records SEMI JOIN touched USING (kind, subject)
-QUALIFY row_number() OVER (PARTITION BY kind, subject ORDER BY recorded_at, sha256) > 1;
+QUALIFY row_number() OVER (PARTITION BY kind, subject ORDER BY recorded_at, sha256)
+        <> CASE kind WHEN 'routing' THEN count(*) OVER (PARTITION BY kind, subject) ELSE 1 END;
 
 -- the boards that have to be ranked again: those of new scores, and of scores of which other new
 -- records change a fact; an overruled record has the id of the new one, and so the same board

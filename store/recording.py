@@ -94,20 +94,17 @@ class Recording:
         return score.spec.id
 
     def record_routing(self, scores: Sequence[RoutingScore], *, run_id: str) -> None:
-        """Record all routing counts of one router, in one call.
+        """Record all routing counts of one router, in one call; only the latest ones count.
 
         Raises:
-            ConflictError: other counts are already recorded.
             UnknownError: the router is not recorded.
         """
         (router_id,) = {score.router_id for score in scores}
         self._require((router_id,), of="its routing")
         body = {"counts": [score.to_dict() for score in scores]}
-        self._record_once([Record("routing", router_id, body, run_id, now())], ("counts",))
-
-    def has_routing(self, router_id: ArtifactId) -> bool:
-        """Whether routing counts of this router are recorded."""
-        return self._lookup.first("routing", router_id) is not None
+        earlier = self._lookup.find("routing", [router_id])
+        if not earlier or earlier[-1].body != body:
+            self._write(Record("routing", router_id, body, run_id, now()))
 
     def record_adapter(self, verdict: AdapterVerdict, *, run_id: str) -> None:
         """Record the verdict on an adapter; every call writes a new record."""

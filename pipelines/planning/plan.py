@@ -97,7 +97,7 @@ class Plan(Subjects):
     def watches_routing(self) -> bool:
         """Whether the routes of held-out tokens are counted.
 
-        Not for the rows of only some experts: a router keeps its first counts.
+        Not for the rows of only some experts: they would replace the counts for all.
         """
         return self.whole and any(name in self.tests for name in self.fused.names)
 

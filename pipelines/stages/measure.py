@@ -322,8 +322,7 @@ def _watch_routing(
         switches=switches,
         abstention=abstention,
     )
-    if not work.ledger.has_routing(plan.router.id):  # a router keeps the counts of its first rows
-        work.ledger.record_routing(scores, run_id=work.run_id)
+    work.ledger.record_routing(scores, run_id=work.run_id)
     work.ledger.record_artifact(plan.routing, weights_sha256="", built=made, run_id=work.run_id)
 
 

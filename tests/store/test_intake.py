@@ -39,7 +39,7 @@ if TYPE_CHECKING:
 START = "2026-02-01T00:00:00"
 SIZE = Fingerprint("LlamaForCausalLM", 32, 48, 2, 4, 4, 259, "f" * 64)
 EVENTS = ("adapter", "failure")
-"""Each record of these kinds counts; of the others the earliest about a subject."""
+"""Each record of these kinds counts; of routing the latest about a subject, else the earliest."""
 TABLES = {
     "artifact base": "base_models", "artifact adapter": "adapter_weights",
     "artifact router": "routers", "artifact pool": "pools", "artifact merge": "merges",
@@ -156,14 +156,15 @@ def moment(record: Record) -> datetime:
 
 
 def kept(records: Mapping[str, Record]) -> dict[str, Record]:
-    """The records that count: events, and of other kinds the earliest about a subject."""
+    """The records that count; see `EVENTS`."""
     order = sorted(records, key=lambda sha256: (moment(records[sha256]), sha256))
-    first: dict[tuple[str, ...], str] = {}
+    chosen: dict[tuple[str, ...], str] = {}
     for sha256 in order:
         record = records[sha256]
-        further = (sha256,) if record.kind in EVENTS else ()
-        first.setdefault((record.kind, record.subject, *further), sha256)
-    return {sha256: records[sha256] for sha256 in first.values()}
+        key = (record.kind, record.subject, *((sha256,) if record.kind in EVENTS else ()))
+        if key not in chosen or record.kind == "routing":
+            chosen[key] = sha256
+    return {sha256: records[sha256] for sha256 in chosen.values()}
 
 
 def ancestors(parents: Iterable[Row]) -> Iterator[Row]:

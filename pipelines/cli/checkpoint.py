@@ -178,12 +178,10 @@ def report(
     from pipelines.reports.queries import run_queries
     from pipelines.reports.report import report_page
     from pipelines.stages.adopt import as_recorded
-    from store.ledger import Ledger
 
     output = output or Path("comparison.html" if other else "report.html")
     check_writable(output)
-    home = options.existing_home(home)
-    ledger = Ledger(home)
+    ledger = options.open_ledger(home)
     if other:
         folders = [
             checkpoints.find_folder(name, home, token_for or ()) for name in (checkpoint, other)
@@ -245,9 +243,8 @@ def attest(
 ) -> None:
     """Print what an artifact was made of: an in-toto statement with SLSA provenance."""
     from pipelines.publishing.in_toto import attest as statement_on
-    from store.ledger import Ledger
 
-    ledger = Ledger(options.existing_home(home))
+    ledger = options.open_ledger(home)
     ledger.ingest(deadline_seconds=1.0)
     print(statement_on(ledger, ledger.resolve(artifact)), end="")
 

@@ -8,14 +8,18 @@ from __future__ import annotations
 import json
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
+from meteora.artifacts import ArtifactId, short
 from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.cli import options
 from pipelines.cli.benchmark import run_benchmark
 from pipelines.workspace.console import say
+
+if TYPE_CHECKING:
+    from meteora.checkpoint.manifest import Manifest
 
 app = typer.Typer()
 
@@ -111,8 +115,6 @@ def add(
     home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Add an expert: write a new checkpoint. Only the new expert's own examples are needed."""
-    from meteora.artifacts import ArtifactId
-    from meteora.checkpoint.manifest import read_manifest
     from pipelines.admission import checkpoints
     from pipelines.admission.candidate import Candidate
     from pipelines.admission.sources import token_of_rows
@@ -141,18 +143,17 @@ def add(
         name, adapter, subfolder, "strip" if strip else "refuse", tuple(token_for or ())
     )
     made = edit.add(Ledger(home), found, candidate, examples)
-    _print_made(made, f"added {name}", found.folder, as_json=as_json)
+    manifest = _print_made(made, f"added {name}", found.folder, as_json=as_json)
     if test:
         request = BenchmarkRequest((f"{name}={test}",), token_for=tuple(token_for or ()))
         found = replace(found, folder=made)
         run_benchmark(found, home, request, as_json=as_json)
     else:
-        manifest = read_manifest(made)
         newest = {name: ArtifactId(manifest.experts[-1].adapter_id)}
         asked = recorded_tasks(Ledger(home), manifest.base.spec.id, newest)
         rows = "" if asked else f" --tasks {name}=jsonl:FILE"
         where = base_option(manifest.base.repo_id, base)
-        say(f"measure it with `meteora benchmark {_id(made)}{where}{rows}`")
+        say(f"measure it with `meteora benchmark {short(manifest.router_id)}{where}{rows}`")
 
 
 @app.command()
@@ -173,7 +174,6 @@ def drop(
 
     A model is loaded with --benchmark only.
     """
-    from meteora.checkpoint.manifest import read_manifest
     from pipelines.admission import checkpoints
     from pipelines.stages import edit
     from pipelines.stages.benchmark import BenchmarkRequest
@@ -182,23 +182,23 @@ def drop(
 
     folder = checkpoints.find_folder(checkpoint, home, token_for or (), statistics=True)
     made = edit.drop(Ledger(home), folder, name)
-    _print_made(made, f"dropped {name}", folder, as_json=as_json)
+    manifest = _print_made(made, f"dropped {name}", folder, as_json=as_json)
     if benchmark:
         found = checkpoints.find(str(made), home, base, token_for or (), device=device, dtype=dtype)
         run_benchmark(found, home, BenchmarkRequest(), as_json=as_json)
     else:
-        where = base_option(read_manifest(made).base.repo_id, base)
-        say(f"measure it with `meteora benchmark {_id(made)}{where}`")
+        where = base_option(manifest.base.repo_id, base)
+        say(f"measure it with `meteora benchmark {short(manifest.router_id)}{where}`")
 
 
-def _print_made(made: Path, what: str, before: Path, *, as_json: bool) -> None:
-    """Print the folder of a changed checkpoint, its id, and what changed."""
+def _print_made(made: Path, what: str, before: Path, *, as_json: bool) -> Manifest:
+    """Print the folder of a changed checkpoint, its id, and what changed; returns its manifest."""
     from meteora.checkpoint.manifest import read_manifest
 
     manifest, old = read_manifest(made), read_manifest(before)
     names = manifest.names
-    say(f"{what}: {_id(made)} has {listed(names, MOST_NAMED)}")
-    say(f"all others are as in {_id(before)}, bit for bit")
+    say(f"{what}: {short(manifest.router_id)} has {listed(names, MOST_NAMED)}")
+    say(f"all others are as in {short(old.router_id)}, bit for bit")
     facts = {
         "checkpoint": str(made),
         "router_id": manifest.router_id,
@@ -206,11 +206,4 @@ def _print_made(made: Path, what: str, before: Path, *, as_json: bool) -> None:
         "experts": names,
     }
     print(json.dumps(facts) if as_json else made)
-
-
-def _id(folder: Path) -> str:
-    """The id of a checkpoint in the short form that commands accept."""
-    from meteora.artifacts import short
-    from meteora.checkpoint.manifest import read_manifest
-
-    return short(read_manifest(folder).router_id)
+    return manifest

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import sys
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
 from meteora.artifacts import MeteoraError
+
+if TYPE_CHECKING:
+    from store.ledger import Ledger
 
 
 def _absolute(folder: Path) -> Path:
@@ -73,15 +76,17 @@ def text_or_input(text: str) -> str:
     return text
 
 
-def existing_home(home: Path) -> Path:
-    """The home, for a command that only reads and so must not make a new one.
+def open_ledger(home: Path) -> Ledger:
+    """The ledger of a home, for a command that only reads and so must not make a new home.
 
     Raises:
         MeteoraError: The folder does not exist, or has only other files.
     """
+    from store.ledger import Ledger
+
     names = {path.name for path in home.iterdir()} if home.is_dir() else None
     if names is None or (names and names.isdisjoint(PARTS)):
         raise MeteoraError(
             f"{home}: there is no store in it; check --home, or make one with `meteora run`"
         )
-    return home
+    return Ledger(home)

@@ -33,14 +33,13 @@ def sql(
     home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Query the ledger with one SELECT."""
-    from store.ledger import Ledger
     from store.query import examples as questions
 
     if examples:
         for title, question in questions():
             print(f"-- {title}\n{question}\n")
         return
-    ledger = Ledger(options.existing_home(home))
+    ledger = options.open_ledger(home)
     # what a run recorded a moment ago; a busy index is not waited for
     ledger.ingest(deadline_seconds=1.0)
     answer = ledger.query(options.text_or_input(query))
@@ -59,7 +58,7 @@ def notebook(
     """Write a marimo notebook with queries of the ledger and plots; it is a Python file."""
     from pipelines.reports.html import write_notebook
 
-    write_notebook(out, options.existing_home(home))
+    write_notebook(out, options.open_ledger(home).home)
     print(out)
     if find_spec("marimo") is None:
         say("marimo is not installed; run `pip install 'meteora-pipelines[notebook]'`", "note")
@@ -121,9 +120,8 @@ def verify(
         return
     from pipelines.scoring.recompute import recompute_scores
     from pipelines.workspace.bases import verify_bases
-    from store.ledger import Ledger
 
-    ledger = Ledger(options.existing_home(home))
+    ledger = options.open_ledger(home)
     stored, bases = ledger.verify(), list(verify_bases(ledger))
     if output.print_findings(stored, bases, recompute_scores(ledger, scores), as_json=as_json):
         raise typer.Exit(1)
@@ -145,9 +143,7 @@ def _serves(folder: Path, home: Path, url: str, count: int, model: str, *, as_js
 @store.command()
 def rebuild(home: options.Home = options.DEFAULT_HOME) -> None:
     """Build the index again from the records."""
-    from store.ledger import Ledger
-
-    ingested = Ledger(options.existing_home(home)).rebuild()
+    ingested = options.open_ledger(home).rebuild()
     if ingested.reason:
         raise MeteoraError(ingested.reason)
     print(f"{ingested.num_records} records in the index")
@@ -156,9 +152,7 @@ def rebuild(home: options.Home = options.DEFAULT_HOME) -> None:
 @store.command()
 def pack(home: options.Home = options.DEFAULT_HOME) -> None:
     """Pack many small records into few files. Runs do it themselves once there are very many."""
-    from store.ledger import Ledger
-
-    ledger = Ledger(options.existing_home(home))
+    ledger = options.open_ledger(home)
     num_records = ledger.pack()
     ledger.ingest()
     print(f"{num_records} records packed")
@@ -187,9 +181,7 @@ def gc(
     as_json: options.AsJson = False,
 ) -> None:
     """List files that nothing refers to, with their sizes in bytes; remove them with --yes."""
-    from store.ledger import Ledger
-
-    garbage = Ledger(options.existing_home(home)).gc(remove=yes)
+    garbage = options.open_ledger(home).gc(remove=yes)
     names = (*garbage.blobs, *map(str, garbage.files))
     found = zip(names, garbage.sizes, strict=True)
     if as_json:
@@ -208,9 +200,8 @@ def openlineage(
 ) -> None:
     """Print runs as OpenLineage events, one JSON object a line."""
     from pipelines.publishing.openlineage import events
-    from store.ledger import Ledger
 
-    ledger = Ledger(options.existing_home(home))
+    ledger = options.open_ledger(home)
     ledger.ingest(deadline_seconds=1.0)
     found = list(events(ledger, run))
     if run and not found:
@@ -231,10 +222,9 @@ def serve(
     import os
     import secrets
 
-    from store.ledger import Ledger
     from store.serving import serve as serve_snapshot
 
-    ledger = Ledger(options.existing_home(home))
+    ledger = options.open_ledger(home)
     ledger.ingest()
     token = os.environ.get("METEORA_TOKEN") or secrets.token_urlsafe(24)
     for url in serve_snapshot(ledger.index.snapshot, address, token):

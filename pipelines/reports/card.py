@@ -145,16 +145,10 @@ def _limits(manifest: Manifest) -> list[str]:
 def _measured(summary: Summary | None) -> list[str]:
     if summary is None:
         return ["Nobody has measured this model yet: an expert was added to it, or dropped."]
-    lines = "\n".join([*loss_lines(summary), *speed_lines(summary)])
-    return ["\n".join(score_table(summary)), *_turn_tables(summary), lines]
-
-
-def _turn_tables(summary: Summary) -> list[str]:
-    """Conversations turn by turn, as Markdown: a table and a sentence for each task."""
-    found = []
+    parts = ["\n".join(score_table(summary))]
     for headings, rows, line in turn_tables(summary):
-        found += ["\n".join(_table(headings, rows)), line]
-    return found
+        parts += ["\n".join(_table(headings, rows)), line]
+    return [*parts, "\n".join([*loss_lines(summary), *speed_lines(summary)])]
 
 
 def _table(headings: Sequence[str], rows: Sequence[Sequence[str]]) -> list[str]:

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from itertools import cycle
 from typing import TYPE_CHECKING, Any
 
@@ -59,17 +58,6 @@ OTHERS = [Mark(SOFT, shape, 5.5, filled=False) for shape in "^vsPX<>*"]
 """Marks of the other systems, in their order."""
 
 
-@dataclass(frozen=True)
-class Interval:
-    """One score of one system on one task."""
-
-    task: str
-    system: str
-    value: float
-    low: float
-    high: float
-
-
 def system_marks(systems: Sequence[str]) -> dict[str, Mark]:
     """The mark of each system, by its name."""
     others = iter(OTHERS * len(systems))
@@ -84,15 +72,16 @@ def name_in_chart(name: str, most: int = LONGEST) -> str:
 
 
 def forest_plot(
-    intervals: Sequence[Interval], xlabel: str, name: str, *, signed: bool = False
+    scores: Sequence[Mapping[str, Any]], xlabel: str, name: str, *, signed: bool = False
 ) -> Markup:
     """Scores with their intervals: a block for each task, in it a line for each system.
 
     Args:
+        scores: task, system, value, low and high of each
         signed: whether the values are differences; then the plot has a line at zero
     """
-    systems = list(dict.fromkeys(interval.system for interval in intervals))
-    tasks = list(dict.fromkeys(interval.task for interval in intervals))
+    systems = list(dict.fromkeys(score["system"] for score in scores))
+    tasks = list(dict.fromkeys(score["task"] for score in scores))
     names = [name_in_chart(task) for task in tasks]
     drawn = system_marks(systems)
     gap, line = 1.6, 13.0 if len(systems) <= FEW else 9.5
@@ -112,24 +101,22 @@ def forest_plot(
                     0.02, top - 0.42, name_in_chart(task, 40), fontsize=11.5, fontweight="bold",
                     va="center", transform=axes.get_yaxis_transform(),
                 )  # fmt: skip
-            for interval in intervals:
-                if interval.task == task:
-                    mark, y = drawn[interval.system], top + systems.index(interval.system) + 0.35
-                    thick = 2.4 if mark.colour == ACCENT else 1.2
+            for score in scores:
+                if score["task"] == task:
+                    mark, place = drawn[score["system"]], systems.index(score["system"])
+                    y, thick = top + place + 0.35, 2.4 if mark.colour == ACCENT else 1.2
                     axes.plot(
-                        [interval.low, interval.high], [y, y],
-                        color=mark.colour, linewidth=thick, solid_capstyle="butt",
-                        gid=f"interval-{i}-{systems.index(interval.system)}",
+                        [score["low"], score["high"]], [y, y], color=mark.colour, linewidth=thick,
+                        solid_capstyle="butt", gid=f"interval-{i}-{place}",
                     )  # fmt: skip
-                    drawn_at = draw_point(axes, interval.value, y, mark)
-                    drawn_at.set_gid(f"point-{i}-{systems.index(interval.system)}")
+                    draw_point(axes, score["value"], y, mark).set_gid(f"point-{i}-{place}")
         axes.set_ylim(len(tasks) * (len(systems) + gap) - 0.5 * gap, -0.5 * gap - 0.1)
         if width == NARROW:
             axes.set_yticks([])
         else:
             middle = [i * (len(systems) + gap) + len(systems) / 2 - 0.15 for i in range(len(tasks))]
             axes.set_yticks(middle, names)
-        low, high = min(i.low for i in intervals), max(i.high for i in intervals)
+        low, high = min(one["low"] for one in scores), max(one["high"] for one in scores)
         if signed:
             axes.axvline(0, color=SOFT, linewidth=1)
         elif low >= 0 and high <= 1:

@@ -230,16 +230,13 @@ def forests(rows: Sequence[Mapping[str, Any]], name: str, *, signed: bool = Fals
     Args:
         rows: task, system, metric, value, low and high of each score
     """
-    by_metric: dict[str, list[charts.Interval]] = {}
+    by_metric: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
-        if row["metric"] == ATTEMPTED:  # shown in a table, beside the shares that are right
-            continue
-        by_metric.setdefault(row["metric"], []).append(
-            charts.Interval(row["task"], row["system"], row["value"], row["low"], row["high"])
-        )
+        if row["metric"] != ATTEMPTED:  # shown in a table, beside the shares that are right
+            by_metric.setdefault(row["metric"], []).append(row)
     return Markup("\n").join(
-        charts.forest_plot(intervals, metric.replace("_", " "), f"{name}-{number}", signed=signed)
-        for number, (metric, intervals) in enumerate(by_metric.items())
+        charts.forest_plot(scores, metric.replace("_", " "), f"{name}-{number}", signed=signed)
+        for number, (metric, scores) in enumerate(by_metric.items())
     )
 
 

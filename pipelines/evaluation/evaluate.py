@@ -12,10 +12,9 @@ from typing import TYPE_CHECKING, Any
 from meteora.artifacts import BenchmarkSpec, Score
 from pipelines.data.rows import ExamplesError
 from pipelines.evaluation.conversations import Conversing
-from pipelines.evaluation.harness import HARNESS, BenchmarkError, Harness, refuse_conversations
+from pipelines.evaluation.harness import HARNESS, BenchmarkError, Harness, refuse_too_long
 from pipelines.evaluation.measurements import ONE_EXPERT
 from pipelines.evaluation.resume import NoLog, answer_in_portions
-from pipelines.evaluation.tasks import Task, check_rows
 from pipelines.scoring.intervals import standard_error
 from pipelines.scoring.metrics import TURNS_RIGHT
 from pipelines.scoring.outputs import (
@@ -27,6 +26,8 @@ from pipelines.scoring.outputs import (
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from pipelines.evaluation.tasks import Task
 
 
 @dataclass(frozen=True)
@@ -88,13 +89,16 @@ def evaluate_task(
 ) -> TaskResult:
     """Ask a live model, with the routing that it has now, every question of a task.
 
+    The prompts have to fit the model and its chat template; `planning.room` checks that before.
+
     Args:
         control: for conversations, the control that the model acts as; see `conversations`
         log: the answers of the same measurement before it was stopped; new ones are added
         advance: called with the number of prompts, or pairs of prompt and choice, just done
 
     Raises:
-        BenchmarkError: the task's prompts do not fit the model, its chat template or lm-eval.
+        BenchmarkError: lm-eval does not have the task, or cannot score it; or a conversation with
+            the model's answers is too long, or is refused by the chat template.
     """
     started = time.perf_counter()
     harness = Harness(
@@ -146,14 +150,12 @@ def _ask_rows(
     outputs: list[dict[str, Any]] = [
         {"prompt": prompt, "prompt_tokens": n} for prompt, n in zip(prompts, lengths, strict=True)
     ]
-    harness.check_room(task.name, lengths, task.longest_answer(harness.tokenizer))
     if task.generates:
         generate = partial(harness.generate, max_new_tokens=task.max_new_tokens)
         answers = answer(prompts, generate, phase="generate")
         for row, (text, truncated) in zip(outputs, answers, strict=True):
             row |= {"output": text, "truncated": truncated}
     if task.weighs:
-        check_rows(task)
         weighed = answer(
             task.rows,
             harness.log_likelihoods,
@@ -177,7 +179,6 @@ def _ask_dialogues(
 
     For `one_expert` every expert whose task takes part is tried; the best one's values count.
     """
-    refuse_conversations(task.name, task.dialogues, harness.tokenizer, templated=harness.templated)
     candidates = [*task.part_metrics] if control == ONE_EXPERT else [""]
     tried = [_ask_dialogues_as(harness, task, answer, control, name) for name in candidates]
     return max(tried, key=lambda one: one[0][TURNS_RIGHT].mean)
@@ -193,7 +194,9 @@ def _ask_dialogues_as(
         batch_size=harness.batch_size,
         control=control,
         expert=expert,
-        check=lambda lengths: harness.check_room(task.name, lengths, task.max_new_tokens),
+        check=lambda lengths: refuse_too_long(
+            task.name, lengths, task.max_new_tokens, harness.model.max_length
+        ),
         advance=harness.advance,
     )
     try:

@@ -107,10 +107,6 @@ class Harness:
             return prompt
         return self.model.apply_chat_template([{"role": "user", "content": prompt}])
 
-    def check_room(self, task: str, lengths: Sequence[int], max_new_tokens: int) -> None:
-        """Refuse a task with a prompt that is too long for the model; see `refuse_too_long`."""
-        refuse_too_long(task, lengths, max_new_tokens, self.model.max_length)
-
     def generate(self, prompts: Sequence[str], max_new_tokens: int) -> list[tuple[str, bool]]:
         """Greedy answers, each up to the end of sequence or `max_new_tokens`.
 

@@ -25,6 +25,10 @@ def interval_of_mean(
 ) -> tuple[str, float, float]:
     """The 95 % interval of a mean over rows: the method's name, the lower end, the upper end.
 
+    A bootstrap's ends are percentiles of the means of 9,999 resamples. Resamples of equal rows are
+    all equal: if all rows have one value between 0 and 1, the ends are Wilson's. They are at least
+    wide enough: among such values with the same mean, right and wrong have the largest variance.
+
     Args:
         values: of each row
         graded: whether a row may be partly right; then the method is the bootstrap
@@ -33,9 +37,11 @@ def interval_of_mean(
     if not graded:
         return ("wilson", *wilson(sum(values), len(values)))
     smallest, largest = min(values), max(values)
-    if largest - smallest <= ROUNDING and not 0 <= smallest <= 1:
+    if largest - smallest > ROUNDING:
+        return ("bootstrap", *_percentiles(_resampled(values, seed)))
+    if not 0 <= smallest <= 1:
         return "bootstrap", smallest, largest
-    return ("bootstrap", *bootstrap(values, seed))
+    return ("bootstrap", *wilson(sum(values), len(values)))
 
 
 def wilson(successes: float, total: int) -> tuple[float, float]:
@@ -46,18 +52,6 @@ def wilson(successes: float, total: int) -> tuple[float, float]:
     half = Z95 / scale * math.sqrt(share * (1 - share) / total + Z95**2 / (4 * total**2))
     low, high = min(share, centre - half), max(share, centre + half)  # rounding can exclude `share`
     return max(0.0, low), min(1.0, high)
-
-
-def bootstrap(values: Sequence[float], seed: int = 0) -> tuple[float, float]:
-    """The 95 % interval of a mean over rows: percentiles of the means of 9,999 resamples.
-
-    Resamples of equal rows are all equal. So if all rows have one value, which must be between 0
-    and 1, the result is Wilson's interval. It is at least wide enough: among values between 0 and
-    1 with the same mean, right and wrong have the largest variance.
-    """
-    if max(values) - min(values) <= ROUNDING:
-        return wilson(sum(values), len(values))
-    return _percentiles(_resampled(values, seed))
 
 
 def _resampled(values: Sequence[float] | np.ndarray, seed: int) -> np.ndarray:

@@ -19,7 +19,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from decimal import Decimal, InvalidOperation
+from decimal import Decimal
 from functools import lru_cache, partial
 from typing import Any
 
@@ -65,10 +65,7 @@ def last_number(text: str) -> Decimal | None:
     sign, whole, rest = found[-1]
     if not GROUPED.fullmatch(whole):
         whole = whole.rstrip(",").rpartition(",")[2]
-    try:
-        return Decimal(sign + whole.replace(",", "") + rest)
-    except InvalidOperation:
-        return None
+    return Decimal(sign + whole.replace(",", "") + rest)
 
 
 def numeric_match(output: str, row: Row) -> float:

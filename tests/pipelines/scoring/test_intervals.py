@@ -37,20 +37,21 @@ def test_wilsons_interval_holds_the_share_and_is_scipys(rows: tuple[int, int]) -
 def test_the_bootstrap_agrees_with_scipys_and_is_seeded() -> None:
     draw = random.Random(7)
     values = [draw.betavariate(2, 3) for _ in range(80)]
-    found = intervals.bootstrap(values, seed=0)
+    name, *found = intervals.interval_of_mean(values, graded=True, seed=0)
     theirs = stats.bootstrap((values,), np.mean, method="percentile", rng=0).confidence_interval
-    assert found == pytest.approx((theirs.low, theirs.high), abs=0.005)
-    assert intervals.bootstrap(values, seed=0) == found != intervals.bootstrap(values, seed=1)
+    assert found == pytest.approx([theirs.low, theirs.high], abs=0.005)
+    again, other = (intervals.interval_of_mean(values, graded=True, seed=n) for n in (0, 1))
+    assert again == (name, *found) != other
 
 
 def test_a_bootstrap_of_equal_rows_keeps_a_width() -> None:
-    assert intervals.bootstrap([0.0] * 20) == intervals.wilson(0, 20)
-    low, high = intervals.bootstrap([0.5] * 20)
-    assert low < 0.3
-    assert high > 0.7
-    found = intervals.interval_of_mean([0.5] * 20, graded=True)
-    assert found == ("bootstrap", *intervals.wilson(10, 20))
-    assert intervals.bootstrap([0.3, 0.1 + 0.2]) == pytest.approx(intervals.bootstrap([0.3] * 2))
+    for value in (0.0, 0.5):
+        found = intervals.interval_of_mean([value] * 20, graded=True)
+        assert found == ("bootstrap", *intervals.wilson(20 * value, 20))
+    one, other = (
+        intervals.interval_of_mean(values, graded=True) for values in ([0.3, 0.1 + 0.2], [0.3] * 2)
+    )
+    assert one[1:] == pytest.approx(other[1:])
 
 
 def test_intervals_contain_the_true_value_about_as_often_as_promised() -> None:
@@ -61,7 +62,7 @@ def test_intervals_contain_the_true_value_about_as_often_as_promised() -> None:
         low, high = intervals.wilson(rows.sum(), 40)
         hit["wilson"] += low <= 0.2 <= high
         graded = draw.beta(2, 3, 40)
-        low, high = intervals.bootstrap(graded.tolist())
+        _, low, high = intervals.interval_of_mean(graded.tolist(), graded=True)
         hit["bootstrap"] += low <= 0.4 <= high
         ours, theirs = draw.random(40) < 0.7, draw.random(40) < 0.5
         low, high = intervals.difference_interval(ours.tolist(), theirs.tolist(), graded=False)

@@ -304,13 +304,6 @@ def test_choices_of_a_batch_weigh_what_each_alone_does_where_a_router_reads_whol
         assert together["log_likelihoods"] == pytest.approx(alone["log_likelihoods"], abs=1e-3)
 
 
-def test_a_chat_template_that_there_is_not_is_refused(
-    world: World, tokenizer: PreTrainedTokenizerBase
-) -> None:
-    with pytest.raises(BenchmarkError, match="tokenizer has none"):
-        evaluate_task(world.load(), tokenizer, task(ROWS, template="chat"), batch_size=1)
-
-
 def test_composites_are_scored_answer_by_answer() -> None:
     rows = {name: [Row(f"{name}?", name)] for name in ("red", "blue")}
     (composite,) = compose(rows, 2, 1, seed=0)

@@ -155,7 +155,6 @@ def _load(
     device: str,
     dtype: str,
 ) -> Chat:
-    """A chat with the checkpoint that a person names."""
     from meteora.model.chat import Chat
     from pipelines.admission import checkpoints
 

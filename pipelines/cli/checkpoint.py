@@ -209,7 +209,6 @@ def report(
 
 
 def _compare(ledger: Ledger, a: Path, b: Path, output: Path, *, as_json: bool) -> None:
-    """Write the page on two checkpoints, and print what differs."""
     from pipelines.cli.score_table import print_comparison
     from pipelines.reports.html import write_page
     from pipelines.reports.report import comparison_page

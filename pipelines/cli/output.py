@@ -163,7 +163,6 @@ def _print_table(answer: Answer) -> None:
 
 
 def _markdown(text: str) -> str:
-    """Text in a cell of a Markdown table."""
     return text.replace("\\", "\\\\").replace("|", "\\|").replace("\n", " ")
 
 

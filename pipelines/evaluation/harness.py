@@ -102,7 +102,6 @@ class Harness:
         return [len(self.model.tok_encode(self._apply_template(prompt))) for prompt in prompts]
 
     def _apply_template(self, prompt: str) -> str:
-        """The text for the model."""
         if not self.templated:
             return prompt
         return self.model.apply_chat_template([{"role": "user", "content": prompt}])

@@ -196,7 +196,6 @@ def _listed_task(
 
 
 def _mixes(tasks: Mapping[str, Task], settings: BenchmarkSection) -> dict[str, Task]:
-    """The composites and the conversations."""
     mixes = {}
     for section in settings.mixes:
         rows, parts = _parts(tasks, section)

@@ -40,14 +40,12 @@ LONGEST_TITLE = 200
 """The most characters of a page's title."""
 
 
-def expert_style(expert: int) -> tuple[str, str]:
-    """An expert's colour, as `#rrggbb`, and its CSS line style."""
-    return COLOURS[expert % len(COLOURS)], LINES[expert // len(COLOURS) % len(LINES)]
-
-
 def expert_styles(num_experts: int) -> list[tuple[str, str]]:
-    """`expert_style` of the first experts, for the style sheet of a page."""
-    return [expert_style(expert) for expert in range(num_experts)]
+    """The colour of each expert, as `#rrggbb`, and its CSS line style."""
+    return [
+        (COLOURS[expert % len(COLOURS)], LINES[expert // len(COLOURS) % len(LINES)])
+        for expert in range(num_experts)
+    ]
 
 
 def tint(expert: int, weight: float) -> str:
@@ -57,7 +55,7 @@ def tint(expert: int, weight: float) -> str:
         weight: 0 to 1; the larger, the deeper the colour
     """
     depth = 0.15 + 0.6 * weight
-    value = int(expert_style(expert)[0][1:], 16)
+    value = int(COLOURS[expert % len(COLOURS)][1:], 16)
     mixed = (round(255 + depth * ((value >> shift & 255) - 255)) for shift in (16, 8, 0))
     return "#" + "".join(f"{part:02x}" for part in mixed)
 

@@ -48,6 +48,11 @@ def test_a_bootstrap_of_equal_rows_keeps_a_width() -> None:
     for value in (0.0, 0.5):
         found = intervals.interval_of_mean([value] * 20, graded=True)
         assert found == ("bootstrap", *intervals.wilson(20 * value, 20))
+    assert intervals.interval_of_mean([7.5] * 20, graded=True) == (
+        "bootstrap",
+        7.5,
+        7.5,
+    )  # no share
     one, other = (
         intervals.interval_of_mean(values, graded=True) for values in ([0.3, 0.1 + 0.2], [0.3] * 2)
     )

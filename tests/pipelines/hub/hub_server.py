@@ -36,7 +36,8 @@ class Repo:
 
     def list_refs(self) -> dict[str, list[dict[str, str]]]:
         refs = [{"name": n, "ref": n, "targetCommit": c} for n, c in self.refs.items()]
-        return {"branches": refs, "tags": [], "converts": []}
+        asked = [{"name": "1", "ref": "refs/pr/1", "targetCommit": self.commit}]
+        return {"branches": refs, "tags": [], "converts": [], "pullRequests": asked}
 
     def entry(self, path: str) -> dict[str, Any]:
         data = self.listed.get(path, self.files[path])

@@ -111,8 +111,9 @@ def files_of(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-@pytest.mark.parametrize("text", ["someone/adapter", "someone/adapter@v1"])
-def test_a_name_becomes_a_commit(text: str, asked: Hub) -> None:
+@pytest.mark.parametrize("revision", ["", "@v1", "@refs/pr/1"])
+def test_a_name_becomes_a_commit(revision: str, asked: Hub) -> None:
+    text = f"someone/adapter{revision}"
     assert repositories.resolve(text, subfolder="second", hub=asked) == replace(
         REF, subfolder="second"
     )

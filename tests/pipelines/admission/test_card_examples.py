@@ -13,6 +13,7 @@ from pipelines.admission.card_examples import (
     columns_of,
     read_card_examples,
 )
+from pipelines.data import pinned
 from pipelines.data.claims import Claim
 from pipelines.data.row_sources import no_token, read_rows
 from pipelines.data.rows import ExamplesError, Row
@@ -142,12 +143,13 @@ def test_a_folder_of_the_name_is_not_read_in_place_of_a_strangers_data_set(
             "'choices': a list of texts is needed",
         ),
         ("train.jsonl", b'{"question": "q"}\n{"question', "a/b cannot be read from the Hub"),
+        ("train.csv", b"question,answer\n", "a/b has no rows"),
         ("train.zip", b"PK\x03\x04", "a/b cannot be read"),
         ("train.jsonl.gz", b"\x1f\x8b\x08", "a/b cannot be read"),
         ("train.parquet", b"PAR1", "a/b cannot be read"),
         ("notes.txt", b"", "a/b"),
     ],
-    ids=["choices", "JSON", "zip", "gzip", "parquet", "empty"],
+    ids=["choices", "JSON", "header", "zip", "gzip", "parquet", "empty"],
 )
 def test_a_damaged_data_set_is_a_reason_and_no_crash(
     hub: HubServer, tmp_path: Path, file: str, data: bytes, said: str
@@ -174,6 +176,23 @@ def test_a_fault_of_the_hub_is_no_verdict_on_a_data_set(
     hub.faults[kind] = fault
     with pytest.raises(ExamplesError, match="a/b") as caught:
         read_card_examples(["a/b"], tmp_path, 4, no_token)
+    assert not isinstance(caught.value, NoCardExamplesError)
+
+
+def test_a_hub_that_hangs_is_given_up(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(hub, "a/b", [{"question": "q", "answer": "a"}])
+    hub.faults["revision"] = Fault(hang=True)
+    monkeypatch.setattr(pinned, "SECONDS", 0.2)
+    with pytest.raises(ExamplesError, match=r"hf:a/b cannot be read .*not done within 0\.2 s"):
+        read_rows("hf:a/b?split=train", tmp_path, 1)
+    hub.faults.clear()
+    monkeypatch.setattr(pinned, "READ_SECONDS", 0.0)
+    with pytest.raises(ExamplesError, match=r"hf:a/b cannot be read .*not done within 0 s"):
+        read_rows("hf:a/b?split=train", tmp_path, 1)
+    with pytest.raises(ExamplesError, match="the Hub cannot be reached for a/b") as caught:
+        read_card_examples(["a/b"], tmp_path, 1, no_token)
     assert not isinstance(caught.value, NoCardExamplesError)
 
 

@@ -329,5 +329,7 @@ def describe_destination(context: RunContext) -> str:
 
 
 def _replaces(head: str, known: Collection[str]) -> str:
-    whose = "this home" if head in known else "another home"
-    return f"replaces revision {head[:12]}, which {whose} published"
+    """What a publication does with the model that main shows, without `onto`."""
+    verb = "refuses to replace" if known and head not in known else "replaces"
+    whose = "published" if head in known else "did not publish"
+    return f"{verb} revision {head[:12]}, which this home {whose}"

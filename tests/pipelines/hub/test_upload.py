@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import huggingface_hub.constants
 import pytest
 
+from meteora.artifacts import ArtifactId, Publication
 from pipelines.hub.bundle import make_bundle, same
 from pipelines.hub.client import Hub
 from pipelines.hub.errors import (
@@ -227,7 +228,7 @@ def test_a_repository_that_moves_meanwhile_is_left_to_whoever_moved_it(
     assert repo_of(server).main == {"meteora.json": b"theirs"}
 
 
-def test_a_model_of_another_home_is_replaced_and_the_plan_and_a_note_say_so(
+def test_a_model_that_this_home_did_not_publish_is_replaced_and_plan_and_note_say_so(
     server: HubServer,
     folder: Path,
     workplace: Callable[..., RunContext],
@@ -240,12 +241,20 @@ def test_a_model_of_another_home_is_replaced_and_the_plan_and_a_note_say_so(
     work = workplace(publish={"repo": NAME})
     assert describe_destination(work) == "org/model, private"
     first = publish(server, folder)
-    replaces = f"replaces revision {first[:12]}, which another home published"
+    replaces = f"replaces revision {first[:12]}, which this home did not publish"
     assert describe_destination(work) == f"org/model, private; {replaces}"
     (folder / "gates.safetensors").write_bytes(b"new")
     assert "replaces" not in capsys.readouterr().err
-    publish(server, folder, tag="t2")
+    second = publish(server, folder, tag="t2")
     assert replaces in " ".join(capsys.readouterr().err.split())
+    for revision, verb, whose in (
+        (first, "refuses to replace", "did not publish"),
+        (second, "replaces", "published"),
+    ):
+        made = Publication(ArtifactId("router:1"), NAME, revision)
+        monkeypatch.setattr(type(work.ledger), "publications", lambda *_, made=made: [made])
+        clause = f"{verb} revision {second[:12]}, which this home {whose}"
+        assert describe_destination(work) == f"org/model, private; {clause}"
 
 
 def test_a_head_that_is_not_known_here_is_replaced_only_when_told_so(

@@ -20,7 +20,7 @@ from pipelines.data.rows import ExamplesError, Row
 from pipelines.hub.card import datasets_of
 from pipelines.planning.plan import make_plan
 from tests.pipelines.conftest import letters, plan_of
-from tests.pipelines.hub.hub_server import Fault, HubServer, Repo, running_hub
+from tests.pipelines.hub.hub_server import Fault, HubServer, Main, running_hub
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -32,13 +32,6 @@ if TYPE_CHECKING:
 
 def turns(*said: tuple[str, str], role: str = "role", content: str = "content") -> list[Any]:
     return [{role: who, content: text} for who, text in said]
-
-
-class Rows(Repo):
-    """A data set, which is asked for by its branch."""
-
-    def at(self, revision: str) -> Repo | None:
-        return super().at(self.commit if revision == "main" else revision)
 
 
 @pytest.fixture
@@ -57,7 +50,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[HubServer]
 
 
 def put(hub: HubServer, name: str, rows: list[dict[str, Any]], file: str = "train.jsonl") -> None:
-    hub.repos[name] = Rows({file: "".join(json.dumps(row) + "\n" for row in rows).encode()})
+    hub.repos[name] = Main({file: "".join(json.dumps(row) + "\n" for row in rows).encode()})
 
 
 @pytest.mark.parametrize(
@@ -154,7 +147,7 @@ def test_a_folder_of_the_name_is_not_read_in_place_of_a_strangers_data_set(
 def test_a_damaged_data_set_is_a_reason_and_no_crash(
     hub: HubServer, tmp_path: Path, file: str, data: bytes, said: str
 ) -> None:
-    hub.repos["a/b"] = Rows({file: data})
+    hub.repos["a/b"] = Main({file: data})
     with pytest.raises(NoCardExamplesError, match=said):
         read_card_examples(["a/b"], tmp_path, 4, no_token)
 
@@ -272,7 +265,7 @@ def test_rows_of_the_hub_are_those_of_one_commit_and_are_here_afterwards(
     first = plan("")
     assert first.hub_examples == {"attention": f"hf:somebody/letters?split=train&revision={commit}"}
     lines = "".join(json.dumps(row) + "\n" for row in rows[:5])
-    hub.repos["somebody/letters"] = Rows({"train.jsonl": lines.encode()}, commit="b" * 40)
+    hub.repos["somebody/letters"] = Main({"train.jsonl": lines.encode()}, commit="b" * 40)
     assert len(plan("").examples["attention"]) == 5
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)

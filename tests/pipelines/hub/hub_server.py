@@ -58,6 +58,13 @@ class Repo:
         ]
 
 
+class Main(Repo):
+    """A repository whose files are asked for by its branch `main`, too."""
+
+    def at(self, revision: str) -> Repo | None:
+        return super().at(self.commit if revision == "main" else revision)
+
+
 def git_sha1(data: bytes) -> str:
     return hashlib.sha1(f"blob {len(data)}\0".encode() + data, usedforsecurity=False).hexdigest()
 

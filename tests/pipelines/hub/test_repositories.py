@@ -778,14 +778,6 @@ def test_nobody_waits_longer_than_the_limit_for_another_process(
     assert download(REF, tmp_path, hub=asked).is_dir()
 
 
-def test_what_a_killed_download_left_is_swept(asked: Hub, tmp_path: Path) -> None:
-    partial = tmp_path / "someone--adapter" / f"{COMMIT}.partial"
-    partial.mkdir(parents=True)
-    (partial / "rest.incomplete").write_bytes(b"rest")
-    download(REF, tmp_path, hub=asked)
-    assert not partial.exists()
-
-
 def test_a_base_comes_without_code_and_without_pickles(
     server: HubServer, asked: Hub, tmp_path: Path
 ) -> None:

@@ -308,12 +308,10 @@ class Repository:
         return self.hub.ask(operation, self.repo_id, self.repo_id, **arguments)
 
 
-def hub_to_publish(recipe: Recipe) -> Hub:
-    """The Hub of a recipe's publication, with the saved token, which naming a repository allows."""
-    section, hub = recipe.publish, recipe.hub
-    assert section is not None  # noqa: S101  (the callers check it)
-    owner = [section.repo]
-    return hub_for(section.repo, owner, endpoint=hub.endpoint, allow_http=hub.allow_http)
+def hub_to_publish(recipe: Recipe, repo_id: str) -> Hub:
+    """The Hub of a recipe's publication, with the saved token: a recipe that names it allows it."""
+    hub = recipe.hub
+    return hub_for(repo_id, [repo_id], endpoint=hub.endpoint, allow_http=hub.allow_http)
 
 
 def describe_destination(context: RunContext) -> str:
@@ -322,7 +320,8 @@ def describe_destination(context: RunContext) -> str:
     assert section is not None  # noqa: S101  (the caller checks it)
     text = f"{section.repo}, {'private' if section.private else 'public'}"
     with suppress(HubError):  # such as that there is no such repository yet
-        if head := Repository(section.repo, hub_to_publish(context.recipe)).shows(MANIFEST):
+        hub = hub_to_publish(context.recipe, section.repo)
+        if head := Repository(section.repo, hub).shows(MANIFEST):
             known = {one.revision for one in context.ledger.publications(section.repo)}
             text += f"; {_replaces(head, known)}"
     return text

@@ -86,7 +86,7 @@ def publish_plan(work: RunContext, plan: Plan) -> Published:
     require_sound(work.ledger, plan.base)
     to = Destination(
         section.repo,
-        hub_to_publish(work.recipe),
+        hub_to_publish(work.recipe, section.repo),
         private=section.private,
         tag=section.tag,
         allow_licences=section.allow_licences,

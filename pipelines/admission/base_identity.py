@@ -152,10 +152,10 @@ def look_up_on_hub(cache: Path, base: BaseSpec, ours: Path, hub_of: Callable[[st
 def saved_verdict(cache: Path, base: BaseSpec, named: str) -> BaseVerdict:
     """The saved verdict of an earlier run, without the Hub; `unreachable` if there is none."""
     file = _verdict_file(cache, base, named)
-    if not file.is_file():
-        return BaseVerdict("it was not looked up yet")
     try:
         return BaseVerdict.from_dict(json.loads(file.read_text(encoding="utf-8")))
+    except FileNotFoundError:
+        return BaseVerdict("it was not looked up yet")
     except (ValueError, TypeError, KeyError):  # cut by a crash
         return BaseVerdict("its note is damaged")
 

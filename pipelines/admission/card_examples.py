@@ -94,9 +94,12 @@ def _options(name: str, token: str | None) -> dict[str, str]:
         )
     try:
         commit = pin(name, "", token)
-    except Exception as error:  # HTTP errors, invalid names, malformed answers
+        asked = ["options", name, commit]
+        (options,) = kept(asked, lambda: [_options_at(name, commit, token)], dict)
+    except ExamplesError:
+        raise
+    except Exception as error:  # each library and file reader has its own, such as BadZipFile
         raise _fault(name, error) from error
-    (options,) = kept(["options", name, commit], lambda: [_options_at(name, commit, token)], dict)
     return options
 
 
@@ -104,21 +107,19 @@ def _options_at(name: str, commit: str, token: str | None) -> dict[str, str]:
     import datasets as hub  # noqa: PLC0415  (seconds to import, and only needed here)
 
     access: Any = {"token": token or False, "revision": commit}
-    try:
-        configs = hub.get_dataset_config_names(name, **access)
-        config = configs[0] if len(configs) == 1 else "default"
-        if config not in configs:
-            raise NoCardExamplesError(f"{name} has several configs ({listed(configs, 4)})")
-        splits = hub.get_dataset_split_names(name, config, **access)
-    except NoCardExamplesError:
-        raise
-    except Exception as error:  # each file reader has its own errors, such as BadZipFile
-        raise _fault(name, error) from error
+    configs = hub.get_dataset_config_names(name, **access)
+    config = configs[0] if len(configs) == 1 else "default"
+    if config not in configs:
+        raise NoCardExamplesError(f"{name} has several configs ({listed(configs, 4)})")
+    splits = hub.get_dataset_split_names(name, config, **access)
+    no_rows = NoCardExamplesError(f"{name} has no rows")
     if not splits:
-        raise NoCardExamplesError(f"{name} has no rows")
+        raise no_rows
     options = {"config": config, "split": "train" if "train" in splits else splits[0]}
     options |= {"longest": str(LONGEST_PROMPT), "revision": commit}
-    item = next(iter(hub_items(name, options, token)), {})
+    item = next(iter(hub_items(name, options, token)), None)
+    if not item:
+        raise no_rows
     columns = columns_of(item)
     if columns is None:
         raise NoCardExamplesError(

@@ -12,8 +12,11 @@ from __future__ import annotations
 import json
 import tempfile
 from collections.abc import Callable
+from concurrent.futures import Future
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
+from threading import Thread
 from typing import Any, TypeVar
 
 from huggingface_hub import HfApi, constants
@@ -24,7 +27,9 @@ from meteora.untrusted.findings import shortened
 T = TypeVar("T")
 
 SECONDS = 60.0
-"""Time for an answer of the Hub."""
+"""Time for the Hub to give a commit."""
+READ_SECONDS = 1800.0
+"""Time to read rows: at 500 kB a second, the least rate of other downloads, these are 900 MB."""
 
 
 def pin(name: str, revision: str, token: str | None) -> str:
@@ -38,14 +43,15 @@ def pin(name: str, revision: str, token: str | None) -> str:
 
     Raises:
         Exception: one of the Hub's client, if there is no such data set or revision, or the Hub
-            does not answer; `ValueError` if its answer has no commit.
+            does not answer; `TimeoutError` after `SECONDS`, `ValueError` if its answer has no
+            commit.
     """
     if COMMIT.fullmatch(revision):
         return revision
     if Path(name).exists():
         return ""
-    options: dict[str, Any] = {"revision": revision or None, "timeout": SECONDS}
-    commit = HfApi().dataset_info(name, token=token or False, **options).sha
+    ask = partial(HfApi().dataset_info, name, revision=revision or None, token=token or False)
+    commit = _in_time(ask, SECONDS).sha
     if not commit or not COMMIT.fullmatch(commit):
         raise ValueError(f"it gave no commit: {shortened(commit)!r}")
     return commit
@@ -60,12 +66,15 @@ def kept(
         asked: everything that the entries depend on, as JSON
         make: reads the entries from the Hub, as JSON
         read: converts an entry; raises ValueError, TypeError or KeyError for a damaged one
+
+    Raises:
+        TimeoutError: `make` took longer than `READ_SECONDS`.
     """
     folder = Path(constants.HF_HOME) / "meteora"
     path = folder / f"{canonical_sha256([constants.ENDPOINT, asked])}.json"
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         return [read(entry) for entry in json.loads(path.read_bytes())]
-    entries = make()
+    entries = _in_time(make, READ_SECONDS)
     with suppress(OSError):  # a cache that cannot be written is left out
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
@@ -74,3 +83,22 @@ def kept(
             file.write_text(json.dumps(entries))
             file.replace(path)
     return [read(entry) for entry in entries]
+
+
+def _in_time(ask: Callable[[], T], seconds: float) -> T:
+    """What `ask` returns; TimeoutError if it takes longer, since a slow transfer has no limit."""
+    answer: Future[T] = Future()
+
+    def work() -> None:
+        try:
+            answer.set_result(ask())
+        except BaseException as error:
+            answer.set_exception(error)
+
+    Thread(target=work, daemon=True).start()  # given up, it does not keep Python from ending
+    try:
+        return answer.result(seconds)
+    except TimeoutError:
+        if answer.done():
+            raise
+        raise TimeoutError(f"it was not done within {seconds:g} s") from None

@@ -379,7 +379,10 @@ def _hub(request: Request) -> Iterable[Row]:
     if not commit:
         return rows
     key = [name, options, request.limit, answered]
-    return kept(key, lambda: [row.to_dict() for row in rows], Row.from_dict)
+    try:
+        return kept(key, lambda: [row.to_dict() for row in rows], Row.from_dict)
+    except TimeoutError as error:
+        raise _unreadable(name, error) from error
 
 
 def _hub_rows(

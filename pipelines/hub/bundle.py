@@ -7,10 +7,8 @@ from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 
-from pipelines.hub.snapshot import ListedFile
-
-CHUNK = 1 << 20
-"""The bytes to read at a time."""
+from meteora.artifacts import file_sha256
+from pipelines.hub.snapshot import ListedFile, git_sha1
 
 
 @dataclass(frozen=True)
@@ -61,11 +59,4 @@ def same(listed: ListedFile | None, here: ListedFile) -> bool:
 
 def _hashed(folder: Path, name: str) -> ListedFile:
     path = folder / name
-    size = path.stat().st_size
-    sha256 = hashlib.sha256()
-    git_sha1 = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
-    with path.open("rb") as stream:
-        while chunk := stream.read(CHUNK):
-            sha256.update(chunk)
-            git_sha1.update(chunk)
-    return ListedFile(name, size, git_sha1.hexdigest(), sha256.hexdigest())
+    return ListedFile(name, path.stat().st_size, git_sha1(path), file_sha256(path))

@@ -25,6 +25,7 @@ from pipelines.hub.listing import check_sizes, fetch_files, list_folder, some_na
 from pipelines.hub.snapshot import ListedFile, keep_whole, staging
 
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/]{0,254}")
+PULL_REQUEST = "refs/pr/"
 SUBFOLDER = re.compile(r"[A-Za-z0-9_][A-Za-z0-9_.\-]*(/[A-Za-z0-9_][A-Za-z0-9_.\-]*)*")
 
 BASE_FILES = re.compile("|".join([*map(re.escape, (*TEXTS, INDEX, "README.md")), SHARD.pattern]))
@@ -39,7 +40,9 @@ MAX_BASE_BYTES = 160 << 30
 
 
 def resolve(text: str, *, subfolder: str = "", hub: Hub = DEFAULT) -> AdapterRef:
-    """Pin `owner/name`, or `owner/name@` a branch, a tag or a commit, to its present commit.
+    """Pin `owner/name[@revision]` to its present commit.
+
+    A revision is a branch, a tag, a commit, or a pull request of the Hub, as `refs/pr/1`.
 
     Raises:
         HubReferenceError: The text or the subfolder has the wrong form.
@@ -63,8 +66,8 @@ def resolve(text: str, *, subfolder: str = "", hub: Hub = DEFAULT) -> AdapterRef
             f"{text} names no commit, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids to ask"
             f" what it means; write {repo_id}@<commit of 40 hex digits>"
         )
-    refs = hub.ask("refs", text, repo_id)
     wanted = revision or "main"
+    refs = hub.ask("refs", text, repo_id, pull_requests=wanted.startswith(PULL_REQUEST))
     if wanted not in refs:
         some = ", ".join(sorted(refs)[:10]) or "none"
         raise HubRevisionError(f"{repo_id} has no branch or tag {wanted!r}; it has: {some}")

@@ -13,6 +13,7 @@ from pathlib import Path
 
 from huggingface_hub import try_to_load_from_cache
 
+from meteora.artifacts import file_sha256
 from pipelines.hub.errors import HubHashError, HubTimeoutError
 from store.errors import BusyError
 from store.files import locked as hold
@@ -50,20 +51,22 @@ def check_file(file: ListedFile, folder: Path, what: str) -> None:
         raise HubHashError(f"{what}: {file.path} is not a file; delete {folder} and run again")
     # the client reports broken transfers itself, so this file was cut later
     if (size := path.stat().st_size) != file.size:
-        raise HubHashError(
-            f"{what}: {file.path} has {size} bytes, and the repository lists {file.size}; if it was"
-            f" downloaded before, delete {folder} and run again, else do not use this source"
-        )
-    digest = hashlib.sha256()
-    if not file.sha256:
-        digest = hashlib.sha1(f"blob {size}\0".encode(), usedforsecurity=False)
+        fault = f"has {size} bytes, and the repository lists {file.size}"
+    elif file_sha256(path) != file.sha256 if file.sha256 else git_sha1(path) != file.git_sha1:
+        fault = "does not hold the bytes that the repository lists"
+    else:
+        return
+    raise HubHashError(
+        f"{what}: {file.path} {fault}; if it was downloaded before, delete {folder} and run again,"
+        " else do not use this source"
+    )
+
+
+def git_sha1(path: Path) -> str:
+    """The hash by which git, and so the Hub, names the bytes of a small file."""
+    digest = hashlib.sha1(f"blob {path.stat().st_size}\0".encode(), usedforsecurity=False)
     with path.open("rb") as stream:
-        hashlib.file_digest(stream, lambda: digest)
-    if digest.hexdigest() != (file.sha256 or file.git_sha1):
-        raise HubHashError(
-            f"{what}: {file.path} does not hold the bytes that the repository lists; if it was"
-            f" downloaded before, delete {folder} and run again, else do not use this source"
-        )
+        return hashlib.file_digest(stream, lambda: digest).hexdigest()
 
 
 def keep_whole(files: Sequence[ListedFile], folder: Path) -> list[ListedFile]:

@@ -17,6 +17,8 @@ from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from meteora.artifacts import AdapterRef
+from meteora.checkpoint.manifest import MANIFEST
+from pipelines.hub.client import Hub, hub_for
 from pipelines.hub.errors import (
     HubConflictError,
     HubError,
@@ -33,8 +35,9 @@ from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
     from pipelines.hub.bundle import Bundle
-    from pipelines.hub.client import Hub
     from pipelines.hub.snapshot import ListedFile
+    from pipelines.recipe.recipe import Recipe
+    from pipelines.workspace.context import RunContext
 
 Found = TypeVar("Found")
 
@@ -104,6 +107,8 @@ class Repository:
             self._delete_branches({branch} & set(refs))
             return head
         self._refuse_foreign_files(bundle, there, head, onto, known)
+        if bundle.mark in there and head not in {onto, *known}:
+            say(f"{self.repo_id}: this {_replaces(head, known)}", "note")
         staged = self._stage(bundle, branch, head)
         check(staged)
         live = self._commit_to_main(bundle, head, staged)
@@ -111,6 +116,15 @@ class Repository:
         # older staging branches of others can no longer go to main, which has moved
         self._delete_branches({branch, *(name for name in refs if name.startswith(STAGING))})
         return live
+
+    def shows(self, mark: str) -> str:
+        """The commit on main, if it is a publication with the file `mark`; else empty.
+
+        Raises:
+            HubError: The Hub does not answer, or has no such repository.
+        """
+        head = self._refs().get(MAIN, "")
+        return head if head and mark in self._files(head) else ""
 
     def _ensure_exists(self, *, private: bool) -> None:
         """Create the repository unless it exists; refuse one of the other visibility."""
@@ -292,3 +306,29 @@ class Repository:
 
     def _ask(self, operation: str, **arguments: object) -> Any:  # noqa: ANN401
         return self.hub.ask(operation, self.repo_id, self.repo_id, **arguments)
+
+
+def hub_to_publish(recipe: Recipe, repo_id: str) -> Hub:
+    """The Hub of a recipe's publication, with the saved token: a recipe that names it allows it."""
+    hub = recipe.hub
+    return hub_for(repo_id, [repo_id], endpoint=hub.endpoint, allow_http=hub.allow_http)
+
+
+def describe_destination(context: RunContext) -> str:
+    """Where a run publishes to, and the model that it replaces there, if the Hub tells."""
+    section = context.recipe.publish
+    assert section is not None  # noqa: S101  (the caller checks it)
+    text = f"{section.repo}, {'private' if section.private else 'public'}"
+    with suppress(HubError):  # such as that there is no such repository yet
+        hub = hub_to_publish(context.recipe, section.repo)
+        if head := Repository(section.repo, hub).shows(MANIFEST):
+            known = {one.revision for one in context.ledger.publications(section.repo)}
+            text += f"; {_replaces(head, known)}"
+    return text
+
+
+def _replaces(head: str, known: Collection[str]) -> str:
+    """What a publication does with the model that main shows, without `onto`."""
+    verb = "refuses to replace" if known and head not in known else "replaces"
+    whose = "published" if head in known else "did not publish"
+    return f"{verb} revision {head[:12]}, which this home {whose}"

@@ -66,10 +66,16 @@ KINDS = (
 """The kind of each exception of the client; subclasses come before their bases."""
 
 
-def refs(api: HfApi, repo_id: str) -> dict[str, str]:
-    """The commit of each branch and tag; a branch comes before a tag of its name, as in the Hub."""
-    found = api.list_repo_refs(repo_id)
-    return {_text(ref.name): _text(ref.target_commit) for ref in [*found.tags, *found.branches]}
+def refs(api: HfApi, repo_id: str, *, pull_requests: bool = False) -> dict[str, str]:
+    """The commit of each branch and tag; a branch comes before a tag of its name, as in the Hub.
+
+    Args:
+        pull_requests: Also the commit of each pull request, by its name `refs/pr/<number>`.
+    """
+    found = api.list_repo_refs(repo_id, include_pull_requests=pull_requests)
+    named = [(ref.name, ref.target_commit) for ref in [*found.tags, *found.branches]]
+    named += [(ref.ref, ref.target_commit) for ref in found.pull_requests or ()]
+    return {_text(name): _text(commit) for name, commit in named}
 
 
 def _text(value: object) -> str:

@@ -27,6 +27,7 @@ from pipelines.evaluation.tasks import Task, make_tasks
 from pipelines.hub import repositories
 from pipelines.hub.errors import HubError, HubOfflineError
 from pipelines.hub.snapshot import cached
+from pipelines.hub.upload import describe_destination
 from pipelines.planning.estimate import (
     ASSUMED_ANSWER_TOKENS,
     ASSUMED_RANK,
@@ -111,6 +112,8 @@ def print_steps(
         faults += _faults_of_adapters(outcomes)
         context = _without_left_out(context, outcomes)
     _print_settings(out, context.recipe, reached)
+    if Stage.publish in reached and context.recipe.publish is not None:
+        out.print(f"publish    {describe_destination(context)}", soft_wrap=True)
     read = cache(read_rows)  # each source is read once, for estimates and faults
     done = _done(context, plan) if plan else set()
     left = [stage for stage in reached if stage not in done]
@@ -168,7 +171,7 @@ def _without_left_out(context: RunContext, outcomes: Outcomes) -> RunContext:
 
 
 def _print_settings(out: Console, recipe: Recipe, reached: Collection[str]) -> None:
-    """Print the recipe's settings for the router, the gates, the benchmark and the publication."""
+    """Print the recipe's settings for the router, the gates and the benchmark."""
     if Stage.gates in reached:
         out.print(f"router     {recipe.router.kind}, top_k {recipe.router.top_k}")
     if Stage.gates in reached and recipe.router.kind == "gate":
@@ -182,9 +185,6 @@ def _print_settings(out: Console, recipe: Recipe, reached: Collection[str]) -> N
         systems = ", ".join(("fused", *recipe.benchmark.compare))
         on = listed([*recipe.task_names], MOST_NAMED) or "no task"
         out.print(f"benchmark  {systems} on {on}, {recipe.benchmark.limit} rows at most")
-    if Stage.publish in reached and recipe.publish is not None:
-        seen = "private" if recipe.publish.private else "public"
-        out.print(f"publish    {recipe.publish.repo}, {seen}", soft_wrap=True)
 
 
 def _faults_of_adapters(outcomes: Outcomes) -> list[str]:

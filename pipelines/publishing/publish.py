@@ -19,9 +19,8 @@ from meteora.artifacts import REPO_ID, ArtifactId, MeteoraError, Publication, fi
 from meteora.base.sources import PATH, texts_sha256
 from meteora.checkpoint.manifest import CARD, FILES, MANIFEST, read_manifest
 from pipelines.hub.bundle import Bundle, make_bundle
-from pipelines.hub.client import Hub, hub_for
 from pipelines.hub.errors import HubReferenceError
-from pipelines.hub.upload import Repository
+from pipelines.hub.upload import Repository, hub_to_publish
 from pipelines.publishing import licences
 from pipelines.publishing.signing import SIGNATURE
 from pipelines.recipe.publish import is_tag
@@ -33,6 +32,7 @@ from pipelines.workspace.processes import ChildError, ChildProcess
 from store.files import partial_file
 
 if TYPE_CHECKING:
+    from pipelines.hub.client import Hub
     from pipelines.planning.plan import Plan
     from pipelines.workspace.context import RunContext
     from store.ledger import Ledger
@@ -81,13 +81,12 @@ class Published:
 
 def publish_plan(work: RunContext, plan: Plan) -> Published:
     """Publish a recipe's checkpoint to the repository that it names; the last stage of a run."""
-    section, hub = work.recipe.publish, work.recipe.hub
+    section = work.recipe.publish
     assert section is not None  # noqa: S101  (the caller checks it)
     require_sound(work.ledger, plan.base)
     to = Destination(
         section.repo,
-        # a recipe that publishes to an owner allows the saved token for it
-        hub_for(section.repo, [section.repo], endpoint=hub.endpoint, allow_http=hub.allow_http),
+        hub_to_publish(work.recipe, section.repo),
         private=section.private,
         tag=section.tag,
         allow_licences=section.allow_licences,

@@ -13,11 +13,11 @@ from pathlib import Path
 import yaml
 
 from meteora.adapters import reader
+from meteora.adapters.files import CONFIG
 from meteora.artifacts import REPO_ID, MeteoraError
 from meteora.base.sources import GGUF, PATH, path_from
 from pipelines.recipe.recipe import LONGEST_NAME, Recipe
 
-CONFIG = "adapter_config.json"
 EXAMPLES = ("train.jsonl", "examples.jsonl")
 TESTS = ("test.jsonl", "eval.jsonl")
 """Files of rows beside an adapter, or in another folder, in a subfolder with the adapter's name."""

@@ -141,7 +141,8 @@ async def _refuse_fields(_request: Request, error: Exception) -> JSONResponse:
     alike = [one for one in error.errors() if one["loc"][:2] == first["loc"][:2]]
     found = max(alike, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
     where = ".".join(_place(error.body, found)) or "the body of the request"
-    return JSONResponse(error_body(f"{shortened(where)}: {found['msg']}"), 400)
+    sentence = found["msg"].removeprefix("Value error, ")
+    return JSONResponse(error_body(f"{shortened(where)}: {sentence}"), 400)
 
 
 def _place(body: Any, found: Mapping[str, Any]) -> list[str]:  # noqa: ANN401  (JSON)
@@ -151,8 +152,8 @@ def _place(body: Any, found: Mapping[str, Any]) -> list[str]:  # noqa: ANN401  (
         with suppress(LookupError, TypeError):
             body = body[part]
             parts.append(str(part))
-    missing = found["loc"][1:] if found["type"] == "missing" else ()
-    return [*parts, *map(str, missing[-1:])]
+    missing = found["loc"][-1:] if found["type"] == "missing" else ()
+    return [*parts, *(name for name in map(str, missing) if name not in parts[-1:])]
 
 
 async def _refuse(_request: Request, error: Exception) -> JSONResponse:

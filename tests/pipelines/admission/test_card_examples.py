@@ -13,13 +13,14 @@ from pipelines.admission.card_examples import (
     columns_of,
     read_card_examples,
 )
+from pipelines.data import pinned
 from pipelines.data.claims import Claim
 from pipelines.data.row_sources import no_token, read_rows
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.hub.card import datasets_of
 from pipelines.planning.plan import make_plan
 from tests.pipelines.conftest import letters, plan_of
-from tests.pipelines.hub.hub_server import Fault, HubServer, Repo, running_hub
+from tests.pipelines.hub.hub_server import Fault, HubServer, Main, running_hub
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -31,13 +32,6 @@ if TYPE_CHECKING:
 
 def turns(*said: tuple[str, str], role: str = "role", content: str = "content") -> list[Any]:
     return [{role: who, content: text} for who, text in said]
-
-
-class Rows(Repo):
-    """A data set, which is asked for by its branch."""
-
-    def at(self, revision: str) -> Repo | None:
-        return super().at(self.commit if revision == "main" else revision)
 
 
 @pytest.fixture
@@ -56,7 +50,7 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[HubServer]
 
 
 def put(hub: HubServer, name: str, rows: list[dict[str, Any]], file: str = "train.jsonl") -> None:
-    hub.repos[name] = Rows({file: "".join(json.dumps(row) + "\n" for row in rows).encode()})
+    hub.repos[name] = Main({file: "".join(json.dumps(row) + "\n" for row in rows).encode()})
 
 
 @pytest.mark.parametrize(
@@ -142,17 +136,18 @@ def test_a_folder_of_the_name_is_not_read_in_place_of_a_strangers_data_set(
             "'choices': a list of texts is needed",
         ),
         ("train.jsonl", b'{"question": "q"}\n{"question', "a/b cannot be read from the Hub"),
+        ("train.csv", b"question,answer\n", "a/b has no rows"),
         ("train.zip", b"PK\x03\x04", "a/b cannot be read"),
         ("train.jsonl.gz", b"\x1f\x8b\x08", "a/b cannot be read"),
         ("train.parquet", b"PAR1", "a/b cannot be read"),
         ("notes.txt", b"", "a/b"),
     ],
-    ids=["choices", "JSON", "zip", "gzip", "parquet", "empty"],
+    ids=["choices", "JSON", "header", "zip", "gzip", "parquet", "empty"],
 )
 def test_a_damaged_data_set_is_a_reason_and_no_crash(
     hub: HubServer, tmp_path: Path, file: str, data: bytes, said: str
 ) -> None:
-    hub.repos["a/b"] = Rows({file: data})
+    hub.repos["a/b"] = Main({file: data})
     with pytest.raises(NoCardExamplesError, match=said):
         read_card_examples(["a/b"], tmp_path, 4, no_token)
 
@@ -174,6 +169,23 @@ def test_a_fault_of_the_hub_is_no_verdict_on_a_data_set(
     hub.faults[kind] = fault
     with pytest.raises(ExamplesError, match="a/b") as caught:
         read_card_examples(["a/b"], tmp_path, 4, no_token)
+    assert not isinstance(caught.value, NoCardExamplesError)
+
+
+def test_a_hub_that_hangs_is_given_up(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    put(hub, "a/b", [{"question": "q", "answer": "a"}])
+    hub.faults["revision"] = Fault(hang=True)
+    monkeypatch.setattr(pinned, "SECONDS", 0.2)
+    with pytest.raises(ExamplesError, match=r"hf:a/b cannot be read .*not done within 0\.2 s"):
+        read_rows("hf:a/b?split=train", tmp_path, 1)
+    hub.faults.clear()
+    monkeypatch.setattr(pinned, "READ_SECONDS", 0.0)
+    with pytest.raises(ExamplesError, match=r"hf:a/b cannot be read .*not done within 0 s"):
+        read_rows("hf:a/b?split=train", tmp_path, 1)
+    with pytest.raises(ExamplesError, match="the Hub cannot be reached for a/b") as caught:
+        read_card_examples(["a/b"], tmp_path, 1, no_token)
     assert not isinstance(caught.value, NoCardExamplesError)
 
 
@@ -253,7 +265,7 @@ def test_rows_of_the_hub_are_those_of_one_commit_and_are_here_afterwards(
     first = plan("")
     assert first.hub_examples == {"attention": f"hf:somebody/letters?split=train&revision={commit}"}
     lines = "".join(json.dumps(row) + "\n" for row in rows[:5])
-    hub.repos["somebody/letters"] = Rows({"train.jsonl": lines.encode()}, commit="b" * 40)
+    hub.repos["somebody/letters"] = Main({"train.jsonl": lines.encode()}, commit="b" * 40)
     assert len(plan("").examples["attention"]) == 5
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
     monkeypatch.setattr("datasets.config.HF_HUB_OFFLINE", True)

@@ -16,7 +16,6 @@ if TYPE_CHECKING:
     from collections.abc import Generator
     from pathlib import Path
 
-    from meteora.adapters.reader import Verdict
     from tests.pipelines.hub.hub_server import HubServer
 
 COMMIT = "a" * 40
@@ -146,14 +145,10 @@ def test_the_saved_token_goes_to_whom_it_is_meant_for(
     monkeypatch.setenv("HF_TOKEN", "hf_saved")
     server.tokens["hf_saved"] = "read"
     server.repos["org/adapter"].private = True
-    assert verdict_of("org/adapter", tmp_path).verdict == "refuse"
+    assert inspect("org/adapter", tmp_path).verdict == "refuse"
     assert {token for _, _, token in server.requests} == {""}
-    assert verdict_of("org/adapter", tmp_path, token_for=["else"]).verdict == "refuse"
-    assert verdict_of("org/adapter", tmp_path, token_for=["org"]).verdict == "accept"
-
-
-def verdict_of(where: str, cache: Path, **more: Any) -> Verdict:
-    return inspect(where, cache / "cache", **more)
+    assert inspect("org/adapter", tmp_path, token_for=["else"]).verdict == "refuse"
+    assert inspect("org/adapter", tmp_path, token_for=["org"]).verdict == "accept"
 
 
 def test_a_config_alone_is_judged_by_its_claims_and_that_is_said(tmp_path: Path) -> None:

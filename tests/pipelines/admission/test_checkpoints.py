@@ -4,21 +4,21 @@ from __future__ import annotations
 
 import shutil
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import pytest
 
 import meteora
 from meteora.artifacts import MeteoraError
-from meteora.checkpoint.manifest import EXPERTS, MANIFEST, BaseEntry, CheckpointError
+from meteora.checkpoint.manifest import EXPERTS, MANIFEST, BaseEntry, CheckpointError, Manifest
 from meteora.checkpoint.resolve import base_download
 from pipelines.admission import checkpoints
 from pipelines.hub.errors import HubConnectionError, InsecureEndpointError
 from pipelines.workspace import machine
 from store.ledger import Ledger
 from tests.pipelines.cli.forked import Forks
-from tests.pipelines.hub.hub_server import Repo, running_hub
+from tests.pipelines.hub.hub_server import Main, running_hub
 
 if TYPE_CHECKING:
     import subprocess
@@ -31,19 +31,16 @@ if TYPE_CHECKING:
 COMMIT = "b" * 40
 
 
-@dataclass
-class Main(Repo):
-    """A repository with a branch `main`."""
-
-    def at(self, revision: str) -> Repo | None:
-        return self if revision in ("main", self.commit) else None
+@pytest.fixture(scope="module")
+def manifest(world: World) -> Manifest:
+    """Of a checkpoint whose base is of `other`."""
+    fingerprint = world.manifest.base.fingerprint
+    return replace(world.manifest, base=BaseEntry("other/base", COMMIT, fingerprint))
 
 
 @pytest.fixture(scope="module")
-def server(world: World) -> Generator[HubServer]:
-    """A Hub with a checkpoint of `org`, whose base is of `other`."""
-    fingerprint = world.manifest.base.fingerprint
-    manifest = replace(world.manifest, base=BaseEntry("other/base", COMMIT, fingerprint))
+def server(world: World, manifest: Manifest) -> Generator[HubServer]:
+    """A Hub with that checkpoint, of `org`."""
     with running_hub() as server:
         fused = {
             MANIFEST: manifest.to_json().encode(),
@@ -52,6 +49,15 @@ def server(world: World) -> Generator[HubServer]:
         base = {path.name: path.read_bytes() for path in world.base.iterdir()}
         server.repos = {"org/fused": Main(fused), "other/base": Main(base, COMMIT)}
         yield server
+
+
+@pytest.fixture
+def folder(manifest: Manifest, tmp_path: Path) -> Path:
+    """A checkpoint on this disk, of which nothing but its manifest is there."""
+    folder = tmp_path / "checkpoint"
+    folder.mkdir()
+    (folder / MANIFEST).write_text(manifest.to_json())
+    return folder
 
 
 class Asking:
@@ -123,26 +129,19 @@ def test_the_saved_token_goes_only_to_owners_that_are_named(asking: Asking) -> N
     ],
 )
 def test_a_given_token_is_for_the_base_of_the_same_owner_only(
-    world: World, name: str, asked: dict[str, str], sent: object
+    world: World, manifest: Manifest, name: str, asked: dict[str, str], sent: object
 ) -> None:
-    fingerprint = world.manifest.base.fingerprint
-    manifest = replace(world.manifest, base=BaseEntry("other/base", COMMIT, fingerprint))
     assert base_download(name, manifest, asked)["token"] == sent
     local = base_download(world.checkpoint, manifest, asked)
     assert local["token"] == asked.get("token", False)
 
 
 def test_plain_http_is_refused_for_a_checkpoint_and_for_its_base(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    world: World, folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example")
     with pytest.raises(InsecureEndpointError, match="is not https"):
         checkpoints.find("org/fused", tmp_path)
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    fingerprint = world.manifest.base.fingerprint
-    manifest = replace(world.manifest, base=BaseEntry("other/base", COMMIT, fingerprint))
-    (folder / MANIFEST).write_text(manifest.to_json())
     with pytest.raises(InsecureEndpointError, match="is not https"):
         checkpoints.find(str(folder), tmp_path)
     found = checkpoints.find(str(folder), tmp_path, world.base)  # then nothing is downloaded
@@ -150,18 +149,13 @@ def test_plain_http_is_refused_for_a_checkpoint_and_for_its_base(
 
 
 def test_without_a_network_a_checkpoint_and_its_base_are_a_sentence_at_once(
-    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     with running_hub() as gone:
         monkeypatch.setenv("HF_ENDPOINT", gone.endpoint)
     monkeypatch.setattr(checkpoints, "cached", lambda *_: None)
     with pytest.raises(HubConnectionError, match=r"org/fused: .* cannot be reached"):
         checkpoints.find("org/fused", tmp_path)
-    folder = tmp_path / "checkpoint"
-    folder.mkdir()
-    fingerprint = world.manifest.base.fingerprint
-    manifest = replace(world.manifest, base=BaseEntry("other/base", COMMIT, fingerprint))
-    (folder / MANIFEST).write_text(manifest.to_json())
     with pytest.raises(HubConnectionError, match=r"other/base: .* cannot be reached"):
         checkpoints.find(str(folder), tmp_path)
     monkeypatch.setattr(checkpoints, "cached", lambda *_: folder)  # then nobody is asked

@@ -1,14 +1,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from threading import Event
+from typing import Any
 
+import pytest
 from huggingface_hub import constants
 
+from pipelines.data import pinned
 from pipelines.data.pinned import kept
-
-if TYPE_CHECKING:
-    import pytest
 
 ENTRIES: list[dict[str, Any]] = [{"prompt": "a"}, {"prompt": "b"}]
 
@@ -32,6 +32,17 @@ def test_what_was_read_of_a_commit_is_the_owner_s_alone_and_not_read_again(
     assert len(times) == 1
     (file,) = (tmp_path / "meteora").iterdir()
     assert file.stat().st_mode & 0o777 == 0o600
+
+
+def test_a_reading_that_does_not_end_is_given_up(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
+    monkeypatch.setattr(pinned, "READ_SECONDS", 0.05)
+    end = Event()
+    with pytest.raises(TimeoutError, match=r"not done within 0\.05 s"):
+        kept(["rows"], lambda: [{"ended": end.wait(20)}], dict)
+    end.set()
 
 
 def test_what_cannot_be_kept_is_read_again_and_leaves_nothing_behind(

@@ -36,7 +36,8 @@ class Repo:
 
     def list_refs(self) -> dict[str, list[dict[str, str]]]:
         refs = [{"name": n, "ref": n, "targetCommit": c} for n, c in self.refs.items()]
-        return {"branches": refs, "tags": [], "converts": []}
+        asked = [{"name": "1", "ref": "refs/pr/1", "targetCommit": self.commit}]
+        return {"branches": refs, "tags": [], "converts": [], "pullRequests": asked}
 
     def entry(self, path: str) -> dict[str, Any]:
         data = self.listed.get(path, self.files[path])
@@ -55,6 +56,13 @@ class Repo:
             *({"type": "directory", "path": path, "oid": "0" * 40} for path in sorted(folders)),
             *(self.entry(path) for path in inside if "/" not in path[len(prefix) :]),
         ]
+
+
+class Main(Repo):
+    """A repository whose files are asked for by its branch `main`, too."""
+
+    def at(self, revision: str) -> Repo | None:
+        return super().at(self.commit if revision == "main" else revision)
 
 
 def git_sha1(data: bytes) -> str:

@@ -111,8 +111,9 @@ def files_of(folder: Path) -> list[str]:
     return sorted(str(p.relative_to(folder)) for p in folder.rglob("*") if p.is_file())
 
 
-@pytest.mark.parametrize("text", ["someone/adapter", "someone/adapter@v1"])
-def test_a_name_becomes_a_commit(text: str, asked: Hub) -> None:
+@pytest.mark.parametrize("revision", ["", "@v1", "@refs/pr/1"])
+def test_a_name_becomes_a_commit(revision: str, asked: Hub) -> None:
+    text = f"someone/adapter{revision}"
     assert repositories.resolve(text, subfolder="second", hub=asked) == replace(
         REF, subfolder="second"
     )
@@ -775,14 +776,6 @@ def test_nobody_waits_longer_than_the_limit_for_another_process(
         download(REF, tmp_path, hub=replace(asked, timeout_seconds=0.1))
     assert server.count("get") == 0
     assert download(REF, tmp_path, hub=asked).is_dir()
-
-
-def test_what_a_killed_download_left_is_swept(asked: Hub, tmp_path: Path) -> None:
-    partial = tmp_path / "someone--adapter" / f"{COMMIT}.partial"
-    partial.mkdir(parents=True)
-    (partial / "rest.incomplete").write_bytes(b"rest")
-    download(REF, tmp_path, hub=asked)
-    assert not partial.exists()
 
 
 def test_a_base_comes_without_code_and_without_pickles(

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import huggingface_hub.constants
 import pytest
 
+from meteora.artifacts import ArtifactId, Publication
 from pipelines.hub.bundle import make_bundle, same
 from pipelines.hub.client import Hub
 from pipelines.hub.errors import (
@@ -19,16 +20,17 @@ from pipelines.hub.errors import (
     HubSizeError,
     HubTokenError,
 )
-from pipelines.hub.upload import Repository
+from pipelines.hub.upload import Repository, describe_destination
 from pipelines.recipe.publish import STAGING
 from tests.pipelines.hub.hub_here import HubHere
 from tests.pipelines.hub.hub_server import Fault
 from tests.pipelines.hub.hub_uploads import FIRST, GitRepo, running_upload_hub
 
 if TYPE_CHECKING:
-    from collections.abc import Generator
+    from collections.abc import Callable, Generator
     from pathlib import Path
 
+    from pipelines.workspace.context import RunContext
     from tests.pipelines.hub.hub_server import HubServer
 
 NAME = "org/model"
@@ -224,6 +226,35 @@ def test_a_repository_that_moves_meanwhile_is_left_to_whoever_moved_it(
     with pytest.raises(HubConflictError, match="--onto"):
         publish(server, folder, check=somebody_else)
     assert repo_of(server).main == {"meteora.json": b"theirs"}
+
+
+def test_a_model_that_this_home_did_not_publish_is_replaced_and_plan_and_note_say_so(
+    server: HubServer,
+    folder: Path,
+    workplace: Callable[..., RunContext],
+    hub_here: None,  # noqa: ARG001
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+    monkeypatch.setenv("HF_TOKEN", "writer")
+    work = workplace(publish={"repo": NAME})
+    assert describe_destination(work) == "org/model, private"
+    first = publish(server, folder)
+    replaces = f"replaces revision {first[:12]}, which this home did not publish"
+    assert describe_destination(work) == f"org/model, private; {replaces}"
+    (folder / "gates.safetensors").write_bytes(b"new")
+    assert "replaces" not in capsys.readouterr().err
+    second = publish(server, folder, tag="t2")
+    assert replaces in " ".join(capsys.readouterr().err.split())
+    for revision, verb, whose in (
+        (first, "refuses to replace", "did not publish"),
+        (second, "replaces", "published"),
+    ):
+        made = Publication(ArtifactId("router:1"), NAME, revision)
+        monkeypatch.setattr(type(work.ledger), "publications", lambda *_, made=made: [made])
+        clause = f"{verb} revision {second[:12]}, which this home {whose}"
+        assert describe_destination(work) == f"org/model, private; {clause}"
 
 
 def test_a_head_that_is_not_known_here_is_replaced_only_when_told_so(

@@ -21,7 +21,7 @@ from meteora.artifacts import MeteoraError
 from meteora.model.chat import Chat
 from meteora.model.trace import Token
 from meteora.routing.layer import routed_layers
-from pipelines.serving import model_thread, server
+from pipelines.serving import model_thread, requests, server
 from pipelines.serving.host_names import names_of
 from pipelines.serving.requests import ChatRequest
 from tests.pages import ROOT, fences
@@ -205,7 +205,7 @@ def test_an_answer_of_no_text_may_stand_in_a_conversation(client) -> None:
         ({"messages": "hello"}, 400, "messages: Input should be a valid list"),
         ({"messages": [{"role": "judge", "content": "x"}]}, 400, "messages.0.role: Input should"),
         ({"messages": [{"role": "user", "content": "x" * 600}]}, 400, "the model takes 512 with"),
-        ({"messages": [{"role": "user", "content": "x" * 4_000_001}]}, 400, "at most 4000000 are"),
+        ({"messages": [{"role": "user", "content": "x" * 4_000_001}]}, 400, "messages: they have"),
         ({"temperature": 3}, 400, "temperature: Input should be less than or equal to 2"),
         ({"max_tokens": 0}, 400, "max_tokens: Input should be greater than or equal to 1"),
         ({"n": 2}, 400, "n: Input should be 1"),
@@ -228,6 +228,7 @@ def test_an_answer_of_no_text_may_stand_in_a_conversation(client) -> None:
             "messages.0.content.0.text: Field required",
         ),
         ({"messages": [{"role": "user"}]}, 400, "messages.0.content: Field required"),
+        ({"model": None}, 400, "model: Field required"),
         ({"stream": True, "messages": [{"role": "user", "content": "x" * 600}]}, 400, "takes 512"),
     ],
 )
@@ -235,6 +236,7 @@ def test_bad_input_is_one_sentence_and_a_status(url, change, status: int, senten
     found = post(url, {"model": "tiny", "messages": HELLO, **change})
     assert found.status_code == status
     assert sentence in found.json()["error"]["message"]
+    assert not found.json()["error"]["message"].startswith("model.model")
 
 
 @pytest.mark.parametrize(
@@ -284,6 +286,30 @@ def test_a_body_that_is_too_large_is_refused(url, *, announced: bool) -> None:
     found = httpx.post(f"{url}/chat/completions", content=body, headers=headers)
     assert found.status_code == 413
     assert "at most 32 MB" in found.json()["error"]["message"]
+
+
+@pytest.mark.parametrize(
+    ("seconds", "status", "sentence"),
+    [(0.2, 408, "the body did not arrive in 0.2 s"), (60.0, 503, "the server was stopped")],
+)
+def test_half_a_body_is_not_waited_for(
+    chat, monkeypatch, capsys, seconds: float, status: int, sentence: str
+) -> None:
+    monkeypatch.setattr(requests, "BODY_SECONDS", seconds)
+    monkeypatch.setattr(server, "GOODBYE_SECONDS", -4.8)  # 0.2 s for clients when it stops
+    head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
+    with serving(chat) as address:
+        client = socket.create_connection(("127.0.0.1", int(address.rpartition(":")[2])))
+        client.sendall(head)
+        if seconds < 1:
+            client.recv(1, socket.MSG_PEEK)
+        else:
+            time.sleep(0.2)
+    with client, client.makefile("rb") as said:
+        first, *_, last = said.read().splitlines()
+    assert first.startswith(b"HTTP/1.1 %d" % status)
+    assert json.loads(last)["error"]["message"] == sentence
+    assert "Traceback" not in capsys.readouterr().err
 
 
 def test_an_unknown_path_and_method_have_their_status(url) -> None:

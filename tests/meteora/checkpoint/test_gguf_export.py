@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import TYPE_CHECKING, Any
 
 import gguf
@@ -14,7 +15,7 @@ from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 from meteora.checkpoint import tensors as checkpoint_tensors
 from meteora.checkpoint.export import ExportError
 from meteora.checkpoint.gguf_export import export_gguf
-from meteora.checkpoint.manifest import EXPERTS, MANIFEST
+from meteora.checkpoint.manifest import EXPERTS, MANIFEST, CheckpointError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +25,7 @@ if TYPE_CHECKING:
     from tests.conftest import World
 
 HEADS = {"q_proj": 4, "k_proj": 2}
+PATH = "model.layers.0.self_attn.q_proj"
 
 
 def in_order_of_transformers(rows: np.ndarray, path: str) -> np.ndarray:
@@ -135,3 +137,22 @@ def test_what_llama_cpp_does_not_know_is_refused(world: World, tmp_path: Path) -
         with pytest.raises(ExportError, match=said):
             export_gguf(tmp_path, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_an_expert_on_a_head_that_is_the_embeddings_is_refused(
+    world: World, tmp_path: Path
+) -> None:
+    """llama.cpp has no tensor of that name then, and loads none of the expert."""
+    (tmp_path / EXPERTS).symlink_to(world.checkpoint / EXPERTS)
+    on_head = dataclasses.replace(world.manifest.modules[PATH], ranks=(4, 0, 0, 0))
+    modules = world.manifest.modules | {"lm_head": on_head}
+    (tmp_path / MANIFEST).write_text(dataclasses.replace(world.manifest, modules=modules).to_json())
+    config = json.loads((world.base / "config.json").read_text()) | {"tie_word_embeddings": True}
+    tied = tmp_path / "tied"
+    tied.mkdir()
+    (tied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match="an expert is on lm_head, whose weights are the embedd"):
+        export_gguf(tmp_path, tmp_path / "out", base=tied)
+    assert export_gguf(tmp_path, tmp_path / "out", "attention", base=tied)
+    with pytest.raises(CheckpointError, match="lm_head"):  # no tensors are there, and it went on
+        export_gguf(tmp_path, tmp_path / "all", base=world.base)

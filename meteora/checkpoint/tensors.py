@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from meteora.adapters.tensors import place_of
-from meteora.adapters.weights import DTYPES
+from meteora.adapters.weights import DTYPES, bytes_of
 from meteora.artifacts import canonical_json
 from meteora.base.chat_template import Template
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError
@@ -131,12 +131,9 @@ def _write_rows(
     num_rows = num_columns = 0
     for piece in (rows,) if isinstance(rows, Tensor) else rows:
         num_rows, num_columns = num_rows + piece.shape[0], piece.shape[1]
-        data = piece.to(dtype).contiguous().view(torch.uint8).numpy()
-        if data.nbytes <= WRITE_BYTES:
-            file.write(data.data)
-            continue
-        for start in range(0, data.nbytes, WRITE_BYTES):
-            file.write(data.reshape(-1).data[start : start + WRITE_BYTES])
+        data = bytes_of(piece.to(dtype))
+        for start in range(0, len(data), WRITE_BYTES):
+            file.write(data[start : start + WRITE_BYTES])
     return num_rows, num_columns
 
 

@@ -10,7 +10,6 @@ here. There are no gates: llama.cpp takes one adapter for a whole request.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -131,25 +130,18 @@ def _write(out: Path, stack: ExpertsFile, e: int, names: dict[str, str]) -> None
     writer.add_name(entry.name)
     if entry.licence:
         writer.add_license(entry.licence)
-    for path, a, b in _factors(stack, e, alpha):
+    for path, a, b in stack.of_expert(e):
+        own = manifest.modules[path].scaling[e] * len(a)
+        scaled = b if own == alpha else b.float() * (own / alpha)
         if architecture in IN_PAIRS:
-            b = _interleaved(b, path, base)  # noqa: PLW2901
-        for tensor, kind in ((a, "lora_a"), (b, "lora_b")):
+            scaled = _interleaved(scaled, path, base)
+        for tensor, kind in ((a, "lora_a"), (scaled, "lora_b")):
             exact = tensor if tensor.dtype == torch.float16 else tensor.float()
             writer.add_tensor(f"{names[path]}.{kind}", exact.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _factors(stack: ExpertsFile, e: int, alpha: float) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Path, A [r, IN] and B [OUT, r] of each module of an expert, with B scaled for this alpha."""
-    for path, entry in stack.manifest.modules.items():
-        if entry.ranks[e]:
-            a, b = stack.factors_of(path, e)
-            own = entry.scaling[e] * entry.ranks[e]
-            yield path, a, b if own == alpha else b.float() * (own / alpha)
 
 
 def _interleaved(b: Tensor, path: str, base: Fingerprint) -> Tensor:

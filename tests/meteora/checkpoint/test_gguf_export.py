@@ -13,7 +13,7 @@ from peft.tuners.lora import Linear as LoraLayer
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from meteora.checkpoint import tensors as checkpoint_tensors
-from meteora.checkpoint.export import ExportError
+from meteora.checkpoint.export import ExportError, export_expert
 from meteora.checkpoint.gguf_export import export_gguf
 from meteora.checkpoint.manifest import EXPERTS, MANIFEST, CheckpointError
 
@@ -69,13 +69,15 @@ def test_of_a_stack_only_the_expert_s_own_numbers_are_read(
 ) -> None:
     """Else the time to export all experts grows with the square of their number."""
     with checkpoint_tensors.open_experts(world.checkpoint, world.manifest) as stack:
-        for path, entry in world.manifest.modules.items():
-            a, b = stack.factors(path)
-            parts = zip(a.split([*entry.ranks]), b.split([*entry.ranks], dim=1), strict=True)
-            for e, whole in enumerate(parts):
-                torch.testing.assert_close(stack.factors_of(path, e), whole, rtol=0, atol=0)
+        for e in range(len(world.manifest.names)):
+            for path, *own in stack.of_expert(e):
+                ranks = [*world.manifest.modules[path].ranks]
+                a, b = stack.factors(path)
+                whole = (a.split(ranks)[e], b.split(ranks, dim=1)[e])
+                torch.testing.assert_close(tuple(own), whole, rtol=0, atol=0)
     monkeypatch.delattr(checkpoint_tensors.ExpertsFile, "factors")
     assert len(export_gguf(world.checkpoint, tmp_path / "out")) == len(world.manifest.names)
+    assert export_expert(world.checkpoint, "attention", tmp_path / "peft")
 
 
 @pytest.mark.parametrize(

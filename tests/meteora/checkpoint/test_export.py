@@ -94,5 +94,6 @@ def test_what_is_not_there_and_what_is_in_the_way_is_said(world: World, tmp_path
         export_expert(world.checkpoint, "no_such", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("mine")
-    with pytest.raises(ExportError, match="holds something"):
-        export_expert(world.checkpoint, "q_and_v", tmp_path / "full")
+    for taken in (tmp_path / "full", tmp_path / "full" / "mine"):
+        with pytest.raises(ExportError, match="holds something"):
+            export_expert(world.checkpoint, "q_and_v", taken)

@@ -13,6 +13,7 @@ from peft.tuners.lora import Linear as LoraLayer
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from meteora.checkpoint import tensors as checkpoint_tensors
+from meteora.checkpoint.edit import drop_expert
 from meteora.checkpoint.export import ExportError, export_expert
 from meteora.checkpoint.gguf_export import export_gguf
 from meteora.checkpoint.manifest import EXPERTS, MANIFEST, CheckpointError
@@ -78,6 +79,23 @@ def test_of_a_stack_only_the_expert_s_own_numbers_are_read(
     monkeypatch.delattr(checkpoint_tensors.ExpertsFile, "factors")
     assert len(export_gguf(world.checkpoint, tmp_path / "out")) == len(world.manifest.names)
     assert export_expert(world.checkpoint, "attention", tmp_path / "peft")
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float16, "F16"), (torch.bfloat16, "F32")])
+def test_numbers_of_16_bits_are_written_exactly(
+    world: World, tmp_path: Path, dtype: torch.dtype, kind: str
+) -> None:
+    manifest = drop_expert(world.checkpoint, "q_and_v", tmp_path / EXPERTS, dtype=dtype)
+    licensed = [dataclasses.replace(one, licence="mit") for one in manifest.experts]
+    manifest = dataclasses.replace(manifest, experts=tuple(licensed))
+    (tmp_path / MANIFEST).write_text(manifest.to_json())
+    reader = gguf.GGUFReader(export_gguf(tmp_path, tmp_path / "out", "all_seven")[0])
+    assert reader.fields["general.license"].contents() == "mit"
+    assert {tensor.tensor_type.name for tensor in reader.tensors} == {kind}
+    (v,) = (one.data for one in reader.tensors if one.name == "blk.0.attn_v.weight.lora_b")
+    with checkpoint_tensors.open_experts(tmp_path, manifest) as stack:
+        own = {path: b for path, _, b in stack.of_expert(0)}["model.layers.0.self_attn.v_proj"]
+        assert (v == own.float().numpy()).all()
 
 
 @pytest.mark.parametrize(

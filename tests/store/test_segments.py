@@ -180,6 +180,22 @@ def test_a_segment_that_is_unreadable_hides_no_other(
         segments.blobs(path.name)
 
 
+def test_a_record_that_changed_inside_a_segment_is_left_out(
+    filled: Shelf, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = filled.ledger.records.loose()
+    filled.ledger.pack()
+    path = the_segment(filled)
+    with memory() as connection:
+        connection.execute(
+            "COPY (SELECT * REPLACE (text || ' ' AS text)"  # noqa: S608
+            f" FROM read_parquet('{path}')) TO '{path}.new' (FORMAT parquet)"
+        )
+    path.with_name(f"{path.name}.new").replace(path)
+    assert filled.ledger.records.segments.texts(names) == {}
+    assert "in a segment does not hash to its name" in caplog.text
+
+
 def test_a_damaged_segment_is_never_a_reason_to_drop_a_loose_record(filled: Shelf) -> None:
     kept = filled.home / "kept"
     shutil.copytree(filled.ledger.records.root, kept)

@@ -33,7 +33,7 @@ MOST_MEMORY = 200 << 20
 """Bytes that Python may take to refuse a checkpoint, whatever its size."""
 NAMES = [
     "\x1b[31mred", "a\nb", "a\x00", "\u202eleft", "", " ", "x" * 129, "é" * 65, 7, None, ["a"],
-    "(base)", "../x", "/abs", "a/b",
+    "(base)", "../x", "/abs", "a/b", "<img src=x>", "a|b", "[x](y)", "`id`", "a\\b",
 ]  # fmt: skip
 NUMBERS = [-1, 0, "1", 1.5, None, True, 2**70, [], {}]
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -144,9 +144,9 @@ def test_examples_of_no_expert(folder: Path) -> None:
 
 @pytest.mark.parametrize("name", NAMES, ids=repr)
 def test_names_of_experts(folder: Path, name: object) -> None:
-    """Such a name could also leave the folder that `export_gguf` writes a file for each into."""
+    """It is text on a card, and a file in the folder that `export_gguf` writes into."""
     edit_manifest(folder, lambda body: body["experts"][0].update(name=name))
-    refused(folder)
+    refused(folder, "is not a printable name|cannot be the name of an expert")
 
 
 def test_an_expert_in_no_module(folder: Path) -> None:
@@ -421,12 +421,6 @@ def test_changed_bytes_are_found_by_the_hash(world: World, tmp_path: Path, name:
 def test_one_without_hashes_is_read_as_before(folder: Path) -> None:
     edit_manifest(folder, lambda body: body.pop("files"))
     assert read_all(folder).files == {}
-
-
-@pytest.mark.parametrize("name", ["<img src=x>", "a|b", "[x](y)", "`id`", "a\\b"])
-def test_names_that_are_markup_on_a_card(folder: Path, name: str) -> None:
-    edit_manifest(folder, lambda body: body["experts"][0].update(name=name))
-    refused(folder, "cannot be the name of an expert")
 
 
 @pytest.mark.parametrize("source", ["org/x)](https://evil.example", "org/x\n# Title", "a|b", "x"])

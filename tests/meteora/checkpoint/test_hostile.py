@@ -12,7 +12,8 @@ import torch
 from safetensors.torch import load, save_file
 
 import meteora
-from meteora.artifacts import MeteoraError
+from meteora.artifacts import MeteoraError, file_sha256
+from meteora.checkpoint import resolve
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError
 from tests.clock import little_work
 from tests.meteora.checkpoint.checkpoint_maker import (
@@ -228,6 +229,22 @@ def test_a_file_in_a_package_is_taken_only_by_its_hash(folder: Path) -> None:
     base = {"repo_id": "gguf:pytest/METADATA", "revision": "sha256:" + "0" * 64}
     edit_manifest(folder, lambda body: body["base"].update(base))
     with pytest.raises(MeteoraError, match="it is not the file that the checkpoint was made"):
+        meteora.load(folder)
+
+
+def test_a_packaged_base_is_asked_for_in_the_form_that_is_needed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One package is known to be ours, and may be installed; vLLM needs safetensors."""
+    sha256 = file_sha256(resolve.find_gguf("gguf:pytest/METADATA"))
+    base = {"repo_id": "gguf:pytest/METADATA", "revision": f"sha256:{sha256}"}
+    edit_manifest(folder, lambda body: body["base"].update(base))
+    with pytest.raises(MeteoraError, match="only the home of its run has it as safetensors"):
+        resolve.find_base_files(read_all(folder), None)
+    monkeypatch.setattr(resolve, "KNOWN_PACKAGES", {"surely-not-installed"})
+    base["repo_id"] = "gguf:surely-not-installed/x.gguf"
+    edit_manifest(folder, lambda body: body["base"].update(base))
+    with pytest.raises(MeteoraError, match="pip install"):
         meteora.load(folder)
 
 

@@ -14,7 +14,7 @@ from safetensors.torch import load, save_file
 import meteora
 from meteora.artifacts import MeteoraError, file_sha256
 from meteora.checkpoint import resolve
-from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError
+from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError, read_manifest
 from tests.clock import little_work
 from tests.meteora.checkpoint.checkpoint_maker import (
     edit_header,
@@ -141,6 +141,10 @@ def test_examples_of_no_expert(folder: Path) -> None:
 
     edit_manifest(folder, none)
     refused(folder, "stand_ins names all experts")
+    edit_manifest(folder, lambda body: body["router"].update(stand_in="", stand_ins=["attention"]))
+    refused(folder, "stand_in is empty, and there are experts without examples")
+    edit_manifest(folder, lambda body: body["router"].update(stand_in="arrow"))
+    assert read_manifest(folder).router.stand_ins == ("attention",)
 
 
 @pytest.mark.parametrize("name", NAMES, ids=repr)

@@ -63,12 +63,7 @@ def read(folder: Path, *, modules_to_save: OnExtras = "refuse") -> Adapter:
         AdapterError: It cannot be an expert, for the reasons that the error carries.
     """
     found = Findings()
-    try:
-        adapter, _ = _examine(Path(folder), modules_to_save, found)
-    except OSError as error:
-        raise AdapterError(str(folder), (_unreadable(error),)) from error
-    if adapter is None and not found.refusals:
-        found.refuse("no_weights", "there are no weights beside this config")
+    adapter, _ = _judged(Path(folder), modules_to_save, found)
     if found.refusals or adapter is None:
         raise AdapterError(str(folder), tuple(found.refusals))
     return adapter
@@ -87,10 +82,7 @@ def check_config(folder: Path, where: str, *, modules_to_save: OnExtras = "refus
         AdapterError: It cannot be an expert, whatever its weights are.
     """
     found = Findings()
-    try:
-        read_claim(folder / CONFIG, modules_to_save, found)
-    except OSError as error:
-        found.refusals.append(_unreadable(error))
+    read_claim(folder / CONFIG, modules_to_save, found)
     if found.refusals:
         raise AdapterError(where, tuple(found.refusals))
 
@@ -101,13 +93,18 @@ def check(path: Path, *, modules_to_save: OnExtras = "refuse") -> Verdict:
     A config without weights is judged by its claims; the facts then have `judged_by: claims`.
     """
     found = Findings()
-    try:
-        _, facts = _examine(Path(path), modules_to_save, found)
-    except OSError as error:
-        found.refusals.append(_unreadable(error))
-        facts = {}
+    _, facts = _judged(Path(path), modules_to_save, found)
     verdict = "refuse" if found.refusals else "warn" if found.warnings else "accept"
     return Verdict(str(path), verdict, (*found.refusals, *found.warnings), facts)
+
+
+def _judged(path: Path, extras: OnExtras, found: Findings) -> tuple[Adapter | None, dict[str, Any]]:
+    """As `_examine`; an error of the file system is a refusal."""
+    try:
+        return _examine(path, extras, found)
+    except OSError as error:
+        found.refuse("unreadable", f"it cannot be read: {error.strerror or error}")
+        return None, {}
 
 
 def _examine(
@@ -217,10 +214,6 @@ def _judge_by_claims(claim: Claim, extras: OnExtras, found: Findings) -> None:
     if claim.modules_to_save:
         message = f"it replaces whole modules of the base: {listed(claim.modules_to_save)}"
         (found.refuse if extras == "refuse" else found.warn)("modules_to_save", message)
-
-
-def _unreadable(error: OSError) -> Reason:
-    return Reason("unreadable", f"it cannot be read: {error.strerror or error}")
 
 
 def _claimed_facts(claim: Claim) -> dict[str, Any]:

@@ -28,11 +28,8 @@ def update_norms(adapter: Adapter) -> dict[str, float]:
     norms = {}
     with AdapterWeights(adapter) as file:
         for module in adapter.spec.modules:
-            keys = adapter.tensors[module.path]
-            a, b = (file.tensor(key).double() for key in (keys.a_key, keys.b_key))
-            if keys.transposed:
-                a, b = a.T, b.T
-            norms[module.path] = abs(module.scaling) * _norm_of_product(b, a)
+            a, b = file.factors(adapter.tensors[module.path])
+            norms[module.path] = abs(module.scaling) * _norm_of_product(b.double(), a.double())
     return norms
 
 

@@ -16,7 +16,7 @@ from typing import Self
 import torch
 from torch import Tensor
 
-from meteora.adapters.tensors import Adapter, Stamp
+from meteora.adapters.tensors import Adapter, AdapterTensors, Stamp
 from meteora.artifacts import MeteoraError
 
 DTYPES = {"F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
@@ -63,8 +63,13 @@ class AdapterWeights:
         """Read one tensor into new memory."""
         entry = self._header[key]
         tensor = torch.empty(entry["shape"], dtype=DTYPES[entry["dtype"]])
-        self.read(key, [memoryview(tensor.view(torch.uint8).numpy().reshape(-1))])
+        self.read(key, [bytes_of(tensor)])
         return tensor
+
+    def factors(self, names: AdapterTensors) -> tuple[Tensor, Tensor]:
+        """Read A [r, IN] and B [OUT, r] of one module into new memory."""
+        a, b = self.tensor(names.a_key), self.tensor(names.b_key)
+        return (a.T, b.T) if names.transposed else (a, b)
 
     def read(
         self,
@@ -104,3 +109,8 @@ class AdapterWeights:
             f"{self.path}: it changed after it was read and checked; run again, so that it is"
             " checked as it is now"
         )
+
+
+def bytes_of(tensor: Tensor) -> memoryview:
+    """The bytes of a tensor, as they lie in a file."""
+    return memoryview(tensor.contiguous().view(torch.uint8).numpy().reshape(-1))

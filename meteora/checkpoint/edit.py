@@ -77,9 +77,7 @@ def add_expert(folder: Path, adapter: Adapter, entry: ExpertEntry, out: Path) ->
         def factors(path: str) -> tuple[Tensor, Tensor]:
             parts = [before.factors(path)] if path in manifest.modules else []
             if path in own:
-                names = adapter.tensors[path]
-                a, b = file.tensor(names.a_key), file.tensor(names.b_key)
-                parts.append((a.T, b.T) if names.transposed else (a, b))
+                parts.append(file.factors(adapter.tensors[path]))
             return torch.cat([a for a, _ in parts]), torch.cat([b for _, b in parts], dim=1)
 
         write_experts(out, larger.modules, _wider(before, adapter), map(factors, larger.modules))

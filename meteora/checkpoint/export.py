@@ -25,7 +25,7 @@ from meteora.adapters.tensors import PREFIX
 from meteora.adapters.weights import DTYPES
 from meteora.artifacts import MeteoraError, file_sha256
 from meteora.checkpoint.manifest import ExpertEntry, Manifest, no_expert, read_manifest
-from meteora.checkpoint.tensors import read_experts
+from meteora.checkpoint.tensors import open_experts
 
 WORD = re.compile(r"[\w./-]+")
 """A text that needs no quotes in YAML, such as a licence identifier or `owner/name`."""
@@ -111,11 +111,10 @@ def new_folder(out: Path) -> Generator[None]:
 
 
 def _tensors(folder: Path, manifest: Manifest, e: int) -> Iterator[tuple[str, Tensor]]:
-    for path, a, b in read_experts(folder, manifest):
-        ranks = list(manifest.modules[path].ranks)
-        if ranks[e]:
-            yield f"{PREFIX}{path}.lora_A.weight", a.split(ranks)[e].clone()
-            yield f"{PREFIX}{path}.lora_B.weight", b.split(ranks, dim=1)[e].contiguous().clone()
+    with open_experts(folder, manifest) as stack:
+        for path, a, b in stack.of_expert(e):
+            yield f"{PREFIX}{path}.lora_A.weight", a.clone()
+            yield f"{PREFIX}{path}.lora_B.weight", b.contiguous().clone()
 
 
 def _exact_casts(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

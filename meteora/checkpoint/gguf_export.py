@@ -10,7 +10,6 @@ here. There are no gates: llama.cpp takes one adapter for a whole request.
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -19,6 +18,7 @@ import torch
 from gguf import MODEL_ARCH
 from torch import Tensor
 
+from meteora.base.loading import shape_of
 from meteora.checkpoint.export import ExportError, new_folder
 from meteora.checkpoint.manifest import Manifest, no_expert, read_manifest
 from meteora.checkpoint.sound_file import AGAIN
@@ -47,17 +47,21 @@ ARCHITECTURES = {
 }
 """llama.cpp's architecture by the class in transformers. For each, both generate the same tokens
 (`tests/benchmarks/llama_cpp_bases.py`)."""
+HEAD = "output.weight"
+"""llama.cpp's name of the output head's weight; a base whose head is its embeddings has none."""
 IN_PAIRS = {MODEL_ARCH.LLAMA, MODEL_ARCH.GRANITE, MODEL_ARCH.SMOLLM3}
 """Architectures whose q and k have another order of rows in llama.cpp."""
 
 
-def export_gguf(folder: Path, out: Path, name: str = "") -> list[Path]:
+def export_gguf(folder: Path, out: Path, name: str = "", base: Path | None = None) -> list[Path]:
     """Write each expert as `NAME.gguf`.
 
     Args:
         folder: the checkpoint; it stays as it is
         out: a folder, new or empty
         name: of one expert; empty: all experts
+        base: the folder of the base, if it is at hand: its config says whether it has a head of
+            its own
 
     Returns:
         the paths of the files
@@ -70,13 +74,23 @@ def export_gguf(folder: Path, out: Path, name: str = "") -> list[Path]:
     if name and name not in manifest.names:
         raise ExportError(no_expert(folder, manifest, name))
     names = _tensor_names(folder, manifest)
+    asked = [e for e, entry in enumerate(manifest.experts) if name in {"", entry.name}]
+    heads = [
+        path
+        for path, entry in manifest.modules.items()
+        if names[path] == HEAD and any(entry.ranks[e] for e in asked)
+    ]
+    if heads and base and not shape_of(base).num_in_head:
+        raise ExportError(
+            f"{folder}: an expert is on {heads[0]}, whose weights are the embeddings' in this base;"
+            " llama.cpp takes no LoRA there, so drop its experts, or name another with --expert"
+        )
     files = []
     # the stack is checked once, for all experts
     with new_folder(out), open_experts(folder, manifest) as stack:
-        for e, entry in enumerate(manifest.experts):
-            if name in {"", entry.name}:
-                files.append(out / f"{entry.name}.gguf")
-                _write(files[-1], stack, e, names)
+        for e in asked:
+            files.append(out / f"{manifest.names[e]}.gguf")
+            _write(files[-1], stack, e, names)
     return files
 
 
@@ -116,25 +130,18 @@ def _write(out: Path, stack: ExpertsFile, e: int, names: dict[str, str]) -> None
     writer.add_name(entry.name)
     if entry.licence:
         writer.add_license(entry.licence)
-    for path, a, b in _factors(stack, e, alpha):
+    for path, a, b in stack.of_expert(e):
+        own = manifest.modules[path].scaling[e] * len(a)
+        scaled = b if own == alpha else b.float() * (own / alpha)
         if architecture in IN_PAIRS:
-            b = _interleaved(b, path, base)  # noqa: PLW2901
-        for tensor, kind in ((a, "lora_a"), (b, "lora_b")):
+            scaled = _interleaved(scaled, path, base)
+        for tensor, kind in ((a, "lora_a"), (scaled, "lora_b")):
             exact = tensor if tensor.dtype == torch.float16 else tensor.float()
             writer.add_tensor(f"{names[path]}.{kind}", exact.contiguous().numpy())
     writer.write_header_to_file()
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _factors(stack: ExpertsFile, e: int, alpha: float) -> Iterator[tuple[str, Tensor, Tensor]]:
-    """Path, A [r, IN] and B [OUT, r] of each module of an expert, with B scaled for this alpha."""
-    for path, entry in stack.manifest.modules.items():
-        if entry.ranks[e]:
-            a, b = stack.factors_of(path, e)
-            own = entry.scaling[e] * entry.ranks[e]
-            yield path, a, b if own == alpha else b.float() * (own / alpha)
 
 
 def _interleaved(b: Tensor, path: str, base: Fingerprint) -> Tensor:

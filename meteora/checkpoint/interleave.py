@@ -21,6 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from meteora.adapters.weights import bytes_of
+
 if TYPE_CHECKING:
     from meteora.adapters.tensors import AdapterTensors
     from meteora.adapters.weights import AdapterWeights
@@ -58,7 +60,7 @@ class StackOfA:
         self._row_bytes = row_bytes = num_in * dtype.itemsize
         room = max(1, BLOCK // row_bytes)
         rows = torch.empty(room, num_in, dtype=dtype)
-        data = _bytes(rows)
+        data = bytes_of(rows)
         self._steps: list[_Step] = []
         filled, left = 0, sum(ranks)
         for e, r in enumerate(ranks):
@@ -80,7 +82,7 @@ class StackOfA:
                 weights.read(key, (data,), count * size, skip * size)
             else:
                 converted = _converted(weights, key, names, self.dtype)
-                data[:] = _bytes(converted[skip : skip + count])
+                data[:] = bytes_of(converted[skip : skip + count])
             if full is not None:
                 yield full
 
@@ -149,7 +151,7 @@ class StackOfB:
                 continue
             converted = _converted(weights, names.b_key, names, self.dtype)
             for buffer, part in zip(buffers, converted.split(self._counts), strict=True):
-                buffer[:] = _bytes(part)
+                buffer[:] = bytes_of(part)
         for block, moves, rows in self._pieces:
             block.max()  # one sequential pass brings it into the cache
             for own, columns in moves:
@@ -183,10 +185,6 @@ def _move(run: _Run, block: Tensor, rows: Tensor, itemsize: int) -> tuple[Tensor
     own = block.view(UNITS[unit]).as_strided(size, (width // unit, run.stride // unit, 1), offset)
     columns = rows.view(UNITS[unit])[:, first // unit : (first + num_experts * width) // unit]
     return own, columns.unflatten(1, size[1:])
-
-
-def _bytes(tensor: Tensor) -> memoryview:
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy().reshape(-1))
 
 
 def staging(num_bytes: int) -> Tensor:

@@ -36,7 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from meteora.adapters.tensors import place_of
-from meteora.adapters.weights import DTYPES
+from meteora.adapters.weights import DTYPES, bytes_of
 from meteora.artifacts import canonical_json
 from meteora.base.chat_template import Template
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError
@@ -131,12 +131,9 @@ def _write_rows(
     num_rows = num_columns = 0
     for piece in (rows,) if isinstance(rows, Tensor) else rows:
         num_rows, num_columns = num_rows + piece.shape[0], piece.shape[1]
-        data = piece.to(dtype).contiguous().view(torch.uint8).numpy()
-        if data.nbytes <= WRITE_BYTES:
-            file.write(data.data)
-            continue
-        for start in range(0, data.nbytes, WRITE_BYTES):
-            file.write(data.reshape(-1).data[start : start + WRITE_BYTES])
+        data = bytes_of(piece.to(dtype))
+        for start in range(0, len(data), WRITE_BYTES):
+            file.write(data[start : start + WRITE_BYTES])
     return num_rows, num_columns
 
 
@@ -159,24 +156,22 @@ class ExpertsFile:
         a, b = _read(self._file, self.folder / EXPERTS, shapes)
         return a, b
 
-    def factors_of(self, module: str, expert: int) -> tuple[Tensor, Tensor]:
-        """A [r, IN] and B [OUT, r] of one expert in a module, without reading the others'.
+    def of_expert(self, expert: int) -> Iterator[tuple[str, Tensor, Tensor]]:
+        """Yield path, A [r, IN] and B [OUT, r] of an expert's modules; no others' are read.
 
         Refuses modules of other sizes.
         """
-        entry = self.manifest.modules[module]
-        shapes = _shapes_of(module, entry)
-        slices = [self._file.get_slice(key) for key in shapes]
-        _check(
-            self.folder / EXPERTS,
-            shapes,
-            [tuple(one.get_shape()) for one in slices],
-            {one.get_dtype() for one in slices},
-        )
-        start = sum(entry.ranks[:expert])
-        stop = start + entry.ranks[expert]
-        a, b = slices
-        return a[start:stop], b[:, start:stop]
+        path = self.folder / EXPERTS
+        for module, entry in self.manifest.modules.items():
+            if not entry.ranks[expert]:
+                continue
+            shapes = _shapes_of(module, entry)
+            a, b = (self._file.get_slice(key) for key in shapes)
+            actual = [tuple(one.get_shape()) for one in (a, b)]
+            _check(path, shapes, actual, {one.get_dtype() for one in (a, b)})
+            start = sum(entry.ranks[:expert])
+            stop = start + entry.ranks[expert]
+            yield module, a[start:stop], b[:, start:stop]
 
 
 @contextmanager

@@ -295,7 +295,7 @@ def export(
     elif target == "llama.cpp":
         from meteora.checkpoint.gguf_export import export_gguf
 
-        files = export_gguf(folder, out, expert)
+        files = export_gguf(folder, out, expert, base or base_at_hand(folder, home))
         say(f"{len(files)} experts; `llama-server --lora FILE` loads one, without gates")
     else:
         if export_expert(folder, expert, out, _named_base(folder, expert, home)):

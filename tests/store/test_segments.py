@@ -161,6 +161,41 @@ def test_a_flipped_byte_anywhere_in_a_segment_is_found(filled: Shelf) -> None:
     assert not filled.ledger.verify().findings
 
 
+def test_a_segment_that_is_unreadable_hides_no_other(
+    filled: Shelf, caplog: pytest.LogCaptureFixture
+) -> None:
+    first = filled.ledger.records.loose()
+    filled.ledger.pack()
+    path = the_segment(filled)
+    filled.make(filled.adapter(9))
+    second = filled.ledger.records.loose()
+    filled.ledger.pack()
+    path.chmod(0o644)
+    path.write_bytes(b"")
+    segments = filled.ledger.records.segments
+    assert second
+    assert segments.holding(first | second) == segments.texts(first | second).keys() == second
+    assert f"segment {path.name} cannot be read" in caplog.text
+    with pytest.raises(StoreError, match=r"cannot be read now .*nothing is removed"):
+        segments.blobs(path.name)
+
+
+def test_a_record_that_changed_inside_a_segment_is_left_out(
+    filled: Shelf, caplog: pytest.LogCaptureFixture
+) -> None:
+    names = filled.ledger.records.loose()
+    filled.ledger.pack()
+    path = the_segment(filled)
+    with memory() as connection:
+        connection.execute(
+            "COPY (SELECT * REPLACE (text || ' ' AS text)"  # noqa: S608
+            f" FROM read_parquet('{path}')) TO '{path}.new' (FORMAT parquet)"
+        )
+    path.with_name(f"{path.name}.new").replace(path)
+    assert filled.ledger.records.segments.texts(names) == {}
+    assert "in a segment does not hash to its name" in caplog.text
+
+
 def test_a_damaged_segment_is_never_a_reason_to_drop_a_loose_record(filled: Shelf) -> None:
     kept = filled.home / "kept"
     shutil.copytree(filled.ledger.records.root, kept)
@@ -216,7 +251,9 @@ def test_gc_removes_nothing_while_a_segment_is_damaged(filled: Shelf) -> None:
 def test_gc_removes_nothing_while_a_segment_cannot_be_searched(
     filled: Shelf, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    """Nor where several are searched together, and then one by one."""
     before = set(filled.ledger.blobs)
+    monkeypatch.setattr("store.records.SEGMENT_RECORDS", 20)
     filled.ledger.pack()
     for sha256 in before:
         os.utime(filled.ledger.blobs.path_of(sha256), (0, 0))

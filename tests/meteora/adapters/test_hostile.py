@@ -272,6 +272,8 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert {"no_config", "no_weights"} <= codes(tmp_path).keys()
     (tmp_path / "model.safetensors").write_bytes(b"")
     assert "it has model.safetensors" in codes(tmp_path)["no_weights"]
+    (tmp_path / "meteora.json").touch()
+    assert "it is a fused checkpoint already" in codes(tmp_path)["fused"]
     write_adapter(tmp_path / "several" / "one")
     assert "its folders; say which: one" in codes(tmp_path / "several")["no_weights"]
     folder = write_adapter(tmp_path / "config")

@@ -150,6 +150,16 @@ def test_heads_that_peft_saved_are_stripped_by_policy(
     assert {module.path for module in found.spec.modules} == set(expected)
 
 
+def test_the_base_s_own_head_under_a_lora_is_told_from_a_trained_one(
+    build_base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    peft_facts(build_base("llama"), tmp_path, target_modules=["q_proj", "lm_head"])
+    (reason,) = (one for one in reader.check(tmp_path).reasons if one.code == "modules_to_save")
+    assert reason.message.startswith(
+        "it holds the base's own weights under its LoRA: base_model.model.lm_head.base_layer.weight"
+    )
+
+
 @pytest.mark.parametrize(
     ("lora", "code"),
     [

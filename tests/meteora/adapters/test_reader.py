@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import json
 import math
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -67,11 +69,30 @@ def test_a_verdict_is_json_with_the_facts(tmp_path: Path) -> None:
 
 
 def test_a_config_alone_is_judged_by_what_it_claims(tmp_path: Path) -> None:
-    write_adapter(tmp_path, bias="all")
+    write_adapter(tmp_path, bias="all", modules_to_save=["lm_head"])
     config = (tmp_path / "adapter_config.json").rename(tmp_path / "claims.json")
     verdict = reader.check(config)
     assert (verdict.verdict, verdict.facts["judged_by"]) == ("refuse", "claims")
-    assert [reason.code for reason in verdict.reasons] == ["bias"]
+    assert codes(config)["modules_to_save"] == "it replaces whole modules of the base: lm_head"
+    found = reader.check(config, modules_to_save="strip").reasons
+    assert [reason.code for reason in found] == ["bias", "modules_to_save"]
+
+
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_either_file_stands_for_its_folder(name: str, tmp_path: Path) -> None:
+    verdict = reader.check(write_adapter(tmp_path) / name)
+    assert (verdict.verdict, verdict.facts["judged_by"]) == ("accept", "tensors")
+
+
+def test_a_file_that_cannot_be_opened_is_refused(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder = write_adapter(tmp_path)
+    denied = PermissionError(errno.EACCES, "Permission denied")
+    monkeypatch.setattr(reader, "read_claim", Mock(side_effect=denied))
+    with pytest.raises(AdapterError, match="it cannot be read: Permission denied"):
+        reader.read(folder)
+    assert codes(folder).keys() == {"unreadable"}
 
 
 @pytest.mark.parametrize(
@@ -98,7 +119,7 @@ def test_ranks_are_the_tensors_own(tmp_path: Path) -> None:
     assert [(m.path, m.r, m.scaling) for m in found.spec.modules] == [(Q0, 2, 4.0), (V0, 4, 2.0)]
 
 
-@pytest.mark.parametrize("pattern", [r"(?=q)q_proj", r"(a)\1", "(((", r"\Bq_proj"])
+@pytest.mark.parametrize("pattern", [r"(?=q)q_proj", r"(a)\1", "(((", r"\Bq_proj", "q" * 2_001])
 def test_a_pattern_that_cannot_be_matched_is_fatal_only_where_it_counts(
     pattern: str, tmp_path: Path
 ) -> None:

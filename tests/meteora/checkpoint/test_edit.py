@@ -71,6 +71,12 @@ def test_adding_brings_back_what_was_dropped_at_the_end(world, smaller, tmp_path
         assert module.scaling == tuple(old.scaling[e] for e in place)
 
 
+def test_the_only_expert_stays(world, fuse_adapters, tmp_path):
+    fuse_adapters(world.base, {"alone": world.adapters["q_and_v"]}, tmp_path)
+    with pytest.raises(EditError, match="'alone' is the only expert"):
+        drop_expert(tmp_path, "alone", tmp_path / "out")
+
+
 def test_modules_that_only_one_expert_targeted_come_and_go_with_it(world, tmp_path):
     folder = tmp_path / "one"
     shutil.copytree(world.checkpoint, folder)
@@ -123,6 +129,8 @@ def test_a_newcomer_of_mlx_lm_in_a_wider_dtype_is_added_exactly(world, tmp_path)
     manifest = add_expert(folder, adapter, world.manifest.experts[2], tmp_path / EXPERTS)
     before, after = slices(world.checkpoint, world.manifest), slices(tmp_path, manifest)
     assert sum(part.nbytes for pair in after.values() for part in pair) == num_bytes
+    drop_expert(folder, "patterns", tmp_path / "dropped")
+    assert {one.dtype for one in load_file(tmp_path / "dropped").values()} == {torch.bfloat16}
     for (name, path), pair in after.items():
         for one, other in zip(pair, before[name, path], strict=True):
             same = other if name == "q_and_v" else other.bfloat16().float()
@@ -161,6 +169,9 @@ def test_what_cannot_be_added_or_dropped_is_refused(world, tmp_path):
         add_expert(world.checkpoint, adapter, world.manifest.experts[1], tmp_path / "out")
     with pytest.raises(EditError, match=r"no expert 'all_sven' \(did you mean 'all_seven'\?\)"):
         drop_expert(world.checkpoint, "all_sven", tmp_path / "out")
+    unsafe = dataclasses.replace(world.manifest.experts[1], name="a/b")
+    with pytest.raises(EditError, match=r"'a/b' cannot be the name .* give another name"):
+        add_expert(world.checkpoint, adapter, unsafe, tmp_path / "out")
     module = dataclasses.replace(adapter.spec.modules[0], in_features=99)
     spec = dataclasses.replace(adapter.spec, modules=(module, *adapter.spec.modules[1:]))
     other = dataclasses.replace(adapter, spec=spec)

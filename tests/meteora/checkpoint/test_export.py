@@ -13,7 +13,7 @@ from safetensors.torch import load_file
 from meteora.adapters import reader
 from meteora.adapters.files import CONFIG, PEFT_WEIGHTS
 from meteora.artifacts import file_sha256
-from meteora.checkpoint.export import ExportError, adapter_config, export_expert
+from meteora.checkpoint.export import ExportError, adapter_config, export_expert, new_folder
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -94,5 +94,25 @@ def test_what_is_not_there_and_what_is_in_the_way_is_said(world: World, tmp_path
         export_expert(world.checkpoint, "no_such", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("mine")
-    with pytest.raises(ExportError, match="holds something"):
-        export_expert(world.checkpoint, "q_and_v", tmp_path / "full")
+    for taken in (tmp_path / "full", tmp_path / "full" / "mine"):
+        with pytest.raises(ExportError, match="holds something"):
+            export_expert(world.checkpoint, "q_and_v", taken)
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_export_that_fails_leaves_the_folder_as_it_was(tmp_path: Path, there: bool) -> None:
+    out = tmp_path / "new" / "out"
+    if there:
+        out.mkdir(parents=True)
+
+    def fail() -> None:
+        with new_folder(out):
+            (out / "folder").mkdir()
+            (out / "folder" / "file").touch()
+            (out / "link").symlink_to(tmp_path)
+            raise InterruptedError
+
+    with pytest.raises(InterruptedError):
+        fail()
+    assert out.exists() == there
+    assert not there or not any(out.iterdir())

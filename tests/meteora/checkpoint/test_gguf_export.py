@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from typing import TYPE_CHECKING, Any
 
 import gguf
@@ -12,9 +13,10 @@ from peft.tuners.lora import Linear as LoraLayer
 from transformers.modeling_gguf_pytorch_utils import LlamaTensorProcessor
 
 from meteora.checkpoint import tensors as checkpoint_tensors
-from meteora.checkpoint.export import ExportError
+from meteora.checkpoint.edit import drop_expert
+from meteora.checkpoint.export import ExportError, export_expert
 from meteora.checkpoint.gguf_export import export_gguf
-from meteora.checkpoint.manifest import EXPERTS, MANIFEST
+from meteora.checkpoint.manifest import EXPERTS, MANIFEST, CheckpointError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -24,6 +26,7 @@ if TYPE_CHECKING:
     from tests.conftest import World
 
 HEADS = {"q_proj": 4, "k_proj": 2}
+PATH = "model.layers.0.self_attn.q_proj"
 
 
 def in_order_of_transformers(rows: np.ndarray, path: str) -> np.ndarray:
@@ -67,13 +70,32 @@ def test_of_a_stack_only_the_expert_s_own_numbers_are_read(
 ) -> None:
     """Else the time to export all experts grows with the square of their number."""
     with checkpoint_tensors.open_experts(world.checkpoint, world.manifest) as stack:
-        for path, entry in world.manifest.modules.items():
-            a, b = stack.factors(path)
-            parts = zip(a.split([*entry.ranks]), b.split([*entry.ranks], dim=1), strict=True)
-            for e, whole in enumerate(parts):
-                torch.testing.assert_close(stack.factors_of(path, e), whole, rtol=0, atol=0)
+        for e in range(len(world.manifest.names)):
+            for path, *own in stack.of_expert(e):
+                ranks = [*world.manifest.modules[path].ranks]
+                a, b = stack.factors(path)
+                whole = (a.split(ranks)[e], b.split(ranks, dim=1)[e])
+                torch.testing.assert_close(tuple(own), whole, rtol=0, atol=0)
     monkeypatch.delattr(checkpoint_tensors.ExpertsFile, "factors")
     assert len(export_gguf(world.checkpoint, tmp_path / "out")) == len(world.manifest.names)
+    assert export_expert(world.checkpoint, "attention", tmp_path / "peft")
+
+
+@pytest.mark.parametrize(("dtype", "kind"), [(torch.float16, "F16"), (torch.bfloat16, "F32")])
+def test_numbers_of_16_bits_are_written_exactly(
+    world: World, tmp_path: Path, dtype: torch.dtype, kind: str
+) -> None:
+    manifest = drop_expert(world.checkpoint, "q_and_v", tmp_path / EXPERTS, dtype=dtype)
+    licensed = [dataclasses.replace(one, licence="mit") for one in manifest.experts]
+    manifest = dataclasses.replace(manifest, experts=tuple(licensed))
+    (tmp_path / MANIFEST).write_text(manifest.to_json())
+    reader = gguf.GGUFReader(export_gguf(tmp_path, tmp_path / "out", "all_seven")[0])
+    assert reader.fields["general.license"].contents() == "mit"
+    assert {tensor.tensor_type.name for tensor in reader.tensors} == {kind}
+    (v,) = (one.data for one in reader.tensors if one.name == "blk.0.attn_v.weight.lora_b")
+    with checkpoint_tensors.open_experts(tmp_path, manifest) as stack:
+        own = {path: b for path, _, b in stack.of_expert(0)}["model.layers.0.self_attn.v_proj"]
+        assert (v == own.float().numpy()).all()
 
 
 @pytest.mark.parametrize(
@@ -135,3 +157,22 @@ def test_what_llama_cpp_does_not_know_is_refused(world: World, tmp_path: Path) -
         with pytest.raises(ExportError, match=said):
             export_gguf(tmp_path, tmp_path / "out")
         assert not (tmp_path / "out").exists()
+
+
+def test_an_expert_on_a_head_that_is_the_embeddings_is_refused(
+    world: World, tmp_path: Path
+) -> None:
+    """llama.cpp has no tensor of that name then, and loads none of the expert."""
+    (tmp_path / EXPERTS).symlink_to(world.checkpoint / EXPERTS)
+    on_head = dataclasses.replace(world.manifest.modules[PATH], ranks=(4, 0, 0, 0))
+    modules = world.manifest.modules | {"lm_head": on_head}
+    (tmp_path / MANIFEST).write_text(dataclasses.replace(world.manifest, modules=modules).to_json())
+    config = json.loads((world.base / "config.json").read_text()) | {"tie_word_embeddings": True}
+    tied = tmp_path / "tied"
+    tied.mkdir()
+    (tied / "config.json").write_text(json.dumps(config))
+    with pytest.raises(ExportError, match="an expert is on lm_head, whose weights are the embedd"):
+        export_gguf(tmp_path, tmp_path / "out", base=tied)
+    assert export_gguf(tmp_path, tmp_path / "out", "attention", base=tied)
+    with pytest.raises(CheckpointError, match="lm_head"):  # no tensors are there, and it went on
+        export_gguf(tmp_path, tmp_path / "all", base=world.base)

@@ -12,8 +12,9 @@ import torch
 from safetensors.torch import load, save_file
 
 import meteora
-from meteora.artifacts import MeteoraError
-from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError
+from meteora.artifacts import MeteoraError, file_sha256
+from meteora.checkpoint import resolve
+from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError, read_manifest
 from tests.clock import little_work
 from tests.meteora.checkpoint.checkpoint_maker import (
     edit_header,
@@ -33,7 +34,7 @@ MOST_MEMORY = 200 << 20
 """Bytes that Python may take to refuse a checkpoint, whatever its size."""
 NAMES = [
     "\x1b[31mred", "a\nb", "a\x00", "\u202eleft", "", " ", "x" * 129, "é" * 65, 7, None, ["a"],
-    "(base)", "../x", "/abs", "a/b",
+    "(base)", "../x", "/abs", "a/b", "<img src=x>", "a|b", "[x](y)", "`id`", "a\\b",
 ]  # fmt: skip
 NUMBERS = [-1, 0, "1", 1.5, None, True, 2**70, [], {}]
 DEEP = "[" * 100_000 + "]" * 100_000
@@ -83,13 +84,20 @@ def test_ranks(folder: Path, value: object) -> None:
     refused(folder, "a rank of .*; it must be 1 to 4096")
 
 
-def test_a_fault_in_each_of_very_many_modules(folder: Path) -> None:
+@pytest.mark.parametrize(
+    ("count", "sentence"),
+    [
+        (10_000, "in of module0 is '0'; it must be a whole number"),
+        (10_001, "it has 10001 modules, more than 10000"),
+    ],
+)
+def test_a_fault_in_each_of_very_many_modules(folder: Path, count: int, sentence: str) -> None:
     def fill(body: dict[str, Any]) -> None:
         wrong = {**first_module(body), "in": 0, "out": 0}
-        body["modules"] = {f"module{i}": wrong for i in range(10_000)}
+        body["modules"] = {f"module{i}": wrong for i in range(count)}
 
     edit_manifest(folder, fill)
-    refused(folder, "in of module0 is '0'; it must be a whole number")
+    refused(folder, sentence)
 
 
 @pytest.mark.parametrize("value", [None, "2.0", True, 1e300, -1.0, 0.0, 1e-40, [], {}], ids=repr)
@@ -133,13 +141,17 @@ def test_examples_of_no_expert(folder: Path) -> None:
 
     edit_manifest(folder, none)
     refused(folder, "stand_ins names all experts")
+    edit_manifest(folder, lambda body: body["router"].update(stand_in="", stand_ins=["attention"]))
+    refused(folder, "stand_in is empty, and there are experts without examples")
+    edit_manifest(folder, lambda body: body["router"].update(stand_in="arrow"))
+    assert read_manifest(folder).router.stand_ins == ("attention",)
 
 
 @pytest.mark.parametrize("name", NAMES, ids=repr)
 def test_names_of_experts(folder: Path, name: object) -> None:
-    """Such a name could also leave the folder that `export_gguf` writes a file for each into."""
+    """It is text on a card, and a file in the folder that `export_gguf` writes into."""
     edit_manifest(folder, lambda body: body["experts"][0].update(name=name))
-    refused(folder)
+    refused(folder, "is not a printable name|cannot be the name of an expert")
 
 
 def test_an_expert_in_no_module(folder: Path) -> None:
@@ -221,6 +233,22 @@ def test_a_file_in_a_package_is_taken_only_by_its_hash(folder: Path) -> None:
     base = {"repo_id": "gguf:pytest/METADATA", "revision": "sha256:" + "0" * 64}
     edit_manifest(folder, lambda body: body["base"].update(base))
     with pytest.raises(MeteoraError, match="it is not the file that the checkpoint was made"):
+        meteora.load(folder)
+
+
+def test_a_packaged_base_is_asked_for_in_the_form_that_is_needed(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """One package is known to be ours, and may be installed; vLLM needs safetensors."""
+    sha256 = file_sha256(resolve.find_gguf("gguf:pytest/METADATA"))
+    base = {"repo_id": "gguf:pytest/METADATA", "revision": f"sha256:{sha256}"}
+    edit_manifest(folder, lambda body: body["base"].update(base))
+    with pytest.raises(MeteoraError, match="only the home of its run has it as safetensors"):
+        resolve.find_base_files(read_all(folder), None)
+    monkeypatch.setattr(resolve, "KNOWN_PACKAGES", {"surely-not-installed"})
+    base["repo_id"] = "gguf:surely-not-installed/x.gguf"
+    edit_manifest(folder, lambda body: body["base"].update(base))
+    with pytest.raises(MeteoraError, match="pip install"):
         meteora.load(folder)
 
 
@@ -414,12 +442,6 @@ def test_changed_bytes_are_found_by_the_hash(world: World, tmp_path: Path, name:
 def test_one_without_hashes_is_read_as_before(folder: Path) -> None:
     edit_manifest(folder, lambda body: body.pop("files"))
     assert read_all(folder).files == {}
-
-
-@pytest.mark.parametrize("name", ["<img src=x>", "a|b", "[x](y)", "`id`", "a\\b"])
-def test_names_that_are_markup_on_a_card(folder: Path, name: str) -> None:
-    edit_manifest(folder, lambda body: body["experts"][0].update(name=name))
-    refused(folder, "cannot be the name of an expert")
 
 
 @pytest.mark.parametrize("source", ["org/x)](https://evil.example", "org/x\n# Title", "a|b", "x"])

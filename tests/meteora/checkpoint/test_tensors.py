@@ -138,14 +138,6 @@ DAMAGES = {
         lambda folder: (folder / MANIFEST).write_text("{"),
         "does not describe a fused checkpoint",
     ),
-    "a list": (
-        lambda folder: (folder / MANIFEST).write_text("[]"),
-        "does not describe a fused checkpoint",
-    ),
-    "no base": (
-        lambda folder: edit(folder, lambda body: body.pop("base")),
-        "does not describe a fused checkpoint",
-    ),
     "a rank too few": (
         lambda folder: edit(folder, lambda body: first_module(body)["ranks"].pop()),
         "has 3 ranks for 4 experts",

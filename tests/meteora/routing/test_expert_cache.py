@@ -38,6 +38,7 @@ def pair_of(num_bytes):
 
 def test_the_least_recently_used_makes_room():
     cache = ExpertCache(100)
+    assert cache.miss_rate == 0
     for key in "ab":
         cache.fetch(key, pair_of(40))
     cache.fetch("a", pair_of(40))  # now b is the one that was used least recently

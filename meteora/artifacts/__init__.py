@@ -75,3 +75,15 @@ from meteora.artifacts.specs import (
     MergeSpec,
     Publication,
 )
+
+__all__ = [
+    "COMMIT", "NULL", "QUANTISED", "REPO_ID", "ROUTER_KINDS", "SHA256", "SHARED", "WITH_GATES",
+    "AdapterModule", "AdapterRef", "AdapterSpec", "ArtifactId", "BaseSpec", "BenchmarkSpec",
+    "BuiltBase", "ComparisonBuild", "ComparisonSpec", "Difference", "Fingerprint",
+    "FusedCheckpoint", "FusedSpec", "JointSettings", "LinearSize", "MergeSpec", "MeteoraError",
+    "Noun", "PoolBuild", "PoolShare", "PoolSpec", "Publication", "Rate", "Reason",
+    "RouterBuild", "RouterOptions", "RouterSpec", "RoutingBuild", "RoutingDetail",
+    "RoutingScore", "RoutingShare", "RoutingSpec", "RoutingSwitch", "Score", "ScorePair",
+    "ScorePart", "ScoreTurn", "Spec", "SpeedBuild", "SpeedSpec", "canonical_json",
+    "canonical_sha256", "file_sha256", "short",
+]  # fmt: skip

@@ -216,8 +216,7 @@ def _sort_rest(keys: list[str], claim: Claim, extras: OnExtras, found: Findings)
         found.refuse(
             "modules_to_save",
             f"it holds the base's own weights under its LoRA: {shown}; PEFT saves them beside a"
-            " LoRA on the head, and nothing is lost without them: allow its LoRA alone with"
-            " modules_to_save: strip"
+            " LoRA on the head, mostly unchanged: allow its LoRA alone with modules_to_save: strip"
             if all(".base_layer." in key for key in strippable)
             else f"it replaces whole modules of the base: {shown}; experts share one base, so leave"
             " it out, or allow its LoRA alone with modules_to_save: strip",

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -134,3 +135,28 @@ def test_a_recipe_that_is_given_twice_is_refused(workplace: Callable[..., RunCon
 
     with pytest.raises(ServeError, match="is given twice"):
         serve([workplace(), workplace()], None, limit=1)
+
+
+def test_two_recipes_of_one_name_are_told_apart_once(
+    workplace: Callable[..., RunContext],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from pipelines.flows import deployments  # noqa: PLC0415
+
+    work = workplace(policy={})
+    (tmp_path / "other").mkdir()
+    path = tmp_path / "other" / work.path.name
+    path.write_bytes(work.path.read_bytes())
+    other = replace(work, path=path)
+    served: list[str] = []
+    monkeypatch.setattr(
+        deployments.prefect_flows, "serve", lambda *d, **_: served.extend(one.name for one in d)
+    )
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    deployments.serve([work, other], None, limit=1)
+    said = capsys.readouterr().err
+    assert len(set(served)) == 2
+    assert said.count(f"2 recipes are called {work.name}: ") == 1
+    assert all(f"{one.path} as `{one.key}`" in said for one in (work, other))

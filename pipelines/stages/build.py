@@ -54,7 +54,7 @@ from pipelines.hub import repositories
 from pipelines.hub.card import licence_of
 from pipelines.hub.snapshot import locked
 from pipelines.planning.estimate import bytes_of_gates
-from pipelines.planning.plan import LEAST_EXAMPLES
+from pipelines.planning.examples import LEAST_EXAMPLES
 from pipelines.planning.room import with_room
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise

@@ -29,7 +29,7 @@ from pipelines.evaluation.measurements import ONE_EXPERT, Measurement, control_o
 from pipelines.evaluation.resume import BATCHES, NoLog, open_log
 from pipelines.evaluation.systems import use_system
 from pipelines.planning.batch_size import rows_at_once
-from pipelines.planning.plan import Plan, place_of_example
+from pipelines.planning.overlaps import place_of_example
 from pipelines.planning.room import (
     check_examples,
     check_names,
@@ -51,6 +51,7 @@ if TYPE_CHECKING:
 
     from meteora.artifacts import BenchmarkSpec, BuiltBase
     from pipelines.evaluation.tasks import Task
+    from pipelines.planning.plan import Plan
     from pipelines.workspace.context import RunContext
 
 WATCHED = 16

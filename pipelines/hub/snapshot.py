@@ -66,6 +66,12 @@ def check_file(file: ListedFile, folder: Path, what: str) -> None:
         )
 
 
+def has_size(file: ListedFile, folder: Path) -> bool:
+    """Whether a folder has a file of this name and length; its bytes are not read."""
+    path = folder / file.path
+    return path.is_file() and path.stat().st_size == file.size
+
+
 def keep_whole(files: Sequence[ListedFile], folder: Path) -> list[ListedFile]:
     """Remove all from a folder but complete files; return the files that are still missing."""
     left = []

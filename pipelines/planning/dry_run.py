@@ -22,6 +22,7 @@ from pipelines.planning.needs import print_estimates, shape_at_hand
 from pipelines.planning.resolve import at_hand, read_adapters
 from pipelines.planning.row_faults import faults_of_rows
 from pipelines.recipe.stage import Stage
+from pipelines.workspace.bases import unfinished
 from pipelines.workspace.console import plain_console
 
 if TYPE_CHECKING:
@@ -174,12 +175,14 @@ def _faults_of_adapters(outcomes: Outcomes) -> list[str]:
 def _describe_base(context: RunContext, base: BaseSpec) -> str:
     if COMMIT.fullmatch(base.base_revision) is None:
         return context.recipe.base
-    if context.base_folder(base).is_dir():
+    folder = context.base_folder(base)
+    if folder.is_dir():
         state = "here already"
     else:
         hub = sources.hub_of(context.recipe, base.base_model)
         try:
-            state = f"{repositories.base_bytes(base, hub=hub) / 1e6:,.1f} MB to download"
+            left = repositories.base_bytes(base, unfinished(folder), hub=hub)
+            state = f"{left / 1e6:,.1f} MB to download"
         except HubError as error:
             _raise_if_answered(error)
             state = "to download; the Hub was not reached"

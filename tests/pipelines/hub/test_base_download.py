@@ -11,8 +11,9 @@ from meteora.adapters.compatibility import IncompatibleAdaptersError
 from pipelines.admission import sources
 from pipelines.hub.errors import HubOfflineError
 from pipelines.stages.build import build_base
+from pipelines.workspace.bases import unfinished
 from tests.pipelines.admission.test_discover import adapter_repo
-from tests.pipelines.conftest import plan_of
+from tests.pipelines.conftest import plan_of, print_steps
 from tests.pipelines.hub.hub_server import Repo, running_hub
 
 if TYPE_CHECKING:
@@ -78,6 +79,21 @@ def test_two_runs_at_once_download_a_base_once(
         one, other = pool.map(lambda _: build_base(work, spec), range(2))
     assert one == other
     assert server.count("get") == len(BASE_FILES)
+
+
+def test_a_dry_run_counts_what_a_stopped_download_still_lacks(
+    workplace: Callable[..., RunContext], server: HubServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work, files = asking(workplace, server), server.repos["org/base"].files
+    files["model.safetensors"] += b" " * 2_000_000
+    files["model-00001-of-00001.safetensors"] = b" " * 1_000_000
+    folder = unfinished(work.base_folder(sources.resolve_base(work.recipe, work.folder)))
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(files["model.safetensors"])
+    (folder / "model-00001-of-00001.safetensors").write_bytes(b"cut")
+    print_steps(work)
+    assert f"org/base at {COMMIT[:12]}, 1.0 MB to download" in capsys.readouterr().out
+    assert (folder / "model-00001-of-00001.safetensors").is_file()
 
 
 def test_a_stack_that_no_memory_holds_is_refused(

@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from functools import partial
 from typing import TYPE_CHECKING, Any
 
-from meteora.base.loading import load_config, load_tokenizer
 from pipelines.data.claims import prompts_of
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.data.spans import read_spans
@@ -14,19 +13,11 @@ from pipelines.evaluation.harness import BenchmarkError
 from pipelines.evaluation.tasks import make_tasks
 from pipelines.planning.examples import asks_for_spans, most_prompts, refuse_too_few
 from pipelines.planning.overlaps import check_overlaps, place_of_example
-from pipelines.planning.room import (
-    check_examples,
-    check_names,
-    check_opening,
-    check_room,
-    check_spans,
-)
+from pipelines.planning.room import check_names, check_rows
 from pipelines.recipe.recipe import AUTO
 
 if TYPE_CHECKING:
     from meteora.artifacts import BaseSpec
-    from pipelines.data.spans import SpannedRow, SpannedTurns
-    from pipelines.evaluation.tasks import Task
     from pipelines.workspace.context import RunContext
 
     Read = Callable[..., Sequence[Row]]
@@ -72,31 +63,17 @@ def faults_of_rows(context: RunContext, base: BaseSpec | None, read: Read) -> li
         check_overlaps(recipe, folder, examples, spans, tests, prompts_of(pool, examples))
         refuse_too_few(recipe, examples, spans)
         check_names(tasks.values())
-        _check_lengths(context, base, tasks, examples, spans)
+        base_folder = context.base_folder(base) if base else None
+        if base_folder and (base_folder / "tokenizer.json").is_file():
+            check_rows(
+                base_folder,
+                tasks.values(),
+                examples,
+                spans,
+                partial(place_of_example, recipe, folder),
+                recipe.router.options((), fitted=True),
+                plain=settings.template == "plain",
+            )
     except (ExamplesError, BenchmarkError) as error:
         return [str(error)]
     return []
-
-
-def _check_lengths(
-    context: RunContext,
-    base: BaseSpec | None,
-    tasks: Mapping[str, Task],
-    examples: Mapping[str, Sequence[Row]],
-    spans: Sequence[SpannedRow | SpannedTurns],
-) -> None:
-    """Refuse rows that are too long for the base or not possible in its chat template.
-
-    Checks nothing if the base's tokenizer is not on this disk.
-    """
-    folder = context.base_folder(base) if base else None
-    if folder is None or not (folder / "tokenizer.json").is_file():
-        return
-    recipe = context.recipe
-    config, tokenizer = load_config(folder), load_tokenizer(folder)
-    check_room(tasks.values(), config, tokenizer)
-    if recipe.benchmark.template == "plain":
-        tokenizer.chat_template = None
-    check_examples(examples, partial(place_of_example, recipe, context.folder), config, tokenizer)
-    check_spans(spans, tokenizer)
-    check_opening(recipe.router.options((), fitted=bool(examples)), tokenizer)

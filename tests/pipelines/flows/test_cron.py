@@ -123,6 +123,14 @@ def test_what_is_a_schedule_is_taken(cron: str) -> None:
     assert read_schedule(cron, BERLIN).cron == cron
 
 
+def test_what_is_a_schedule_and_not_prefects_is_refused() -> None:
+    from pipelines.flows.deployments import ServeError, read_schedule  # noqa: PLC0415
+
+    require_schedule("0 3 LW * *", BERLIN)
+    with pytest.raises(ServeError, match="is no schedule of Prefect's"):
+        read_schedule("0 3 LW * *", BERLIN)
+
+
 @pytest.mark.parametrize("url", ["foo", "ftp://host/x", "https://", "http:// x"])
 def test_what_is_called_on_failure_is_a_url(url: str, tmp_path: Path) -> None:
     said = ask("schedule", "quickstart", "--on-failure", url, "--home", tmp_path)

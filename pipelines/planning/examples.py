@@ -144,21 +144,20 @@ def with_claims(
     enough = {name: rows for name, rows in claimed.items() if len(rows) >= LEAST_EXAMPLES}
     known = {**enough, **examples}
     rows_of = {name: list(known[name]) for name in names if name in known}
-    if recipe.router.without_examples == "refuse" or not rows_of:
-        for name in names:
-            if name in writers and name not in rows_of:
-                raise NoCardExamplesError(
-                    f"expert {name}: no examples: {writers[name]}; and of the prompts that it"
-                    f" writes itself {len(claimed.get(name, ()))} are surely of its task; name"
-                    " some, or a pool of prompts (gates.pool), or choose router.kind: prompt"
-                )
-            if name not in rows_of:
-                raise ExamplesError(
-                    f"expert {name}: of the {len(claims):,} prompts of gates.pool"
-                    f" {len(claimed.get(name, ()))} are surely its own, and a gate needs"
-                    f" {LEAST_EXAMPLES} or more; add prompts of its task, give it examples, or"
-                    " choose router.kind: prompt, which needs none"
-                )
+    left = [name for name in names if name not in rows_of]
+    if left and (recipe.router.without_examples == "refuse" or not rows_of):
+        name, count = left[0], len(claimed.get(left[0], ()))
+        if name in writers:
+            raise NoCardExamplesError(
+                f"expert {name}: no examples: {writers[name]}; and of the prompts that it writes"
+                f" itself {count} are surely of its task; name some, or a pool of prompts"
+                " (gates.pool), or choose router.kind: prompt"
+            )
+        raise ExamplesError(
+            f"expert {name}: of the {len(claims):,} prompts of gates.pool {count} are surely its"
+            f" own, and a gate needs {LEAST_EXAMPLES} or more; add prompts of its task, give it"
+            " examples, or choose router.kind: prompt, which needs none"
+        )
     return rows_of
 
 

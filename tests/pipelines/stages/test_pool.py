@@ -222,10 +222,12 @@ def test_an_expert_with_examples_keeps_them(
     work = open_recipe(experts=experts)
     planned, built = plan_of(work)
     assert len(planned.to_deal) == 48 - count
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(planned_examples, "MAX_PROMPTS", 4)
-        fewer, _ = plan_of(work)
-    assert (len(fewer.known_prompts["low"]), len(fewer.to_deal)) == (2, 2)
+    for most in (4, 20):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(planned_examples, "MAX_PROMPTS", most)
+            fewer, _ = plan_of(work)
+        known = len(fewer.known_prompts["low"])
+        assert (known, known + len(fewer.to_deal)) == (min(most // 2, count), most)
     build.stack(work, planned)
     deal_pool(work, planned, built)
     whole = complete(work, built, planned)

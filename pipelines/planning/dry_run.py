@@ -63,7 +63,7 @@ def print_steps(
     context = replace(context, recipe=sources.discover(context.recipe))
     text = _describe_base(context, base) if base else _not_here(context.recipe.base, reason)
     out.print(f"base       {text}", soft_wrap=True)
-    known = shape_at_hand(context)
+    known = shape_at_hand(context, base)
     experts: dict[str, Expert] = {}
     faults: list[str] = []
     if Stage.check in reached:
@@ -79,7 +79,7 @@ def print_steps(
     left = [stage for stage in reached if stage not in done]
     if here := ", ".join(stage for stage in reached if stage in done):
         out.print(f"here       {here}: in the ledger already")
-    faults += print_estimates(out, context, experts, known, left, read)
+    faults += print_estimates(out, context, base, experts, known, left, read)
     if Stage.check in reached:
         faults += faults_of_rows(context, base, read)
     for fault in faults:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import shutil
 from collections import Counter
 from collections.abc import Collection, Mapping, Sequence
@@ -27,7 +28,9 @@ from pipelines.planning.estimate import (
 from pipelines.planning.examples import most_prompts
 from pipelines.planning.row_faults import is_at_hand
 from pipelines.recipe.stage import Stage
+from pipelines.workspace.bases import unfinished
 from pipelines.workspace.machine import LARGE, measure_machine
+from store.files import size_of
 
 if TYPE_CHECKING:
     from rich.console import Console
@@ -47,6 +50,7 @@ CHARACTERS_PER_TOKEN = 4
 def print_estimates(
     out: Console,
     context: RunContext,
+    base: BaseSpec | None,
     accepted: Mapping[str, Expert],
     known: tuple[Shape, PreTrainedTokenizerBase | None] | None,
     stages: Collection[str],
@@ -68,7 +72,10 @@ def print_estimates(
     needs_on = partial(
         estimate, recipe, shape, experts=experts, examples=examples, tests=tests, pool=pool
     )
-    needs = [need for need in needs_on(machine=machine) if need.stage in stages]
+    bring_base, *others = needs_on(machine=machine)
+    to_write = max(0.0, bring_base.disk_bytes - _bytes_here(context, base))
+    every_need = [replace(bring_base, disk_bytes=to_write), *others]
+    needs = [need for need in every_need if need.stage in stages]
     out.print(f"\nEstimated, to a factor of two or so, for this machine ({machine.describe()}):")
     for need in needs:
         _print_need(out, need)
@@ -139,22 +146,42 @@ def _print_need(out: Console, need: Need) -> None:
         out.print(f"{'':45}{part}, {duration(seconds)}")
 
 
+def _bytes_here(context: RunContext, base: BaseSpec | None) -> float:
+    """The bytes of the base that a run does not have to write any more."""
+    if context.recipe.base.startswith(PATH):  # it stays where it is
+        return math.inf
+    return 0.0 if base is None else size_of(_folder_at_hand(context, base))
+
+
+def _folder_at_hand(context: RunContext, base: BaseSpec) -> Path:
+    """The folder with those files of a base that are on this disk; it may not exist."""
+    folder = context.base_folder(base)
+    return folder if folder.is_dir() else unfinished(folder)
+
+
 def free_bytes(folder: Path) -> int:
     """The free bytes of the disk that a folder is on; the folder need not exist."""
     existing = next(path for path in (folder, *folder.parents) if path.is_dir())
     return shutil.disk_usage(existing).free
 
 
-def shape_at_hand(context: RunContext) -> tuple[Shape, PreTrainedTokenizerBase | None] | None:
-    """The base's shape and tokenizer; None for files that are not on this disk."""
+def shape_at_hand(
+    context: RunContext, base: BaseSpec | None
+) -> tuple[Shape, PreTrainedTokenizerBase | None] | None:
+    """The base's shape and tokenizer; None for files that are not on this disk.
+
+    Args:
+        base: None if the Hub did not answer; then a commit in the recipe is enough.
+    """
     source = context.recipe.base
     if source.startswith(GGUF):
         file = find_gguf(source)
         return shape_of(file.parent, file.name), None
     repo_id, _, revision = source.partition("@")
-    folder = context.base_folder(BaseSpec(repo_id, revision))
-    if COMMIT.fullmatch(revision) and not folder.is_dir() and not source.startswith(PATH):
-        config = cached(repo_id, "config.json", revision)
+    spec = base or BaseSpec(repo_id, revision)
+    folder = _folder_at_hand(context, spec)
+    if COMMIT.fullmatch(spec.base_revision) and not folder.is_dir():
+        config = cached(spec.base_model, "config.json", spec.base_revision)
         folder = config.parent if config else folder
     if not (folder / "config.json").is_file():
         return None

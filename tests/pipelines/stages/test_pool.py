@@ -149,6 +149,8 @@ def test_a_plan_waits_for_its_pool(open_recipe: Callable[..., RunContext]) -> No
     planned, built = plan_of(work)
     assert len(planned.to_deal) == 48
     assert not planned.examples
+    mixed = open_recipe(gates={**spans, "composites": [2]}, router={"null": True})
+    assert plan_of(mixed)[0].to_deal == planned.to_deal
     found = look(work)
     assert found.finished is None
     assert found.plan is not None

@@ -26,7 +26,7 @@ class AdapterVerdict(Noun):
     repo_id: str
     """`owner/name` on the Hub, or `path:<folder name>`."""
     revision: str
-    """The commit; for a folder `sha256:` and the hash of its weights."""
+    """The commit; for a folder `sha256:` and the hash of its weights; empty if the Hub has none."""
     verdict: str
     """One of `VERDICTS`."""
     reasons: tuple[Reason, ...] = ()

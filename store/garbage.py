@@ -16,7 +16,7 @@ if TYPE_CHECKING:
 
 STOPPED = ("bases/*.partial", "adapters/*/*.partial")
 """Downloads that were stopped; a run that needs such a base continues the download."""
-SHA256_IN_TEXT = re.compile(rb"(?<![0-9a-f])[0-9a-f]{64}(?![0-9a-f])")
+SHA256_IN_TEXT = re.compile(rb"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)

@@ -63,7 +63,8 @@ class Requirements:
 class Refusal:
     """An adapter that cannot be an expert."""
 
-    ref: AdapterRef
+    ref: AdapterRef | None
+    """None if the Hub has no such repository, branch or commit."""
     error: AdapterError | UnusableRepositoryError
     left_out: bool
     """Whether the run goes on without it; otherwise the run ends."""
@@ -93,12 +94,9 @@ def read_experts(
     recipe, folder = context.recipe, context.folder
     known: dict[str, str] = {}
     for section in recipe.experts:
+        ref = None
         try:
             ref = resolve(recipe, section, folder)
-        except NotHereError as error:
-            yield section, Missing(None, str(error))
-            continue
-        try:
             adapter_folder = fetch(recipe, section, ref, folder, context.adapters_folder)
             expert = read_expert(section.name, section.adapter, ref, adapter_folder, requirements)
             twin = known.setdefault(expert.adapter.spec.id, section.name)

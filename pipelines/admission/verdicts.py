@@ -89,9 +89,10 @@ def record_refused(
     hub_at: Callable[[str], Hub],
 ) -> None:
     """Record that an adapter is refused, and why, with the Hub's facts on its repository."""
-    error, about = refusal.error, hub_facts(refusal.ref, ledger.home / "adapters", hub_at)
+    error, ref = refusal.error, refusal.ref
+    about = hub_facts(ref, ledger.home / "adapters", hub_at) if ref else None
     reasons = error.reasons if isinstance(error, AdapterError) else [Reason("hub", str(error))]
-    verdict = _verdict(name, source, refusal.ref, about, "refuse", reasons)
+    verdict = _verdict(name, source, ref, about, "refuse", reasons)
     ledger.record_adapter(verdict, run_id=run_id)
     failure = Failure("check", name, type(error).__name__, str(error))
     ledger.record_failure(failure, run_id=run_id)
@@ -123,14 +124,16 @@ def hub_facts(ref: AdapterRef, cache: Path, hub_at: Callable[[str], Hub]) -> Hub
 def _verdict(
     name: str,
     source: str,
-    ref: AdapterRef,
+    ref: AdapterRef | None,
     about: HubSource | None,
     word: str,
     reasons: Sequence[Reason],
 ) -> AdapterVerdict:
     """The verdict on an adapter, with the Hub's facts on its repository."""
+    repo_id, revision = (ref.repo_id, ref.revision) if ref else (source.partition("@")[0], "")
+    subfolder = ref.subfolder if ref else ""
     verdict = AdapterVerdict(
-        name, source, ref.repo_id, ref.revision, word, tuple(reasons), subfolder=ref.subfolder
+        name, source, repo_id, revision, word, tuple(reasons), subfolder=subfolder
     )
     if about is None:
         return verdict

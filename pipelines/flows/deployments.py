@@ -68,6 +68,10 @@ def serve(
     counts = Counter(context.key for context in contexts)
     if twice := [key for key, count in counts.items() if count > 1]:
         raise ServeError(f"the recipe {twice[0]} is given twice; once is enough")
+    for name, count in Counter(context.name for context in contexts).items():
+        if count > 1:
+            alike = ", ".join(f"{c.path} as `{c.key}`" for c in contexts if c.name == name)
+            say(f"{count} recipes are called {name}: {alike}; rename all but one", "note")
     for context in contexts:
         when = f"at {schedule.cron!r} ({schedule.timezone})" if schedule else "when asked to"
         say(f"{context.name}: runs {when}, as `meteora/{context.key}` on {local_server.page()}")

@@ -22,7 +22,7 @@ from pipelines.hub.errors import (
     HubRevisionError,
 )
 from pipelines.hub.listing import check_sizes, fetch_files, list_folder, some_names, where
-from pipelines.hub.snapshot import ListedFile, keep_whole, staging
+from pipelines.hub.snapshot import ListedFile, has_size, keep_whole, staging
 
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/]{0,254}")
 PULL_REQUEST = "refs/pr/"
@@ -76,10 +76,13 @@ def resolve(text: str, *, subfolder: str = "", hub: Hub = DEFAULT) -> AdapterRef
     return AdapterRef(repo_id, refs[wanted], subfolder)
 
 
-def base_bytes(spec: BaseSpec, *, hub: Hub = DEFAULT) -> int:
-    """The bytes of `download_base`, by the Hub's listing; raises its errors of a listing."""
+def base_bytes(spec: BaseSpec, out: Path, *, hub: Hub = DEFAULT) -> int:
+    """The bytes that `download_base` would still download; raises its errors of a listing.
+
+    A file in the folder `out` counts as complete if it has its size; it is not hashed.
+    """
     ref = AdapterRef(spec.base_model, spec.base_revision)
-    return sum(file.size for file in _base_files(hub, ref))
+    return sum(file.size for file in _base_files(hub, ref) if not has_size(file, out))
 
 
 def download_base(spec: BaseSpec, out: Path, *, hub: Hub = DEFAULT) -> None:

@@ -69,6 +69,12 @@ def git_sha1(path: Path) -> str:
         return hashlib.file_digest(stream, lambda: digest).hexdigest()
 
 
+def has_size(file: ListedFile, folder: Path) -> bool:
+    """Whether a folder has a file of this name and length; its bytes are not read."""
+    path = folder / file.path
+    return path.is_file() and path.stat().st_size == file.size
+
+
 def keep_whole(files: Sequence[ListedFile], folder: Path) -> list[ListedFile]:
     """Remove all from a folder but complete files; return the files that are still missing."""
     left = []

@@ -2,78 +2,41 @@
 
 from __future__ import annotations
 
-import shutil
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
-from functools import cache, partial
-from pathlib import Path
+from functools import cache
 from typing import TYPE_CHECKING, Any
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError, check_stackable
 from meteora.artifacts import COMMIT, BaseSpec, BuiltBase
-from meteora.base.loading import Shape, load_config, load_tokenizer, shape_of
-from meteora.base.sources import GGUF, PATH, SourceError, find_gguf
+from meteora.base.sources import PATH, SourceError
 from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.admission import sources
 from pipelines.admission.experts import Expert, Missing, Refusal
-from pipelines.data.claims import prompts_of
 from pipelines.data.row_sources import read_rows
-from pipelines.data.rows import ExamplesError, Row
-from pipelines.data.spans import read_spans
-from pipelines.evaluation.harness import BenchmarkError
-from pipelines.evaluation.tasks import Task, make_tasks
 from pipelines.hub import repositories
 from pipelines.hub.errors import HubError, HubOfflineError
-from pipelines.hub.snapshot import cached
 from pipelines.hub.upload import describe_destination
-from pipelines.planning.estimate import (
-    ASSUMED_ANSWER_TOKENS,
-    ASSUMED_RANK,
-    Experts,
-    Need,
-    Rows,
-    assumed_ranks,
-    estimate,
-)
-from pipelines.planning.plan import (
-    Plan,
-    asks_for_spans,
-    check_overlaps,
-    most_prompts,
-    place_of_example,
-    refuse_too_few,
-)
+from pipelines.planning.needs import print_estimates, shape_at_hand
 from pipelines.planning.resolve import at_hand, read_adapters
-from pipelines.planning.room import (
-    check_examples,
-    check_names,
-    check_opening,
-    check_room,
-    check_spans,
-)
-from pipelines.recipe.recipe import AUTO, ExpertSection, Recipe
+from pipelines.planning.row_faults import faults_of_rows
 from pipelines.recipe.stage import Stage
+from pipelines.workspace.bases import unfinished
 from pipelines.workspace.console import plain_console
-from pipelines.workspace.machine import LARGE, measure_machine
 
 if TYPE_CHECKING:
     from rich.console import Console
-    from transformers import PreTrainedTokenizerBase
 
-    from pipelines.data.spans import SpannedRow, SpannedTurns
+    from pipelines.planning.plan import Plan
+    from pipelines.recipe.recipe import ExpertSection, Recipe
     from pipelines.workspace.context import RunContext
 
     Outcomes = Sequence[tuple[ExpertSection, Expert | Refusal | Missing]]
-    Read = Callable[..., Sequence[Row]]
 
-SAMPLE = 64
-"""Rows of a source whose length is measured."""
 MOST_ALIKE = 32
 """Most adapters with the same outcome and warnings that have a line; each refused one has its."""
-CHARACTERS_PER_TOKEN = 4
-"""Assumed if the tokenizer is not on this disk."""
 
 
 def print_steps(
@@ -101,7 +64,7 @@ def print_steps(
     context = replace(context, recipe=sources.discover(context.recipe))
     text = _describe_base(context, base) if base else _not_here(context.recipe.base, reason)
     out.print(f"base       {text}", soft_wrap=True)
-    known = _shape(context)
+    known = shape_at_hand(context, base)
     experts: dict[str, Expert] = {}
     faults: list[str] = []
     if Stage.check in reached:
@@ -119,9 +82,9 @@ def print_steps(
     left = [stage for stage in reached if stage not in done]
     if here := ", ".join(stage for stage in reached if stage in done):
         out.print(f"here       {here}: in the ledger already")
-    faults += _print_estimates(out, context, experts, known, left, read)
+    faults += print_estimates(out, context, base, experts, known, left, read)
     if Stage.check in reached:
-        faults += _faults_of_rows(context, base, read)
+        faults += faults_of_rows(context, base, read)
     for fault in faults:
         out.print(f"\nthe run would stop: {fault}", soft_wrap=True)
     return not faults
@@ -209,84 +172,17 @@ def _faults_of_adapters(outcomes: Outcomes) -> list[str]:
     return faults
 
 
-def _is_here(source: str | None) -> bool:
-    """Whether a source of rows is on this disk."""
-    return bool(source) and source != AUTO and not source.startswith("hf:")
-
-
-def _faults_of_rows(context: RunContext, base: BaseSpec | None, read: Read) -> list[str]:
-    """Why a run would refuse the rows that are on this disk; empty if it would not.
-
-    Args:
-        base: The lengths of rows are checked if its tokenizer is on this disk.
-    """
-    recipe, folder, settings = context.recipe, context.folder, context.recipe.benchmark
-    gates, routed = recipe.gates, recipe.router.kind == "gate"
-    own = [one for one in recipe.experts if _is_here(one.test)]
-    further = tuple(task for task in settings.tasks if not task.rows.startswith("hf:"))
-    here = {one.name for one in own} | {task.called for task in further}
-    every = {e.name for e in recipe.experts if e.test} | {t.called for t in settings.tasks}
-    mixed: dict[str, Any] = {
-        kind: tuple(s for s in getattr(settings, kind) if here >= (set(s.tasks) or every))
-        for kind in ("composite", "conversation")
-    }
-    known = settings.model_copy(update={"tasks": further, **mixed})
-    try:
-        examples = {
-            one.name: read(one.examples, folder, gates.examples_per_expert)
-            for one in recipe.experts
-            if routed and _is_here(one.examples)
-        }
-        pool: Sequence[Row] = ()
-        if routed and _is_here(gates.pool):
-            most = most_prompts(recipe, len(recipe.experts))
-            pool = read(gates.pool, folder, most, answered=False)
-        named = [one.name for one in recipe.experts if one.examples or gates.pool]
-        spans = read_spans(gates.spans, folder, named) if asks_for_spans(recipe) else ()
-        tasks = make_tasks(own, known, folder, read)
-        tests = {name: task.rows for name, task in tasks.items() if task.rows}
-        check_overlaps(recipe, folder, examples, spans, tests, prompts_of(pool, examples))
-        refuse_too_few(recipe, examples, spans)
-        check_names(tasks.values())
-        _check_lengths(context, base, tasks, examples, spans)
-    except (ExamplesError, BenchmarkError) as error:
-        return [str(error)]
-    return []
-
-
-def _check_lengths(
-    context: RunContext,
-    base: BaseSpec | None,
-    tasks: Mapping[str, Task],
-    examples: Mapping[str, Sequence[Row]],
-    spans: Sequence[SpannedRow | SpannedTurns],
-) -> None:
-    """Refuse rows that are too long for the base or not possible in its chat template.
-
-    Checks nothing if the base's tokenizer is not on this disk.
-    """
-    folder = context.base_folder(base) if base else None
-    if folder is None or not (folder / "tokenizer.json").is_file():
-        return
-    recipe = context.recipe
-    config, tokenizer = load_config(folder), load_tokenizer(folder)
-    check_room(tasks.values(), config, tokenizer)
-    if recipe.benchmark.template == "plain":
-        tokenizer.chat_template = None
-    check_examples(examples, partial(place_of_example, recipe, context.folder), config, tokenizer)
-    check_spans(spans, tokenizer)
-    check_opening(recipe.router.options((), fitted=bool(examples)), tokenizer)
-
-
 def _describe_base(context: RunContext, base: BaseSpec) -> str:
     if COMMIT.fullmatch(base.base_revision) is None:
         return context.recipe.base
-    if context.base_folder(base).is_dir():
+    folder = context.base_folder(base)
+    if folder.is_dir():
         state = "here already"
     else:
         hub = sources.hub_of(context.recipe, base.base_model)
         try:
-            state = f"{repositories.base_bytes(base, hub=hub) / 1e6:,.1f} MB to download"
+            left = repositories.base_bytes(base, unfinished(folder), hub=hub)
+            state = f"{left / 1e6:,.1f} MB to download"
         except HubError as error:
             _raise_if_answered(error)
             state = "to download; the Hub was not reached"
@@ -339,162 +235,3 @@ def _raise_if_answered(error: SourceError | HubError) -> None:
     """Raise an error that is an answer of the Hub; return if the Hub did not answer."""
     if isinstance(error, HubError) and not (error.retry or isinstance(error, HubOfflineError)):
         raise error
-
-
-def _print_estimates(
-    out: Console,
-    context: RunContext,
-    accepted: Mapping[str, Expert],
-    known: tuple[Shape, PreTrainedTokenizerBase | None] | None,
-    stages: Collection[str],
-    read: Read,
-) -> list[str]:
-    """Print the needs of these stages; returns a fault if the disk has too little free space."""
-    recipe = context.recipe
-    if known is None:
-        out.print(
-            "\nMemory and time cannot be estimated: the base's config is not here yet."
-            " `hf download` can get it alone, or `--until base` the base.",
-            soft_wrap=True,
-        )
-        return []
-    shape, tokenizer = known
-    experts, num_assumed = _experts(recipe, shape, accepted)
-    examples, tests, pool = _all_rows(context, tokenizer, read)
-    machine = measure_machine(shape.dtype)
-    needs_on = partial(
-        estimate, recipe, shape, experts=experts, examples=examples, tests=tests, pool=pool
-    )
-    needs = [need for need in needs_on(machine=machine) if need.stage in stages]
-    out.print(f"\nEstimated, to a factor of two or so, for this machine ({machine.describe()}):")
-    for need in needs:
-        _print_need(out, need)
-    out.print(f"  in all {duration(sum(need.seconds for need in needs))}, without downloads")
-    if shape.dtype.itemsize == 2 and machine.is_cpu:
-        on_large = [need for need in needs_on(machine=LARGE) if need.stage in stages]
-        shown = ", ".join(f"{need.stage} {duration(need.seconds)}" for need in on_large)
-        out.print(f"  on {LARGE.name}: {shown}", soft_wrap=True)
-    if short := [need.stage for need in needs if need.memory_bytes > machine.memory_bytes]:
-        out.print(
-            f"  more memory than the {machine.memory_bytes / 1e9:,.1f} GB of this machine is needed"
-            f" for: {', '.join(short)}"
-        )
-    every = [*examples.values(), *tests.values()]
-    if num_assumed and Stage.stack in stages:
-        out.print(
-            f"  {num_assumed} of {experts.count} adapters are not here: taken as rank"
-            f" {ASSUMED_RANK} on every linear layer"
-        )
-    wanted, free = sum(need.disk_bytes for need in needs), free_bytes(context.home)
-    out.print(f"  disk: {wanted / 1e9:,.1f} GB, of {free / 1e9:,.1f} GB that are free there")
-    absent = sum(not rows.known for rows in every)
-    if absent and Stage.gates in stages:
-        out.print(
-            f"  {absent} of {len(every)} sources of rows are not here: taken as full, and as"
-            f" {Rows.prompt_tokens:.0f} tokens a prompt and {Rows.answer_tokens:.0f} an answer"
-        )
-    if wanted > free:
-        return [f"{context.home}: {wanted / 1e9:,.1f} GB are needed there; free some space"]
-    return []
-
-
-def _all_rows(
-    context: RunContext, tokenizer: PreTrainedTokenizerBase | None, read: Read
-) -> tuple[dict[str, Rows], dict[str, Rows], Rows | None]:
-    """The examples by expert, the tests by task, and the pool, if there is one."""
-    recipe, settings = context.recipe, context.recipe.benchmark
-
-    def rows(source: str | None, limit: int, *, answered: bool = True) -> Rows:
-        if not _is_here(source):  # also a task of lm-eval, with rows of its own
-            return Rows(limit)
-        try:
-            source_rows = read(source, context.folder, limit, answered=answered)
-        except ExamplesError:
-            return Rows(limit)
-        return _measured(source_rows, tokenizer)
-
-    limit, pool = recipe.gates.examples_per_expert, None
-    examples = {e.name: rows(e.examples, limit) for e in recipe.experts if e.examples}
-    if recipe.router.kind == "gate" and recipe.gates.pool:
-        most = most_prompts(recipe, len(recipe.experts))
-        pool = rows(recipe.gates.pool, most, answered=False)
-        from_pool = replace(pool, count=limit, answer_tokens=ASSUMED_ANSWER_TOKENS)
-        examples |= {e.name: from_pool for e in recipe.experts if not e.examples}
-    tests = {e.name: rows(e.test, settings.limit) for e in recipe.experts if e.test}
-    tests |= {t.called: rows(t.rows, t.limit or settings.limit) for t in settings.tasks}
-    return examples, tests, pool
-
-
-def _print_need(out: Console, need: Need) -> None:
-    out.print(
-        f"  {need.stage:9}  memory {need.memory_bytes / 1e9:7,.1f} GB"
-        f"   disk {need.disk_bytes / 1e9:7,.1f} GB   time {duration(need.seconds):>8}"
-    )
-    if need.note:
-        out.print(f"{'':13}{need.note}")
-    for part, seconds in need.parts.items():
-        out.print(f"{'':45}{part}, {duration(seconds)}")
-
-
-def free_bytes(folder: Path) -> int:
-    """The free bytes of the disk that a folder is on; the folder need not exist."""
-    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-    return shutil.disk_usage(existing).free
-
-
-def _shape(context: RunContext) -> tuple[Shape, PreTrainedTokenizerBase | None] | None:
-    """The base's shape and tokenizer; None for files that are not on this disk."""
-    source = context.recipe.base
-    if source.startswith(GGUF):
-        file = find_gguf(source)
-        return shape_of(file.parent, file.name), None
-    repo_id, _, revision = source.partition("@")
-    folder = context.base_folder(BaseSpec(repo_id, revision))
-    if COMMIT.fullmatch(revision) and not folder.is_dir() and not source.startswith(PATH):
-        config = cached(repo_id, "config.json", revision)
-        folder = config.parent if config else folder
-    if not (folder / "config.json").is_file():
-        return None
-    whole = (folder / "tokenizer.json").is_file()
-    return shape_of(folder), load_tokenizer(folder) if whole else None
-
-
-def _experts(recipe: Recipe, shape: Shape, accepted: Mapping[str, Expert]) -> tuple[Experts, int]:
-    """The ranks of all experts, and the number of experts with assumed ranks."""
-    ranks: Counter[str] = Counter()
-    assumed = assumed_ranks(shape)
-    for expert in recipe.experts:
-        own = assumed
-        if expert.name in accepted:
-            own = {module.path: module.r for module in accepted[expert.name].adapter.spec.modules}
-        ranks.update({path: r for path, r in own.items() if path in shape.linears})
-    num_assumed = sum(expert.name not in accepted for expert in recipe.experts)
-    return Experts(len(recipe.experts), ranks), num_assumed
-
-
-def _measured(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase | None) -> Rows:
-    """The number of rows, and the mean length of the first `SAMPLE` in tokens."""
-
-    def length(text: str) -> float:
-        if tokenizer is None:
-            return len(text) / CHARACTERS_PER_TOKEN
-        return len(tokenizer(text).input_ids)
-
-    sample = rows[:SAMPLE]
-    return Rows(
-        len(rows),
-        sum(length(row.prompt) for row in sample) / len(sample),
-        sum(length(row.response) for row in sample) / len(sample),
-        sum(len(row.choices) for row in sample) / len(sample),
-        known=True,
-    )
-
-
-def duration(seconds: float) -> str:
-    """Such as 40 s, 12 min, 7.5 h or 3.2 d."""
-    if seconds < 1:
-        return "< 1 s"
-    for unit, length, most in (("s", 1, 120), ("min", 60, 7200), ("h", 3600, 172_800)):
-        if seconds < most:
-            return f"{seconds / length:.{0 if seconds >= 10 * length else 1}f} {unit}"
-    return f"{seconds / 86_400:,.1f} d"

@@ -1,17 +1,21 @@
-"""Rows of an import that are both examples and tests: refused, or left out of the examples."""
+"""Rows that are both examples and tests: refused, or left out of an import's examples."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from pipelines.data.row_sources import json_lines, read_rows, row_place
 from pipelines.data.rows import Row, refuse_overlap
+from pipelines.data.spans import prompt_parts
+from pipelines.recipe.recipe import AUTO, Recipe
 from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
+    from pipelines.data.spans import SpannedRow, SpannedTurns
     from pipelines.recipe.from_folder import Found
 
 ALL_ROWS = 1_000_000
@@ -39,8 +43,8 @@ def separate(adapters: Sequence[Found], out: Path, *, drop: bool) -> list[Found]
         refuse_overlap(
             examples,
             tests,
-            lambda name, number: _place(paths[name].examples, number),
-            lambda name, number: _place(paths[name].test, number),
+            lambda name, number: row_place(f"jsonl:{paths[name].examples}", Path(), number),
+            lambda name, number: row_place(f"jsonl:{paths[name].test}", Path(), number),
             "`--drop-overlaps` leaves such examples out",
         )
         return list(adapters)
@@ -69,5 +73,37 @@ def _read(path: Path) -> list[Row]:
     return read_rows(f"jsonl:{path.absolute()}", path.parent, ALL_ROWS)
 
 
-def _place(path: Path | None, number: int) -> str:
-    return row_place(f"jsonl:{path}", Path(), number) if path else ""
+def check_overlaps(
+    recipe: Recipe,
+    folder: Path,
+    examples: Mapping[str, Sequence[Row]],
+    spans: Sequence[SpannedRow | SpannedTurns],
+    tests: Mapping[str, Sequence[Row]],
+    prompts: Sequence[str] = (),
+) -> None:
+    """Refuse test rows that gates would be fitted to; an `ExamplesError` names the place of both.
+
+    Args:
+        prompts: The prompts of the recipe's pool.
+    """
+    sources = {section.name: section.test for section in recipe.experts}
+    sources |= {task.called: task.rows for task in recipe.benchmark.tasks}
+    test_place = partial(_place, sources, folder)
+    refuse_overlap(examples, tests, partial(place_of_example, recipe, folder), test_place)
+    spans_place = f"in {recipe.gates.spans}"
+    refuse_overlap(prompt_parts(spans), tests, lambda *_: spans_place, test_place)
+    pool = {"": [Row(prompt, "") for prompt in prompts]}
+    pool_place = f"in {recipe.gates.pool}"
+    refuse_overlap(pool, tests, lambda *_: pool_place, test_place, kind="a prompt of gates.pool")
+
+
+def place_of_example(recipe: Recipe, folder: Path, name: str, number: int) -> str:
+    """The place of an expert's example: file and line, or source and number."""
+    sources = {one.name: one.examples for one in recipe.experts if one.examples != AUTO}
+    return _place(sources, folder, name, number)
+
+
+def _place(sources: Mapping[str, str | None], folder: Path, name: str, number: int) -> str:
+    """The place of a row: file and line, or source and number."""
+    source = sources.get(name)
+    return row_place(source, folder, number) if source else f"row {number + 1}"

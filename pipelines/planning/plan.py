@@ -5,7 +5,6 @@ Nothing here loads a model or opens a database, so a finished run is recognised 
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
@@ -25,15 +24,13 @@ from meteora.artifacts import (
     canonical_sha256,
 )
 from meteora.artifacts.routers import OPENING_SHARE
-from pipelines.admission.card_examples import NoCardExamplesError, read_card_examples
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.background import background_rows
-from pipelines.data.claims import Claim, examples_of, nobodys, prompts_of
-from pipelines.data.composites import compose, mixable
+from pipelines.data.claims import Claim, nobodys
 from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS
-from pipelines.data.row_sources import pin_source, read_rows, row_place
-from pipelines.data.rows import ExamplesError, Row, refuse_overlap
-from pipelines.data.spans import SpannedRow, SpannedTurns, prompt_parts, read_spans
+from pipelines.data.row_sources import read_rows
+from pipelines.data.rows import Row
+from pipelines.data.spans import SpannedRow, SpannedTurns, read_spans
 from pipelines.evaluation.measurements import (
     Measurement,
     Subjects,
@@ -43,21 +40,22 @@ from pipelines.evaluation.measurements import (
     find_subjects,
 )
 from pipelines.evaluation.tasks import Task, make_tasks
+from pipelines.planning.examples import (
+    asks_for_spans,
+    find_pool,
+    known_prompts,
+    read_examples,
+    refuse_too_few,
+    template_of,
+    with_claims,
+)
+from pipelines.planning.overlaps import check_overlaps
 from pipelines.recipe.gates import CalibrateSection, JointSection, numbers_of
-from pipelines.recipe.recipe import AUTO, Recipe
 
 if TYPE_CHECKING:
     from pipelines.admission.experts import Expert
     from pipelines.recipe.benchmark import BenchmarkSection
-
-
-MAX_PROMPTS = 8192
-"""The most prompts of a pool and the known prompts together. The distances of all pairs are in
-memory twice: 0.53 GB for so many."""
-PROMPTS_PER_EXAMPLE = 2
-"""Prompts of a pool to read for each example that experts may have; some go to no expert."""
-LEAST_EXAMPLES = 2
-"""Of an expert: one to fit its gate, one to check it."""
+    from pipelines.recipe.recipe import Recipe
 
 
 @dataclass(frozen=True)
@@ -136,17 +134,17 @@ def make_plan(
     token_of = token_of_rows(recipe.hub.token_for, allow_http=recipe.hub.allow_http)
     tasks = make_tasks(chosen, recipe.benchmark, folder, partial(read_rows, token_of=token_of))
     tests = {name: task.rows for name, task in tasks.items() if task.rows}
-    examples, of_cards, of_hub, writers = _examples(recipe, folder, experts, token_of)
+    examples, of_cards, of_hub, writers = read_examples(recipe, folder, experts, token_of)
     fused = stack_of(base, experts)
     known = known_prompts(examples, fused.names)
-    pool, prompts = _pool(recipe, folder, fused, examples, known, writers, token_of)
+    pool, prompts = find_pool(recipe, folder, fused, examples, known, writers, token_of)
     claims = claims_of(pool) if pool else None
     is_dealt = pool is None or claims is not None
     if pool and claims is not None:
         if writers:  # an expert can write a test question by chance
             tested = {row.question for rows in tests.values() for row in rows}
             claims = [one for one in claims if Row(one.prompt, "").question not in tested]
-        examples = _with_claims(recipe, names, examples, claims, writers)
+        examples = with_claims(recipe, names, examples, claims, writers)
     if recipe.router.null and recipe.router.kind == "gate":
         outside = nobodys(claims or ())[: recipe.gates.examples_per_expert]
         examples[NULL] = [*background_rows(), *outside]
@@ -167,92 +165,6 @@ def make_plan(
         card_examples=of_cards,
         hub_examples=of_hub,
     )
-
-
-def most_prompts(recipe: Recipe, num_experts: int) -> int:
-    """The most rows to read of a recipe's pool."""
-    wanted = PROMPTS_PER_EXAMPLE * recipe.gates.examples_per_expert * num_experts
-    return min(MAX_PROMPTS, wanted)
-
-
-def known_prompts(
-    examples: Mapping[str, Sequence[Row]], names: Sequence[str]
-) -> dict[str, list[str]]:
-    """Prompts of the experts with examples, equally many of each; half of `MAX_PROMPTS` at most."""
-    own = {name: examples[name] for name in names if name in examples}
-    each = MAX_PROMPTS // 2 // max(1, len(own))
-    return {name: [row.prompt for row in rows[:each]] for name, rows in own.items()}
-
-
-def _pool(
-    recipe: Recipe,
-    folder: Path,
-    fused: FusedSpec,
-    examples: Mapping[str, Sequence[Row]],
-    known: Mapping[str, Sequence[str]],
-    writers: Mapping[str, str],
-    token_of: Callable[[str], str | None],
-) -> tuple[PoolSpec | None, tuple[str, ...]]:
-    """The pool, if any expert needs it, and its prompts; none if experts will write them.
-
-    Args:
-        writers: Experts that write their prompts, if the recipe names no pool.
-    """
-    source, limit = recipe.gates.pool, recipe.gates.examples_per_expert
-    if recipe.router.kind != "gate" or set(fused.names) <= examples.keys():
-        return None, ()
-    beside = canonical_sha256(known) if known else ""
-    how = (limit, recipe.gates.seed, _template(recipe), beside)
-    if writers:
-        return PoolSpec(fused.id, "", *how, writers=tuple(writers)), ()
-    if not source:
-        return None, ()
-    most = most_prompts(recipe, len(fused.names))
-    rows = read_rows(source, folder, most, token_of, answered=False)
-    prompts = prompts_of(rows, examples)[: MAX_PROMPTS - sum(map(len, known.values()))]
-    if len(prompts) < 2:
-        raise ExamplesError(
-            f"gates.pool, {source}: {len(prompts)} prompts that are no examples already; a pool"
-            " needs many of each expert's task"
-        )
-    return PoolSpec(fused.id, canonical_sha256(prompts), *how), tuple(prompts)
-
-
-def _with_claims(
-    recipe: Recipe,
-    names: Sequence[str],
-    examples: Mapping[str, Sequence[Row]],
-    claims: Sequence[Claim],
-    writers: Mapping[str, str],
-) -> dict[str, list[Row]]:
-    """The examples by expert, for experts without any those that they claim in the pool.
-
-    Args:
-        writers: Experts that wrote the pool's prompts, each with the reason.
-
-    Raises:
-        ExamplesError: An expert claims too few, and the recipe has no other way to route to it.
-    """
-    claimed = examples_of(claims)
-    enough = {name: rows for name, rows in claimed.items() if len(rows) >= LEAST_EXAMPLES}
-    known = {**enough, **examples}
-    rows_of = {name: list(known[name]) for name in names if name in known}
-    if recipe.router.without_examples == "refuse" or not rows_of:
-        for name in names:
-            if name in writers and name not in rows_of:
-                raise NoCardExamplesError(
-                    f"expert {name}: no examples: {writers[name]}; and of the prompts that it"
-                    f" writes itself {len(claimed.get(name, ()))} are surely of its task; name"
-                    " some, or a pool of prompts (gates.pool), or choose router.kind: prompt"
-                )
-            if name not in rows_of:
-                raise ExamplesError(
-                    f"expert {name}: of the {len(claims):,} prompts of gates.pool"
-                    f" {len(claimed.get(name, ()))} are surely its own, and a gate needs"
-                    f" {LEAST_EXAMPLES} or more; add prompts of its task, give it examples, or"
-                    " choose router.kind: prompt, which needs none"
-                )
-    return rows_of
 
 
 def plan_benchmark(
@@ -304,7 +216,7 @@ def _router(
             options,
             method="background",
             examples_sha256=_examples_sha256({NULL: background_rows()}),
-            template=_template(recipe),
+            template=template_of(recipe),
         )
     pool_id = pool.id if pool else ""
     if not examples:
@@ -324,7 +236,7 @@ def _router(
         **numbers_of(gates.composites),
         conversations=conversations,
         system_prompts=system_prompts,
-        template=_template(recipe),
+        template=template_of(recipe),
         opening_share=opening_share,
         openings_apart=bool(gates.composites),
         refined=calibrated,
@@ -333,76 +245,6 @@ def _router(
         loss_opening_share=0.0 if calibrated else opening_share,
         pool_id=pool_id,
     )
-
-
-def _template(recipe: Recipe) -> str:
-    """The template of prompts for the gates: the benchmark's."""
-    return "plain" if recipe.benchmark.template == "plain" else "auto"
-
-
-def check_overlaps(
-    recipe: Recipe,
-    folder: Path,
-    examples: Mapping[str, Sequence[Row]],
-    spans: Sequence[SpannedRow | SpannedTurns],
-    tests: Mapping[str, Sequence[Row]],
-    prompts: Sequence[str] = (),
-) -> None:
-    """Refuse test rows that gates would be fitted to; an `ExamplesError` names the place of both.
-
-    Args:
-        prompts: The prompts of the recipe's pool.
-    """
-    sources = {section.name: section.test for section in recipe.experts}
-    sources |= {task.called: task.rows for task in recipe.benchmark.tasks}
-    test_place = partial(_place, sources, folder)
-    refuse_overlap(examples, tests, partial(place_of_example, recipe, folder), test_place)
-    spans_place = f"in {recipe.gates.spans}"
-    refuse_overlap(prompt_parts(spans), tests, lambda *_: spans_place, test_place)
-    pool = {"": [Row(prompt, "") for prompt in prompts]}
-    pool_place = f"in {recipe.gates.pool}"
-    refuse_overlap(pool, tests, lambda *_: pool_place, test_place, kind="a prompt of gates.pool")
-
-
-def refuse_too_few(
-    recipe: Recipe,
-    examples: Mapping[str, Sequence[Row]],
-    spans: Sequence[SpannedRow | SpannedTurns],
-) -> None:
-    """Refuse too few examples of an expert for its gate, or of all experts for the composites.
-
-    With composites one example is enough for a gate: it occurs in several of them.
-
-    Raises:
-        ExamplesError: There are too few.
-    """
-    of_spans = Counter(name for row in spans for name in row.owners)
-    for name, rows in examples.items():
-        count = len(rows) + of_spans[name]
-        if count < LEAST_EXAMPLES and not recipe.gates.composites:
-            raise ExamplesError(
-                f"expert {name} has {count} of the {LEAST_EXAMPLES} examples that a gate needs at"
-                " least, one to fit and one to check: give it more"
-            )
-    own = {name: rows for name, rows in examples.items() if name != NULL}
-    for mixed in recipe.gates.composites if own else ():
-        rows_of = mixable(own)
-        try:
-            compose(rows_of, mixed.n, 1, recipe.gates.seed, mixed.num_fewshot)
-        except ExamplesError as error:
-            raise ExamplesError(f"gates.composites, n: {mixed.n}: {error}") from error
-
-
-def place_of_example(recipe: Recipe, folder: Path, name: str, number: int) -> str:
-    """The place of an expert's example: file and line, or source and number."""
-    sources = {one.name: one.examples for one in recipe.experts if one.examples != AUTO}
-    return _place(sources, folder, name, number)
-
-
-def _place(sources: Mapping[str, str | None], folder: Path, name: str, number: int) -> str:
-    """The place of a row: file and line, or source and number."""
-    source = sources.get(name)
-    return row_place(source, folder, number) if source else f"row {number + 1}"
 
 
 def stack_of(base: BaseSpec, experts: Sequence[Expert]) -> FusedSpec:
@@ -433,59 +275,6 @@ def joint_settings(section: CalibrateSection | JointSection) -> JointSettings | 
     if not isinstance(section, JointSection):
         return None
     return JointSettings(**section.model_dump(include={f.name for f in fields(JointSettings)}))
-
-
-def _examples(
-    recipe: Recipe,
-    folder: Path,
-    experts: Sequence[Expert],
-    token_of: Callable[[str], str | None],
-) -> tuple[dict[str, list[Row]], dict[str, str], dict[str, str], dict[str, str]]:
-    """Read the examples of every expert.
-
-    Returns:
-        Each by expert: the examples, the sources that cards name, the pinned sources on the Hub,
-        and, for experts that must write prompts themselves, why their card has no examples.
-
-    Raises:
-        NoCardExamplesError: a card names no usable examples, and the recipe has neither a pool nor
-            another way to route to that expert. With plain text experts cannot write prompts: only
-            a template marks the end of a prompt.
-    """
-    if recipe.router.kind != "gate":
-        return {}, {}, {}, {}
-    limit = recipe.gates.examples_per_expert
-    sources = {section.name: section.examples for section in recipe.experts}
-    examples: dict[str, list[Row]] = {}
-    of_cards: dict[str, str] = {}
-    of_hub: dict[str, str] = {}
-    writers: dict[str, str] = {}
-    for expert in experts:
-        source = sources.get(expert.name, AUTO)  # an adapter that `discover` found has no section
-        if source == AUTO:
-            try:
-                rows, source = read_card_examples(expert.datasets, folder, limit, token_of)
-            except NoCardExamplesError as error:
-                if recipe.benchmark.template != "plain" and not recipe.gates.pool:
-                    writers[expert.name] = str(error)
-                    continue
-                if recipe.gates.pool or recipe.router.without_examples != "refuse":
-                    continue
-                raise NoCardExamplesError(
-                    f"expert {expert.name}: no examples: {error}; name some, or a pool of prompts"
-                    " (gates.pool), or choose router.kind: prompt"
-                ) from error
-            examples[expert.name], of_cards[expert.name] = rows, source
-        elif source:
-            if pinned := pin_source(source, token_of):
-                source = of_hub[expert.name] = pinned
-            examples[expert.name] = read_rows(source, folder, limit, token_of)
-    return examples, of_cards, of_hub, writers
-
-
-def asks_for_spans(recipe: Recipe) -> bool:
-    """Whether gates are fitted to examples with several owners, of `gates.spans`."""
-    return recipe.router.kind == "gate" and bool(recipe.gates.spans)
 
 
 def _examples_sha256(

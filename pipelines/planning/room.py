@@ -7,13 +7,14 @@ all its questions count, and of the answers only the last.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
 from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 
 from meteora.base.chat_template import encode_pair
+from meteora.base.loading import load_config, load_tokenizer
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.evaluation.harness import (
     is_templated,
@@ -24,6 +25,8 @@ from pipelines.evaluation.harness import (
 from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
     from meteora.artifacts import RouterOptions
@@ -44,6 +47,39 @@ def check_names(tasks: Iterable[Task]) -> None:
             from pipelines.evaluation.lm_eval_tasks import find_lm_eval_task  # noqa: PLC0415
 
             find_lm_eval_task(task)
+
+
+def check_rows(
+    folder: Path,
+    tasks: Collection[Task],
+    examples: Mapping[str, Sequence[Row]],
+    spans: Sequence[SpannedRow | SpannedTurns],
+    place: Callable[[str, int], str],
+    options: RouterOptions,
+    *,
+    plain: bool,
+) -> None:
+    """Refuse rows that are too long for a base, or not possible in its chat template.
+
+    Args:
+        folder: of the base
+        examples: by expert; none, like `spans`, if no gates are to be fitted
+        place: returns the place of an example, from its expert and its number
+        plain: whether gates are fitted to prompts without the chat template
+
+    Raises:
+        BenchmarkError: a prompt of a task is.
+        ExamplesError: an example is, or the chat template does not suit the gates.
+    """
+    config, tokenizer = load_config(folder), load_tokenizer(folder)
+    check_room(tasks, config, tokenizer)
+    if plain:
+        tokenizer.chat_template = None
+    check_examples(examples, place, config, tokenizer)
+    for row in spans:
+        row.encode(tokenizer)
+    if examples:
+        check_opening(options, tokenizer)
 
 
 def check_room(
@@ -90,18 +126,6 @@ def check_examples(
                 f" {place(name, first)}, has {lengths[first]} tokens with its answer, and the base"
                 f" has room for {room}; take such examples out, or shorten them"
             )
-
-
-def check_spans(
-    spans: Sequence[SpannedRow | SpannedTurns], tokenizer: PreTrainedTokenizerBase
-) -> None:
-    """Refuse rows with turns that need a chat template, or are not possible in this one.
-
-    Raises:
-        ExamplesError: a row has such turns.
-    """
-    for row in spans:
-        row.encode(tokenizer)
 
 
 def check_opening(options: RouterOptions, tokenizer: PreTrainedTokenizerBase) -> None:

@@ -54,7 +54,7 @@ from pipelines.hub import repositories
 from pipelines.hub.card import licence_of
 from pipelines.hub.snapshot import locked
 from pipelines.planning.estimate import bytes_of_gates
-from pipelines.planning.plan import LEAST_EXAMPLES
+from pipelines.planning.examples import LEAST_EXAMPLES
 from pipelines.planning.room import with_room
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
@@ -67,7 +67,7 @@ from pipelines.stages.open_model import (
     opened,
     tokenizer_of_gates,
 )
-from pipelines.workspace.bases import require_sound, seal
+from pipelines.workspace.bases import require_sound, seal, unfinished
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import RunContext, put_in_place
 from pipelines.workspace.faults import require_space
@@ -120,7 +120,7 @@ def _bring_base(work: RunContext, spec: BaseSpec, folder: Path) -> None:
                 made = scratch / "base"
                 _dequantise(work.recipe.base, spec, made)
             else:
-                made = folder.with_name(f"{folder.name}.partial")  # another run can continue it
+                made = unfinished(folder)
                 hub = hub_of(work.recipe, spec.base_model)
                 repositories.download_base(spec, made, hub=hub)
             seal(made, work.home)

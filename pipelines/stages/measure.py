@@ -29,15 +29,8 @@ from pipelines.evaluation.measurements import ONE_EXPERT, Measurement, control_o
 from pipelines.evaluation.resume import BATCHES, NoLog, open_log
 from pipelines.evaluation.systems import use_system
 from pipelines.planning.batch_size import rows_at_once
-from pipelines.planning.plan import Plan, place_of_example
-from pipelines.planning.room import (
-    check_examples,
-    check_names,
-    check_opening,
-    check_room,
-    check_spans,
-    longest,
-)
+from pipelines.planning.overlaps import place_of_example
+from pipelines.planning.room import check_names, check_room, check_rows, longest
 from pipelines.scoring import compare
 from pipelines.scoring.judges import check_judges
 from pipelines.scoring.outputs import write_outputs
@@ -51,6 +44,7 @@ if TYPE_CHECKING:
 
     from meteora.artifacts import BenchmarkSpec, BuiltBase
     from pipelines.evaluation.tasks import Task
+    from pipelines.planning.plan import Plan
     from pipelines.workspace.context import RunContext
 
 WATCHED = 16
@@ -88,17 +82,12 @@ def check_prompts(work: RunContext, plan: Plan) -> None:
     tasks = _tasks_of(missing(work, plan), plan)
     check_names(tasks)
     own = {name: rows for name, rows in plan.examples.items() if name != NULL}
-    examples = {} if work.holds(plan.router.id) else own
-    if tasks or examples:
-        folder = work.base_folder(plan.base)
-        config, tokenizer = loading.load_config(folder), loading.load_tokenizer(folder)
-        check_room(tasks, config, tokenizer)
+    examples, spans = ({}, ()) if work.holds(plan.router.id) else (own, plan.spans)
+    if tasks or examples or spans:
         place = partial(place_of_example, work.recipe, work.folder)
-        tokenizer = tokenizer_of_gates(tokenizer, plan.router.template)
-        check_examples(examples, place, config, tokenizer)
-        if examples:
-            check_spans(plan.spans, tokenizer)
-            check_opening(plan.router.options, tokenizer)
+        options, plain = plan.router.options, plan.router.template == "plain"
+        folder = work.base_folder(plan.base)
+        check_rows(folder, tasks, examples, spans, place, options, plain=plain)
 
 
 def _tasks_of(askings: Sequence[Sequence[Measurement]], plan: Plan) -> list[Task]:

@@ -62,6 +62,11 @@ def base_at(home: Path, base_id: ArtifactId) -> Path:
     return home / "bases" / base_id.partition(":")[2]
 
 
+def unfinished(folder: Path) -> Path:
+    """The folder of a base's download that was stopped; the next run goes on with its files."""
+    return folder.with_name(f"{folder.name}.partial")
+
+
 def seal(folder: Path, home: Path) -> None:
     """Make the files of a new base read-only, and note their hashes.
 

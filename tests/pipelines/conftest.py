@@ -102,12 +102,12 @@ def finished(work: RunContext) -> Plan | None:
     return found.plan if found else None
 
 
-def print_steps(work: RunContext) -> None:
+def print_steps(work: RunContext, until: Stage = Stage.publish) -> None:
     """What `--dry-run` prints of a recipe that is not finished."""
     from pipelines.cli.run import print_steps
     from pipelines.flows.up_to_date import look
 
-    print_steps(work, replace(look(work), finished=None))
+    print_steps(work, replace(look(work), finished=None), until)
 
 
 def base_of(work: RunContext) -> BuiltBase:

@@ -161,7 +161,8 @@ def test_gc_lists_what_nothing_refers_to_and_removes_it_only_when_asked(filled: 
     unused = ledger.blobs.put_bytes(b"unused")
     young = ledger.blobs.put_bytes(b"a run will record it soon")
     old(ledger.blobs.path_of(unused))
-    left = {root / "tmp" / "1-2" for root in (ledger.blobs.root, ledger.records.segments.root)}
+    roots = (ledger.home, ledger.blobs.root, ledger.records.root, ledger.records.segments.root)
+    left = {root / "tmp" / "1-2" for root in roots}
     for path in left:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"half")
@@ -173,7 +174,7 @@ def test_gc_lists_what_nothing_refers_to_and_removes_it_only_when_asked(filled: 
     garbage = ledger.gc()
     assert garbage.blobs == (unused,)
     assert set(garbage.files) == {*left, aside}
-    assert garbage.num_bytes == 6 + 2 * 4 + aside.stat().st_size
+    assert garbage.num_bytes == 6 + 4 * 4 + aside.stat().st_size
     assert all(path.exists() for path in left)
     assert ledger.gc(remove=True) == garbage
     assert unused not in ledger.blobs

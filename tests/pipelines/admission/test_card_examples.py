@@ -230,6 +230,8 @@ def test_a_recipe_takes_the_examples_of_a_card(
         NoCardExamplesError, match="expert attention: no examples: its card names no"
     ):  # and in plain text the expert can write none itself
         plan_of(workplace(**asked, benchmark={"template": "plain"}))
+    by_weights = {"benchmark": {"template": "plain"}, "router": {"without_examples": "arrow"}}
+    assert plan_of(workplace(**asked, **by_weights))[0].router.stand_ins == ("attention",)
     work = workplace(**asked)
     plan, built = plan_of(work)
     assert plan.pool is not None

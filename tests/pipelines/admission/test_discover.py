@@ -177,6 +177,22 @@ def test_a_fault_of_the_hub_itself_leaves_nothing_out(
         find_experts(work)
 
 
+@pytest.mark.parametrize("gone", ["gone/adapter", "z/letters@v9", f"z/letters@{'b' * 40}"])
+def test_an_adapter_that_the_hub_does_not_have_is_refused_like_others(
+    gone: str, found: Callable[..., RunContext], capsys: pytest.CaptureFixture[str]
+) -> None:
+    named = [{"name": "gone", "adapter": gone}, {"name": "here", "adapter": "z/letters"}]
+    skipping = found(experts=named, discover=None, policy={"on_refused": "skip"})
+    print_steps(skipping)
+    assert f"gone: {gone}, refused: {gone.partition('@')[0]} " in capsys.readouterr().out
+    assert find_experts(skipping) == ["here"]
+    assert "left out: gone: " in capsys.readouterr().err
+    verdicts = skipping.ledger.query("SELECT repo_id, verdict FROM adapters WHERE name = 'gone'")
+    assert verdicts.rows == [(gone.partition("@")[0], "refuse")]
+    with pytest.raises(HubError):
+        find_experts(found(experts=named, discover=None))
+
+
 def test_where_nothing_is_found_or_usable_there_is_nothing_to_stack(
     found: Callable[..., RunContext], server: HubServer
 ) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
 from typing import TYPE_CHECKING, Any
@@ -122,6 +123,14 @@ def test_what_is_a_schedule_is_taken(cron: str) -> None:
     assert read_schedule(cron, BERLIN).cron == cron
 
 
+def test_what_is_a_schedule_and_not_prefects_is_refused() -> None:
+    from pipelines.flows.deployments import ServeError, read_schedule  # noqa: PLC0415
+
+    require_schedule("0 3 LW * *", BERLIN)
+    with pytest.raises(ServeError, match="is no schedule of Prefect's"):
+        read_schedule("0 3 LW * *", BERLIN)
+
+
 @pytest.mark.parametrize("url", ["foo", "ftp://host/x", "https://", "http:// x"])
 def test_what_is_called_on_failure_is_a_url(url: str, tmp_path: Path) -> None:
     said = ask("schedule", "quickstart", "--on-failure", url, "--home", tmp_path)
@@ -134,3 +143,28 @@ def test_a_recipe_that_is_given_twice_is_refused(workplace: Callable[..., RunCon
 
     with pytest.raises(ServeError, match="is given twice"):
         serve([workplace(), workplace()], None, limit=1)
+
+
+def test_two_recipes_of_one_name_are_told_apart_once(
+    workplace: Callable[..., RunContext],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from pipelines.flows import deployments  # noqa: PLC0415
+
+    work = workplace(policy={})
+    (tmp_path / "other").mkdir()
+    path = tmp_path / "other" / work.path.name
+    path.write_bytes(work.path.read_bytes())
+    other = replace(work, path=path)
+    served: list[str] = []
+    monkeypatch.setattr(
+        deployments.prefect_flows, "serve", lambda *d, **_: served.extend(one.name for one in d)
+    )
+    monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
+    deployments.serve([work, other], None, limit=1)
+    said = capsys.readouterr().err
+    assert len(set(served)) == 2
+    assert said.count(f"2 recipes are called {work.name}: ") == 1
+    assert all(f"{one.path} as `{one.key}`" in said for one in (work, other))

@@ -10,9 +10,11 @@ import pytest
 from meteora.adapters.compatibility import IncompatibleAdaptersError
 from pipelines.admission import sources
 from pipelines.hub.errors import HubOfflineError
+from pipelines.recipe.stage import Stage
 from pipelines.stages.build import build_base
+from pipelines.workspace.bases import unfinished
 from tests.pipelines.admission.test_discover import adapter_repo
-from tests.pipelines.conftest import plan_of
+from tests.pipelines.conftest import plan_of, print_steps
 from tests.pipelines.hub.hub_server import Repo, running_hub
 
 if TYPE_CHECKING:
@@ -78,6 +80,43 @@ def test_two_runs_at_once_download_a_base_once(
         one, other = pool.map(lambda _: build_base(work, spec), range(2))
     assert one == other
     assert server.count("get") == len(BASE_FILES)
+
+
+def test_a_dry_run_counts_what_a_stopped_download_still_lacks(
+    workplace: Callable[..., RunContext],
+    server: HubServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    work, files = asking(workplace, server), server.repos["org/base"].files
+    files["model.safetensors"] += b" " * 2_000_000
+    files["model-00001-of-00001.safetensors"] = b" " * 1_000_000
+    folder = unfinished(work.base_folder(sources.resolve_base(work.recipe, work.folder)))
+    folder.mkdir(parents=True)
+    (folder / "model.safetensors").write_bytes(files["model.safetensors"])
+    (folder / "model-00001-of-00001.safetensors").write_bytes(b"cut")
+    print_steps(work)
+    said = capsys.readouterr().out
+    assert f"org/base at {COMMIT[:12]}, 1.0 MB to download" in said
+    assert "the base's config is not here yet" in said
+    assert (folder / "model-00001-of-00001.safetensors").is_file()
+    (folder / "config.json").write_bytes(files["config.json"])
+    monkeypatch.setattr("pipelines.planning.needs.free_bytes", lambda _folder: 1)
+    print_steps(work, Stage.base)
+    said = capsys.readouterr().out
+    assert "Estimated, to a factor of two or so" in said
+    assert "the run would stop" not in said  # what is here takes no room again
+
+
+def test_a_dry_run_knows_the_base_that_a_branch_names(
+    workplace: Callable[..., RunContext], server: HubServer, capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = asking(workplace, server, "@main")
+    build_base(work, sources.resolve_base(work.recipe, work.folder))
+    print_steps(work)
+    said = capsys.readouterr().out
+    assert f"org/base at {COMMIT[:12]}, here already" in said
+    assert "Estimated, to a factor of two or so" in said
 
 
 def test_a_stack_that_no_memory_holds_is_refused(

@@ -11,6 +11,7 @@ import pytest
 import yaml
 
 from pipelines.planning import dry_run
+from pipelines.planning import needs as printed
 from pipelines.planning.batch_size import rows_at_once, working_bytes
 from pipelines.planning.estimate import (
     Experts,
@@ -67,7 +68,7 @@ def config_of(name: str) -> dict[str, Any]:
 @pytest.fixture
 def known_machine(monkeypatch: pytest.MonkeyPatch) -> None:
     """A machine that need not be measured."""
-    monkeypatch.setattr(dry_run, "measure_machine", lambda _dtype: GPU)
+    monkeypatch.setattr(printed, "measure_machine", lambda _dtype: GPU)
 
 
 @pytest.fixture
@@ -157,7 +158,7 @@ def test_the_page_on_hardware_shows_what_is_estimated(
     keep_config(offline, "llama3-8b")
 
     def estimated(machine: Machine) -> str:
-        monkeypatch.setattr(dry_run, "measure_machine", lambda _dtype: machine)
+        monkeypatch.setattr(printed, "measure_machine", lambda _dtype: machine)
         print_steps(RunContext.open(str(recipe), tmp_path / "home"))
         return capsys.readouterr().out
 
@@ -314,7 +315,7 @@ def test_it_ends_with_an_error_where_the_run_would(
         said = ask("run", workplace(experts=asked).path, "--dry-run", "--home", tmp_path / "home")
         assert said.returncode == 1
         assert re.search(f"would stop: task q_and_v: the prompt '.*' has {lack}", said.stdout)
-    monkeypatch.setattr(dry_run, "free_bytes", lambda _folder: 1)
+    monkeypatch.setattr(printed, "free_bytes", lambda _folder: 1)
     ends(str(tmp_path / "home"))
 
 
@@ -562,4 +563,4 @@ def test_a_machine_is_measured_in_the_bases_own_numbers() -> None:
     [(0.2, "< 1 s"), (40, "40 s"), (400, "6.7 min"), (36_000, "10 h"), (400_000, "4.6 d")],
 )
 def test_durations_are_short(seconds: float, said: str) -> None:
-    assert dry_run.duration(seconds) == said
+    assert printed.duration(seconds) == said

@@ -16,6 +16,7 @@ from meteora.model.generate import answer_all
 from pipelines.data.claims import Claim
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.flows.up_to_date import look
+from pipelines.planning import examples as planned_examples
 from pipelines.planning.plan import make_plan
 from pipelines.planning.resolve import complete
 from pipelines.recipe.recipe import Recipe, RecipeError
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from meteora.artifacts import PoolSpec
+    from pipelines.planning.plan import Plan
     from tests.pipelines.conftest import Knowing
 
 
@@ -111,30 +112,45 @@ def test_a_run_deals_the_pool_once_and_fits_gates_to_it(
 def test_an_expert_that_no_prompt_belongs_to_is_named(
     open_recipe: Callable[..., RunContext],
 ) -> None:
-    def lows(_pool: PoolSpec) -> list[Claim]:
-        texts = prompts_in(ALPHABETS["low"], 0, 5)
-        return [Claim(text, "low", 0, 1.0, 1.0, "x") for text in texts]
+    def claims(expert: str, count: int) -> list[Claim]:
+        texts = prompts_in(ALPHABETS[expert], 0, count)
+        return [Claim(text, expert, 0, 1.0, 1.0, "x") for text in texts]
 
     work = open_recipe()
     planned, built = plan_of(work)
-    asked = work.folder, built.spec, planned.experts, lows
-    with pytest.raises(ExamplesError, match=r"expert high: of the 5 prompts of gates.pool 0 are"):
-        make_plan(work.recipe, *asked)
+
+    def made(recipe: Recipe, *claims: Claim) -> Plan:
+        return make_plan(recipe, work.folder, built.spec, planned.experts, lambda _pool: claims)
+
+    lows = claims("low", 5)
+    with pytest.raises(ExamplesError, match=r"expert high: of the 6 prompts of gates.pool 1 are"):
+        made(work.recipe, *lows, *claims("high", 1))
+    assert not made(work.recipe, *lows, *claims("high", 2)).router.stand_ins
     lenient = open_recipe(router={"without_examples": "arrow"})
-    whole = make_plan(lenient.recipe, *asked)
+    whole = made(lenient.recipe, *lows)
     assert whole.router.stand_ins == ("high",)
     assert not whole.to_deal
+    with pytest.raises(ExamplesError, match="expert low: of the 0 prompts"):
+        made(lenient.recipe)  # nothing to fit any gate to
     with_base = open_recipe(router={"without_examples": "arrow", "null": True})
-    nobodys = [*lows(planned.pool), Claim("0 1 2", "", 1, 0.0, 0.0)] if planned.pool else []
-    whole = make_plan(with_base.recipe, *asked[:3], lambda _pool: nobodys)
+    nobodys = [Claim(f"0 1 {number}", "", 1, 0.0, 0.0) for number in range(20)]
+    whole = made(with_base.recipe, *lows, *nobodys)
     assert Row("0 1 2", "") in whole.examples[NULL]
+    assert sum(row.prompt.startswith("0 1 ") for row in whole.examples[NULL]) == 12
 
 
 def test_a_plan_waits_for_its_pool(open_recipe: Callable[..., RunContext]) -> None:
+    """Though a row of several experts names one that has no examples yet."""
     work = open_recipe()
+    part = {"prompt": [{"text": "a b"}], "response": [{"text": "a", "expert": "high"}]}
+    (work.folder / "spans.jsonl").write_text(json.dumps(part))
+    spans = {"spans": "jsonl:spans.jsonl", **work.recipe.gates.model_dump(exclude_unset=True)}
+    work = open_recipe(gates=spans)
     planned, built = plan_of(work)
     assert len(planned.to_deal) == 48
     assert not planned.examples
+    mixed = open_recipe(gates={**spans, "composites": [2]}, router={"null": True})
+    assert plan_of(mixed)[0].to_deal == planned.to_deal
     found = look(work)
     assert found.finished is None
     assert found.plan is not None
@@ -208,6 +224,12 @@ def test_an_expert_with_examples_keeps_them(
     work = open_recipe(experts=experts)
     planned, built = plan_of(work)
     assert len(planned.to_deal) == 48 - count
+    for most in (4, 20):
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(planned_examples, "MAX_PROMPTS", most)
+            fewer, _ = plan_of(work)
+        known = len(fewer.known_prompts["low"])
+        assert (known, known + len(fewer.to_deal)) == (min(most // 2, count), most)
     build.stack(work, planned)
     deal_pool(work, planned, built)
     whole = complete(work, built, planned)

@@ -1,0 +1,200 @@
+"""The examples that gates are fitted to: of the recipe, of cards, or of a pool."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from meteora.artifacts import NULL, FusedSpec, PoolSpec, canonical_sha256
+from pipelines.admission.card_examples import NoCardExamplesError, read_card_examples
+from pipelines.data.claims import Claim, examples_of, prompts_of
+from pipelines.data.composites import compose, mixable
+from pipelines.data.row_sources import pin_source, read_rows
+from pipelines.data.rows import ExamplesError, Row
+from pipelines.recipe.recipe import AUTO, Recipe
+
+if TYPE_CHECKING:
+    from pipelines.admission.experts import Expert
+    from pipelines.data.spans import SpannedRow, SpannedTurns
+
+MAX_PROMPTS = 8192
+"""The most prompts of a pool and the known prompts together. The distances of all pairs are in
+memory twice: 0.53 GB for so many."""
+PROMPTS_PER_EXAMPLE = 2
+"""Prompts of a pool to read for each example that experts may have; some go to no expert."""
+LEAST_EXAMPLES = 2
+"""Of an expert: one to fit its gate, one to check it."""
+
+
+def read_examples(
+    recipe: Recipe,
+    folder: Path,
+    experts: Sequence[Expert],
+    token_of: Callable[[str], str | None],
+) -> tuple[dict[str, list[Row]], dict[str, str], dict[str, str], dict[str, str]]:
+    """Read the examples of every expert.
+
+    Returns:
+        Each by expert: the examples, the sources that cards name, the pinned sources on the Hub,
+        and, for experts that must write prompts themselves, why their card has no examples.
+
+    Raises:
+        NoCardExamplesError: a card names no usable examples, and the recipe has neither a pool nor
+            another way to route to that expert. With plain text experts cannot write prompts: only
+            a template marks the end of a prompt.
+    """
+    if recipe.router.kind != "gate":
+        return {}, {}, {}, {}
+    limit = recipe.gates.examples_per_expert
+    sources = {section.name: section.examples for section in recipe.experts}
+    examples: dict[str, list[Row]] = {}
+    of_cards: dict[str, str] = {}
+    of_hub: dict[str, str] = {}
+    writers: dict[str, str] = {}
+    for expert in experts:
+        source = sources.get(expert.name, AUTO)  # an adapter that `discover` found has no section
+        if source == AUTO:
+            try:
+                rows, source = read_card_examples(expert.datasets, folder, limit, token_of)
+            except NoCardExamplesError as error:
+                if recipe.benchmark.template != "plain" and not recipe.gates.pool:
+                    writers[expert.name] = str(error)
+                    continue
+                if recipe.gates.pool or recipe.router.without_examples != "refuse":
+                    continue
+                raise NoCardExamplesError(
+                    f"expert {expert.name}: no examples: {error}; name some, or a pool of prompts"
+                    " (gates.pool), or choose router.kind: prompt"
+                ) from error
+            examples[expert.name], of_cards[expert.name] = rows, source
+        elif source:
+            if pinned := pin_source(source, token_of):
+                source = of_hub[expert.name] = pinned
+            examples[expert.name] = read_rows(source, folder, limit, token_of)
+    return examples, of_cards, of_hub, writers
+
+
+def most_prompts(recipe: Recipe, num_experts: int) -> int:
+    """The most rows to read of a recipe's pool."""
+    wanted = PROMPTS_PER_EXAMPLE * recipe.gates.examples_per_expert * num_experts
+    return min(MAX_PROMPTS, wanted)
+
+
+def known_prompts(
+    examples: Mapping[str, Sequence[Row]], names: Sequence[str]
+) -> dict[str, list[str]]:
+    """Prompts of the experts with examples, equally many of each; half of `MAX_PROMPTS` at most."""
+    own = {name: examples[name] for name in names if name in examples}
+    each = MAX_PROMPTS // 2 // max(1, len(own))
+    return {name: [row.prompt for row in rows[:each]] for name, rows in own.items()}
+
+
+def find_pool(
+    recipe: Recipe,
+    folder: Path,
+    fused: FusedSpec,
+    examples: Mapping[str, Sequence[Row]],
+    known: Mapping[str, Sequence[str]],
+    writers: Mapping[str, str],
+    token_of: Callable[[str], str | None],
+) -> tuple[PoolSpec | None, tuple[str, ...]]:
+    """The pool, if any expert needs it, and its prompts; none if experts will write them.
+
+    Args:
+        writers: Experts that write their prompts, if the recipe names no pool.
+    """
+    source, limit = recipe.gates.pool, recipe.gates.examples_per_expert
+    if recipe.router.kind != "gate" or set(fused.names) <= examples.keys():
+        return None, ()
+    beside = canonical_sha256(known) if known else ""
+    how = (limit, recipe.gates.seed, template_of(recipe), beside)
+    if writers:
+        return PoolSpec(fused.id, "", *how, writers=tuple(writers)), ()
+    if not source:
+        return None, ()
+    most = most_prompts(recipe, len(fused.names))
+    rows = read_rows(source, folder, most, token_of, answered=False)
+    prompts = prompts_of(rows, examples)[: MAX_PROMPTS - sum(map(len, known.values()))]
+    if len(prompts) < 2:
+        raise ExamplesError(
+            f"gates.pool, {source}: {len(prompts)} prompts that are no examples already; a pool"
+            " needs many of each expert's task"
+        )
+    return PoolSpec(fused.id, canonical_sha256(prompts), *how), tuple(prompts)
+
+
+def with_claims(
+    recipe: Recipe,
+    names: Sequence[str],
+    examples: Mapping[str, Sequence[Row]],
+    claims: Sequence[Claim],
+    writers: Mapping[str, str],
+) -> dict[str, list[Row]]:
+    """The examples by expert, for experts without any those that they claim in the pool.
+
+    Args:
+        writers: Experts that wrote the pool's prompts, each with the reason.
+
+    Raises:
+        ExamplesError: An expert claims too few, and the recipe has no other way to route to it.
+    """
+    claimed = examples_of(claims)
+    enough = {name: rows for name, rows in claimed.items() if len(rows) >= LEAST_EXAMPLES}
+    known = {**enough, **examples}
+    rows_of = {name: list(known[name]) for name in names if name in known}
+    left = [name for name in names if name not in rows_of]
+    if left and (recipe.router.without_examples == "refuse" or not rows_of):
+        name, count = left[0], len(claimed.get(left[0], ()))
+        if name in writers:
+            raise NoCardExamplesError(
+                f"expert {name}: no examples: {writers[name]}; and of the prompts that it writes"
+                f" itself {count} are surely of its task; name some, or a pool of prompts"
+                " (gates.pool), or choose router.kind: prompt"
+            )
+        raise ExamplesError(
+            f"expert {name}: of the {len(claims):,} prompts of gates.pool {count} are surely its"
+            f" own, and a gate needs {LEAST_EXAMPLES} or more; add prompts of its task, give it"
+            " examples, or choose router.kind: prompt, which needs none"
+        )
+    return rows_of
+
+
+def refuse_too_few(
+    recipe: Recipe,
+    examples: Mapping[str, Sequence[Row]],
+    spans: Sequence[SpannedRow | SpannedTurns],
+) -> None:
+    """Refuse too few examples of an expert for its gate, or of all experts for the composites.
+
+    With composites one example is enough for a gate: it occurs in several of them.
+
+    Raises:
+        ExamplesError: There are too few.
+    """
+    of_spans = Counter(name for row in spans for name in row.owners)
+    for name, rows in examples.items():
+        count = len(rows) + of_spans[name]
+        if count < LEAST_EXAMPLES and not recipe.gates.composites:
+            raise ExamplesError(
+                f"expert {name} has {count} of the {LEAST_EXAMPLES} examples that a gate needs at"
+                " least, one to fit and one to check: give it more"
+            )
+    own = {name: rows for name, rows in examples.items() if name != NULL}
+    for mixed in recipe.gates.composites if own else ():
+        rows_of = mixable(own)
+        try:
+            compose(rows_of, mixed.n, 1, recipe.gates.seed, mixed.num_fewshot)
+        except ExamplesError as error:
+            raise ExamplesError(f"gates.composites, n: {mixed.n}: {error}") from error
+
+
+def asks_for_spans(recipe: Recipe) -> bool:
+    """Whether gates are fitted to examples with several owners, of `gates.spans`."""
+    return recipe.router.kind == "gate" and bool(recipe.gates.spans)
+
+
+def template_of(recipe: Recipe) -> str:
+    """The template of prompts for the gates: the benchmark's."""
+    return "plain" if recipe.benchmark.template == "plain" else "auto"

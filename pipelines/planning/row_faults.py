@@ -1,0 +1,79 @@
+"""Why a run would refuse the rows that are on this disk, as `--dry-run` says."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+from pipelines.data.claims import prompts_of
+from pipelines.data.rows import ExamplesError, Row
+from pipelines.data.spans import read_spans
+from pipelines.evaluation.harness import BenchmarkError
+from pipelines.evaluation.tasks import make_tasks
+from pipelines.planning.examples import asks_for_spans, most_prompts, refuse_too_few
+from pipelines.planning.overlaps import check_overlaps, place_of_example
+from pipelines.planning.room import check_names, check_rows
+from pipelines.recipe.recipe import AUTO
+
+if TYPE_CHECKING:
+    from meteora.artifacts import BaseSpec
+    from pipelines.workspace.context import RunContext
+
+    Read = Callable[..., Sequence[Row]]
+    """`read_rows`; may keep what it read."""
+
+
+def is_at_hand(source: str | None) -> bool:
+    """Whether a source of rows is on this disk."""
+    return bool(source) and source != AUTO and not source.startswith("hf:")
+
+
+def faults_of_rows(context: RunContext, base: BaseSpec | None, read: Read) -> list[str]:
+    """Why a run would refuse the rows that are on this disk; empty if it would not.
+
+    Args:
+        base: The lengths of rows are checked if its tokenizer is on this disk.
+    """
+    recipe, folder, settings = context.recipe, context.folder, context.recipe.benchmark
+    gates, routed = recipe.gates, recipe.router.kind == "gate"
+    own = [one for one in recipe.experts if is_at_hand(one.test)]
+    further = tuple(task for task in settings.tasks if not task.rows.startswith("hf:"))
+    here = {one.name for one in own} | {task.called for task in further}
+    every = {e.name for e in recipe.experts if e.test} | {t.called for t in settings.tasks}
+    mixed: dict[str, Any] = {
+        kind: tuple(s for s in getattr(settings, kind) if here >= (set(s.tasks) or every))
+        for kind in ("composite", "conversation")
+    }
+    known = settings.model_copy(update={"tasks": further, **mixed})
+    try:
+        examples = {
+            one.name: read(one.examples, folder, gates.examples_per_expert)
+            for one in recipe.experts
+            if routed and is_at_hand(one.examples)
+        }
+        pool: Sequence[Row] = ()
+        if routed and is_at_hand(gates.pool):
+            most = most_prompts(recipe, len(recipe.experts))
+            pool = read(gates.pool, folder, most, answered=False)
+        named = [one.name for one in recipe.experts if one.examples or gates.pool]
+        spans = read_spans(gates.spans, folder, named) if asks_for_spans(recipe) else ()
+        tasks = make_tasks(own, known, folder, read)
+        tests = {name: task.rows for name, task in tasks.items() if task.rows}
+        check_overlaps(recipe, folder, examples, spans, tests, prompts_of(pool, examples))
+        refuse_too_few(recipe, examples, spans)
+        check_names(tasks.values())
+        base_folder = context.base_folder(base) if base else None
+        if base_folder and (base_folder / "tokenizer.json").is_file():
+            check_rows(
+                base_folder,
+                tasks.values(),
+                examples,
+                spans,
+                partial(place_of_example, recipe, folder),
+                recipe.router.options((), fitted=True),
+                plain=settings.template == "plain",
+            )
+    except (ExamplesError, BenchmarkError) as error:
+        return [str(error)]
+    return []

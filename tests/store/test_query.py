@@ -307,6 +307,7 @@ def test_a_score_is_worse_only_beyond_chance(tmp_path: Path) -> None:
         "chance": (right, fewer),
         "worse": (right, few),
         "better": (few, right),
+        "the same": ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0)),
     }
     for night in (0, 1):
         run_id, model = f"r{night}", Shelf.router(stack, seed=night)

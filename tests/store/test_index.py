@@ -349,57 +349,6 @@ def test_what_is_learnt_later_about_a_model_is_ranked_too(shelf: Shelf) -> None:
     assert shelf.views() == grown
 
 
-def test_of_a_composite_the_oracle_is_each_spans_own_and_is_not_ranked(shelf: Shelf) -> None:
-    """No adapter alone is the right one, and nobody can use a router that is told the answer."""
-    stack = shelf.fused(shelf.adapter(1), shelf.adapter(2))
-    gate = shelf.router(stack)
-    told = [replace(gate, router=kind, method="") for kind in ("oracle", "one_expert")]
-    for spec in (shelf.base, shelf.adapter(1), shelf.adapter(2), stack, gate, *told):
-        shelf.make(spec)
-    for spec, value in zip((gate, *told), (0.6, 0.8, 0.3), strict=True):
-        shelf.measure(spec, "composite-2", value)
-    shelf.ledger.ingest()
-    for view in ("standings", "latest_standings"):
-        of_view = f"SELECT DISTINCT router_id, system, value FROM {view}"  # noqa: S608
-        found = shelf.ledger.query(of_view).rows
-        assert sorted(found) == [
-            (gate.id, "fused", 0.6),
-            (gate.id, "one_expert", 0.3),
-            (gate.id, "oracle", 0.8),
-        ]
-    rows = shelf.ledger.query("SELECT subject_id, place, oracle_value FROM leaderboard").rows
-    assert rows == [(gate.id, 1, 0.8)]
-
-
-def test_what_changes_from_night_to_night_is_a_model_and_no_control(shelf: Shelf) -> None:
-    stack = shelf.fused(shelf.adapter(1))
-    for spec in (shelf.base, shelf.adapter(1), stack):
-        shelf.make(spec)
-    for seed in (0, 1):
-        gate = shelf.router(stack, seed)
-        shelf.ledger.record_run(RunStarted(f"r{seed}", "nightly", "9" * 64))
-        for spec in (gate, replace(gate, router="oracle", method="")):
-            shelf.make(spec)
-            shelf.measure(spec, "composite-2", 0.5, f"r{seed}")
-    shelf.ledger.ingest()
-    assert shelf.ledger.query("SELECT router FROM changes").rows == [("gate",)]
-
-
-def test_of_several_askings_of_a_task_the_last_is_marked(shelf: Shelf) -> None:
-    stack = shelf.fused(shelf.adapter(1))
-    for spec in (shelf.base, shelf.adapter(1), stack, gate := shelf.router(stack)):
-        shelf.make(spec)
-    shelf.ledger.record_run(RunStarted("r1", "nightly", "9" * 64))
-    first = shelf.measure(gate, "sorting", 0.8)
-    again = replace(first, spec=replace(first.spec, max_new_tokens=9), value=0.6)
-    other = replace(again, spec=replace(again.spec, metric="f1"), value=0.7)
-    for score in (again, other):
-        shelf.ledger.record_score(score, run_id="r1")
-    shelf.ledger.ingest()
-    found = shelf.ledger.query("SELECT value, is_latest FROM leaderboard ORDER BY value").rows
-    assert found == [(0.6, True), (0.7, True), (0.8, False)]
-
-
 def test_rebuilding_gives_the_same_answers(filled: Shelf) -> None:
     """Also where the index grew bit by bit, in an order that is not that of the events."""
     for path in filled.home.glob("ledger.*"):

@@ -97,10 +97,11 @@ ROUTERS = tuple(
             ("norm", 2, 1.0, ""),
             ("oracle", 1, 1.0, ""),
             ("oracle", 1, 1.0, ""),  # of an older release
+            ("one_expert", 1, 1.0, ""),
         )
     )
 )
-MODELS = {one.id: one for one in ROUTERS if one.router != "oracle"}
+MODELS = {one.id: one for one in ROUTERS if one.router not in ("oracle", "one_expert")}
 
 
 def draw(seed: int) -> list[Scored]:

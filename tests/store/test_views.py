@@ -297,6 +297,9 @@ def test_beside_a_model_stands_all_that_was_asked_in_the_same_way(
     for view, rows in (("standings", expected), ("latest_standings", latest)):
         found = connection.execute(f"SELECT router_id, system, expert, score_id FROM {view}")  # noqa: S608
         assert sorted(found.fetchall()) == sorted(rows)
+        order = connection.execute(f"SELECT router_id, task, metric, system, expert FROM {view}")  # noqa: S608
+        keys = order.fetchall()
+        assert keys == sorted(keys)
 
 
 def test_a_change_is_from_the_last_score_of_the_same_recipe_s_routers_of_that_kind(
@@ -444,3 +447,34 @@ def test_what_went_wrong_or_was_published_stands_latest_first_whatever_else_is_r
     insert(empty, "published", [{**at, "artifact_id": f"router:{n}"} for n, at in times])
     found = empty.execute("SELECT artifact_id, kind FROM publications").fetchall()
     assert found == [("router:1", "router"), ("router:2", None), ("router:0", None)]
+
+
+def test_routing_has_experts_that_are_never_chosen_or_have_no_tokens(
+    empty: duckdb.DuckDBPyConnection,
+) -> None:
+    names = "router_id", "module", "truth", "chosen", "num_tokens"
+    counts = [
+        ("router:1", "model.layers.3.q_proj", "x", "x", 9),
+        ("router:0", "model.layers.3.q_proj", "x", "z", 1),
+        ("router:0", "model.layers.3.q_proj", "z", "z", 4),
+        ("router:0", "model.layers.3.q_proj", "x", "y", 3),
+        ("router:0", "head", "x", "x", 0),
+    ]
+    insert(empty, "routing_counts", [dict(zip(names, row, strict=True)) for row in counts])
+    found = empty.execute(
+        "SELECT router_id, layer, expert, num_tokens, accuracy, load FROM routing"
+    )
+    assert found.fetchall() == [
+        ("router:0", 3, "x", 4, 0.0, 0.0),
+        ("router:0", 3, "y", 0, None, 0.375),
+        ("router:0", 3, "z", 4, 1.0, 0.625),
+        ("router:0", None, "x", 0, None, None),
+        ("router:1", 3, "x", 9, 1.0, 1.0),
+    ]
+
+
+def test_the_dictionary_is_of_this_ledger_alone(empty: duckdb.DuckDBPyConnection) -> None:
+    """Also for somebody who has attached another database."""
+    empty.execute("ATTACH ':memory:' AS other; CREATE TABLE other.mine (column_of_mine INTEGER)")
+    assert not empty.execute("FROM dictionary WHERE meaning IS NULL").fetchall()
+    assert empty.execute("FROM dictionary WHERE name = 'scores'").fetchall()

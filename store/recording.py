@@ -5,6 +5,7 @@ A fact is on disk when `record_…` returns. Recording it again does nothing.
 
 from __future__ import annotations
 
+import re
 from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from meteora.artifacts import (
     short,
 )
 from store.blobs import Blobs
-from store.errors import ConflictError, MissingBlobError, UnknownError
+from store.errors import ConflictError, MissingBlobError, StoreError, UnknownError
 from store.events import AdapterVerdict, Failure, RunEnded, RunStarted
 from store.files import locked
 from store.index import Index
@@ -34,9 +35,14 @@ WRITE_DEADLINE_SECONDS = 60.0
 
 
 class Recording:
-    """The part of a `Ledger` that writes facts and finds single ones."""
+    """The part of a `Ledger` that writes facts and finds single ones.
+
+    Raises:
+        StoreError: `home` has a name that DuckDB cannot open, or a damaged `store.toml`.
+    """
 
     def __init__(self, home: Path) -> None:
+        _require_openable(home)
         self.home = home
         setting = Setting.load(home)
         remote = Remote(setting.remote) if setting.remote else None
@@ -248,6 +254,15 @@ class Recording:
         sha256 = self.records.write(record)
         if self.sharing:
             self.sharing.push(sha256)
+
+
+def _require_openable(home: Path) -> None:
+    if re.search(r"[?\\\ud800-\udfff]", str(home)):  # lone surrogates: no UTF-8
+        raise StoreError(
+            f"{str(home)!r} cannot be a home: DuckDB, which keeps its index, opens no path with ?,"
+            " with \\, or with bytes that are not UTF-8; choose another folder with --home or"
+            " METEORA_HOME"
+        )
 
 
 def _record_of(

@@ -13,7 +13,7 @@ import json
 import os
 import re
 from collections.abc import Collection, Iterable
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -68,11 +68,15 @@ class Record:
     @classmethod
     def from_bytes(cls, data: bytes) -> Record:
         """Read what `to_bytes` wrote, without fields that only a newer release knows."""
-        known = {name: value for name, value in json.loads(data).items() if name in NAMES}
+        known = {name: value for name, value in json.loads(data).items() if name in TYPES}
         return cls(blobs=tuple(known.pop("blobs")), **known)
 
 
-NAMES = frozenset(field.name for field in fields(Record))
+TYPES = {
+    "at": str, "blobs": list, "body": dict, "kind": str, "run_id": str, "subject": str,
+    "version": int,
+}  # fmt: skip
+"""Type of each field in JSON."""
 
 
 def is_record(data: bytes) -> bool:
@@ -83,7 +87,9 @@ def is_record(data: bytes) -> bool:
             json.dumps(value, ensure_ascii=False).encode()  # fails for a lone surrogate
     except (ValueError, RecursionError):
         return False
-    return isinstance(value, dict) and value.keys() >= NAMES
+    return isinstance(value, dict) and all(
+        isinstance(value.get(name), kind) for name, kind in TYPES.items()
+    )
 
 
 class Records:

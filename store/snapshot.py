@@ -1,6 +1,7 @@
-"""The database that all queries read. It stays open while its file is the same.
+"""The database that all queries read. It stays open from one query to the next.
 
-Opening it takes some ten times as long as looking a record up.
+Opening it takes some ten times as long as looking a record up. When nobody asks for a while, it is
+closed: an open file keeps its disk from being unmounted, and a deleted one keeps its room.
 """
 
 from __future__ import annotations
@@ -17,12 +18,14 @@ if TYPE_CHECKING:
 
     import duckdb
 
+IDLE_SECONDS = 5.0
+"""Time after a query for which the file stays open."""
+
 
 class SnapshotReader:
     """Gives connections to the snapshot at `path`, to any number of threads.
 
-    The open file is no obstacle to a writer, who puts another one in its place. It keeps its disk
-    from being unmounted until the process ends, or `close`.
+    The open file is no obstacle to a writer, who puts another one in its place.
     """
 
     def __init__(self, path: Path) -> None:
@@ -30,6 +33,7 @@ class SnapshotReader:
         self._turn = threading.Lock()
         self._key: tuple[object, ...] = ()
         self._database: duckdb.DuckDBPyConnection | None = None
+        self._rest = threading.Timer(IDLE_SECONDS, self.close)
 
     def stamp(self) -> tuple[int, int, int] | None:
         """What changes with the file: inode, time of change in ns, size; None without a file."""
@@ -65,4 +69,8 @@ class SnapshotReader:
             if self._database is None or key != self._key:
                 self._database = None
                 self._database, self._key = opened(self.path, memory_bytes), key
+            self._rest.cancel()
+            self._rest = threading.Timer(IDLE_SECONDS, self.close)
+            self._rest.daemon = True  # a program that is done does not wait for it
+            self._rest.start()
             return self._database.cursor()

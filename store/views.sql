@@ -358,7 +358,7 @@ sent AS (
 )
 SELECT router_id, module, TRY_CAST(regexp_extract(module, '\.(\d+)\.', 1) AS INTEGER) AS layer,
        expert, coalesce(num_tokens, 0)::BIGINT AS num_tokens,
-       coalesce(num_right, 0) / num_tokens AS accuracy,
+       num_right / nullif(num_tokens, 0) AS accuracy,
        coalesce(num_chosen, 0)
            / nullif(sum(num_chosen) OVER (PARTITION BY router_id, module), 0) AS load
 FROM sent FULL JOIN arrived USING (router_id, module, expert)
@@ -425,7 +425,7 @@ COMMENT ON COLUMN run_ends.wall_seconds IS 'Time from beginning to end, in secon
 
 CREATE OR REPLACE VIEW dictionary AS
 SELECT table_name AS name, column_name, data_type, comment AS meaning
-FROM duckdb_columns() WHERE NOT internal AND database_name = current_database()
+FROM duckdb_columns() WHERE database_name = current_database()
 ORDER BY table_name, column_index;
 COMMENT ON VIEW dictionary IS 'Every column of every table and view, and what it means';
 COMMENT ON COLUMN dictionary.name IS 'Table or view';

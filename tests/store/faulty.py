@@ -96,6 +96,7 @@ ACTS: dict[str, tuple[Callable[[Ledger], object], ...]] = {
     "ingest": (keep, ingest, make, move, ingest),
     "upgrade": (keep, outdate, ingest),
     "pack": (keep, ingest, make, move, pack),
+    "pack again": (keep, pack, ingest, make, move, pack),
     "pack and ingest": (keep, ingest, make, move, pack, ingest),
     "rebuild": (keep, ingest, make, move, rebuild),
     "run": (make, move, ingest, run),

@@ -20,7 +20,7 @@ import pytest
 
 from meteora.artifacts import ArtifactId, BenchmarkSpec
 from store import index
-from store.events import RunStarted
+from store.events import AdapterVerdict, RunStarted
 from store.files import locked
 from store.intake import add, offer_texts
 from store.ledger import Ledger
@@ -321,83 +321,49 @@ def test_a_writer_that_dies_before_it_has_ranked_leaves_that_to_the_next(filled:
     assert not ledger.verify().findings
 
 
-def test_what_is_learnt_later_about_a_model_is_ranked_too(shelf: Shelf) -> None:
+@pytest.mark.parametrize("last", [-1, -2], ids=["the model", "its stack"])
+def test_what_is_learnt_later_about_a_model_is_ranked_too(shelf: Shelf, last: int) -> None:
     """Scores came first, then who they are of: as records of two homes can come."""
+    records = shelf.ledger.records
     stack = shelf.fused(shelf.adapter(1), shelf.adapter(2))
-    made = (shelf.base, shelf.adapter(1), shelf.adapter(2), stack, shelf.router(stack))
-    for spec in made:
-        shelf.make(spec)
     shelf.ledger.record_run(RunStarted("r1", "nightly", "9" * 64))
-    artifacts = {path.stem: path for path in shelf.ledger.records.root.glob("*/*.json")}
+    artifacts = [*records.loose()]
+    for spec in (shelf.base, shelf.adapter(1), shelf.adapter(2), stack, shelf.router(stack)):
+        shelf.make(spec)
+        artifacts += records.loose().difference(artifacts)
     shelf.measure(shelf.base, "sorting", 0.1)
     shelf.measure(shelf.adapter(2), "sorting", 0.9)
     shelf.measure(shelf.router(stack), "sorting", 0.8)
+    shelf.measure(shelf.router(stack), "parentheses", 0.7)  # which nobody else was asked
     later = shelf.home / "later"
     later.mkdir()
-    for name, path in artifacts.items():
-        path.rename(later / name)
+    for name in artifacts:
+        records.path_of(name).rename(later / name)
     shelf.ledger.ingest()
     assert shelf.ledger.query("FROM leaderboard").rows == []
-    for name, path in artifacts.items():
-        (later / name).rename(path)
+    artifacts.append(artifacts.pop(last))
+    for name in artifacts:
+        (later / name).rename(records.path_of(name))
         assert shelf.ledger.ingest().reason == ""
     grown = shelf.views()
-    assert shelf.ledger.query("SELECT value, base_value, oracle_value FROM leaderboard").rows == [
-        (0.8, 0.1, 0.9)
-    ]
+    ranked = "SELECT value, base_value, oracle_value FROM leaderboard ORDER BY value"
+    assert shelf.ledger.query(ranked).rows == [(0.7, None, None), (0.8, 0.1, 0.9)]
     shelf.ledger.rebuild()
     assert shelf.views() == grown
 
 
-def test_of_a_composite_the_oracle_is_each_spans_own_and_is_not_ranked(shelf: Shelf) -> None:
-    """No adapter alone is the right one, and nobody can use a router that is told the answer."""
-    stack = shelf.fused(shelf.adapter(1), shelf.adapter(2))
-    gate = shelf.router(stack)
-    told = [replace(gate, router=kind, method="") for kind in ("oracle", "one_expert")]
-    for spec in (shelf.base, shelf.adapter(1), shelf.adapter(2), stack, gate, *told):
-        shelf.make(spec)
-    for spec, value in zip((gate, *told), (0.6, 0.8, 0.3), strict=True):
-        shelf.measure(spec, "composite-2", value)
-    shelf.ledger.ingest()
-    for view in ("standings", "latest_standings"):
-        of_view = f"SELECT DISTINCT router_id, system, value FROM {view}"  # noqa: S608
-        found = shelf.ledger.query(of_view).rows
-        assert sorted(found) == [
-            (gate.id, "fused", 0.6),
-            (gate.id, "one_expert", 0.3),
-            (gate.id, "oracle", 0.8),
-        ]
-    rows = shelf.ledger.query("SELECT subject_id, place, oracle_value FROM leaderboard").rows
-    assert rows == [(gate.id, 1, 0.8)]
-
-
-def test_what_changes_from_night_to_night_is_a_model_and_no_control(shelf: Shelf) -> None:
-    stack = shelf.fused(shelf.adapter(1))
-    for spec in (shelf.base, shelf.adapter(1), stack):
-        shelf.make(spec)
-    for seed in (0, 1):
-        gate = shelf.router(stack, seed)
-        shelf.ledger.record_run(RunStarted(f"r{seed}", "nightly", "9" * 64))
-        for spec in (gate, replace(gate, router="oracle", method="")):
-            shelf.make(spec)
-            shelf.measure(spec, "composite-2", 0.5, f"r{seed}")
-    shelf.ledger.ingest()
-    assert shelf.ledger.query("SELECT router FROM changes").rows == [("gate",)]
-
-
-def test_of_several_askings_of_a_task_the_last_is_marked(shelf: Shelf) -> None:
-    stack = shelf.fused(shelf.adapter(1))
-    for spec in (shelf.base, shelf.adapter(1), stack, gate := shelf.router(stack)):
-        shelf.make(spec)
-    shelf.ledger.record_run(RunStarted("r1", "nightly", "9" * 64))
-    first = shelf.measure(gate, "sorting", 0.8)
-    again = replace(first, spec=replace(first.spec, max_new_tokens=9), value=0.6)
-    other = replace(again, spec=replace(again.spec, metric="f1"), value=0.7)
-    for score in (again, other):
-        shelf.ledger.record_score(score, run_id="r1")
-    shelf.ledger.ingest()
-    found = shelf.ledger.query("SELECT value, is_latest FROM leaderboard ORDER BY value").rows
-    assert found == [(0.6, True), (0.7, True), (0.8, False)]
+def test_a_fall_is_told_when_the_start_of_its_run_comes_last(filled: Shelf) -> None:
+    before = filled.views()
+    ((name,),) = filled.ledger.query(
+        "SELECT sha256 FROM records WHERE kind = 'run-started' AND subject = 'r2'"
+    ).rows
+    path, later = filled.ledger.records.path_of(name), filled.home / "later"
+    path.rename(later)
+    filled.ledger.rebuild()
+    assert not filled.ledger.query("FROM regressions").rows
+    later.rename(path)
+    assert filled.ledger.ingest().num_records == 1
+    assert filled.views() == before
 
 
 def test_rebuilding_gives_the_same_answers(filled: Shelf) -> None:
@@ -707,3 +673,11 @@ def test_a_score_of_an_older_release_is_the_same_before_and_after_a_migration(
         migrate(connection)
         assert connection.execute("FROM scores").fetchall() == [new]
     assert len(new) > width
+
+
+def test_a_verdict_of_an_older_release_names_no_bases(shelf: Shelf) -> None:
+    verdict = AdapterVerdict("x", "o/n@main", "o/n", "c" * 40, "accept").to_dict()
+    del verdict["base_models"], verdict["downloads"]
+    shelf.ledger.records.write(Record("adapter", "o/n", verdict, "r1", "2026-01-01T00:00:00Z"))
+    shelf.ledger.ingest()
+    assert shelf.ledger.query("SELECT base_models FROM adapters").rows == [([],)]

@@ -11,13 +11,20 @@ from typing import TYPE_CHECKING
 import pytest
 
 from meteora.artifacts import ArtifactId, Publication, RouterBuild, RoutingScore
-from store.errors import BusyError, ConflictError, MissingBlobError, UnknownError
+from store.errors import (
+    BusyError,
+    ConflictError,
+    MissingBlobError,
+    StoreError,
+    UnknownError,
+)
 from store.events import SKIPPED, RunEnded, RunStarted
 from store.ledger import Ledger
 from store.records import Records
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
 
     from tests.store.conftest import Shelf
 
@@ -236,6 +243,25 @@ def test_a_home_may_move(filled: Shelf) -> None:
     filled.ledger = Ledger(moved)
     assert filled.views() == before
     assert not filled.ledger.verify().findings
+
+
+@pytest.mark.parametrize("name", ["why?", "back\\slash", "\udcff"])
+def test_a_home_that_duckdb_cannot_open_is_refused_before_anything_is_made(
+    tmp_path: Path, name: str
+) -> None:
+    with pytest.raises(StoreError, match="choose another folder"):
+        Ledger(tmp_path / name / "home")
+    assert not [*tmp_path.iterdir()]
+
+
+def test_a_home_may_have_any_other_name(make_shelf: Callable[[str], Shelf]) -> None:
+    shelf = make_shelf("""it's "日本" [a-z]* {b,c} #1 100%41 $X;:""")
+    shelf.make(shelf.base)
+    shelf.ledger.pack()
+    shelf.make(shelf.adapter(1))
+    assert shelf.ledger.ingest().reason == ""
+    assert shelf.ledger.query("SELECT count(*) FROM artifacts").rows == [(2,)]
+    assert not shelf.ledger.verify().findings
 
 
 def test_two_homes_copied_together_agree_in_any_order(

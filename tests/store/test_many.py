@@ -135,25 +135,6 @@ def test_a_killed_writer_keeps_its_promises(shelf: Shelf, worker: Worker, num_ki
     survives(shelf.home, promised)
 
 
-@pytest.mark.parametrize(
-    "stride", [pytest.param(44, id="some"), pytest.param(1, id="all", marks=pytest.mark.slow)]
-)
-def test_dying_at_any_step_breaks_no_promise(
-    make_shelf: Callable[[str], Shelf], worker: Worker, stride: int
-) -> None:
-    """The process ends at the first, second, third … call that changes or secures a name."""
-    step, died = 1, True
-    while died:
-        home = make_shelf(f"home-{step}").home
-        victim = worker("die", home, step)
-        promised = set(output(victim))
-        assert victim.returncode in {0, 9}
-        died = victim.returncode == 9
-        survives(home, promised)
-        step += stride
-    assert step > 100
-
-
 def survives(home: Path, promised: set[str]) -> None:
     """Whoever comes next finds all that was promised, and can go on."""
     ledger = Ledger(home)

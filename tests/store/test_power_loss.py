@@ -67,7 +67,7 @@ class Disk:
 
 
 def run_in_small(ledger: Ledger) -> set[str]:
-    """What `tests.store.worker.story` does; returns what is promised."""
+    """Returns what is promised."""
     stack = fused(adapter(1))
     promised = {record(ledger, spec) for spec in (BASE, adapter(1), stack, router(stack))}
     ledger.pack()

@@ -283,12 +283,6 @@ def test_controls_are_those_of_the_routers(asked: Shelf) -> None:
     assert found == [*ROUTER_KINDS[ROUTER_KINDS.index("oracle") :]]
 
 
-def test_a_hostile_name_is_just_a_name(asked: Shelf) -> None:
-    rows = asked.ledger.query("SELECT name, verdict FROM adapters WHERE verdict = 'refuse'").rows
-    assert rows == [(asked.hostile, "refuse")]
-    assert asked.ledger.query("SELECT count(*) FROM scores").rows == [(9,)]
-
-
 def test_the_examples_are_read_whole() -> None:
     assert len(examples()) >= 10
     for title, sql in examples():
@@ -307,6 +301,7 @@ def test_a_score_is_worse_only_beyond_chance(tmp_path: Path) -> None:
         "chance": (right, fewer),
         "worse": (right, few),
         "better": (few, right),
+        "the same": ((1.0, 1.0, 1.0), (1.0, 1.0, 1.0)),
     }
     for night in (0, 1):
         run_id, model = f"r{night}", Shelf.router(stack, seed=night)

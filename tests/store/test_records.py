@@ -78,9 +78,12 @@ def test_a_flipped_byte_is_refused(records: Records) -> None:
 
 @pytest.mark.parametrize(
     "data",
-    [b"\xff\xfe{}", b"hello", b"[1]", b"{}", RECORD.to_bytes().replace(b"why", rb"\ud800")],
-    ids=["no text", "no JSON", "no object", "no fields", "surrogate"],
-)
+    [
+        b"\xff\xfe{}", b"hello", b"[1]", b"{}", RECORD.to_bytes().replace(b"why", rb"\ud800"),
+        RECORD.to_bytes().replace(b"[]", b'"x"'), RECORD.to_bytes().replace(b'"a task"', b"[1]"),
+    ],
+    ids=["no text", "no JSON", "no object", "no fields", "surrogate", "no list", "no name"],
+)  # fmt: skip
 def test_what_is_no_record_is_left_out_though_its_name_is_right(shelf: Shelf, data: bytes) -> None:
     """Such as from another home, through a shared storage."""
     write_whole(

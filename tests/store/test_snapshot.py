@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import sys
+import time
 from contextlib import closing
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import duckdb
@@ -11,10 +14,9 @@ import pytest
 import store.snapshot
 from store.errors import QueryError
 from store.query import LIMITS, Limits
+from tests.clock import no_stall
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from tests.store.conftest import Shelf
 
 COUNT = "SELECT count(*) FROM artifacts"
@@ -47,6 +49,19 @@ def test_a_snapshot_is_opened_once_and_the_next_one_again(
     assert filled.ledger.query(COUNT).rows == [(before + 1,)]
     assert filled.ledger.weights_of(filled.adapter(3).id)
     assert len(openings) == 2
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="lists the open files of Linux")
+def test_nothing_is_open_when_nobody_has_asked_for_a_while(
+    asked: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """So that the disk of a home can be unmounted while a notebook is open."""
+    monkeypatch.setattr(store.snapshot, "IDLE_SECONDS", 0.2)
+    before = asked.ledger.query(COUNT).rows
+    with no_stall():
+        while asked.ledger.index.snapshot in map(Path.resolve, Path("/proc/self/fd").iterdir()):
+            time.sleep(0.05)
+    assert asked.ledger.query(COUNT).rows == before
 
 
 def test_after_an_error_it_is_opened_again(asked: Shelf, openings: list[Path]) -> None:

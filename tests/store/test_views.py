@@ -74,6 +74,10 @@ class Scored:
         return self.task, self.metric, *self.way
 
     @property
+    def stderr(self) -> float:
+        return (self.high - self.low) / 4
+
+    @property
     def merit(self) -> float:
         return self.value if HIGHER[self.metric] else -self.value
 
@@ -93,10 +97,11 @@ ROUTERS = tuple(
             ("norm", 2, 1.0, ""),
             ("oracle", 1, 1.0, ""),
             ("oracle", 1, 1.0, ""),  # of an older release
+            ("one_expert", 1, 1.0, ""),
         )
     )
 )
-MODELS = {one.id: one for one in ROUTERS if one.router != "oracle"}
+MODELS = {one.id: one for one in ROUTERS if one.router not in ("oracle", "one_expert")}
 
 
 def draw(seed: int) -> list[Scored]:
@@ -184,7 +189,10 @@ def fill(connection: duckdb.DuckDBPyConnection, scores: list[Scored]) -> None:
     )
     insert(connection, "run_starts", [{"run_id": r, "recipe_name": n} for r, n in RECIPES.items()])
     for part in (scores[:-30], scores[-30:]):
-        rows = [asdict(one) | {"higher_is_better": HIGHER[one.metric]} for one in part]
+        rows = [
+            asdict(one) | {"higher_is_better": HIGHER[one.metric], "stderr": one.stderr}
+            for one in part
+        ]
         insert(connection, "scores", rows)
         keys = BOARD.split(", ")
         insert(connection, "unsettled", [{key: row[key] for key in keys} for row in rows])
@@ -289,6 +297,9 @@ def test_beside_a_model_stands_all_that_was_asked_in_the_same_way(
     for view, rows in (("standings", expected), ("latest_standings", latest)):
         found = connection.execute(f"SELECT router_id, system, expert, score_id FROM {view}")  # noqa: S608
         assert sorted(found.fetchall()) == sorted(rows)
+        order = connection.execute(f"SELECT router_id, task, metric, system, expert FROM {view}")  # noqa: S608
+        keys = order.fetchall()
+        assert keys == sorted(keys)
 
 
 def test_a_change_is_from_the_last_score_of_the_same_recipe_s_routers_of_that_kind(
@@ -306,9 +317,12 @@ def test_a_change_is_from_the_last_score_of_the_same_recipe_s_routers_of_that_ki
                     fall, ends = -fall, (was.high - was.value, now.value - now.low)
                 worse = fall > sqrt(ends[0] ** 2 + ends[1] ** 2)
                 change = line[0], now.recorded_at, was.subject_id, was.value, now.value - was.value
-                expected.append((*change, worse))
+                stderr = round(sqrt(now.stderr**2 + was.stderr**2), 9)
+                expected.append((*change, stderr, worse))
             before[line] = now
-    columns = "recipe_name, recorded_at, previous_id, previous_value, change"
+    columns = (
+        "recipe_name, recorded_at, previous_id, previous_value, change, round(change_stderr, 9)"
+    )
     found = connection.execute(f"SELECT {columns}, worse FROM changes ORDER BY recorded_at")  # noqa: S608
     assert found.fetchall() == expected
     fallen = connection.execute(f"SELECT {columns} FROM regressions ORDER BY recorded_at")  # noqa: S608
@@ -353,6 +367,7 @@ def test_of_several_records_the_latest_counts(empty: duckdb.DuckDBPyConnection) 
         {**place, **first, "subfolder": "deep", "adapter_id": None},
         {**place, **first, "revision": "next", "adapter_id": None},
         {**first, "repo_id": "two/lora", "adapter_id": "adapter:0", "licence": "gpl"},
+        {**place, **first, "repo_id": "three/lora", "adapter_id": None},
     ]
     insert(
         empty,
@@ -366,14 +381,16 @@ def test_of_several_records_the_latest_counts(empty: duckdb.DuckDBPyConnection) 
     insert(empty, "verdict_reasons", reasons)
     experts = [{"fused_id": f"fused:{n}", "adapter_id": "adapter:0"} for n in (0, 0, 1)]
     insert(empty, "experts", experts)
+    insert(empty, "adapter_weights", [{"id": f"adapter:{n}", "min_r": 4 + n} for n in (0, 1)])
     assert empty.execute(
-        "SELECT repo_id, revision, subfolder, verdict, codes, messages, num_seen, num_fused"
-        " FROM adapters"
+        "SELECT repo_id, revision, subfolder, verdict, codes, messages, num_seen, num_fused,"
+        " min_r, day(first_at) FROM adapters"
     ).fetchall() == [
-        ("one/lora", "main", "", "accept", ["z", "y"], ["z", "y"], 2, 2),
-        ("one/lora", "main", "deep", "", [], [], 1, 0),
-        ("one/lora", "next", "", "", [], [], 1, 0),
-        ("two/lora", "", "", "", [], [], 1, 2),
+        ("one/lora", "main", "", "accept", ["z", "y"], ["z", "y"], 2, 2, 4, 1),
+        ("one/lora", "main", "deep", "", [], [], 1, 0, None, 1),
+        ("one/lora", "next", "", "", [], [], 1, 0, None, 1),
+        ("three/lora", "main", "", "", [], [], 1, 0, None, 1),
+        ("two/lora", "", "", "", [], [], 1, 2, 4, 1),
     ]
     artifacts = [
         {"id": "adapter:0", "kind": "adapter", **first},
@@ -384,8 +401,19 @@ def test_of_several_records_the_latest_counts(empty: duckdb.DuckDBPyConnection) 
     insert(empty, "artifacts", artifacts)
     made = [{"child_id": row["id"], "parent_id": "router:0"} for row in artifacts[1:]]
     insert(empty, "parents", made)
-    origins = empty.execute("SELECT source, licence FROM lineage WHERE relative_id = 'adapter:0'")
-    assert origins.fetchall() == [("one/lora", "mit")]
+    insert(
+        empty,
+        "ancestors",
+        [{"descendant_id": "adapter:0", "ancestor_id": "base:0", "depth": 1}],
+    )
+    origins = empty.execute(
+        "SELECT depth, kind, source, revision, licence FROM lineage"
+        " WHERE artifact_id = 'adapter:0' ORDER BY depth"
+    )
+    assert origins.fetchall() == [
+        (0, "adapter", "one/lora", "main", "mit"),
+        (1, None, None, None, None),  # not recorded here
+    ]
     assert empty.execute("FROM latest_routing").fetchall() == [("router:0", "b")]
 
 
@@ -419,3 +447,50 @@ def test_runs_stand_by_their_starts_or_ends_and_stages_in_their_order(
     insert(empty, "run_stages", stages)
     found = empty.execute("SELECT run_id, map_keys(stage_seconds) FROM runs").fetchall()
     assert found == [("r3", None), ("r2", None), ("r1", ["stack", "fit"])]
+
+
+def test_what_went_wrong_or_was_published_stands_latest_first_whatever_else_is_recorded(
+    empty: duckdb.DuckDBPyConnection,
+) -> None:
+    first, second, third = ({"recorded_at": f"2026-01-0{day}"} for day in (1, 2, 3))
+    insert(empty, "run_starts", [{"run_id": "r3", "recipe_name": "nightly"}])
+    insert(empty, "failed", [{**first, "run_id": "r1"}, {**third, "run_id": "r3"}])
+    insert(empty, "run_ends", [{**second, "run_id": "r2", "outcome": "failed"}])
+    found = empty.execute("SELECT run_id, recipe_name FROM failures").fetchall()
+    assert found == [("r3", "nightly"), ("r2", None), ("r1", None)]
+    insert(empty, "artifacts", [{"id": "router:1", "kind": "router"}])
+    times = enumerate((first, third, second))
+    insert(empty, "published", [{**at, "artifact_id": f"router:{n}"} for n, at in times])
+    found = empty.execute("SELECT artifact_id, kind FROM publications").fetchall()
+    assert found == [("router:1", "router"), ("router:2", None), ("router:0", None)]
+
+
+def test_routing_has_experts_that_are_never_chosen_or_have_no_tokens(
+    empty: duckdb.DuckDBPyConnection,
+) -> None:
+    names = "router_id", "module", "truth", "chosen", "num_tokens"
+    counts = [
+        ("router:1", "model.layers.3.q_proj", "x", "x", 9),
+        ("router:0", "model.layers.3.q_proj", "x", "z", 1),
+        ("router:0", "model.layers.3.q_proj", "z", "z", 4),
+        ("router:0", "model.layers.3.q_proj", "x", "y", 3),
+        ("router:0", "head", "x", "x", 0),
+    ]
+    insert(empty, "routing_counts", [dict(zip(names, row, strict=True)) for row in counts])
+    found = empty.execute(
+        "SELECT router_id, layer, expert, num_tokens, accuracy, load FROM routing"
+    )
+    assert found.fetchall() == [
+        ("router:0", 3, "x", 4, 0.0, 0.0),
+        ("router:0", 3, "y", 0, None, 0.375),
+        ("router:0", 3, "z", 4, 1.0, 0.625),
+        ("router:0", None, "x", 0, None, None),
+        ("router:1", 3, "x", 9, 1.0, 1.0),
+    ]
+
+
+def test_the_dictionary_is_of_this_ledger_alone(empty: duckdb.DuckDBPyConnection) -> None:
+    """Also for somebody who has attached another database."""
+    empty.execute("ATTACH ':memory:' AS other; CREATE TABLE other.mine (column_of_mine INTEGER)")
+    assert not empty.execute("FROM dictionary WHERE meaning IS NULL").fetchall()
+    assert empty.execute("FROM dictionary WHERE name = 'scores'").fetchall()

@@ -75,15 +75,17 @@ def verify(
         whole, bad_segments = _check_segments(connection, records.segments, segments)
         index.build(fresh, loose | whole, room=room)
         connection.execute(f"ATTACH {quoted(fresh)} AS fresh (READ_ONLY)")
+        lost = _lost(connection, index)
         findings = (
             *(
                 Finding("record", name, why, _resting(connection, _subject(index, name)))
                 for name, why in bad_records
             ),
             *(
-                Finding("segment", name, why, _resting(connection, _lost(connection, index)))
+                Finding("segment", name, why, _resting(connection, [*lost.values()]))
                 for name, why in bad_segments
             ),
+            *(() if bad_segments else _check_files(connection, lost, dict(bad_records))),
             *_check_blobs(connection, blobs, sorted({*present, *blobs.survey()})),
             *_check_shared(connection, room, sharing),
             *_foreign_files(home, records.root, blobs.root),
@@ -149,12 +151,24 @@ def _subject(index: Index, sha256: str) -> list[str]:
     return [subject for (subject,) in rows]
 
 
-def _lost(connection: duckdb.DuckDBPyConnection, index: Index) -> list[str]:
-    """The subjects of all unreadable records, from the snapshot."""
-    known = index.select("SELECT sha256, subject FROM records", []) or []
+def _lost(connection: duckdb.DuckDBPyConnection, index: Index) -> dict[str, str]:
+    """The subjects of records that are in the snapshot and cannot be read, by their SHA-256."""
+    known = index.select("SELECT sha256, subject FROM records ORDER BY sha256", []) or []
     readable = connection.execute("SELECT sha256 FROM fresh.records").fetchall()
     left = {sha256 for (sha256,) in readable}
-    return [subject for sha256, subject in known if sha256 not in left]
+    return {sha256: subject for sha256, subject in known if sha256 not in left}
+
+
+def _check_files(
+    connection: duckdb.DuckDBPyConnection, lost: dict[str, str], damaged: Collection[str]
+) -> Iterator[Finding]:
+    """The records that the index has, and no file."""
+    gone = {sha256: subject for sha256, subject in lost.items() if sha256 not in damaged}
+    if gone:
+        first, *others = gone
+        more = f", and so are those of {len(others)} others" * bool(others)
+        problem = f"its file is gone{more}; restore it from a backup: a rebuild forgets it"
+        yield Finding("record", first, problem, _resting(connection, [*gone.values()]))
 
 
 def _check_blobs(

@@ -107,6 +107,27 @@ def test_every_flipped_record_is_found_and_named(filled: Shelf) -> None:
     assert not filled.ledger.verify().findings
 
 
+@pytest.mark.parametrize("packed", [False, True])
+def test_records_whose_files_are_gone_are_told_before_a_rebuild_forgets_them(
+    filled: Shelf, *, packed: bool
+) -> None:
+    ledger, expert = filled.ledger, filled.adapter(2)
+    subjects = dict(ledger.query("SELECT sha256, subject FROM records").rows)
+    if packed:
+        ledger.pack()
+        for name in ledger.records.segments.names():
+            ledger.records.segments.path_of(name).unlink()
+        gone = sorted(subjects)
+    else:
+        gone = sorted(sha256 for sha256, subject in subjects.items() if subject == expert.id)
+        for sha256 in gone:
+            ledger.records.path_of(sha256).unlink()
+    finding = ledger.verify().findings[0]
+    assert (finding.what, finding.name) == ("record", gone[0])
+    assert "restore it from a backup" in finding.problem
+    assert expert.id in finding.touches
+
+
 def test_a_flipped_record_touches_what_was_made_from_it(filled: Shelf) -> None:
     expert, stack = filled.adapter(2), filled.fused(filled.adapter(1), filled.adapter(2))
     sql = "SELECT record_sha256 FROM artifacts WHERE id = '{}'"

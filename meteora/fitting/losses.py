@@ -124,9 +124,16 @@ class Batch:
 
 
 def backward_together(
-    model: PreTrainedModel, batch: Batch, counts: Counts, gate_loss_weight: float
+    model: PreTrainedModel,
+    batch: Batch,
+    counts: Counts,
+    gate_loss_weight: float,
+    scale: float = 1.0,
 ) -> Tensor:
     """Add a batch's part of the step's gradients, as the module's docstring defines them.
+
+    Args:
+        scale: of the gradients
 
     Returns:
         [M + 1] the batch's part of the loss of each of the M gates, and of L_LM.
@@ -143,7 +150,8 @@ def backward_together(
             ]
         )
         of_gates = of_gates / counts.labelled
-        (lm_loss + gate_loss_weight * of_gates.mean()).backward()
+        loss = lm_loss + gate_loss_weight * of_gates.mean()
+        loss.backward(torch.full_like(loss, scale))
     return torch.cat([of_gates, lm_loss[None]]).detach()
 
 

@@ -228,6 +228,23 @@ def test_the_language_model_teaches_gates_only_where_experts_are_mixed(model):
         assert bool(gradients(parameters).abs().max() > 0) == teaches
 
 
+@pytest.mark.parametrize("scales", [None, (2.0**40, 2.0**12, 1.0)], ids=["small", "too large"])
+def test_a_base_in_16_bits_teaches_what_one_in_32_bits_does(world, monkeypatch, scales):
+    """As in a step of millions of tokens, each of which has a small part in the gradient."""
+    counts = Counts.of(examples(4))
+    many = Counts(counts.labelled << 16, counts.predicted << 16)
+    monkeypatch.setattr(Counts, "of", lambda _sequences: many)
+    if scales:
+        monkeypatch.setattr("meteora.fitting.joint.LOSS_SCALES", scales)
+    settings = replace(SETTINGS, steps=1, batch_size=16, gate_loss_weight=0.0)
+    taught = []
+    for dtype in (torch.float32, torch.float16):
+        model = world.load(dtype=dtype)
+        train_jointly(model, examples(4), settings, replace(POINT_GATES, top_k=2))
+        taught.append(torch.cat([g.weight.flatten() for g in gates_in(model).values()]).sign())
+    assert (taught[0] == taught[1]).float().mean() > 0.95
+
+
 @pytest.mark.parametrize("start", ["zeros", "calibrate"])
 def test_experts_get_the_offsets_that_a_sweep_gives_them(world, start):
     openings = [replaced(sequence, {UNLABELLED: 4}) for sequence in examples(4)]

@@ -26,7 +26,6 @@ from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
 from meteora.base.placement import input_device, is_offloaded, own_head, settle
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.losses import (
-    Batch,
     Counts,
     backward_apart,
     backward_together,
@@ -36,7 +35,7 @@ from meteora.fitting.losses import (
     learning_gates,
     loss_weights,
 )
-from meteora.fitting.sequences import LabelledSequence, TrainingError, owned
+from meteora.fitting.sequences import Batch, LabelledSequence, TrainingError, owned
 from meteora.fitting.training_state import TrainingState, chosen_sequences, learning_rate
 from meteora.model.fused import expert_names
 from meteora.model.opening_offsets import find_offsets
@@ -276,7 +275,7 @@ class _Learner:
         rank, world = self.accelerator.process_index, self.accelerator.num_processes
         for first in range(0, len(sequences), size):
             own = sequences[first : first + size][rank::world]
-            asked = self.model, Batch.of(own, self.device, self.each), counts
+            asked = self.model, Batch.of(own, self.device), self.each, counts
             with _fast(self.model, self.device):
                 if self._one_expert:
                     backward_apart(*asked, self.settings.gate_loss_weight)

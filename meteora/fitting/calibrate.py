@@ -217,9 +217,9 @@ def calibrate(
         halves.gates = tuple(_spread(*gate, fitted, len(choices)) for gate in halves.gates)
         return _spread(weight, bias, fitted, len(choices))
 
-    def give(layer: MoELoRALinear, *args: Any) -> None:  # noqa: ANN401  (those of `give_gate`)
-        stand_in = StandIn.scaled(options, layer, without, heldout_tokens, GIVEN_UP)
-        give_gate(layer, *args, stand_in=stand_in)
+    def stand_in_of(layer: MoELoRALinear) -> StandIn | None:
+        asked = options, layer, without, heldout_tokens, GIVEN_UP
+        return StandIn.scaled(*asked) if without else None
 
     if without:  # a stand-in is scaled on the tokens of each point, so it is fitted each time
         own = options.share if options.share == "turn" else "module"
@@ -233,7 +233,7 @@ def calibrate(
         options,
         template,
         once,
-        give=give if without else give_gate,
+        stand_in_of=stand_in_of,
         offsets=added,
         halves=halves,
         scratch=scratch,
@@ -358,7 +358,7 @@ def sweep_gates(
     template: Template | None,
     fit: Callable[[Sequence[str], Iterator[Tensor]], tuple[Tensor, Tensor] | None],
     *,
-    give: Callable[..., None] = give_gate,
+    stand_in_of: Callable[[MoELoRALinear], StandIn | None] = lambda _layer: None,
     leaves_out: bool = False,
     offsets: Mapping[str, Tensor] = MappingProxyType({}),
     halves: _Halves = _WHOLE,
@@ -371,7 +371,7 @@ def sweep_gates(
         fit: called with the paths of the modules that share an input, and that input [B, L, IN]
             batch by batch; returns G [E, IN] and c [E], or None: the modules then use the decision
             of the gate before them
-        give: puts G and c into a layer, as `give_gate` does
+        stand_in_of: of a layer that gets a gate
         leaves_out: whether `fit` may return None; decisions are then kept for the layers above
         offsets: by module path, as `find_offsets` returns them
         halves: routes each half of the sequences by the other half's gates until a layer is done
@@ -401,7 +401,9 @@ def sweep_gates(
                         if options.share == "token" or leaves_out:
                             sweep.follow(decided)
                         for layer in leaders:
-                            give(layer, weight.clone(), bias.clone(), options, watcher, decided)
+                            own = weight.clone(), bias.clone()
+                            beside = watcher, decided, stand_in_of(layer)
+                            give_gate(layer, *own, options, *beside)
                             halves.place(layer.router)
                         point = point[len(leaders) :]
                 for layer in point:

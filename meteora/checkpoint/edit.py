@@ -105,7 +105,8 @@ def drop_expert(
     """Write the stack of a checkpoint without one expert, and without modules that only it has.
 
     Args:
-        keep: modules that stay even without ranks, since their gates decide for others
+        keep: modules that stay even without ranks, since their gates decide for others or they
+            have offsets
         dtype: of the new file; None: that of the stack
 
     Raises:

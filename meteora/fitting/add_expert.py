@@ -254,7 +254,7 @@ def drop(
 
     Args:
         expert: its number
-        modules: the modules that any remaining expert changes, by their paths
+        modules: the modules that stay, by their paths
     """
     own = {}
     for path, (weight, bias) in gates.own.items():

@@ -18,7 +18,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
@@ -189,51 +189,49 @@ def calibrate(
     divided = _divided(sequences, names, seed, device, crossed=crossed and refined)
     batches, halves, not_crossed = divided
     weights = token_weights(batches, len(names))
-    accuracy_of: dict[str, float] = {}
-    statistics: dict[str, PointStatistics] = {}
     heldout_tokens = torch.empty(0)  # of the last point, to scale stand-ins on
 
-    def fit(paths: Sequence[str], inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
+    def fit(inputs: Iterator[Tensor]) -> FittedPoint:
         nonlocal heldout_tokens
-        path = paths[0]
+        began = time.perf_counter()
         scatter, every_token, num_fit = _scatter_of(inputs, batches, weights, len(names))
         held = every_token.between(num_fit)
         shrinkage, accuracy = choose_shrinkage(scatter[0], held.accuracy)
         both = scatter[0] + scatter[1]
-        statistics[path] = PointStatistics.of(both, shrinkage)
+        statistics = PointStatistics.of(both, shrinkage)
         if refined:
             parts = every_token.between(0, num_fit), held, every_token
-            (weight, bias), accuracy = _refined(scatter, parts, statistics[path], shrinkage, halves)
+            (weight, bias), accuracy = _refined(scatter, parts, statistics, shrinkage, halves)
         else:
             weight, bias = gate_from(both, shrinkage)
-        accuracy_of[path] = accuracy
         if names[-1] == NULL:
             lead = lead_of_last(held.x @ weight.T + bias, held.labels)
             for own in (bias, *(of_half for _, of_half in halves.gates)):
                 own[-1] += lead
-        if not without:
-            return weight, bias
-        heldout_tokens = held.x
-        halves.gates = tuple(_spread(*gate, fitted, len(choices)) for gate in halves.gates)
-        return _spread(weight, bias, fitted, len(choices))
+        if without:
+            heldout_tokens = held.x
+            halves.gates = tuple(_spread(*gate, fitted, len(choices)) for gate in halves.gates)
+            weight, bias = _spread(weight, bias, fitted, len(choices))
+        spent = time.perf_counter() - began
+        return FittedPoint(weight, bias, statistics, accuracy, spent, halves.gates)
 
-    def give(layer: MoELoRALinear, *args: Any) -> None:  # noqa: ANN401  (those of `give_gate`)
-        stand_in = StandIn.scaled(options, layer, without, heldout_tokens, GIVEN_UP)
-        give_gate(layer, *args, stand_in=stand_in)
+    def stand_in_of(layer: MoELoRALinear) -> StandIn | None:
+        asked = options, layer, without, heldout_tokens, GIVEN_UP
+        return StandIn.scaled(*asked) if without else None
 
     if without:  # a stand-in is scaled on the tokens of each point, so it is fitted each time
         own = options.share if options.share == "turn" else "module"
         options, folder = replace(options, share=own), None
     asked = [asdict(options), refined, offsets, seed, template and asdict(template), crossed]
     sha256 = _asked_sha256(model, sequences, asked)
-    once = _Once(fit, accuracy_of, statistics, folder, sha256, halves)
+    once = _Once(fit, folder, sha256, halves)
     sweep_gates(
         model,
         batches,
         options,
         template,
         once,
-        give=give if without else give_gate,
+        stand_in_of=stand_in_of,
         offsets=added,
         halves=halves,
         scratch=scratch,
@@ -241,9 +239,9 @@ def calibrate(
     )
     return Calibration(
         num_tokens=sum(int((b.labels != UNLABELLED).sum()) for b in batches),
-        heldout_accuracy=sum(accuracy_of.values()) / len(accuracy_of),
-        accuracy_of=accuracy_of,
-        statistics=statistics,
+        heldout_accuracy=sum(once.accuracy_of.values()) / len(once.accuracy_of),
+        accuracy_of=once.accuracy_of,
+        statistics=once.statistics,
         wall_seconds=time.perf_counter() - started + once.seconds_before,
         not_crossed=not_crossed,
     )
@@ -307,30 +305,26 @@ def _refined(
 class _Once:
     """Fits a point, unless a stopped sweep of the same sequences has left its gate in `folder`."""
 
-    fit: Callable[[Sequence[str], Iterator[Tensor]], tuple[Tensor, Tensor]]
-    accuracy_of: dict[str, float]
-    statistics: dict[str, PointStatistics]
+    fit: Callable[[Iterator[Tensor]], FittedPoint]
     folder: Path | None
     asked_sha256: str
     halves: _Halves
+    accuracy_of: dict[str, float] = field(default_factory=dict)
+    statistics: dict[str, PointStatistics] = field(default_factory=dict)
     seconds_before: float = 0.0
     """Time of the fits that were read from the folder."""
 
     def __call__(self, paths: Sequence[str], inputs: Iterator[Tensor]) -> tuple[Tensor, Tensor]:
         """The gate of the modules that share an input, G [E, IN] and c [E]."""
-        if self.folder is None:
-            return self.fit(paths, inputs)
-        path, began = paths[0], time.perf_counter()
-        point = FittedPoint.read(self.folder, path, self.asked_sha256)
-        if point is None:
-            gate = self.fit(paths, inputs)
-            spent = time.perf_counter() - began
-            facts = self.statistics[path], self.accuracy_of[path]
-            point = FittedPoint(*gate, *facts, spent, self.halves.gates)
-            point.write(self.folder, path, self.asked_sha256)
-            return gate
+        path, folder = paths[0], self.folder
+        point = None if folder is None else FittedPoint.read(folder, path, self.asked_sha256)
+        if point is not None:
+            self.seconds_before += point.wall_seconds
+        else:
+            point = self.fit(inputs)
+            if folder is not None:
+                point.write(folder, path, self.asked_sha256)
         self.halves.gates = point.halves
-        self.seconds_before += point.wall_seconds
         self.statistics[path], self.accuracy_of[path] = point.statistics, point.accuracy
         return point.weight, point.bias
 
@@ -358,7 +352,7 @@ def sweep_gates(
     template: Template | None,
     fit: Callable[[Sequence[str], Iterator[Tensor]], tuple[Tensor, Tensor] | None],
     *,
-    give: Callable[..., None] = give_gate,
+    stand_in_of: Callable[[MoELoRALinear], StandIn | None] = lambda _layer: None,
     leaves_out: bool = False,
     offsets: Mapping[str, Tensor] = MappingProxyType({}),
     halves: _Halves = _WHOLE,
@@ -371,7 +365,7 @@ def sweep_gates(
         fit: called with the paths of the modules that share an input, and that input [B, L, IN]
             batch by batch; returns G [E, IN] and c [E], or None: the modules then use the decision
             of the gate before them
-        give: puts G and c into a layer, as `give_gate` does
+        stand_in_of: of a layer that gets a gate
         leaves_out: whether `fit` may return None; decisions are then kept for the layers above
         offsets: by module path, as `find_offsets` returns them
         halves: routes each half of the sequences by the other half's gates until a layer is done
@@ -401,7 +395,9 @@ def sweep_gates(
                         if options.share == "token" or leaves_out:
                             sweep.follow(decided)
                         for layer in leaders:
-                            give(layer, weight.clone(), bias.clone(), options, watcher, decided)
+                            own = weight.clone(), bias.clone()
+                            beside = watcher, decided, stand_in_of(layer)
+                            give_gate(layer, *own, options, *beside)
                             halves.place(layer.router)
                         point = point[len(leaders) :]
                 for layer in point:

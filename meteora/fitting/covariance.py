@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 from typing import Self
 
 import torch
@@ -109,9 +109,10 @@ class Sums(ABC):
         add_by_label(self.mass, labels, weights.double())
         add_by_label(self.sums, labels, weighted.double())
 
-    @abstractmethod
     def __add__(self, other: Self) -> Self:
         """The sums over the tokens of both; they must have the same shift."""
+        names = [one.name for one in fields(self) if one.name != "shift"]
+        return replace(self, **{name: getattr(self, name) + getattr(other, name) for name in names})
 
     @abstractmethod
     def covariance(self) -> Covariance:
@@ -150,11 +151,6 @@ class Scatter(Sums):
         for start in range(0, len(self.moment), BLOCK):
             rows = slice(start, start + BLOCK)
             self.moment[rows, start:] += x[:, rows].T @ weighted[:, start:]
-
-    def __add__(self, other: Self) -> Self:
-        return type(self)(
-            self.mass + other.mass, self.sums + other.sums, self.shift, self.moment + other.moment
-        )
 
     @property
     def within(self) -> Tensor:
@@ -210,11 +206,6 @@ class RowScatter(Sums):
             kept = stands_for > 0
             x, labels, weights = x[kept], labels[kept], (weights * stands_for)[kept]
         self.parts.append((x, labels, weights))
-
-    def __add__(self, other: Self) -> Self:
-        return type(self)(
-            self.mass + other.mass, self.sums + other.sums, self.shift, self.parts + other.parts
-        )
 
     def covariance(self) -> Covariance:
         means, total = self.means.float(), self.mass.sum()

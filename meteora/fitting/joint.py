@@ -26,7 +26,6 @@ from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
 from meteora.base.placement import input_device, is_offloaded, own_head, settle
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.losses import (
-    Batch,
     Counts,
     backward_apart,
     backward_together,
@@ -36,7 +35,7 @@ from meteora.fitting.losses import (
     learning_gates,
     loss_weights,
 )
-from meteora.fitting.sequences import LabelledSequence, TrainingError, owned
+from meteora.fitting.sequences import Batch, LabelledSequence, TrainingError, owned
 from meteora.fitting.training_state import TrainingState, chosen_sequences, learning_rate
 from meteora.model.fused import expert_names
 from meteora.model.opening_offsets import find_offsets
@@ -48,6 +47,11 @@ if TYPE_CHECKING:
 
     from meteora.base.chat_template import Template
     from meteora.routing.routers import Gate
+
+LOSS_SCALES = (2.0**16, 2.0**12, 2.0**8, 2.0**4, 1.0)
+"""Factors of the loss where its gradient goes through a base in float16, in which many entries
+would be too small to differ from zero. Each step takes the first with which none is too large, and
+divides the gradients of the gates by it."""
 
 
 class DivergedError(TrainingError):
@@ -240,25 +244,22 @@ class _Learner:
         }
         self.optimizer = torch.optim.AdamW(self.parameters.values(), weight_decay=0.0)
         self.device = input_device(model)
-        one_expert = next(iter(gates.values())).options.top_k == 1
-        self._backward = backward_apart if one_expert else backward_together
+        self._one_expert = next(iter(gates.values())).options.top_k == 1
+        through_16_bits = model.dtype == torch.float16 and not self._one_expert
+        self._loss_scales = LOSS_SCALES if through_16_bits else LOSS_SCALES[-1:]
         if accelerator.num_processes > 1:
             for parameter in self.parameters.values():
                 broadcast(parameter.data)
 
     def learn(self, step: int, sequences: list[LabelledSequence]) -> None:
         """Take one step of the optimiser, unless a gradient is not finite."""
-        counts, size = Counts.of(sequences), self.settings.batch_size
-        rank, world = self.accelerator.process_index, self.accelerator.num_processes
-        for first in range(0, len(sequences), size):
-            own = sequences[first : first + size][rank::world]
-            batch = Batch.of(own, self.device, self.each)
-            with _fast(self.model, self.device):
-                self._backward(self.model, batch, counts, self.settings.gate_loss_weight)
-        self._add_up()
-        grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
-        norm = torch.nn.utils.get_total_norm(grads.values())
-        if not norm.isfinite():  # before clipping, which would spread NaN to all gradients
+        for scale in self._loss_scales:
+            self.optimizer.zero_grad()
+            grads = self._gradients(sequences, scale)
+            norm = torch.nn.utils.get_total_norm(grads.values())
+            if norm.isfinite():
+                break
+        else:  # before clipping, which would spread NaN to all gradients
             raise _diverged(step, grads)
         torch.nn.utils.clip_grads_with_norm_(
             self.parameters.values(), self.settings.max_grad_norm, norm
@@ -267,6 +268,24 @@ class _Learner:
             group["lr"] = learning_rate(self.settings, step)
         self.optimizer.step()
         self.optimizer.zero_grad()
+
+    def _gradients(self, sequences: list[LabelledSequence], scale: float) -> dict[str, Tensor]:
+        """The gradient of each parameter for one step, by name; it is in the parameter, too."""
+        counts, size = Counts.of(sequences), self.settings.batch_size
+        rank, world = self.accelerator.process_index, self.accelerator.num_processes
+        for first in range(0, len(sequences), size):
+            own = sequences[first : first + size][rank::world]
+            asked = self.model, Batch.of(own, self.device), self.each, counts
+            with _fast(self.model, self.device):
+                if self._one_expert:
+                    backward_apart(*asked, self.settings.gate_loss_weight)
+                else:
+                    backward_together(*asked, self.settings.gate_loss_weight, scale)
+        self._add_up()
+        grads = {name: p.grad for name, p in self.parameters.items() if p.grad is not None}
+        for grad in grads.values():
+            grad.div_(scale)
+        return grads
 
     def _add_up(self) -> None:
         """Sum the gradients over the processes, in place."""

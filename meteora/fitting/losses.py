@@ -28,12 +28,17 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
-from torch.nn.utils.rnn import pad_sequence
 from torch.utils.checkpoint import checkpoint
 
-from meteora.base.padding import mask_of, padded
 from meteora.base.placement import LAYER, replaced_forward
-from meteora.fitting.sequences import UNLABELLED, LabelledSequence, each_of_kind
+from meteora.fitting.sequences import (
+    UNLABELLED,
+    Batch,
+    LabelledSequence,
+    batched,
+    each_of_kind,
+    num_of_kinds,
+)
 from meteora.model.fused import without_dropout
 from meteora.routing.gates import as_in_this_pass, gates_in, old_routers_after_error
 from meteora.routing.hooks import recorded_logits
@@ -42,9 +47,6 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
     from meteora.routing.routers import Gate
-
-IGNORED = -100
-"""The label of tokens that `cross_entropy` leaves out."""
 
 
 @dataclass(frozen=True)
@@ -79,91 +81,58 @@ def loss_weights(sequences: Sequence[LabelledSequence], num_experts: int) -> Ten
     """
     if not any(sequence.openings for sequence in sequences):
         return None
-    kinds = torch.cat([_kinds(sequence) for sequence in sequences])
-    counts = torch.bincount(kinds[kinds >= 0], minlength=2 * num_experts).view(num_experts, 2)
+    batches = [*batched(sequences, set(), torch.device("cpu"))]
+    counts = num_of_kinds(batches, num_experts)
     return each_of_kind(counts) * counts.sum(1, keepdim=True)
 
 
-def _kinds(sequence: LabelledSequence) -> Tensor:
-    """[L] 2 · expert, plus 1 if the token opens an answer; negative for no expert."""
-    kinds = torch.tensor(sequence.experts) * 2
-    kinds[list(sequence.openings)] += 1
-    return kinds
-
-
-@dataclass(frozen=True)
-class Batch:
-    """Sequences that go through the model together. B: sequences, L: length of the longest."""
-
-    input_ids: Tensor
-    """[B, L], padded on the right"""
-    attention_mask: Tensor
-    """[B, L]"""
-    labels: Tensor
-    """[B × L] experts; `IGNORED` for padding and for tokens that belong to no expert"""
-    weights: Tensor | None = None
-    """[B × L] the weight of each token in L_gate; None if all are 1"""
-
-    @classmethod
-    def of(
-        cls,
-        sequences: Sequence[LabelledSequence],
-        device: torch.device,
-        each: Tensor | None = None,
-    ) -> Batch:
-        """Pad sequences into one batch; `each` is the result of `loss_weights`."""
-        rows = [sequence.input_ids for sequence in sequences]
-        ids, mask = padded(rows), mask_of(rows)
-        labels = padded([sequence.experts for sequence in sequences], IGNORED)
-        labels[labels == UNLABELLED] = IGNORED
-        weights = None
-        if each is not None:
-            kinds = [_kinds(sequence).clamp_min(0) for sequence in sequences]
-            weights = each.flatten()[pad_sequence(kinds, batch_first=True)].flatten().to(device)
-        return cls(ids.to(device), mask.to(device), labels.flatten().to(device), weights)
-
-
 def backward_together(
-    model: PreTrainedModel, batch: Batch, counts: Counts, gate_loss_weight: float
+    model: PreTrainedModel,
+    batch: Batch,
+    each: Tensor | None,
+    counts: Counts,
+    gate_loss_weight: float,
+    scale: float = 1.0,
 ) -> Tensor:
     """Add a batch's part of the step's gradients, as the module's docstring defines them.
+
+    Args:
+        each: the result of `loss_weights`
+        scale: of the gradients
 
     Returns:
         [M + 1] the batch's part of the loss of each of the M gates, and of L_LM.
     """
     with recorded_logits(model) as recorded:
         out = model(input_ids=batch.input_ids, attention_mask=batch.attention_mask, use_cache=False)
-        following = batch.input_ids.masked_fill(batch.attention_mask == 0, IGNORED)[:, 1:]
-        lm_loss = _sum_of_losses(out.logits[:, :-1].flatten(0, 1), following.flatten())
+        following = batch.input_ids.masked_fill(batch.attention_mask == 0, UNLABELLED)[:, 1:]
+        lm_loss = _sum_of_losses(out.logits[:, :-1].flatten(0, 1), following)
         lm_loss = lm_loss / counts.predicted
+        weights = _weights_of(batch, each)
         of_gates = torch.stack(
-            [
-                _sum_of_losses(recorded[path], batch.labels, batch.weights)
-                for path in gates_in(model)
-            ]
+            [_sum_of_losses(recorded[path], batch.labels, weights) for path in gates_in(model)]
         )
         of_gates = of_gates / counts.labelled
-        (lm_loss + gate_loss_weight * of_gates.mean()).backward()
+        loss = lm_loss + gate_loss_weight * of_gates.mean()
+        loss.backward(torch.full_like(loss, scale))
     return torch.cat([of_gates, lm_loss[None]]).detach()
 
 
 def backward_apart(
-    model: PreTrainedModel, batch: Batch, counts: Counts, gate_loss_weight: float
-) -> Tensor:
-    """As `backward_together`, for `top_k = 1`: no backward pass through the model.
-
-    Returns:
-        [M + 1] as there, but L_LM is not computed and is NaN.
-    """
-    gates = gates_in(model).values()
-    losses: list[Tensor] = []
+    model: PreTrainedModel,
+    batch: Batch,
+    each: Tensor | None,
+    counts: Counts,
+    gate_loss_weight: float,
+) -> None:
+    """As `backward_together`, for `top_k = 1`: no backward pass through the model."""
+    gates, weights = gates_in(model).values(), _weights_of(batch, each)
 
     def teach(gate: nn.Module, inputs: tuple[Tensor], _output: Tensor) -> None:
         with torch.enable_grad():
             logits = gate.forward(inputs[0])  # not gate(...): that would run this hook again
-            loss = _sum_of_losses(logits, batch.labels, batch.weights) / counts.labelled
+            loss = _sum_of_losses(logits, batch.labels, weights) / counts.labelled
             (gate_loss_weight * loss / len(gates)).backward()
-        losses.append(loss.detach())
 
     # the whole model, since watchers of prompts and FSDP hook its forward; its logits are not used
     can_skip_logits = "logits_to_keep" in inspect.signature(model.forward).parameters
@@ -176,7 +145,6 @@ def backward_apart(
             use_cache=False,
             **({"logits_to_keep": 1} if can_skip_logits else {}),
         )
-    return torch.stack([*losses, losses[0].new_tensor(torch.nan)])
 
 
 def learning_gates(model: PreTrainedModel, *, zeros: bool) -> dict[str, Gate]:
@@ -211,11 +179,18 @@ def frozen(model: PreTrainedModel) -> Generator[None]:
                 gate.__dict__.pop("forward", None)
 
 
+def _weights_of(batch: Batch, each: Tensor | None) -> Tensor | None:
+    """[B × L] the weight of each token in L_gate; None if all are 1."""
+    return None if each is None else each.flatten()[batch.kinds.clamp_min(0).flatten().cpu()]
+
+
 def _sum_of_losses(logits: Tensor, labels: Tensor, weights: Tensor | None = None) -> Tensor:
+    """Of logits [B × L, C] against labels [B, L]; `UNLABELLED` is left out."""
+    labels = labels.flatten().to(logits.device)  # a gate may be on another device than the input
     if weights is None:
-        return cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="sum")
-    losses = cross_entropy(logits.float(), labels, ignore_index=IGNORED, reduction="none")
-    return losses @ weights
+        return cross_entropy(logits.float(), labels, ignore_index=UNLABELLED, reduction="sum")
+    losses = cross_entropy(logits.float(), labels, ignore_index=UNLABELLED, reduction="none")
+    return losses @ weights.to(losses.device)
 
 
 def decoder_layers(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:

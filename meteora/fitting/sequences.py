@@ -9,6 +9,7 @@ import random
 from collections import Counter
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
+from typing import Self
 
 import torch
 from torch import Tensor
@@ -80,6 +81,24 @@ class Batch:
     """[B, 1] bool"""
     stands_for: Tensor
     """[B, L] the result of `sampled`; 1 everywhere before"""
+
+    @classmethod
+    def of(
+        cls,
+        sequences: Sequence[LabelledSequence],
+        device: torch.device,
+        heldout: Sequence[bool] | None = None,
+    ) -> Self:
+        """Pad sequences into one batch; without `heldout` none is held out."""
+        rows = [sequence.input_ids for sequence in sequences]
+        ids = padded(rows)
+        openings = torch.zeros_like(ids, dtype=torch.bool)
+        for row, sequence in enumerate(sequences):
+            openings[row, list(sequence.openings)] = True
+        labels = padded([sequence.experts for sequence in sequences], UNLABELLED)
+        held = torch.tensor(heldout or [False] * len(rows)).unsqueeze(1)
+        parts = ids, mask_of(rows), labels, openings, held, torch.ones(ids.shape)
+        return cls(*(part.to(device) for part in parts))
 
     @property
     def kinds(self) -> Tensor:
@@ -164,19 +183,7 @@ def batched(
         ):
             stop += 1
         chosen = by_length[start:stop]
-        rows = [sequences[i].input_ids for i in chosen]
-        ids = padded(rows)
-        labels = padded([sequences[i].experts for i in chosen], UNLABELLED)
-        openings = torch.zeros_like(ids, dtype=torch.bool)
-        for row, i in enumerate(chosen):
-            openings[row, list(sequences[i].openings)] = True
-        held = torch.tensor([[i in heldout] for i in chosen])
-        yield Batch(
-            *(
-                part.to(device)
-                for part in (ids, mask_of(rows), labels, openings, held, torch.ones(ids.shape))
-            )
-        )
+        yield Batch.of([sequences[i] for i in chosen], device, [i in heldout for i in chosen])
         start = stop
 
 
@@ -247,20 +254,21 @@ def token_weights(batches: Sequence[Batch], num_experts: int) -> list[Tensor]:
 
     If an expert has tokens that open answers, these sum to `OPENING_SHARE`.
     """
-    kinds = [b.kinds for b in batches]
-    counts = sum(
-        (torch.bincount(k[k >= 0], minlength=2 * num_experts) for k in kinds),
-        start=torch.zeros(2 * num_experts, dtype=torch.long, device=batches[0].labels.device),
-    ).view(num_experts, 2)
-    each = each_of_kind(counts).flatten()
-    return [each[k.clamp_min(0)] for k in kinds]
+    each = each_of_kind(num_of_kinds(batches, num_experts)).flatten()
+    return [each[b.kinds.clamp_min(0)] for b in batches]
+
+
+def num_of_kinds(batches: Sequence[Batch], num_experts: int) -> Tensor:
+    """[E, 2] tokens of each expert: [:, 0] ordinary ones, [:, 1] those that open answers."""
+    kinds = torch.cat([b.kinds.flatten() for b in batches])
+    return torch.bincount(kinds[kinds >= 0], minlength=2 * num_experts).view(num_experts, 2)
 
 
 def each_of_kind(counts: Tensor) -> Tensor:
     """The weight of one token of each kind, if the tokens of an expert sum to 1.
 
     Args:
-        counts: [E, 2] tokens of each expert: [:, 0] ordinary ones, [:, 1] those that open answers
+        counts: [E, 2] the result of `num_of_kinds`
 
     Returns:
         [E, 2] float32

@@ -60,17 +60,22 @@ def label_rows(
     tokenizer: PreTrainedTokenizerBase,
     nobody: int = UNLABELLED,
 ) -> list[LabelledSequence]:
-    """Rows as tokens with the label of one expert; the template's opening has `nobody`.
-
-    Without such an opening the first token has the label `nobody`, if that is a choice.
-    """
-    opening = max(len(Template.of(tokenizer).opening), int(nobody != UNLABELLED))
+    """Rows as tokens with the label of one expert; those of `_num_opening` have `nobody`."""
+    opening = _num_opening(tokenizer, nobody)
     sequences = []
     for row in rows:
         ids = encode_pair(tokenizer, row.prompt, row.response)
         labels = [nobody] * opening + [expert] * (len(ids) - opening)
         sequences.append(LabelledSequence(tuple(ids), tuple(labels)))
     return sequences
+
+
+def _num_opening(tokenizer: PreTrainedTokenizerBase, nobody: int) -> int:
+    """How many tokens open every prompt: those of the template.
+
+    Without such an opening it is the first token, if `nobody` is a choice.
+    """
+    return max(len(Template.of(tokenizer).opening), int(nobody != UNLABELLED))
 
 
 def label_composites(
@@ -207,8 +212,9 @@ def background_sequences(
         rows: from `background_rows`
         choice: the label of the base
         advance: called with the number of rows just done
+        nobody: the label of tokens that open prompts, as in `label_rows`
     """
-    opening = len(Template.of(tokenizer).opening)
+    opening = _num_opening(tokenizer, nobody)
     prompts = [encode_prompt(tokenizer, row.prompt) for row in rows if row.prompt]
     with without_experts(model):
         answers = answer_all(model, tokenizer, prompts, MAX_NEW_TOKENS, advance)
@@ -218,9 +224,12 @@ def background_sequences(
         )
         for ids, answer in zip(prompts, answers, strict=True)
     ]
+    if tokenizer.chat_template:
+        opening = 0  # a plain text is not in it
     for row in rows:
         if not row.prompt:
             ids = tuple(tokenizer(row.response).input_ids)
-            sequences.append(LabelledSequence(ids, (choice,) * len(ids)))
+            labels = (*[nobody] * opening, *[choice] * (len(ids) - opening))
+            sequences.append(LabelledSequence(ids, labels))
             advance(1)
     return sequences

@@ -187,8 +187,11 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
     gates = tensors.read_gates(folder, manifest)
     run_id = new_run_id()
     with _scratch(ledger, manifest, run_id, f"drop {name} from", "cpu") as scratch:
-        leaders, dtype = {*gates.follows.values()}, _dtype_without(ledger, manifest, name)
-        smaller = edit.drop_expert(folder, name, scratch / EXPERTS, keep=leaders, dtype=dtype)
+        stay = {*gates.follows.values()}
+        if len(manifest.experts) > 2:  # an expert that is left alone needs no offsets
+            stay |= {*gates.offsets}
+        dtype = _dtype_without(ledger, manifest, name)
+        smaller = edit.drop_expert(folder, name, scratch / EXPERTS, keep=stay, dtype=dtype)
         kept, statistics = add_expert.drop(
             gates,
             read_statistics(folder, manifest, gates),

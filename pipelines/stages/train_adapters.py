@@ -36,7 +36,7 @@ from meteora.base.padding import padded
 from meteora.base.placement import is_out_of_memory, placed
 from meteora.base.sources import PATH
 from meteora.fitting.joint import DivergedError
-from meteora.fitting.losses import IGNORED, computed_again, decoder_layers
+from meteora.fitting.losses import computed_again, decoder_layers
 from meteora.untrusted.findings import brief, did_you_mean
 from pipelines.admission.sources import local_folder, resolve_base, token_of_rows
 from pipelines.data.row_sources import read_rows, row_place
@@ -66,6 +66,8 @@ article of 3,000 tokens. Without the activations inside layers it keeps 0.4 MB a
 MOST_ROWS = 1000
 """The most rows of each task."""
 SEED = 0
+IGNORED = -100
+"""The label of tokens that `cross_entropy` leaves out."""
 Lesson = tuple[list[int], list[int]]
 """Token ids, and their labels: the same ids in the answer, `IGNORED` in the prompt."""
 T = TypeVar("T")

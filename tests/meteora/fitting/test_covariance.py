@@ -12,6 +12,7 @@ from meteora.fitting.logistic import Tokens
 from meteora.fitting.sequences import sample
 
 E = 3
+FORMS = [Scatter, RowScatter]
 
 
 def draw(num_tokens, num_inputs, common_mean=0.0):
@@ -87,13 +88,16 @@ def test_rows_invert_the_covariance_that_they_stand_for():
         torch.testing.assert_close(covariance.solve(shrunk, shrinkage), identity)
 
 
-def test_parts_add_up_to_the_whole():
+@pytest.mark.parametrize("form", FORMS)
+def test_parts_add_up_to_the_whole(form):
     x, labels, weights = draw(80, 30)
-    whole = scatter_of(RowScatter, x, labels, weights)
-    parts = [RowScatter.empty(E, whole.shift) for _ in range(2)]
+    whole = scatter_of(form, x, labels, weights)
+    parts = [form.empty(E, whole.shift) for _ in range(2)]
     for part, chosen in zip(parts, (slice(0, 30), slice(30, None)), strict=True):
         part.add(x[chosen], labels[chosen], weights[chosen])
-    got, expected = gate_from(parts[0] + parts[1], 0.1), gate_from(whole, 0.1)
+    both = parts[0] + parts[1]
+    torch.testing.assert_close(both.mass, whole.mass)
+    got, expected = gate_from(both, 0.1), gate_from(whole, 0.1)
     torch.testing.assert_close(got, expected, rtol=1e-4, atol=1e-4)
 
 
@@ -108,23 +112,25 @@ def test_means_are_those_of_all_tokens_though_a_sample_tells_the_spread():
     assert abs(some.covariance().level - expected) < 0.3 * expected
 
 
-@pytest.mark.parametrize("form", [Scatter, RowScatter])
+@pytest.mark.parametrize("form", FORMS)
 def test_equal_inputs_give_equal_bytes(form):
     drawn = draw(60, 90)
     one, other = (gate_from(scatter_of(form, *drawn), 0.01) for _ in range(2))
     assert all(torch.equal(a, b) for a, b in zip(one, other, strict=True))
 
 
-def test_rows_that_hold_infinity_are_refused():
+@pytest.mark.parametrize("form", FORMS)
+def test_infinite_inputs_are_refused(form):
     x, labels, weights = draw(20, 40)
     x[3, 2] = torch.inf
     with pytest.raises(SingularError, match="NaN or infinity"):
-        gate_from(scatter_of(RowScatter, x, labels, weights), 0.1)
+        gate_from(scatter_of(form, x, labels, weights), 0.1)
 
 
-def test_rows_without_variance_give_a_gate_that_does_not_poison():
+@pytest.mark.parametrize("form", FORMS)
+def test_inputs_without_variance_give_a_gate_that_does_not_poison(form):
     weight, bias = gate_from(
-        scatter_of(RowScatter, torch.ones(6, 40), torch.arange(6) % E, torch.ones(6)), 0.01
+        scatter_of(form, torch.ones(6, 40), torch.arange(6) % E, torch.ones(6)), 0.01
     )
     assert weight.isfinite().all()
     assert bias.isfinite().all()

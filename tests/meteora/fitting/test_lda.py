@@ -56,20 +56,6 @@ def test_a_gate_is_textbook_lda(shrinkage, common_mean):
     )
 
 
-def test_statistics_of_two_parts_add_up_to_those_of_the_whole():
-    x, labels, weights = draw()
-    whole = scatter_of(x, labels, weights)
-    parts = [Scatter.empty(E, whole.shift) for _ in range(2)]
-    for part, chosen in zip(parts, (slice(0, 64), slice(64, None)), strict=True):
-        tensors = (torch.from_numpy(values[chosen]) for values in (x, labels, weights))
-        tokens, own, mass = tensors
-        part.add(tokens, own, mass.float())
-    both = parts[0] + parts[1]
-    torch.testing.assert_close(both.mass, whole.mass)
-    torch.testing.assert_close(both.means, whole.means, rtol=1e-5, atol=1e-5)
-    torch.testing.assert_close(both.within, whole.within, rtol=1e-5, atol=1e-5)
-
-
 def test_shrinkage_is_the_one_that_is_right_most_often_on_held_out_tokens():
     x, labels, weights = draw(seed=1)
     scatter = scatter_of(x, labels, weights)
@@ -92,20 +78,6 @@ def test_fewer_tokens_than_inputs_still_give_a_gate():
     weight, bias = gate_from(scatter, 0.01)
     assert weight.isfinite().all()
     assert (torch.from_numpy(x) @ weight.T + bias).argmax(-1).tolist() == labels.tolist()
-
-
-def test_inputs_without_variance_give_a_gate_that_does_not_poison():
-    scatter = scatter_of(np.ones((6, 4), np.float32), np.arange(6) % E, np.ones(6))
-    weight, bias = gate_from(scatter, 0.01)
-    assert weight.isfinite().all()
-    assert bias.isfinite().all()
-
-
-def test_infinite_inputs_are_refused():
-    x, labels, weights = draw()
-    x[3, 2] = np.inf
-    with pytest.raises(SingularError, match="NaN or infinity"):
-        gate_from(scatter_of(x, labels, weights), 0.1)
 
 
 def test_tokens_that_are_all_alike_within_each_expert_are_refused():

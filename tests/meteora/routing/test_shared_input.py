@@ -104,6 +104,17 @@ def test_the_results_are_those_of_layers_on_their_own(models, kernel, mode):
         torch.testing.assert_close(shared(IDS).logits, plain(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("kernel", ["dense", "gather"])
+def test_it_does_in_16_bits_too(models, kernel):
+    """There the projection is added to the experts' sum, and not the sum to it."""
+    with_kernel(kernel, *models)
+    found = []
+    for model in models:
+        with torch.no_grad():
+            found.append(model.bfloat16()(IDS).logits)
+    torch.testing.assert_close(*found, rtol=0.05, atol=0.05)
+
+
 def test_a_point_computes_once(models, dots):
     with_kernel("gather", *models)
     counts = []

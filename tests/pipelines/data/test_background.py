@@ -9,7 +9,7 @@ from meteora.fitting.sequences import UNLABELLED
 from meteora.model.fused import without_experts
 from meteora.model.generate import answer_all
 from pipelines.data.background import background_rows
-from pipelines.data.labels import MAX_NEW_TOKENS, background_sequences
+from pipelines.data.labels import MAX_NEW_TOKENS, background_sequences, label_rows
 from pipelines.data.rows import Row
 
 
@@ -40,6 +40,18 @@ def test_the_base_answers_the_questions_itself(world, tokenizer):
     for sequence in (short, long, plain):
         assert set(sequence.experts) == {4}
         assert UNLABELLED not in sequence.experts
+
+
+def test_without_a_chat_template_the_first_token_is_nobodys_as_in_the_experts_rows(
+    world, tokenizer
+):
+    row, nobody = Row("why?", ""), 5
+    of_base = background_sequences(
+        world.load(), tokenizer, [row, Row("", "plain text")], 4, nobody=nobody
+    )
+    for sequence in (*of_base, *label_rows([row], 0, tokenizer, nobody)):
+        assert sequence.experts[0] == nobody
+        assert nobody not in sequence.experts[1:]
 
 
 def test_many_prompts_are_answered_as_one_by_one(world, tokenizer):

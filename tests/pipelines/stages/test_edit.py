@@ -402,6 +402,33 @@ def test_what_a_drop_leaves_and_a_recipe_of_the_same_experts_stand_side_by_side(
     assert recorded_router(work.ledger, FoundCheckpoint(dropped, world.base, {}), left) is not None
 
 
+def test_offsets_stay_where_only_the_dropped_expert_had_the_module(
+    workplace: Callable[..., RunContext],
+    world: World,
+    build_adapter: Callable[..., Path],
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr("meteora.model.opening_offsets.LEAST_SHARE", -1.0)  # everywhere
+    low = build_adapter(world.base, tmp_path / "low", seed=5, r=4, target_modules=["v_proj"])
+    adapters = {name: world.adapters[name] for name in ("q_and_v", "attention")} | {"low": low}
+    experts = [
+        {"name": n, "adapter": f"path:{path}", "examples": "jsonl:q_and_v.train.jsonl"}
+        for n, path in adapters.items()
+    ]
+    work = workplace(experts=experts, benchmark={"limit": 1, "compare": []})
+    planned, built, gates = fit(work)
+    folder = build.write_checkpoint(work, planned, built, gates)
+    before = read_gates(folder, read_manifest(folder)).offsets
+    dropped = edit.drop(work.ledger, folder, "attention")
+    after = read_gates(dropped, read_manifest(dropped)).offsets
+    assert after.keys() == before.keys()
+    for path, rows in after.items():
+        assert torch.equal(rows, before[path][[0, 2, 3]])
+    model, tokenizer = meteora.load(dropped, base_folder=world.base)
+    assert meteora.generate(model, tokenizer, "abcdabcd", max_new_tokens=3)
+
+
 def test_a_checkpoint_from_elsewhere_grows_without_a_record(
     made: tuple[RunContext, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:

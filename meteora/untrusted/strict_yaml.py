@@ -14,6 +14,7 @@ from meteora.untrusted.findings import shortened
 _BASE: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 _SAFE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
+TEXT_TAG = "tag:yaml.org,2002:str"
 MAX_DEPTH = 50
 MAX_BITS = 1_000
 """Most bits of a whole number."""
@@ -81,7 +82,11 @@ class _UniqueKeys:
 
 
 class _TypedLoader(_UniqueKeys, _SAFE):
-    pass
+    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                key.tag = TEXT_TAG  # else the keys `null` and `on` are None and True
+        return super().construct_mapping(node, deep=deep)
 
 
 # YAML 1.2 reads 1e-3 as a number, as people do; PyYAML's 1.1 wants 1.0e-3

@@ -77,8 +77,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a fused model: the base, every expert, and the router.
 
-    Call the model from one thread at a time: it keeps a gate's decision until the layers that
-    follow the gate are called.
+    Several threads may call the model at once, unless layers are offloaded. But `force_expert` and
+    `without_experts` hold for all of them.
 
     Args:
         checkpoint_folder: a folder that `meteora run` wrote, or a Hub id

@@ -221,7 +221,7 @@ class MoELoRALinear(RoutedExperts):
 
     def forward(self, x: Tensor) -> Tensor:
         projection, router = self.projection, self.router
-        if router is None:
+        if router is None or router.only_reads(x):
             return projection(x)
         if not is_offloaded(projection):
             return self._routed(x, router)

@@ -49,8 +49,6 @@ class Product(NamedTuple):
             if add_to is None:
                 return self.factors @ b.T
             return reference.add_expanded(self.factors, b, add_to)
-        if add_to is None:
-            return gather_grouped.chosen_sums(b.T, self.index, self.factors)
         return gather_grouped.add_sums(b.T, self.index, self.factors, add_to)
 
 

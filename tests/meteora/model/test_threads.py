@@ -8,12 +8,10 @@ from threading import get_ident
 import pytest
 import torch
 
-from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import Template
-from meteora.checkpoint.tensors import Gates
 from meteora.model.trace import trace
-from meteora.routing.gates import insert_gates
 from meteora.routing.layer import routed_layers
+from tests.meteora.serving.served_world import NO_TEMPLATE, gated
 
 OPENING, CLOSING = (1, 50, 51, 52), (53, 54)
 TEMPLATE = Template(OPENING, CLOSING, OPENING[1:])
@@ -48,30 +46,12 @@ def read(model, prompt):
     return model(torch.tensor([prompt])).logits
 
 
-def gated(model, share, template=None):
-    """Random gates; layers that share one follow the first of them."""
-    generator, own, follows = torch.Generator().manual_seed(1), {}, {}
-    leaders = {}
-    for path, layer in routed_layers(model).items():
-        parent, _, name = path.rpartition(".")
-        first = {"k_proj": "q_proj", "v_proj": "q_proj", "up_proj": "gate_proj"}.get(name, name)
-        point = path.split(".")[2] if share == "layer" else (parent, first)
-        if (leader := leaders.setdefault(point, path)) != path:
-            follows[path] = leader
-            continue
-        size = layer.num_choices, layer.stack.a.shape[1]
-        own[path] = 3 * torch.randn(size, generator=generator), torch.zeros(size[0])
-    options = RouterOptions("gate", 1, 1.0, share=share)
-    insert_gates(model, Gates(own, follows, template or Template()), options)
-    return model
-
-
 @pytest.mark.parametrize(
     ("share", "template"),
-    [("point", None), ("layer", None), ("point", TEMPLATE), ("turn", TEMPLATE)],
+    [("point", NO_TEMPLATE), ("layer", NO_TEMPLATE), ("point", TEMPLATE), ("turn", TEMPLATE)],
 )
 def test_each_thread_has_its_own_decisions(world, share, template):
-    model = gated(world.load(), share, template)
+    model = gated(world, share, template)
     expected, others = read(model, ONE), read(model, OTHER)
     got, found = interrupted(model, lambda: read(model, ONE), lambda: read(model, OTHER))
     assert torch.equal(got, expected)
@@ -79,7 +59,7 @@ def test_each_thread_has_its_own_decisions(world, share, template):
 
 
 def test_a_trace_has_the_routes_of_its_own_thread(world, tokenizer):
-    model = gated(world.load(), "point")
+    model = gated(world, "point")
 
     def traced():
         return trace(model, tokenizer, ONE, max_new_tokens=1)

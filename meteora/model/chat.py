@@ -126,7 +126,7 @@ class _Reading:
 
 
 class Chat:
-    """Answers conversations, one at a time; a model belongs to one thread."""
+    """Answers conversations, one at a time; an expert is forced for all threads of a model."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Set up.

@@ -198,23 +198,6 @@ def refuse_quantised(folder: Path) -> None:
         )
 
 
-def quantisation(name: str, dtype: torch.dtype) -> BitsAndBytesConfig:
-    """The config with which transformers quantises all linear layers of a base but its head.
-
-    Args:
-        name: `8bit` (LLM.int8) or `4bit` (NF4)
-        dtype: the compute dtype of 4-bit layers
-
-    Raises:
-        ImportError: bitsandbytes is not installed.
-    """
-    if name == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
-    return BitsAndBytesConfig(
-        load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype
-    )
-
-
 def load_folder(
     folder: Path,
     dtype: torch.dtype | str = "auto",
@@ -238,8 +221,12 @@ def load_folder(
         if quantise:
             refuse_quantised(folder)
             named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
-            compute_dtype = cast("torch.dtype", named or config.dtype or torch.float32)
-            model_options["quantization_config"] = quantisation(quantise, compute_dtype)
+            model_options["quantization_config"] = BitsAndBytesConfig(
+                load_in_8bit=quantise == "8bit",
+                load_in_4bit=quantise == "4bit",
+                bnb_4bit_quant_type="nf4",
+                bnb_4bit_compute_dtype=named or config.dtype or torch.float32,
+            )
         model = _load_model(folder, {"dtype": dtype, "use_safetensors": True, **model_options})
         return cast("PreTrainedModel", model.eval()), load_tokenizer(folder)
 

@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal, Protocol
+from typing import TYPE_CHECKING, Literal
 
 from meteora.kernels import gather_grouped, reference
 
@@ -12,28 +13,14 @@ if TYPE_CHECKING:
     import torch
     from torch import Tensor
 
-    from meteora.kernels.stack import ExpertStack, Sizes
+    from meteora.kernels.stack import Sizes
 
 KernelName = Literal["dense", "gather", "grouped", "gather_triton", "grouped_triton"]
 """`reference.lora_delta_dense`, or a function of `gather_grouped` or `triton_launch`."""
 
 
-class Kernel(Protocol):
-    """Computes what `reference.lora_delta_loop` defines."""
-
-    def __call__(
-        self,
-        x: Tensor,
-        stack: ExpertStack,
-        weights: Tensor,
-        experts: Tensor,
-        *,
-        add_to: Tensor | None = None,
-    ) -> Tensor: ...
-
-
-def find_kernel(name: KernelName) -> Kernel:
-    """The function of that name.
+def find_kernel(name: KernelName) -> Callable[..., Tensor]:
+    """The function of that name, which takes what `reference.lora_delta_loop` takes.
 
     Raises:
         MissingTritonError: it needs Triton, which is not installed.

@@ -153,13 +153,13 @@ def lora_delta_gather(
     factors = scaling.index_select(0, owners) * weights.reshape(-1, 1)
     dots = chosen_dots(x, stack.a, index, table.shape[1])
     shrunk = (dots * factors.view(index.shape)).to(x.dtype)
-    if add_to is None:
-        return chosen_sums(rows, index, shrunk)
     return add_sums(rows, index, shrunk, add_to)
 
 
-def add_sums(rows: Tensor, index: Tensor, factors: Tensor, add_to: Tensor) -> Tensor:
-    """Add `chosen_sums` to [T, D] in place, a few tokens at a time."""
+def add_sums(rows: Tensor, index: Tensor, factors: Tensor, add_to: Tensor | None) -> Tensor:
+    """Add `chosen_sums` to `add_to` [T, D] in place, a few tokens at a time; None: a new tensor."""
+    if add_to is None:
+        return chosen_sums(rows, index, factors)
     if not len(rows):
         return add_to
     if add_to.numel() > SPARSE_NUMBERS and _has_sparse_sums(rows, factors, add_to):
@@ -208,14 +208,7 @@ def lora_delta_grouped(
     Args:
         experts: [T, K], K different ones for each token, as `route` gives them
     """
-    a, b, choices = stack.a, stack.b, stack.choices
-
-    def pair(choice: int) -> tuple[Tensor, Tensor]:
-        start, end, _ = choices[choice]
-        return a[start:end], b[:, start:end]
-
-    out = x.new_zeros(len(x), len(b)) if add_to is None else add_to
-    return add_grouped(x, stack, weights, experts, out, pair)
+    return add_grouped(x, stack, weights, experts, add_to, stack.pair)
 
 
 def add_grouped(
@@ -223,15 +216,16 @@ def add_grouped(
     stack: ExpertStack,
     weights: Tensor,
     experts: Tensor,
-    out: Tensor,
+    add_to: Tensor | None,
     pair: Callable[[int], tuple[Tensor, Tensor]],
 ) -> Tensor:
-    """Add the updates of the choices to `out` [T, OUT]; `pair` is called once for each choice.
+    """`lora_delta_grouped` with A and B from `pair`, which is called once for each choice.
 
     Args:
         pair: A [r, IN] and B [OUT, r] of a choice; only for one that was made and has ranks
     """
     widths = stack.widths
+    out = x.new_zeros(len(x), len(stack.b)) if add_to is None else add_to
     if x.shape[0] == 1 and not (weights.requires_grad and torch.is_grad_enabled()):
         # one token needs no sorting, and its weights can be numbers: a third of the calls
         for c, weight in zip(experts.tolist()[0], weights.tolist()[0], strict=True):

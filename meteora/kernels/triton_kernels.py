@@ -74,11 +74,8 @@ def shrink_grouped(
     """A tile of `shrunk`: tokens whose k-th choice is the same, where k is the slot."""
     job = tl.program_id(0).to(tl.int64)
     slot = job // jobs_per_slot
-    c, begin, end = (
-        tl.load(jobs + job * 3),
-        tl.load(jobs + job * 3 + 1),
-        tl.load(jobs + job * 3 + 2),
-    )
+    row = jobs + job * 3
+    c, begin, end = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     place = begin + tl.arange(0, TOKENS)
     t = tl.load(tokens + slot * num_tokens + place, mask=place < end, other=0)
     j = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
@@ -112,11 +109,8 @@ def expand_grouped(
 ):  # fmt: skip
     """out[t] += B_c shrunk[t] for a tile of one slot, which has each token only once."""
     job = tl.program_id(0).to(tl.int64)
-    c, begin, end = (
-        tl.load(jobs + job * 3),
-        tl.load(jobs + job * 3 + 1),
-        tl.load(jobs + job * 3 + 2),
-    )
+    row = jobs + job * 3
+    c, begin, end = tl.load(row), tl.load(row + 1), tl.load(row + 2)
     place = begin + tl.arange(0, TOKENS)
     t = tl.load(tokens + place, mask=place < end, other=0)
     o = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)

@@ -11,8 +11,9 @@ routing is the same, so earlier questions do not change an answer, up to roundin
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
-from contextlib import AbstractContextManager, contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -125,7 +126,7 @@ class _Reading:
 
 
 class Chat:
-    """Answers conversations, one at a time; a model belongs to one thread."""
+    """Answers conversations, one at a time; an expert is forced for all threads of a model."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
         """Set up.
@@ -139,10 +140,9 @@ class Chat:
         missing = () if NULL in self.routed else (NULL,)
         self.experts = (*self.routed, *missing)
         """The names that `answer` takes as `expert`: these choices, and `(base)`."""
-        self.longest: int | None = getattr(
-            model.config.get_text_config(), "max_position_embeddings", None
-        )
-        """The most tokens of a prompt and its answer together; None if there is no limit."""
+        config = model.config.get_text_config()
+        self.longest: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
+        """The most tokens of a prompt and its answer together."""
         self._reading: _Reading | None = None
 
     def answer(
@@ -172,11 +172,10 @@ class Chat:
         """
         ids = encode_messages(self.tokenizer, messages)
         self.check_length(ids)
-        if self.longest is not None:
-            max_new_tokens = min(max_new_tokens, self.longest - len(ids))
+        max_new_tokens = min(max_new_tokens, self.longest - len(ids))
         ends = end_tokens(self.model, self.tokenizer)
         with (
-            self._routing(expert),
+            force_expert(self.model, expert) if expert else nullcontext(),
             torch.inference_mode(),
             every_pass(self.model) as passes,
             _seeded(sampling, input_device(self.model)),
@@ -212,7 +211,7 @@ class Chat:
         Raises:
             ConversationError: the prompt is too long.
         """
-        if self.longest is not None and len(ids) >= self.longest:
+        if len(ids) >= self.longest:
             raise ConversationError(
                 f"the prompt, with what precedes it, has {len(ids)} tokens, and the model takes"
                 f" {self.longest} with its answer; shorten it, or begin a new conversation"
@@ -243,10 +242,6 @@ class Chat:
     def forget(self) -> None:
         """Drop the last conversation."""
         self._reading = None
-
-    def _routing(self, expert: str) -> AbstractContextManager[None]:
-        """A context in which a forced expert gets all tokens; empty: the routers decide."""
-        return force_expert(self.model, expert) if expert else nullcontext()
 
     def _take(self, ids: list[int], expert: str) -> _Reading | None:
         """Take the last reading, cut to its common beginning with a prompt; None if it is no use.

@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
-from meteora.artifacts import NULL, MeteoraError, RouterOptions
+from meteora.artifacts import NULL, Fingerprint, MeteoraError, RouterOptions
 from meteora.base import loading
 from meteora.base.placement import PlacementError, is_offloaded, placed
 from meteora.base.sources import PATH, weights_sha256
@@ -77,8 +77,8 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a fused model: the base, every expert, and the router.
 
-    Call the model from one thread at a time: it keeps a gate's decision until the layers that
-    follow the gate are called.
+    Several threads may call the model at once, unless layers are offloaded. But `force_expert` and
+    `without_experts` hold for all of them.
 
     Args:
         checkpoint_folder: a folder that `meteora run` wrote, or a Hub id
@@ -125,7 +125,7 @@ def load(
         options |= placed(device_map, max_memory=max_memory, offload_folder=offload_folder)
     of_base = base_download(checkpoint_folder, manifest, download)
     model, tokenizer = load_base(manifest, base_folder, dtype, download=of_base, options=options)
-    check_base(manifest, model, tokenizer, folder)
+    check_base(manifest, loading.fingerprint(model.config, tokenizer), folder)
     if base_folder is not None:
         check_weights(manifest, Path(base_folder))
     insert_experts(model, folder, manifest, cache=cache)
@@ -134,18 +134,10 @@ def load(
     return (model.to(device) if device is not None else model), tokenizer
 
 
-def check_base(
-    manifest: Manifest,
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    folder: Path,
-) -> None:
+def check_base(manifest: Manifest, found: Fingerprint, where: Path) -> None:
     """Refuse a base whose fingerprint is not the one that the checkpoint was made for."""
-    differences = loading.fingerprint(model.config, tokenizer).differences(
-        manifest.base.fingerprint
-    )
-    if differences:
-        raise wrong_base(manifest, folder, "; ".join(differences))
+    if differences := found.differences(manifest.base.fingerprint):
+        raise _wrong_base(manifest, where, "; ".join(differences))
 
 
 def check_weights(manifest: Manifest, folder: Path) -> None:
@@ -158,15 +150,10 @@ def check_weights(manifest: Manifest, folder: Path) -> None:
     if manifest.base.repo_id.startswith(PATH) and saved is None:
         actual = f"sha256:{weights_sha256(folder)}"
         if actual != manifest.base.revision:
-            raise wrong_base(manifest, folder, f"weights with {actual[:19]}")
+            raise _wrong_base(manifest, folder, f"weights with {actual[:19]}")
 
 
-def wrong_base(manifest: Manifest, where: Path, has: str) -> WrongBaseError:
-    """The error for a base that differs from the one that a checkpoint was made for.
-
-    Args:
-        has: the properties of this base that differ
-    """
+def _wrong_base(manifest: Manifest, where: Path, has: str) -> WrongBaseError:
     return WrongBaseError(
         f"{where}: this base has {has}; the checkpoint was made for {manifest.base.repo_id} at"
         f" {manifest.base.revision[:19]}, give that one"

@@ -12,8 +12,8 @@ with it, the means of later modules are nearly the same in both cases.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Generator, Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING
@@ -75,10 +75,13 @@ class _Pairs(Router):
         choices = self.choices.to(tokens.device)
         return torch.ones_like(choices, dtype=torch.float32), choices
 
-    def without_padding(self, forward: Callable[[Tensor], Tensor], x: Tensor) -> Tensor:
-        """A module's output for x [..., IN], computed for its tokens alone; zero for padding."""
+    def without_padding(
+        self, layer: MoELoRALinear, forward: Callable[[Tensor], Tensor], x: Tensor
+    ) -> Tensor:
+        """A layer's output for x [..., IN], computed for its tokens alone; zero for padding."""
         is_token = self.mask.flatten().bool().to(x.device)
-        rows = forward(x.reshape(len(is_token), -1)[is_token])
+        with layer.whole():
+            rows = forward(x.reshape(len(is_token), -1)[is_token])
         out = rows.new_zeros(len(is_token), rows.shape[-1])
         out[is_token] = rows
         return out.view(*x.shape[:-1], -1)
@@ -129,8 +132,7 @@ def find_offsets(
         with ExitStack() as hooks, routed_by(model, lambda _layer, pairs=pairs: pairs):
             hooks.enter_context(without_dropout(model))
             for layer in layers.values():
-                hooks.enter_context(_whole_while_it_runs(layer))
-                forward = partial(pairs.without_padding, layer.forward)
+                forward = partial(pairs.without_padding, layer, layer.forward)
                 hooks.enter_context(replaced_forward(layer, forward))
             for path in layers if modules is None else modules:
                 hook = partial(pairs.give_back, path, least)
@@ -142,17 +144,6 @@ def find_offsets(
             sums[path] = sums.get(path, 0.0) + offsets  # each expert is in one pass alone
     with torch.inference_mode(mode=False):  # gates may be trained beside them later
         return {path: offsets.clone() for path, offsets in sums.items()}
-
-
-@contextmanager
-def _whole_while_it_runs(layer: MoELoRALinear) -> Generator[None]:
-    """A context in which all experts of a layer are on its device while it runs."""
-    with (
-        ExitStack() as held,
-        layer.register_forward_pre_hook(lambda *_: held.enter_context(layer.whole())),
-        layer.register_forward_hook(lambda *_: held.close()),
-    ):
-        yield
 
 
 def _examples_of(

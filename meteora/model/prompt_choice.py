@@ -20,15 +20,13 @@ from __future__ import annotations
 
 import copy
 import inspect
-from contextlib import ExitStack
-from functools import partial
 from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
 
-from meteora.routing.layer import routed_by, routed_layers
-from meteora.routing.passes import PassInput, UnreadPromptError, Watcher, set_watcher
+from meteora.routing.layer import routed_layers
+from meteora.routing.passes import PassInput, Present, UnreadPromptError, Watcher, set_watcher
 from meteora.routing.prompt_router import HeldChoice, PromptRouter
 from meteora.routing.turns import each_row, questions
 
@@ -61,6 +59,7 @@ class PromptReader(Watcher):
 
     def __init__(self, template: Template, standard: Tensor, held: HeldChoice) -> None:
         self.template, self.standard, self.held = template, standard, held
+        self.now = Present()
 
     def stop(self) -> None:
         super().stop()
@@ -70,6 +69,8 @@ class PromptReader(Watcher):
         routers = [layer.router for layer in routed_layers(model).values()]
         if not any(isinstance(router, PromptRouter) for router in routers):
             return  # an expert is forced
+        if self.held.measure is not None:
+            return  # this pass is the reading itself
         arguments = self.given(model, args, kwargs)
         self.refuse_packed()
         seen = PassInput.of(arguments)
@@ -109,21 +110,19 @@ class PromptReader(Watcher):
         num_modules = torch.zeros(self.standard.shape[1])
         num_tokens = question.sum(1, keepdim=True).clamp_min(1)  # a row of a batch may be empty
 
-        def measure(router: PromptRouter, _module: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-            tokens = router.sizes(inputs[0].reshape(question.numel(), -1)).float()
+        def measure(router: PromptRouter, x: Tensor) -> None:
+            tokens = router.sizes(x.reshape(question.numel(), -1)).float()
             tokens = tokens.view(*question.shape, -1)  # [B, L, E]
             counts = question.to(tokens.device).unsqueeze(-1)
             mean = (tokens * counts).sum(1).cpu() / num_tokens.cpu()
             sizes[:, : mean.shape[1]] += mean
             num_modules[: mean.shape[1]] += torch.tensor(router.has)
 
-        with ExitStack() as hooks:
-            for layer in routed_layers(model).values():
-                if isinstance(layer.router, PromptRouter):
-                    hook = partial(measure, layer.router)
-                    hooks.enter_context(layer.register_forward_pre_hook(hook))
-            hooks.enter_context(routed_by(model, lambda _: None))
+        self.held.measure = measure
+        try:
             model.forward(**inputs)  # not model(...): hooks must not see a second pass
+        finally:
+            self.held.measure = None
         sizes /= num_modules.clamp_min(1)
         others = torch.zeros_like(sizes)
         num_experts = int(num_modules.count_nonzero())

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from threading import get_ident
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -182,23 +183,27 @@ def joined(passes: list[Routes], part: int) -> Tensor:
 
 @contextmanager
 def every_pass(model: PreTrainedModel) -> Generator[list[Routes]]:
-    """Collect the routes of every forward pass, in order.
+    """Collect the routes of every forward pass of this thread, in order.
 
     A pass without a cache starts again: Phi 3 reads all tokens again when its positions change. A
     module that gets other tokens than the model is left out, such as DeepSeek's `kv_b_proj`, which
     also gets the tokens of the cache.
     """
     passes: list[Routes] = []
-    num_tokens = 0
+    num_tokens, thread = 0, get_ident()
 
     def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         nonlocal num_tokens
+        if get_ident() != thread:
+            return
         seen = PassInput.of(by_name(model, args, kwargs))
         num_tokens = seen.there.numel()
         if not seen.goes_on:
             passes.clear()
 
     def end(*_: object) -> None:
+        if get_ident() != thread:
+            return
         passes.append(dict(routes))
         for path, (weights, _chosen) in routes.items():
             if len(weights) != num_tokens:

@@ -9,9 +9,10 @@ copied one by one.
 
 from __future__ import annotations
 
+import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Self
 
 from meteora.base.placement import PlacementError
 
@@ -34,6 +35,11 @@ class ExpertCache:
         self.hits = 0
         self.misses = 0
         self._held: OrderedDict[Hashable, tuple[Tensor, Tensor]] = OrderedDict()
+        self._turn = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[int]]:
+        """A copy begins without experts."""
+        return type(self), (self.budget_bytes,)
 
     @property
     def miss_rate(self) -> float:
@@ -44,17 +50,18 @@ class ExpertCache:
         self, key: Hashable, load: Callable[[], tuple[Tensor, Tensor]]
     ) -> tuple[Tensor, Tensor]:
         """Return A and B from the cache, or from `load`, which copies them to the device."""
-        if (pair := self._held.get(key)) is not None:
-            self.hits += 1
-            self._held.move_to_end(key)
+        with self._turn:
+            if (pair := self._held.get(key)) is not None:
+                self.hits += 1
+                self._held.move_to_end(key)
+                return pair
+            self.misses += 1
+            self._held[key] = pair = load()
+            self.held_bytes += _size(pair)
+            while self.held_bytes > self.budget_bytes:
+                _, evicted = self._held.popitem(last=False)  # the new one too, if it does not fit
+                self.held_bytes -= _size(evicted)
             return pair
-        self.misses += 1
-        self._held[key] = pair = load()
-        self.held_bytes += _size(pair)
-        while self.held_bytes > self.budget_bytes:
-            _, evicted = self._held.popitem(last=False)  # the new one too, if it does not fit
-            self.held_bytes -= _size(evicted)
-        return pair
 
     def __repr__(self) -> str:
         return (

@@ -23,7 +23,7 @@ from meteora.artifacts.routers import ONE_INPUT
 from meteora.base.chat_template import Template
 from meteora.checkpoint.tensors import Gates
 from meteora.routing.layer import RoutedExperts, routed_layers, share_first_matmul
-from meteora.routing.passes import set_watcher, watcher_of
+from meteora.routing.passes import Watcher, set_watcher, watcher_of
 from meteora.routing.prompt_opening import PromptOpening
 from meteora.routing.routers import Decision, Follower, Gate, QuestionReader
 from meteora.routing.turns import TurnChoice, Turns
@@ -174,7 +174,8 @@ def known_of_pass(layers: nn.Module) -> list[object]:
     gates = [router for router in routers if isinstance(router, Gate)]
     followed = [router.decision for router in routers if isinstance(router, Follower)]
     rules = [gate.by_question for gate in gates if gate.by_question is not None]
-    read = [*followed, *rules, *(rule.turns for rule in rules if isinstance(rule, TurnChoice))]
+    watchers = [rule.turns if isinstance(rule, TurnChoice) else rule for rule in rules]
+    read = [*followed, *(one.now for one in watchers if isinstance(one, Watcher))]
     own = {id(gate.decision) for gate in gates}
     return list({id(one): one for one in read if id(one) not in own}.values())
 
@@ -198,6 +199,7 @@ def as_in_this_pass(layers: nn.Module, run: Callable[..., Any]) -> Callable[...,
             return run(*args, **kwargs)
         finally:
             for one, state in later:
+                vars(one).clear()
                 vars(one).update(state)
 
     return run_again

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
+from threading import get_ident
 from typing import TYPE_CHECKING
 
 import torch
@@ -60,8 +61,11 @@ def recorded_routes(model: PreTrainedModel) -> Generator[Routes]:
 def _watched(
     model: PreTrainedModel, keep: Callable[[str, Router, Tensor], None]
 ) -> Generator[None]:
-    """Call `keep` with the logits of every router, on the device of the model's input."""
-    device = input_device(model)
+    """Call `keep` with the logits of every router, on the device of the model's input.
+
+    Other threads may call the model, too; their passes are not recorded.
+    """
+    device, thread = input_device(model), get_ident()
     with ExitStack() as hooks:
         if "torch._dynamo" in sys.modules:  # slow to import, and without it nothing is compiled
             hooks.enter_context(torch.compiler.set_stance("force_eager"))
@@ -69,7 +73,8 @@ def _watched(
             if layer.router is not None:
 
                 def hook(router: Router, _args: object, logits: Tensor, path: str = path) -> None:
-                    keep(path, router, logits.to(device))
+                    if get_ident() == thread:
+                        keep(path, router, logits.to(device))
 
                 hooks.enter_context(layer.router.register_forward_hook(hook))
         yield

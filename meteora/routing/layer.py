@@ -158,8 +158,7 @@ class RoutedExperts(nn.Module):
 
             return cache.fetch((self._key, choice, x.device, x.dtype), load)
 
-        out = x.new_zeros(len(x), len(stack.b)) if add_to is None else add_to
-        return gather_grouped.add_grouped(x, stack, weights, experts, out, pair)
+        return gather_grouped.add_grouped(x, stack, weights, experts, add_to, pair)
 
     def _fastest_kernel(self, dtype: torch.dtype, experts: Tensor) -> KernelName:
         if torch.compiler.is_compiling():
@@ -221,7 +220,7 @@ class MoELoRALinear(RoutedExperts):
 
     def forward(self, x: Tensor) -> Tensor:
         projection, router = self.projection, self.router
-        if router is None:
+        if router is None or router.only_reads(x):
             return projection(x)
         if not is_offloaded(projection):
             return self._routed(x, router)

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from meteora.artifacts import MeteoraError
 from meteora.routing.layer import routed_layers
+from meteora.routing.routers import PassState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -106,6 +107,17 @@ class Conversation:
         """[B] bool: see `turns.Questions`"""
 
 
+class Present(PassState):
+    """What a watcher knows of the present pass."""
+
+    begun = False
+    """Whether the whole model has begun it; a call of its `base_model` is then part of it."""
+    packed = False
+    """Whether a row holds several sequences."""
+    conversation: Conversation | None = None
+    """The conversation, if later passes need decisions."""
+
+
 class Watcher:
     """Sees each pass of a causal language model before it runs.
 
@@ -116,12 +128,7 @@ class Watcher:
     reads_whole = False
     """Whether a prompt has to come in one pass, however long it is."""
     _hooks: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
-    _seen = False
-    """Whether the whole model has begun a pass; a call of its `base_model` is then part of it."""
-    _packed = False
-    """Whether a row of the present pass holds several sequences."""
-    conversation: Conversation | None = None
-    """The conversation of the present pass, if later passes need decisions."""
+    now: Present
 
     def watch(self, model: nn.Module) -> None:
         """See every pass of this model."""
@@ -137,35 +144,36 @@ class Watcher:
         """Remove all hooks."""
         for hook in self._hooks:
             hook.remove()
-        self.conversation = None
+        vars(self.now).clear()
 
     def see(self, seen: PassInput) -> None:
         """Look at a pass before it runs."""
 
     def follow(self, seen: PassInput) -> Conversation:
         """Return the conversation of a pass, from its cache; the last one if the cache has none."""
-        last = getattr(seen.cache, CONVERSATION, self.conversation) if seen.goes_on else None
-        self.conversation = conversation = last or Conversation()
+        last = getattr(seen.cache, CONVERSATION, self.now.conversation) if seen.goes_on else None
+        self.now.conversation = conversation = last or Conversation()
         self._keep_in(seen.cache)
         return conversation
 
     def _keep_in(self, cache: object) -> None:
-        if cache is None or self.conversation is None:
+        conversation = self.now.conversation
+        if cache is None or conversation is None:
             return
-        if getattr(cache, CONVERSATION, None) is not self.conversation:
-            setattr(cache, CONVERSATION, self.conversation)
+        if getattr(cache, CONVERSATION, None) is not conversation:
+            setattr(cache, CONVERSATION, conversation)
 
     def _at_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         self._before(model, args, kwargs)
-        self._seen = True
+        self.now.begun = True
 
     def _after(self, _model: nn.Module, _args: object, output: object) -> None:
-        self._seen = False
+        self.now.begun = False
         for name in ("past_key_values", "cache_params"):  # a model without a cache makes one
             self._keep_in(getattr(output, name, None))
 
     def _at_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._seen:
+        if not self.now.begun:
             self._before(base, args, kwargs)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
@@ -176,7 +184,7 @@ class Watcher:
     ) -> dict[str, Any]:
         """The arguments of the present pass, by name."""
         arguments = by_name(model, args, kwargs)
-        self._packed = arguments.get("cu_seq_lens_q") is not None  # the starts of the sequences
+        self.now.packed = arguments.get("cu_seq_lens_q") is not None  # the starts of the sequences
         return arguments
 
     def refuse_packed(self) -> None:
@@ -185,7 +193,7 @@ class Watcher:
         Raises:
             UnreadPromptError: this is such a pass.
         """
-        if self._packed:
+        if self.now.packed:
             raise UnreadPromptError(
                 "several sequences lie in one row, as in continuous batching (`generate_batch`),"
                 " and this model decides by whole prompts, one in a row; call `generate` with"

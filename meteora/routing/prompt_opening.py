@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from meteora.routing.passes import PassInput, Watcher, earlier, ends
+from meteora.routing.passes import PassInput, Present, Watcher, earlier, ends
 
 if TYPE_CHECKING:
     from meteora.base.chat_template import Template
@@ -23,15 +23,18 @@ WINDOW = 64
 """Tokens after the opening that decide for it: the first task of a prompt with several."""
 
 
+class _Opening(Present):
+    opening: Tensor | None = None
+    """[B, L] bool; None if the pass holds no opening."""
+    evidence: Tensor | None = None
+    """[B, L] bool: the tokens that decide for the opening."""
+
+
 class PromptOpening(Watcher):
     """The opening of the prompt in the present pass; all gates of a model share one object."""
 
     def __init__(self, template: Template) -> None:
-        self.template = template
-        self.opening: Tensor | None = None
-        """[B, L] bool; None if the pass holds no opening."""
-        self.evidence: Tensor | None = None
-        """[B, L] bool: the tokens that decide for the opening."""
+        self.template, self.now = template, _Opening()
 
     def at_gate(self) -> PromptOpening:
         """The rule of one gate: the same object for all gates of a model."""
@@ -40,7 +43,7 @@ class PromptOpening(Watcher):
     def see(self, seen: PassInput) -> None:
         """Look at a pass before it runs; a pass with earlier tokens in its cache has no opening."""
         template, input_ids, there = self.template, seen.ids, seen.there
-        self.clear()
+        self.now.opening = self.now.evidence = None
         # one token is never an opening, so decoding ends here
         if input_ids is None or there.shape[1] < 2 or seen.goes_on or not template.opening:
             return
@@ -54,10 +57,7 @@ class PromptOpening(Watcher):
         end = template.question_end
         closing = earlier(ends(input_ids, end), len(end))
         evidence &= (closing & (place >= start)).cumsum(1) == 0
-        self.opening, self.evidence = opening & evidence.any(1, keepdim=True), evidence
-
-    def clear(self) -> None:
-        self.opening = self.evidence = None
+        self.now.opening, self.now.evidence = opening & evidence.any(1, keepdim=True), evidence
 
     def decide(self, logits_of: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         """Log-probabilities [T, C]; at the opening, their sums over the evidence.
@@ -68,14 +68,10 @@ class PromptOpening(Watcher):
             UnreadPromptError: rows of the pass hold several sequences.
         """
         self.refuse_packed()
-        opening, evidence, logits = self.opening, self.evidence, logits_of(tokens)
+        opening, evidence, logits = self.now.opening, self.now.evidence, logits_of(tokens)
         if opening is None or evidence is None or opening.numel() != len(logits):
             return logits
         opening, evidence = opening.to(logits.device), evidence.to(logits.device)
         own = logits.log_softmax(-1).unflatten(0, opening.shape)  # [B, L, C]
         pooled = (own * evidence.unsqueeze(-1)).sum(1, keepdim=True)  # [B, 1, C]
         return torch.where(opening.unsqueeze(-1), pooled, own).flatten(0, 1)
-
-    def stop(self) -> None:
-        super().stop()
-        self.clear()

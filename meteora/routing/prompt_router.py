@@ -6,14 +6,14 @@ The router of a module measures tokens, and uses the decision of all modules tog
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from meteora.routing.passes import UnreadPromptError
-from meteora.routing.routers import Router
+from meteora.routing.routers import PassState, Router
 
 if TYPE_CHECKING:
     from meteora.artifacts import RouterOptions
@@ -23,14 +23,15 @@ LEAST_SIZE = 1e-12
 """The least size of an update, so that its logarithm is finite."""
 
 
-@dataclass
-class HeldChoice:
+class HeldChoice(PassState):
     """The decisions for the sequences of a batch; all routers of a model share one object."""
 
     logits: Tensor | None = None
     """[B, C]"""
-    on: dict[torch.device, Tensor] = field(default_factory=dict)
+    on: dict[torch.device, Tensor]
     """Copies of the logits on the devices of the routers."""
+    measure: Callable[[PromptRouter, Tensor], None] | None = None
+    """Takes each router and its input while a prompt is read with the base alone."""
 
     def hold(self, logits: Tensor | None) -> None:
         """Take the logits of other sequences."""
@@ -92,6 +93,12 @@ class PromptRouter(Router):
         sums = squares.new_zeros(len(tokens), len(self.has)).index_add(1, self.owner, squares)
         logs = sums.sqrt().clamp_min(LEAST_SIZE).log()
         return torch.where(torch.tensor(self.has, device=logs.device), logs, 0.0)
+
+    def only_reads(self, x: Tensor) -> bool:
+        if self.held.measure is None:
+            return False
+        self.held.measure(self, x)
+        return True
 
     @property
     def is_causal(self) -> bool:

@@ -6,8 +6,8 @@ with which `reference.route` turns logits into weights.
 
 from __future__ import annotations
 
+import threading
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Protocol
 
 import torch
@@ -55,6 +55,10 @@ class Router(nn.Module):
             y += (weights[..., None] * table[experts]).sum(1)
         else:
             y += nn.functional.embedding_bag(experts, table, per_sample_weights=weights, mode="sum")
+
+    def only_reads(self, x: Tensor) -> bool:  # noqa: ARG002
+        """Whether the layer's input [..., IN] is only read, and the layer is its projection."""
+        return False
 
     @property
     def leads(self) -> bool:
@@ -149,8 +153,15 @@ class Gate(Router):
         return self.by_question is None
 
 
-@dataclass
-class Decision:
+class PassState(threading.local):
+    """State of the present pass: each thread has its own, so several may call one model at once."""
+
+    def __getstate__(self) -> dict[str, object]:
+        """Nothing: a copy has its own passes, and tensors with a graph cannot be copied."""
+        return {}
+
+
+class Decision(PassState):
     """A gate's decision for the tokens of the present pass.
 
     The model's own code calls the layers one by one and passes nothing of ours between them. So a
@@ -161,10 +172,6 @@ class Decision:
     """[T, C]"""
     routes: tuple[Tensor, Tensor] | None = None
     """Weights and choices, both [T, K]; None before the gate has computed them."""
-
-    def __getstate__(self) -> dict[str, object]:
-        """Nothing: a copy decides in its own passes, and tensors with a graph cannot be copied."""
-        return {}
 
     def hold(self, logits: Tensor) -> None:
         """Take the logits [T, C] of a new pass, and drop the routes of the last one."""

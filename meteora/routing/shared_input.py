@@ -12,6 +12,7 @@ layer's A becomes a view of the joined one.
 
 from __future__ import annotations
 
+import threading
 import weakref
 from collections.abc import Sequence
 from itertools import accumulate
@@ -48,8 +49,6 @@ class Product(NamedTuple):
             if add_to is None:
                 return self.factors @ b.T
             return reference.add_expanded(self.factors, b, add_to)
-        if add_to is None:
-            return gather_grouped.chosen_sums(b.T, self.index, self.factors)
         return gather_grouped.add_sums(b.T, self.index, self.factors, add_to)
 
 
@@ -68,7 +67,12 @@ class _Handover(NamedTuple):
     """The input; a weak reference, so that it lives no longer than in the model."""
     experts: Tensor
     kernel: KernelName
-    products: list[Product]
+    products: dict[int, Product]
+    """Of each layer that has not taken its own, by its place."""
+
+
+_JOINING = threading.Lock()
+"""One thread at a time joins the A of layers that were moved."""
 
 
 class SharedMatmul:
@@ -92,8 +96,7 @@ class SharedMatmul:
         self._addresses: list[int] = []
         self._a = self._choice_scaling = torch.empty(0)
         self._table: RankTable | None = None
-        self._handover: _Handover | None = None
-        self._num_taken = 0
+        self._now = threading.local()  # each thread has a handover of its own
 
     def compute(
         self, x: Tensor, tokens: Tensor, weights: Tensor, experts: Tensor, kernel: KernelName
@@ -105,27 +108,26 @@ class SharedMatmul:
             tokens: the same as [T, IN], in the experts' dtype
             weights, experts: [T, K], for all layers
         """
-        self._handover = None
-        joined = [member.stack.a.data_ptr() for member in self.members] == self._addresses
-        if not joined:
-            self._clear()  # the layers were moved, so the old memory is freed, whatever the kernel
-        if kernel not in {"dense", "gather"} or not (joined or self._join()):
-            return
+        self._now.handover = None
+        with _JOINING:
+            joined = [member.stack.a.data_ptr() for member in self.members] == self._addresses
+            if not joined:
+                self._clear()  # the layers were moved: free the old memory, whatever the kernel
+            if kernel not in {"dense", "gather"} or not (joined or self._join()):
+                return
         multiply = self._dense if kernel == "dense" else self._gather
-        self._num_taken = 0
-        self._handover = _Handover(
-            weakref.ref(x), experts, kernel, multiply(tokens, weights, experts)
-        )
+        products = dict(enumerate(multiply(tokens, weights, experts)))
+        self._now.handover = _Handover(weakref.ref(x), experts, kernel, products)
 
     def take(self, place: int, x: Tensor, experts: Tensor) -> Product | None:
         """A x of one layer; None if it was computed for another input or decision."""
-        ready = self._handover
+        ready: _Handover | None = getattr(self._now, "handover", None)
         if ready is None or ready.x() is not x or ready.experts is not experts:
             return None
-        self._num_taken += 1
-        if self._num_taken == len(self.members):
-            self._handover = None
-        return ready.products[place] if self.members[place].kernel in {None, ready.kernel} else None
+        product = ready.products.pop(place, None)
+        if not ready.products:
+            self._now.handover = None
+        return product if self.members[place].kernel in {None, ready.kernel} else None
 
     def _dense(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> list[Product]:
         factors = reference.rank_weights(weights, experts, self._choice_scaling)

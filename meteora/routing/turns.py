@@ -18,7 +18,7 @@ import torch
 from torch import Tensor
 
 from meteora.base.chat_template import HEADER, Template
-from meteora.routing.passes import PassInput, UnreadPromptError, Watcher, earlier, ends
+from meteora.routing.passes import PassInput, Present, UnreadPromptError, Watcher, earlier, ends
 
 
 class Questions(NamedTuple):
@@ -85,17 +85,20 @@ def each_row(held: Tensor | None, num_rows: int) -> Tensor | None:
     return held.repeat_interleave(num_rows // len(held), 0)
 
 
+class _Turns(Present):
+    questions: Questions | None = None
+    goes_on = any_asks = all_ask = False
+    """Whether the pass has earlier tokens in its cache; whether any sequence has a question in it,
+    and whether all have."""
+
+
 class Turns(Watcher):
     """The turns of the present pass; all gates of a model share one object."""
 
     reads_whole = True
 
     def __init__(self, template: Template) -> None:
-        self.template = template
-        self.questions: Questions | None = None
-        self.goes_on = self.any_asks = self.all_ask = False
-        """Whether the pass has earlier tokens in its cache; whether any sequence has a question in
-        it, and whether all have."""
+        self.template, self.now = template, _Turns()
         self._num_gates = 0
 
     def at_gate(self) -> TurnChoice:
@@ -105,16 +108,12 @@ class Turns(Watcher):
 
     def see(self, seen: PassInput) -> None:
         """Look at a pass before it runs."""
-        conversation = self.follow(seen)
-        self.questions = questions(seen, self.template, conversation.closed)
-        conversation.closed = self.questions.closed
-        asks = self.questions.asked.any(1)
-        self.goes_on, self.any_asks = seen.goes_on, bool(asks.any())
-        self.all_ask = bool((asks | ~seen.there.any(1)).all())  # a row of a batch may be empty
-
-    def stop(self) -> None:
-        super().stop()
-        self.questions = None
+        conversation, now = self.follow(seen), self.now
+        now.questions = questions(seen, self.template, conversation.closed)
+        conversation.closed = now.questions.closed
+        asks = now.questions.asked.any(1)
+        now.goes_on, now.any_asks = seen.goes_on, bool(asks.any())
+        now.all_ask = bool((asks | ~seen.there.any(1)).all())  # a row of a batch may be empty
 
 
 class TurnChoice:
@@ -135,7 +134,8 @@ class TurnChoice:
                 not read, or its rows hold several sequences.
         """
         self.turns.refuse_packed()
-        present, conversation = self.turns.questions, self.turns.conversation
+        now = self.turns.now
+        present, conversation = now.questions, now.conversation
         if present is None or conversation is None or present.turn.numel() != len(tokens):
             raise UnreadPromptError(
                 f"{len(tokens)} tokens are to be routed by their turns, and a pass of"
@@ -143,13 +143,13 @@ class TurnChoice:
             )
         num_rows, length = present.turn.shape
         held = conversation.held.get(self.number)
-        before = each_row(held, num_rows) if self.turns.goes_on else None
-        if before is None and not self.turns.all_ask:
+        before = each_row(held, num_rows) if now.goes_on else None
+        if before is None and not now.all_ask:
             raise UnreadPromptError(
                 f"{num_rows} sequences go on, and the beginnings of"
                 f" {0 if held is None else len(held)} were read; start with whole prompts"
             )
-        if before is not None and not self.turns.any_asks:
+        if before is not None and not now.any_asks:
             return before.repeat_interleave(length, 0)
         own = logits_of(tokens)
         wide = torch.promote_types(own.dtype, torch.float32)  # a model may have 16 bits

@@ -25,7 +25,7 @@ from meteora.checkpoint.export import ExportError, new_folder
 from meteora.checkpoint.manifest import CONFIG, EXPERTS, GATES, MANIFEST, Manifest, read_manifest
 from meteora.checkpoint.resolve import find_checkpoint
 from meteora.checkpoint.tensors import read_gates
-from meteora.model.fused import WrongBaseError, check_weights, wrong_base
+from meteora.model.fused import WrongBaseError, check_base, check_weights
 
 METHOD = "meteora"
 """The `quant_method` of a served folder's config."""
@@ -89,7 +89,7 @@ def export_for_vllm(checkpoint: Path, base: Path, out: Path, *, copy: bool = Fal
             f"{base}: its weights are quantised, and experts are served beside plain ones; give"
             " the base in 16 or 32 bits with --base"
         )
-    _check_fingerprint(base, manifest)
+    check_base(manifest, loading.fingerprint_of(base), base)
     check_weights(manifest, base)
     shards = sorted(path for path in base.glob("*.safetensors") if _is_served(path))
     if not shards:
@@ -136,15 +136,9 @@ def _download(name: str, revision: str | None) -> Path:
     folder, manifest = checkpoint.parent, read_manifest(checkpoint)
     commit, saved = folder.name, {"token": None}  # the saved token, which vLLM sends there, too
     download_base(name, commit, saved, weights=False)
-    _check_fingerprint(folder, manifest)
+    check_base(manifest, loading.fingerprint_of(folder), folder)
     download_base(name, commit, saved)
     return find_checkpoint(name, commit, subfolder=CHECKPOINT)
-
-
-def _check_fingerprint(base: Path, manifest: Manifest) -> None:
-    """Refuse a base of another architecture or vocabulary."""
-    if differences := loading.fingerprint_of(base).differences(manifest.base.fingerprint):
-        raise wrong_base(manifest, base, "; ".join(differences))
 
 
 def _is_served(path: Path) -> bool:
@@ -212,7 +206,8 @@ def find_served_checkpoint(name: str, revision: str | None, memory_bytes: int) -
     """
     if Path(name).is_dir():
         checkpoint = Path(name) / CHECKPOINT
-        _check_fingerprint(Path(name), read_manifest(checkpoint))
+        found = loading.fingerprint_of(Path(name))
+        check_base(read_manifest(checkpoint), found, Path(name))
     else:
         checkpoint = _download(name, revision)
     folder = checkpoint.parent

@@ -26,7 +26,7 @@ from meteora.artifacts import (
     short,
 )
 from meteora.artifacts.routers import OPENING_SHARE
-from meteora.base.loading import layers_on_disk, shape_of
+from meteora.base.loading import fingerprint, layers_on_disk, shape_of
 from meteora.checkpoint import edit, tensors
 from meteora.checkpoint.manifest import (
     EXPERTS,
@@ -123,7 +123,7 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
     model, tokenizer = load_base(
         manifest, found.base_folder, dtype, download=found.download, options=where
     )
-    check_base(manifest, model, tokenizer, folder)
+    check_base(manifest, fingerprint(model.config, tokenizer), folder)
     admission = Admission(ledger, new_run_id(), folder, manifest, candidate)
     what, ran_on = f"add {candidate.name} to", device_name(device, dtype)
     with _scratch(ledger, manifest, admission.run_id, what, ran_on) as scratch:

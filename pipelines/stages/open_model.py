@@ -137,7 +137,7 @@ def opened(
         model, tokenizer = loading.load_folder(
             work.base_folder(plan.base), options=options, quantise=plan.base.quantise
         )
-        check_base(manifest, model, tokenizer, scratch)
+        check_base(manifest, loading.fingerprint(model.config, tokenizer), scratch)
         budget = work.recipe.expert_cache_bytes
         cache = None if budget is None else ExpertCache(budget)
         insert_experts(model, scratch, manifest, cache=cache)

@@ -12,6 +12,7 @@ import torch
 
 from meteora.artifacts import RouterOptions, file_sha256
 from meteora.base.chat_template import Template
+from meteora.base.loading import fingerprint
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, read_manifest
 from meteora.checkpoint.tensors import Gates, read_experts, read_gates, write_gates
 from meteora.model.fused import check_base, insert_experts, insert_routers
@@ -102,7 +103,7 @@ def read_all(folder: Path) -> Manifest:
 
 def load_into(model: Any, tokenizer: Any, folder: Path, manifest: Manifest) -> Any:
     """Put a checkpoint into its base, and return the logits of a short prompt."""
-    check_base(manifest, model, tokenizer, folder)
+    check_base(manifest, fingerprint(model.config, tokenizer), folder)
     insert_experts(model, folder, manifest)
     insert_routers(model, folder, manifest)
     with torch.inference_mode():

@@ -202,7 +202,7 @@ def test_a_question_decides_for_its_answer_with_a_cache_and_without(made):
     calibrate(model, sequences(8), options, template=template)
     with torch.no_grad():
         model(found)
-    assert getattr(model, WATCHER).opening.shape == found.shape
+    assert getattr(model, WATCHER).now.opening.shape == found.shape
 
 
 def test_a_base_that_is_read_layer_by_layer_gets_the_same_gates(made, tmp_path):

@@ -13,15 +13,14 @@ import torch
 import meteora
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import ConversationError, Template, encode_messages
-from meteora.checkpoint.tensors import Gates
 from meteora.model.chat import Chat, Sampling
 from meteora.model.fused import UnknownExpertError, force_expert, make_router
 from meteora.model.generate import EmptyPromptError
 from meteora.model.trace import trace
-from meteora.routing.gates import insert_gates
-from meteora.routing.layer import routed_by, routed_layers
+from meteora.routing.layer import routed_by
 from meteora.routing.passes import WATCHER
 from meteora.routing.prompt_opening import PromptOpening
+from tests.meteora.serving.served_world import gated
 from tests.pipelines.conftest import CHAT_TEMPLATE
 
 QUESTIONS = ("what is this?", "and that?", "no")
@@ -164,15 +163,7 @@ def test_a_token_knows_the_expert_of_each_layer(model, talking):
 @pytest.fixture(params=["module", "turn"])
 def looking_ahead(request, world, talking):
     """A model whose gates decide by whole questions: for the opening, or for a turn."""
-    model, generator = world.load(), torch.Generator().manual_seed(1)
-    options = RouterOptions("gate", 1, 1.0, share=request.param)
-    own = {
-        path: (torch.randn(4, layer.weight.shape[1], generator=generator), torch.zeros(4))
-        for path, layer in routed_layers(model).items()
-    }
-    insert_gates(model, Gates(own=own, follows={}, template=Template.of(talking)), options)
-    yield model
-    getattr(model, WATCHER).stop()
+    return gated(world, request.param, Template.of(talking))
 
 
 def test_a_router_that_looks_ahead_answers_on_one_cache_as_without(looking_ahead, talking):

@@ -36,11 +36,6 @@ def generate(model, tokenizer, prompts, **asked):
     return out[:, batch.input_ids.shape[1] :]
 
 
-def test_generating_with_a_cache_equals_generating_without(model, tokenizer):
-    cached = generate(model, tokenizer, PROMPTS, use_cache=True)
-    assert torch.equal(cached, generate(model, tokenizer, PROMPTS, use_cache=False))
-
-
 @pytest.mark.parametrize("kind", ["static", "dynamic"])
 @pytest.mark.parametrize("num_beams", [1, 3])
 def test_every_cache_and_every_number_of_beams_generate_what_none_does(

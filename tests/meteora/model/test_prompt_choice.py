@@ -27,6 +27,7 @@ from meteora.routing.layer import routed_layers
 from meteora.routing.passes import WATCHER, UnreadPromptError
 from meteora.routing.prompt_router import HeldChoice, PromptRouter
 from tests.meteora.fitting.test_calibrate import task_tokens
+from tests.meteora.model.test_threads import interrupted, read
 from tests.pipelines.conftest import CHAT_TEMPLATE
 
 OPENING, CLOSING = (1, 50, 51, 52), (53, 54)
@@ -125,6 +126,14 @@ def test_a_prompt_on_which_nobody_stands_out_goes_to_the_base(model):
     with without_experts(model):
         base = answer(model, unknown)
     assert answer(model, unknown) == base
+
+
+def test_each_thread_reads_its_own_prompt(model):
+    one, other = asked(0), asked(1)
+    expected, others = read(model, one), read(model, other)
+    got, found = interrupted(model, lambda: read(model, one), lambda: read(model, other))
+    assert torch.equal(got, expected)
+    assert all(torch.equal(logits, others) for logits in found)
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 3}])
@@ -335,7 +344,8 @@ def test_the_size_of_an_update_is_that_of_the_dense_formula(ranks):
 
 
 def test_tokens_that_do_not_divide_among_the_prompts_are_refused():
-    held = HeldChoice(torch.randn(2, 3))
+    held = HeldChoice()
+    held.hold(torch.randn(2, 3))
     assert held.logits_of(4, torch.device("cpu")).shape == (4, 3)
     with pytest.raises(UnreadPromptError, match=r"5 tokens .* and 2 prompts were read"):
         held.logits_of(5, torch.device("cpu"))

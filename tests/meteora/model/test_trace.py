@@ -30,12 +30,15 @@ def prompt(tokenizer):
     return tokenizer(TEXT).input_ids
 
 
-def test_a_base_whose_config_asks_for_beams_or_no_cache_is_traced_as_others(
-    model, tokenizer, prompt, monkeypatch
+@pytest.mark.parametrize(
+    "asked", [{"use_cache": False, "num_beams": 3}, {"cache_implementation": "static"}]
+)
+def test_a_base_whose_config_asks_for_beams_no_cache_or_a_static_one_is_traced_as_others(
+    model, tokenizer, prompt, monkeypatch, asked
 ):
     expected = trace(model, tokenizer, prompt, max_new_tokens=4)
-    monkeypatch.setattr(model.generation_config, "use_cache", False)
-    monkeypatch.setattr(model.generation_config, "num_beams", 3)
+    for name, value in asked.items():
+        monkeypatch.setattr(model.generation_config, name, value)
     found = trace(model, tokenizer, prompt, max_new_tokens=4)
     assert found.ids == expected.ids
     assert torch.equal(found.chosen, expected.chosen)
@@ -64,16 +67,6 @@ def test_a_trace_with_a_cache_is_what_one_forward_pass_over_all_of_it_says(
         assert torch.equal(found.chosen[m], chosen), path
         torch.testing.assert_close(found.weights[m], weights, rtol=1e-4, atol=1e-4)
     assert len(found.chosen.unique()) > 1  # or the claim would be empty
-
-
-def test_a_base_that_asks_for_a_static_cache_is_traced_like_any_other(
-    model, tokenizer, prompt, monkeypatch
-):
-    expected = trace(model, tokenizer, prompt, max_new_tokens=4)
-    monkeypatch.setattr(model.generation_config, "cache_implementation", "static")
-    found = trace(model, tokenizer, prompt, max_new_tokens=4)
-    assert found.ids == expected.ids
-    assert torch.equal(found.chosen, expected.chosen)
 
 
 def test_the_answer_is_the_one_that_the_model_gives_untraced(model, tokenizer, prompt):

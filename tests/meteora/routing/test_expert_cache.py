@@ -2,8 +2,11 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import sys
+import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
@@ -50,6 +53,22 @@ def test_the_least_recently_used_makes_room():
     assert cache.misses == 4
     assert cache.miss_rate == 4 / 6
     assert "4 misses: 66.7%" in repr(cache)
+
+
+def test_threads_that_need_one_expert_read_it_once():
+    cache = ExpertCache(100)
+
+    def load():
+        waiting.append(other.submit(cache.fetch, "a", load))
+        time.sleep(0.05)
+        return pair_of(40)()
+
+    waiting = []
+    with ThreadPoolExecutor(1) as other:
+        pair = cache.fetch("a", load)
+        assert waiting[0].result() is pair
+    assert (cache.held_bytes, cache.hits, cache.misses) == (40, 1, 1)
+    assert copy.deepcopy(cache).budget_bytes == 100
 
 
 def test_a_budget_below_zero_is_refused_before_anything_is_read():

@@ -25,15 +25,18 @@ def seen(rows, width, left, template=TEMPLATE):
         place = slice(width - len(row), width) if left else slice(0, len(row))
         ids[i, place], mask[i, place] = torch.tensor(row), 1
     opening_rule.see(PassInput(ids, mask.bool(), goes_on=False))
-    assert opening_rule.opening is not None
-    assert opening_rule.evidence is not None
+    assert opening_rule.now.opening is not None
+    assert opening_rule.now.evidence is not None
     return [
         (
             [t for t, at in zip(row, opening, strict=True) if at],
             [t for t, at in zip(row, own, strict=True) if at],
         )
         for row, opening, own in zip(
-            ids.tolist(), opening_rule.opening.tolist(), opening_rule.evidence.tolist(), strict=True
+            ids.tolist(),
+            opening_rule.now.opening.tolist(),
+            opening_rule.now.evidence.tolist(),
+            strict=True,
         )
     ]
 

@@ -128,7 +128,7 @@ def test_a_point_computes_once(models, dots):
     assert num_points < counts[0]
     shares = [layer.shared for layer in routed_layers(models[1]).values() if layer.shared]
     assert all(
-        share.matmul._handover is None for share in shares
+        share.matmul._now.handover is None for share in shares
     )  # nothing of the pass is held longer
 
 

@@ -7,18 +7,22 @@ from typing import TYPE_CHECKING
 
 import torch
 
+from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import Template
 from meteora.base.sources import weights_sha256
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST
 from meteora.checkpoint.tensors import Gates, write_gates
+from meteora.routing.gates import insert_gates
 from tests.conftest import ATTENTION, MLP
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
     from pathlib import Path
 
-    from meteora.artifacts import RouterOptions
+    from transformers import PreTrainedModel
+
     from meteora.checkpoint.manifest import Manifest
+    from tests.conftest import World
 
 ROUTER_ID = "router:" + "0" * 64
 ORDER = [*ATTENTION, *MLP]
@@ -56,6 +60,14 @@ def random_gates(
         if path.rpartition(".")[2] in with_offsets
     }
     return Gates(own, follows, template, offsets=offsets)
+
+
+def gated(world: World, share: str, template: Template = NO_TEMPLATE) -> PreTrainedModel:
+    """A model with such gates, some of which decide for several layers, or tokens."""
+    options, model = RouterOptions("gate", 1, 1.0, share=share), world.load()
+    manifest = dataclasses.replace(world.manifest, router=options)
+    insert_gates(model, random_gates(manifest, template, ()), options)
+    return model
 
 
 def with_router(

@@ -1,0 +1,70 @@
+"""Several threads call one model at once: each gets the answer that it gets alone."""
+
+from __future__ import annotations
+
+from concurrent.futures import ThreadPoolExecutor
+from threading import get_ident
+
+import pytest
+import torch
+
+from meteora.base.chat_template import Template
+from meteora.model.trace import trace
+from meteora.routing.layer import routed_layers
+from tests.meteora.serving.served_world import NO_TEMPLATE, gated
+
+OPENING, CLOSING = (1, 50, 51, 52), (53, 54)
+TEMPLATE = Template(OPENING, CLOSING, OPENING[1:])
+ONE = [*OPENING, 7, 8, 9, *CLOSING, 60]
+OTHER = [*OPENING, 30, 41, *CLOSING, 60, 61]
+"""As long as `ONE`, with its question at other places."""
+
+
+def interrupted(model, run, between):
+    """What `run` returns if another thread calls `between` before each routed layer of its passes.
+
+    And what the calls of the other thread return.
+    """
+    found, here = [], get_ident()
+    with ThreadPoolExecutor(1) as other:
+
+        def call(*_):
+            if get_ident() == here:
+                found.append(other.submit(between).result())
+
+        layers = routed_layers(model).values()
+        hooks = [layer.register_forward_pre_hook(call) for layer in layers]
+        try:
+            return run(), found
+        finally:
+            for hook in hooks:
+                hook.remove()
+
+
+@torch.no_grad()
+def read(model, prompt):
+    return model(torch.tensor([prompt])).logits
+
+
+@pytest.mark.parametrize(
+    ("share", "template"),
+    [("point", NO_TEMPLATE), ("layer", NO_TEMPLATE), ("point", TEMPLATE), ("turn", TEMPLATE)],
+)
+def test_each_thread_has_its_own_decisions(world, share, template):
+    model = gated(world, share, template)
+    expected, others = read(model, ONE), read(model, OTHER)
+    got, found = interrupted(model, lambda: read(model, ONE), lambda: read(model, OTHER))
+    assert torch.equal(got, expected)
+    assert all(torch.equal(one, others) for one in found)
+
+
+def test_a_trace_has_the_routes_of_its_own_thread(world, tokenizer):
+    model = gated(world, "point")
+
+    def traced():
+        return trace(model, tokenizer, ONE, max_new_tokens=1)
+
+    expected = traced()
+    got, _ = interrupted(model, traced, lambda: read(model, OTHER))
+    assert got.ids == expected.ids
+    assert torch.equal(got.chosen, expected.chosen)

@@ -154,6 +154,9 @@ class RouterSpec(Spec):
     offsets: bool = False
     """Whether experts have offsets that make up for an opening by all of them; new fits with a
     shared opening do so."""
+    lead_unseen: bool = False
+    """Whether the lead of the base, with `null`, comes from tokens that the gate was not fitted to;
+    new fits in one sweep do so."""
     stand_in: str = ""
     stand_ins: tuple[str, ...] = ()
     grown_from: str = ""

@@ -94,6 +94,8 @@ class Calibration:
 
 _Tensors = tuple[torch.Tensor, torch.Tensor]
 """G [E, IN] and c [E] of a gate."""
+_Unseen = tuple[Tokens, _Tensors]
+"""Tokens, and a gate that was not fitted to them."""
 
 
 class _Halves:
@@ -201,11 +203,13 @@ def calibrate(
         statistics = PointStatistics.of(both, shrinkage)
         if refined:
             parts = every_token.between(0, num_fit), held, every_token
-            (weight, bias), accuracy = _refined(scatter, parts, statistics, shrinkage, halves)
+            weight, bias, unseen = _refined(scatter, parts, statistics, shrinkage, halves)
+            accuracy = sum(tokens.accuracy(*gate) for tokens, gate in unseen) / len(unseen)
         else:
             weight, bias = gate_from(both, shrinkage)
+            unseen = ((held, (weight, bias)),)
         if names[-1] == NULL:
-            lead = lead_of_last(held.x @ weight.T + bias, held.labels)
+            lead = lead_of_last([(one.x @ g.T + c, one.labels) for one, (g, c) in unseen])
             for own in (bias, *(of_half for _, of_half in halves.gates)):
                 own[-1] += lead
         if without:
@@ -282,8 +286,8 @@ def _refined(
     point: PointStatistics,
     shrinkage: float,
     halves: _Halves,
-) -> tuple[_Tensors, float]:
-    """The gate by logistic regression, and its accuracy before it was fitted to held-out tokens.
+) -> tuple[Tensor, Tensor, tuple[_Unseen, ...]]:
+    """The gate by logistic regression; held-out tokens, with a gate that was not fitted to them.
 
     Args:
         scatter: sums over the tokens to fit, and over those held out
@@ -292,13 +296,13 @@ def _refined(
     """
     tokens, held, every = parts
     gate = refine(*gate_from(scatter[0], shrinkage), tokens, point)
-    accuracy = held.accuracy(*gate)
+    unseen = ((held, gate),)
     if halves.crosses:
         other = refine(*gate_from(scatter[1], shrinkage), held, point)
         halves.gates = gate, other
-        accuracy = (accuracy + tokens.accuracy(*other)) / 2
+        unseen = (*unseen, (tokens, other))
         gate = (gate[0] + other[0]) / 2, (gate[1] + other[1]) / 2
-    return refine(*gate, every, point, ONE_ROUND), accuracy
+    return *refine(*gate, every, point, ONE_ROUND), unseen
 
 
 @dataclass

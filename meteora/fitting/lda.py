@@ -10,7 +10,7 @@ is chosen on held-out sequences. A `scatter` holds the sums over tokens from whi
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 import torch
@@ -95,17 +95,15 @@ def choose_shrinkage(
     return best, best_accuracy
 
 
-def lead_of_last(logits: Tensor, labels: Tensor) -> float:
+def lead_of_last(unseen: Sequence[tuple[Tensor, Tensor]]) -> float:
     """A bonus for the logit of the last choice, the base, in nats; never negative.
 
     Examples can cover the experts' tasks, but never all foreign text. So tokens that do not clearly
     belong to an expert go to the base, even `GIVEN_UP` of the experts' own held-out tokens.
 
     Args:
-        logits: [T, E] of held-out tokens
-        labels: [T] experts
+        unseen: logits [T, E] and labels [T] of tokens that the gate was not fitted to, in parts
     """
-    last = logits.shape[1] - 1
-    own = logits[labels != last]
-    ahead = own[:, :last].max(1).values - own[:, last]
+    own = torch.cat([logits[labels != logits.shape[1] - 1] for logits, labels in unseen])
+    ahead = own[:, :-1].max(1).values - own[:, -1]
     return max(0.0, ahead.float().quantile(GIVEN_UP).item())

@@ -242,6 +242,7 @@ def _router(
         refined=calibrated,
         crossed=calibrated and bool(gates.composites),
         offsets=options.opening == "shared",
+        lead_unseen=calibrated and options.null,
         loss_opening_share=0.0 if calibrated else opening_share,
         pool_id=pool_id,
     )

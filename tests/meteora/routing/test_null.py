@@ -12,6 +12,7 @@ from meteora.fitting.calibrate import calibrate
 from meteora.fitting.lda import lead_of_last
 from meteora.model.fused import expert_names, force_expert, insert_experts, without_experts
 from meteora.routing.gates import gates_of
+from meteora.routing.hooks import recorded_routes
 from tests.meteora.fitting.test_calibrate import examples, routing_accuracy
 
 IDS = torch.arange(3, 23)[None]
@@ -43,13 +44,26 @@ def test_tokens_of_no_adapter_are_told_apart_like_those_of_one(model):
     assert routing_accuracy(model, [s for s in unseen if s.experts[-1] == 4]) > 0.9
 
 
+def test_few_new_tokens_of_experts_go_to_the_base(model):
+    """About 1 % of them are given up, and not twice as many, as by tokens that gates know."""
+    calibrate(model, examples(6, experts=range(5)))
+    to_the_base = []
+    for sequence in examples(8, seed=9, experts=range(5)):
+        labels = torch.tensor(sequence.experts)
+        own = (labels >= 0) & (labels < 4)
+        with recorded_routes(model) as routes, torch.inference_mode():
+            model(torch.tensor([sequence.input_ids]))
+        to_the_base += [chosen[own, 0] == 4 for _, chosen in routes.values()]
+    assert torch.cat(to_the_base).float().mean() < 0.0165
+
+
 def test_the_base_leads_by_as_much_as_the_experts_can_spare():
     logits = torch.randn(1000, 4)
     labels = torch.arange(1000) % 4
     logits[torch.arange(1000), labels] += 9
-    lead = lead_of_last(logits, labels)
+    lead = lead_of_last([(logits, labels)])
     assert lead > 4
     logits[:, 3] += lead
     lost = (logits.argmax(1) == 3)[labels != 3]
     assert 0.005 < lost.float().mean() < 0.015
-    assert lead_of_last(logits + torch.tensor([0, 0, 0, 99.0]), labels) == 0  # never a handicap
+    assert lead_of_last([(logits + torch.tensor([0, 0, 0, 99.0]), labels)]) == 0  # never a handicap

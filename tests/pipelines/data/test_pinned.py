@@ -3,7 +3,7 @@ from __future__ import annotations
 import time
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from huggingface_hub import constants
@@ -44,14 +44,13 @@ def test_a_reading_that_does_not_end_is_given_up_and_ended(
     monkeypatch.setattr(pinned, "READ_SECONDS", 20 if interrupted else 0.05)
     begun, ended = Event(), Event()
 
-    def read() -> list[dict[str, Any]]:
+    def read() -> NoReturn:
         begun.set()
         try:
-            while not time.sleep(0.01):
-                pass
+            while True:
+                time.sleep(0.01)
         finally:
             ended.set()
-        return []
 
     def interrupt(_self: object, _seconds: float) -> None:
         begun.wait()

@@ -66,10 +66,11 @@ def verify(
     Raises:
         UnreachableError: the shared storage does not answer.
     """
-    names, present = records.parts(), sorted(blobs)
-    segments = {name for name in names if name.endswith(SUFFIX)}
     lock = locked(index.lock, deadline_seconds=LOCK_SECONDS, shared=True)
     with lock, memory() as connection, _room(home) as room, partial_file(room) as fresh:
+        # listed while nobody ingests: the index would have records that are not in the list
+        names, present = records.parts(), sorted(blobs)
+        segments = {name for name in names if name.endswith(SUFFIX)}
         connection.execute("CREATE TABLE named (blob VARCHAR, subject VARCHAR)")
         loose, bad_records = _check_loose(connection, records, sorted(names - segments))
         whole, bad_segments = _check_segments(connection, records.segments, segments)

@@ -6,8 +6,9 @@ closed: an open file keeps its disk from being unmounted, and a deleted one keep
 
 from __future__ import annotations
 
+import atexit
 import threading
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 from store.query import LIMITS, Limits, opened
@@ -22,6 +23,19 @@ IDLE_SECONDS = 5.0
 """Time after a query for which the file stays open."""
 
 
+class _Rest(threading.Timer):
+    """Closes the file when nobody has asked for a while."""
+
+
+@atexit.register
+def _end_rests() -> None:
+    """A thread in which DuckDB closes a file while Python ends would abort the process."""
+    for thread in threading.enumerate():
+        if isinstance(thread, _Rest):
+            thread.cancel()
+            thread.join()
+
+
 class SnapshotReader:
     """Gives connections to the snapshot at `path`, to any number of threads.
 
@@ -33,7 +47,7 @@ class SnapshotReader:
         self._turn = threading.Lock()
         self._key: tuple[object, ...] = ()
         self._database: duckdb.DuckDBPyConnection | None = None
-        self._rest = threading.Timer(IDLE_SECONDS, self.close)
+        self._rest = _Rest(IDLE_SECONDS, self.close)
 
     def stamp(self) -> tuple[int, int, int] | None:
         """What changes with the file: inode, time of change in ns, size; None without a file."""
@@ -70,7 +84,8 @@ class SnapshotReader:
                 self._database = None
                 self._database, self._key = opened(self.path, memory_bytes), key
             self._rest.cancel()
-            self._rest = threading.Timer(IDLE_SECONDS, self.close)
+            self._rest = _Rest(IDLE_SECONDS, self.close)
             self._rest.daemon = True  # a program that is done does not wait for it
-            self._rest.start()
+            with suppress(RuntimeError):  # no more threads, as when Python ends: it stays open
+                self._rest.start()
             return self._database.cursor()

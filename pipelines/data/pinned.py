@@ -14,6 +14,7 @@ import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
+from ctypes import c_ulong, py_object, pythonapi
 from functools import partial
 from pathlib import Path
 from threading import Thread
@@ -30,6 +31,8 @@ SECONDS = 60.0
 """Time for the Hub to give a commit."""
 READ_SECONDS = 1800.0
 """Time to read rows: at 500 kB a second, the least rate of other downloads, these are 900 MB."""
+END_SECONDS = 5.0
+"""Time for a reading that is given up to end."""
 
 
 def pin(name: str, revision: str, token: str | None) -> str:
@@ -95,10 +98,20 @@ def _in_time(ask: Callable[[], T], seconds: float) -> T:
         except BaseException as error:
             answer.set_exception(error)
 
-    Thread(target=work, daemon=True).start()  # given up, it does not keep Python from ending
+    thread = Thread(target=work, daemon=True)  # given up, it does not keep Python from ending
+    thread.start()
     try:
         return answer.result(seconds)
     except TimeoutError:
         if answer.done():
             raise
         raise TimeoutError(f"it was not done within {seconds:g} s") from None
+    finally:
+        if not answer.done():  # also at Ctrl-C
+            _end(thread)
+
+
+def _end(thread: Thread) -> None:
+    """End a thread at its next step in Python: Arrow aborts a process that ends while it reads."""
+    pythonapi.PyThreadState_SetAsyncExc(c_ulong(thread.ident or 0), py_object(SystemExit))
+    thread.join(END_SECONDS)

@@ -13,7 +13,7 @@ import random
 import time
 from collections.abc import Callable, Collection, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import TYPE_CHECKING, Any, TypeVar
 
 from meteora.artifacts import AdapterRef
@@ -40,6 +40,8 @@ if TYPE_CHECKING:
     from pipelines.workspace.context import RunContext
 
 Found = TypeVar("Found")
+LOOK_SECONDS = 20.0
+"""Time of an answer that a dry run tells, and does not need."""
 
 PAUSES = (2.0, 10.0, 60.0)
 """Average seconds before each new attempt after a transient error."""
@@ -320,7 +322,7 @@ def describe_destination(context: RunContext) -> str:
     assert section is not None  # noqa: S101  (the caller checks it)
     text = f"{section.repo}, {'private' if section.private else 'public'}"
     with suppress(HubError):  # such as that there is no such repository yet
-        hub = hub_to_publish(context.recipe, section.repo)
+        hub = replace(hub_to_publish(context.recipe, section.repo), timeout_seconds=LOOK_SECONDS)
         if head := Repository(section.repo, hub).shows(MANIFEST):
             known = {one.revision for one in context.ledger.publications(section.repo)}
             text += f"; {_replaces(head, known)}"

@@ -78,7 +78,7 @@ def _difference(score: Score, found: RowValues) -> str:
         )
     _, low, high = found.interval(score.spec.seed)
     apart = max(abs(low - score.low), abs(high - score.high))
-    if apart > (DRAWN * (high - low) if found.graded else TOLERANCE):
+    if apart > max(TOLERANCE, DRAWN * (high - low) if found.graded else 0.0):
         return (
             f"its interval is recorded as {score.low:.6g} to {score.high:.6g}, but its outputs give"
             f" {low:.6g} to {high:.6g}"

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import os
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
 from meteora.artifacts import ComparisonSpec, ScorePair
+from store import check, files
 from store.errors import BusyError, DamagedError
 
 if TYPE_CHECKING:
+    from contextlib import AbstractContextManager
     from pathlib import Path
 
     from tests.store.conftest import Shelf
@@ -126,6 +128,18 @@ def test_records_whose_files_are_gone_are_told_before_a_rebuild_forgets_them(
     assert (finding.what, finding.name) == ("record", gone[0])
     assert "restore it from a backup" in finding.problem
     assert expert.id in finding.touches
+
+
+def test_a_record_that_is_ingested_while_verify_waits_is_not_gone(
+    filled: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def locked(*arguments: Any, **options: Any) -> AbstractContextManager[None]:
+        filled.make(filled.adapter(3))
+        filled.ledger.ingest()
+        return files.locked(*arguments, **options)
+
+    monkeypatch.setattr(check, "locked", locked)
+    assert not filled.ledger.verify().findings
 
 
 def test_a_flipped_record_touches_what_was_made_from_it(filled: Shelf) -> None:

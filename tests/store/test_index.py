@@ -488,6 +488,22 @@ def test_an_index_from_before_abstentions_reads_the_records_of_routing_again(
     assert not Ledger(filled.home).verify().findings
 
 
+def test_an_index_in_which_the_first_routes_counted_has_the_latest(filled: Shelf) -> None:
+    (first, *_) = filled.ledger.query("SELECT sha256 FROM records WHERE kind = 'routing'").rows[0]
+    again = replace(filled.ledger.records.read(first), at="2100-01-01T00:00:00.000000Z")
+    latest = filled.ledger.records.write(again)
+    filled.ledger.ingest()
+    before = filled.views()
+    assert latest in str(before["routing_counts"])
+    with duckdb.connect(str(filled.ledger.index.live)) as connection:
+        earlier = f"UPDATE routing_counts SET record_sha256 = '{first}'"  # noqa: S608
+        connection.execute(f"{earlier} WHERE record_sha256 = '{latest}'")
+        connection.execute("DELETE FROM migrations WHERE name = '0017_latest_routing.sql'")
+    assert filled.ledger.ingest().reason == ""
+    assert filled.views() == before
+    assert not filled.ledger.verify().findings
+
+
 def test_a_router_that_was_grown_often_has_all_its_ancestors(shelf: Shelf) -> None:
     """Also in an index that was made when 32 steps were the most."""
     shelf.make(shelf.base)

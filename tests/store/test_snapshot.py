@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import subprocess
 import sys
 import time
 from contextlib import closing
@@ -62,6 +63,48 @@ def test_nothing_is_open_when_nobody_has_asked_for_a_while(
         while asked.ledger.index.snapshot in map(Path.resolve, Path("/proc/self/fd").iterdir()):
             time.sleep(0.05)
     assert asked.ledger.query(COUNT).rows == before
+
+
+CLOSES_AT_THE_END = """
+import sys, time
+from pathlib import Path
+import store.snapshot
+from store.ledger import Ledger
+
+store.snapshot.IDLE_SECONDS = 0.1
+begun = []
+
+def close(reader):
+    begun.append(True)
+    time.sleep(0.5)
+    print("closed", flush=True)
+
+store.snapshot.SnapshotReader.close = close
+Ledger(Path(sys.argv[1])).query("FROM runs")
+while not begun:
+    time.sleep(0.01)
+"""
+
+
+def test_a_process_that_ends_waits_for_a_file_that_is_just_closed(asked: Shelf) -> None:
+    """DuckDB ends the process with an error if Python ends while it closes a file."""
+    command = [sys.executable, "-c", CLOSES_AT_THE_END, str(asked.home)]
+    assert subprocess.run(command, check=True, capture_output=True).stdout == b"closed\n"
+
+
+def test_without_another_thread_it_is_asked_all_the_same(
+    asked: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A process may have no more of them; one that ends begins none any more."""
+
+    def start(_self: object) -> None:
+        raise RuntimeError("can't start new thread")
+
+    reader = asked.ledger.index.reader
+    reader.close()
+    monkeypatch.setattr("threading.Timer.start", start)
+    with reader.reading() as connection:
+        assert connection.execute(COUNT).fetchall()
 
 
 def test_after_an_error_it_is_opened_again(asked: Shelf, openings: list[Path]) -> None:

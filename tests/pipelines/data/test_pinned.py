@@ -1,8 +1,9 @@
 from __future__ import annotations
 
+import time
 from pathlib import Path
 from threading import Event
-from typing import Any
+from typing import Any, NoReturn
 
 import pytest
 from huggingface_hub import constants
@@ -34,15 +35,33 @@ def test_what_was_read_of_a_commit_is_the_owner_s_alone_and_not_read_again(
     assert file.stat().st_mode & 0o777 == 0o600
 
 
-def test_a_reading_that_does_not_end_is_given_up(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize("interrupted", [False, True])
+def test_a_reading_that_does_not_end_is_given_up_and_ended(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, interrupted: bool
 ) -> None:
+    """Arrow aborts a process that ends while another thread still reads, also at Ctrl-C."""
     monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
-    monkeypatch.setattr(pinned, "READ_SECONDS", 0.05)
-    end = Event()
-    with pytest.raises(TimeoutError, match=r"not done within 0\.05 s"):
-        kept(["rows"], lambda: [{"ended": end.wait(20)}], dict)
-    end.set()
+    monkeypatch.setattr(pinned, "READ_SECONDS", 20 if interrupted else 0.05)
+    begun, ended = Event(), Event()
+
+    def read() -> NoReturn:
+        begun.set()
+        try:
+            while True:
+                time.sleep(0.01)
+        finally:
+            ended.set()
+
+    def interrupt(_self: object, _seconds: float) -> None:
+        begun.wait()
+        raise KeyboardInterrupt
+
+    if interrupted:
+        monkeypatch.setattr(pinned.Future, "result", interrupt)
+    error, said = (KeyboardInterrupt, None) if interrupted else (TimeoutError, r"within 0\.05 s")
+    with pytest.raises(error, match=said):
+        kept(["rows"], read, dict)
+    assert ended.is_set()
 
 
 def test_what_cannot_be_kept_is_read_again_and_leaves_nothing_behind(

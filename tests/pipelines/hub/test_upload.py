@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import time
 from typing import TYPE_CHECKING, Any
 
 import huggingface_hub.constants
 import pytest
 
 from meteora.artifacts import ArtifactId, Publication
+from pipelines.hub import upload
 from pipelines.hub.bundle import make_bundle, same
 from pipelines.hub.client import Hub
 from pipelines.hub.errors import (
@@ -255,6 +257,17 @@ def test_a_model_that_this_home_did_not_publish_is_replaced_and_plan_and_note_sa
         monkeypatch.setattr(type(work.ledger), "publications", lambda *_, made=made: [made])
         clause = f"{verb} revision {second[:12]}, which this home {whose}"
         assert describe_destination(work) == f"org/model, private; {clause}"
+
+
+def test_a_plan_does_not_wait_long_for_a_hub_that_does_not_answer(
+    server: HubServer, workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
+    monkeypatch.setattr(upload, "LOOK_SECONDS", 2.0)
+    server.faults["refs"] = Fault(hang=True)
+    started = time.monotonic()
+    assert describe_destination(workplace(publish={"repo": NAME})) == "org/model, private"
+    assert time.monotonic() - started < Hub().timeout_seconds
 
 
 def test_a_head_that_is_not_known_here_is_replaced_only_when_told_so(

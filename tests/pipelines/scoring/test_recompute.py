@@ -10,8 +10,8 @@ import pytest
 
 from meteora.artifacts import BaseSpec, BenchmarkSpec, Score
 from pipelines.scoring.intervals import wilson
-from pipelines.scoring.outputs import write_outputs
-from pipelines.scoring.recompute import recompute_scores
+from pipelines.scoring.outputs import RowValues, write_outputs
+from pipelines.scoring.recompute import _difference, recompute_scores
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -70,6 +70,14 @@ def test_an_interval_that_does_not_follow_is_named_with_both(tmp_path: Path) -> 
     assert finding.problem == (
         "its interval is recorded as 0.45 to 0.55, but its outputs give 0.0945312 to 0.905469"
     )
+
+
+def test_rounding_is_no_difference_where_an_interval_has_no_width() -> None:
+    spec = BenchmarkSpec(BASE.id, "logs", "f" * 64, "exact_match", 0, 8, 0, BASE.id)
+    score = Score(spec, -0.3, 0.0, -0.3, -0.3, 2, "f" * 64, "lm-eval", 1.0)
+    found = RowValues((-0.1 - 0.2,) * 2, graded=True)
+    assert found.interval(0)[1] != score.low
+    assert _difference(score, found) == ""
 
 
 @pytest.mark.parametrize(

@@ -110,12 +110,15 @@ class Conversation:
 class Present(PassState):
     """What a watcher knows of the present pass."""
 
-    begun = False
-    """Whether the whole model has begun it; a call of its `base_model` is then part of it."""
-    packed = False
-    """Whether a row holds several sequences."""
-    conversation: Conversation | None = None
-    """The conversation, if later passes need decisions."""
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        self.begun = False
+        """Whether the whole model has begun it; a call of its `base_model` is then part of it."""
+        self.packed = False
+        """Whether a row holds several sequences."""
+        self.conversation: Conversation | None = None
+        """The conversation, if later passes need decisions."""
 
 
 class Watcher:
@@ -144,7 +147,7 @@ class Watcher:
         """Remove all hooks."""
         for hook in self._hooks:
             hook.remove()
-        vars(self.now).clear()
+        self.now = type(self.now)()
 
     def see(self, seen: PassInput) -> None:
         """Look at a pass before it runs."""

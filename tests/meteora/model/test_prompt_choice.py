@@ -344,11 +344,13 @@ def test_the_size_of_an_update_is_that_of_the_dense_formula(ranks):
 
 
 def test_tokens_that_do_not_divide_among_the_prompts_are_refused():
+    stack = ExpertStack(torch.randn(3, 8), torch.randn(4, 3), [1] * 3, [1.0] * 3)
     held = HeldChoice()
-    held.hold(torch.randn(2, 3))
-    assert held.logits_of(4, torch.device("cpu")).shape == (4, 3)
+    router = PromptRouter(torch.randn(3, 8), torch.randn(3), stack, OPTIONS, held)
+    held.logits = torch.randn(2, 3)
+    assert router(torch.randn(4, 8)).shape == (4, 3)
     with pytest.raises(UnreadPromptError, match=r"5 tokens .* and 2 prompts were read"):
-        held.logits_of(5, torch.device("cpu"))
+        router(torch.randn(5, 8))
 
 
 def test_routing_without_a_prompt_is_refused(checkpoint, world):

@@ -68,3 +68,13 @@ def test_a_trace_has_the_routes_of_its_own_thread(world, tokenizer):
     got, _ = interrupted(model, traced, lambda: read(model, OTHER))
     assert got.ids == expected.ids
     assert torch.equal(got.chosen, expected.chosen)
+
+
+def test_each_thread_has_its_own_decisions_in_compiled_code(world):
+    model = gated(world, "point", TEMPLATE)
+    compiled = torch.compile(model, backend="eager")
+    with ThreadPoolExecutor(1) as other:
+        for prompt in (ONE, [*OTHER, 62], ONE):  # a second length compiles for all lengths
+            found = read(compiled, prompt), other.submit(read, compiled, prompt).result()
+            expected = read(model, prompt)
+            torch.testing.assert_close(found, (expected, expected))

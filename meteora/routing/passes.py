@@ -141,7 +141,10 @@ class Watcher:
             model.register_forward_hook(self._after, always_call=True),  # also after an error
         )
         if (base := getattr(model, "base_model", model)) is not model:
-            self._hooks += (base.register_forward_pre_hook(self._at_base, with_kwargs=True),)
+            self._hooks += (
+                base.register_forward_pre_hook(self._at_base, with_kwargs=True),
+                base.register_forward_hook(self._after_base),
+            )
 
     def stop(self) -> None:
         """Remove all hooks."""
@@ -172,6 +175,9 @@ class Watcher:
 
     def _after(self, _model: nn.Module, _args: object, output: object) -> None:
         self.now.begun = False
+        self._after_base(_model, _args, output)
+
+    def _after_base(self, _base: nn.Module, _args: object, output: object) -> None:
         for name in ("past_key_values", "cache_params"):  # a model without a cache makes one
             self._keep_in(getattr(output, name, None))
 

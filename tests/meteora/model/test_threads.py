@@ -70,6 +70,21 @@ def test_a_trace_has_the_routes_of_its_own_thread(world, tokenizer):
     assert torch.equal(got.chosen, expected.chosen)
 
 
+def test_hidden_states_of_a_conversation_go_on_in_another_thread(world):
+    """The cache has the decisions, also one that the base makes without the whole model."""
+    model, more = gated(world, "turn", TEMPLATE), torch.tensor([[60]])
+    expected = read(model, [*ONE, 60])
+
+    @torch.no_grad()
+    def go_on(cache):
+        return model.base_model(more, past_key_values=cache).last_hidden_state
+
+    with torch.no_grad(), ThreadPoolExecutor(1) as other:
+        cache = model.base_model(torch.tensor([ONE]), use_cache=True).past_key_values
+        hidden = other.submit(go_on, cache).result()
+        torch.testing.assert_close(model.lm_head(hidden)[:, -1], expected[:, -1])
+
+
 def test_each_thread_has_its_own_decisions_in_compiled_code(world):
     model = gated(world, "point", TEMPLATE)
     compiled = torch.compile(model, backend="eager")

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from threading import get_ident
+from threading import Event, get_ident
 
 import pytest
 import torch
 
 from meteora.base.chat_template import Template
-from meteora.model.trace import trace
+from meteora.model.trace import every_pass, trace
 from meteora.routing.layer import routed_layers
 from tests.meteora.serving.served_world import NO_TEMPLATE, gated
 
@@ -68,6 +68,24 @@ def test_a_trace_has_the_routes_of_its_own_thread(world, tokenizer):
     got, _ = interrupted(model, traced, lambda: read(model, OTHER))
     assert got.ids == expected.ids
     assert torch.equal(got.chosen, expected.chosen)
+
+
+def test_a_trace_may_end_while_another_thread_begins_a_pass(world):
+    """The hook of the trace is then called once more, as it is removed."""
+    model, begun, ended = gated(world, "point"), Event(), Event()
+    expected = read(model, ONE)
+
+    def wait(*_):
+        begun.set()
+        ended.wait(10)
+
+    with ThreadPoolExecutor(1) as other, model.register_forward_pre_hook(wait):
+        with every_pass(model) as passes:
+            found = other.submit(read, model, ONE)
+            begun.wait(10)
+        ended.set()
+        assert torch.equal(found.result(), expected)
+    assert not passes
 
 
 def test_hidden_states_of_a_conversation_go_on_in_another_thread(world):

@@ -15,7 +15,8 @@ from __future__ import annotations
 
 import hashlib
 import time
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
@@ -64,6 +65,8 @@ def read(folder: Path, *, modules_to_save: OnExtras = "refuse") -> Adapter:
     """
     found = Findings()
     adapter, _ = _judged(Path(folder), modules_to_save, found)
+    if adapter is None and not found.refusals:
+        found.refuse("no_weights", "there are no weights beside this config")
     if found.refusals or adapter is None:
         raise AdapterError(str(folder), tuple(found.refusals))
     return adapter
@@ -82,7 +85,8 @@ def check_config(folder: Path, where: str, *, modules_to_save: OnExtras = "refus
         AdapterError: It cannot be an expert, whatever its weights are.
     """
     found = Findings()
-    read_claim(folder / CONFIG, modules_to_save, found)
+    with _refused_if_unreadable(found):
+        read_claim(folder / CONFIG, modules_to_save, found)
     if found.refusals:
         raise AdapterError(where, tuple(found.refusals))
 
@@ -100,11 +104,17 @@ def check(path: Path, *, modules_to_save: OnExtras = "refuse") -> Verdict:
 
 def _judged(path: Path, extras: OnExtras, found: Findings) -> tuple[Adapter | None, dict[str, Any]]:
     """As `_examine`; an error of the file system is a refusal."""
-    try:
+    with _refused_if_unreadable(found):
         return _examine(path, extras, found)
+    return None, {}
+
+
+@contextmanager
+def _refused_if_unreadable(found: Findings) -> Generator[None]:
+    try:
+        yield
     except OSError as error:
         found.refuse("unreadable", f"it cannot be read: {error.strerror or error}")
-        return None, {}
 
 
 def _examine(

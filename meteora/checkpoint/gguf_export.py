@@ -77,8 +77,8 @@ def export_gguf(folder: Path, out: Path, name: str = "", base: Path | None = Non
     asked = [e for e, entry in enumerate(manifest.experts) if name in {"", entry.name}]
     heads = [
         path
-        for path, entry in manifest.modules.items()
-        if names[path] == HEAD and any(entry.ranks[e] for e in asked)
+        for path, own in names.items()
+        if own == HEAD and any(manifest.modules[path].ranks[e] for e in asked)
     ]
     if heads and base and not shape_of(base).num_in_head:
         raise ExportError(
@@ -95,7 +95,7 @@ def export_gguf(folder: Path, out: Path, name: str = "", base: Path | None = Non
 
 
 def _tensor_names(folder: Path, manifest: Manifest) -> dict[str, str]:
-    """llama.cpp's name of each module's weight."""
+    """llama.cpp's name of the weight of each module that an expert changes."""
     base = manifest.base.fingerprint
     if (architecture := ARCHITECTURES.get(base.architecture)) is None:
         raise ExportError(
@@ -103,10 +103,11 @@ def _tensor_names(folder: Path, manifest: Manifest) -> dict[str, str]:
             f" {', '.join(ARCHITECTURES)}"
         )
     known = gguf.get_tensor_name_map(architecture, base.num_hidden_layers)
-    names = {path: known.get_name(path) for path in manifest.modules}
+    modules = {path: entry for path, entry in manifest.modules.items() if entry.num_ranks}
+    names = {path: known.get_name(path) for path in modules}
     if unknown := [path for path, name in names.items() if name is None]:
         raise ExportError(f"{folder}: llama.cpp has no name for {unknown[0]}; drop its experts")
-    for path, entry in manifest.modules.items():
+    for path, entry in modules.items():
         heads = _heads(path, base)
         if heads is not None and (heads < 1 or entry.out_features % (2 * heads)):
             raise ExportError(

@@ -182,7 +182,7 @@ class Sweep:
             self._watcher.see(PassInput(ids, mask.bool(), goes_on=False))
         if batch in self._decided:
             decision, logits = self._decided[batch]
-            decision.hold(logits)
+            decision.logits, decision.routes = logits, None
         hidden = self._hidden[batch].to(self._device)
         out = self.layers[index](hidden, *args, **kwargs)
         return out[0] if self._num_outputs else out
@@ -193,7 +193,7 @@ class Sweep:
         if (saved := self._outputs.get((batch, path))) is not None:
             output, logits = saved
             if decision is not None and logits is not None:
-                decision.hold(logits)
+                decision.logits, decision.routes = logits, None
             return output.to(x.device, copy=True)  # a model may add to it in place
         output = type(layer).forward(layer, x)
         if self._scratch is None and self._output_bytes + output.nbytes <= MAX_OUTPUT_BYTES:

@@ -63,7 +63,11 @@ class PromptReader(Watcher):
 
     def stop(self) -> None:
         super().stop()
-        self.held.hold(None)
+        self._hold(None)
+
+    def _hold(self, logits: Tensor | None) -> None:
+        """Route by these logits of sequences [B, C] in this thread."""
+        self.held.logits, self.held.on = logits, {}
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         routers = [layer.router for layer in routed_layers(model).values()]
@@ -78,7 +82,7 @@ class PromptReader(Watcher):
         turns = questions(seen, self.template, conversation.closed)
         conversation.closed = turns.closed
         if (logits := conversation.held.get(0)) is not self.held.logits:
-            self.held.hold(logits)
+            self._hold(logits)
         question = turns.asked & (turns.turn == turns.turn[:, -1:])
         asks = question.any(1) & turns.closed
         before = each_row(self.held.logits, len(asks)) if seen.goes_on else None
@@ -89,7 +93,7 @@ class PromptReader(Watcher):
         if before is not None:  # a sequence without a question keeps its logits
             logits = logits.where(asks.cpu().unsqueeze(1), before)
         conversation.held[0] = logits
-        self.held.hold(logits)
+        self._hold(logits)
 
     @torch.no_grad()
     def read(self, model: nn.Module, question: Tensor, arguments: dict[str, Any]) -> Tensor:

@@ -5,10 +5,11 @@ The answer is generated as usual, with a cache: no route is forced, and no token
 
 from __future__ import annotations
 
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from threading import get_ident
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
@@ -192,7 +193,12 @@ def every_pass(model: PreTrainedModel) -> Generator[list[Routes]]:
     passes: list[Routes] = []
     num_tokens, thread = 0, get_ident()
 
-    def begin(model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def begin(
+        model: nn.Module,
+        args: tuple[Any, ...],
+        kwargs: Mapping[str, Any] = MappingProxyType({}),
+    ) -> None:
+        # another thread that is at this hook while it is removed calls it without `kwargs`
         nonlocal num_tokens
         if get_ident() != thread:
             return

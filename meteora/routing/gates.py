@@ -25,7 +25,8 @@ from meteora.checkpoint.tensors import Gates
 from meteora.routing.layer import RoutedExperts, routed_layers, share_first_matmul
 from meteora.routing.passes import Watcher, set_watcher, watcher_of
 from meteora.routing.prompt_opening import PromptOpening
-from meteora.routing.routers import Decision, Follower, Gate, QuestionReader
+from meteora.routing.prompt_router import PromptRouter
+from meteora.routing.routers import Decision, Follower, Gate, PassState, QuestionReader
 from meteora.routing.turns import TurnChoice, Turns
 from meteora.routing.weight_scores import StandIn, scorer
 
@@ -168,11 +169,12 @@ def gates_in(model: PreTrainedModel) -> dict[str, Gate]:
     return {path: router for path, router in routers.items() if isinstance(router, Gate)}
 
 
-def known_of_pass(layers: nn.Module) -> list[object]:
+def known_of_pass(layers: nn.Module) -> list[PassState]:
     """The objects with state of the present pass that the routers of some layers only read."""
     routers = [layer.router for layer in routed_layers(layers).values()]
     gates = [router for router in routers if isinstance(router, Gate)]
-    followed = [router.decision for router in routers if isinstance(router, Follower)]
+    followed: list[PassState] = [r.decision for r in routers if isinstance(r, Follower)]
+    followed += [router.held for router in routers if isinstance(router, PromptRouter)]
     rules = [gate.by_question for gate in gates if gate.by_question is not None]
     watchers = [rule.turns if isinstance(rule, TurnChoice) else rule for rule in rules]
     read = [*followed, *(one.now for one in watchers if isinstance(one, Watcher))]

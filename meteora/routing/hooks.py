@@ -11,7 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from threading import get_ident
+from threading import Lock, get_ident
 from typing import TYPE_CHECKING
 
 import torch
@@ -29,9 +29,36 @@ if TYPE_CHECKING:
     """Weights and choices, both [T, K], of each layer in one pass, by module path."""
 
 
+class _Uncompiled:
+    """Blocks in which no compiled code runs, in any thread; those of several threads may overlap.
+
+    torch has one stance for all threads, and each block would put back the one that it found.
+    """
+
+    def __init__(self) -> None:
+        self._turn, self._num_open, self._stance = Lock(), 0, ExitStack()
+
+    @contextmanager
+    def block(self) -> Generator[None]:
+        with self._turn:
+            if not self._num_open:
+                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
+            self._num_open += 1
+        try:
+            yield
+        finally:
+            with self._turn:
+                self._num_open -= 1
+                if not self._num_open:
+                    self._stance.close()
+
+
+_UNCOMPILED = _Uncompiled()
+
+
 @contextmanager
 def recorded_logits(model: PreTrainedModel) -> Generator[dict[str, Tensor]]:
-    """Collect each router's logits [T, C] of the last forward pass, by module path."""
+    """Collect each router's logits [T, C] of this thread's last forward pass, by module path."""
     by_path: dict[str, Tensor] = {}
 
     def keep(path: str, _router: Router, logits: Tensor) -> None:
@@ -43,7 +70,7 @@ def recorded_logits(model: PreTrainedModel) -> Generator[dict[str, Tensor]]:
 
 @contextmanager
 def recorded_routes(model: PreTrainedModel) -> Generator[Routes]:
-    """Collect each layer's weights and choices in the last forward pass.
+    """Collect each layer's weights and choices in this thread's last forward pass.
 
     They are those of `reference.route`, the strongest first. Experts that lack the layer are
     recorded too, though they add nothing there.
@@ -68,7 +95,7 @@ def _watched(
     device, thread = input_device(model), get_ident()
     with ExitStack() as hooks:
         if "torch._dynamo" in sys.modules:  # slow to import, and without it nothing is compiled
-            hooks.enter_context(torch.compiler.set_stance("force_eager"))
+            hooks.enter_context(_UNCOMPILED.block())
         for path, layer in routed_layers(model).items():
             if layer.router is not None:
 

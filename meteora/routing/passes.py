@@ -110,12 +110,15 @@ class Conversation:
 class Present(PassState):
     """What a watcher knows of the present pass."""
 
-    begun = False
-    """Whether the whole model has begun it; a call of its `base_model` is then part of it."""
-    packed = False
-    """Whether a row holds several sequences."""
-    conversation: Conversation | None = None
-    """The conversation, if later passes need decisions."""
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        self.begun = False
+        """Whether the whole model has begun it; a call of its `base_model` is then part of it."""
+        self.packed = False
+        """Whether a row holds several sequences."""
+        self.conversation: Conversation | None = None
+        """The conversation, if later passes need decisions."""
 
 
 class Watcher:
@@ -138,13 +141,16 @@ class Watcher:
             model.register_forward_hook(self._after, always_call=True),  # also after an error
         )
         if (base := getattr(model, "base_model", model)) is not model:
-            self._hooks += (base.register_forward_pre_hook(self._at_base, with_kwargs=True),)
+            self._hooks += (
+                base.register_forward_pre_hook(self._at_base, with_kwargs=True),
+                base.register_forward_hook(self._after_base),
+            )
 
     def stop(self) -> None:
         """Remove all hooks."""
         for hook in self._hooks:
             hook.remove()
-        vars(self.now).clear()
+        self.now = type(self.now)()
 
     def see(self, seen: PassInput) -> None:
         """Look at a pass before it runs."""
@@ -169,6 +175,9 @@ class Watcher:
 
     def _after(self, _model: nn.Module, _args: object, output: object) -> None:
         self.now.begun = False
+        self._after_base(_model, _args, output)
+
+    def _after_base(self, _base: nn.Module, _args: object, output: object) -> None:
         for name in ("past_key_values", "cache_params"):  # a model without a cache makes one
             self._keep_in(getattr(output, name, None))
 

@@ -24,10 +24,14 @@ WINDOW = 64
 
 
 class _Opening(Present):
-    opening: Tensor | None = None
-    """[B, L] bool; None if the pass holds no opening."""
-    evidence: Tensor | None = None
-    """[B, L] bool: the tokens that decide for the opening."""
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.opening: Tensor | None = None
+        """[B, L] bool; None if the pass holds no opening."""
+        self.evidence: Tensor | None = None
+        """[B, L] bool: the tokens that decide for the opening."""
 
 
 class PromptOpening(Watcher):

@@ -26,32 +26,15 @@ LEAST_SIZE = 1e-12
 class HeldChoice(PassState):
     """The decisions for the sequences of a batch; all routers of a model share one object."""
 
-    logits: Tensor | None = None
-    """[B, C]"""
-    on: dict[torch.device, Tensor]
-    """Copies of the logits on the devices of the routers."""
-    measure: Callable[[PromptRouter, Tensor], None] | None = None
-    """Takes each router and its input while a prompt is read with the base alone."""
+    __slots__ = ()
 
-    def hold(self, logits: Tensor | None) -> None:
-        """Take the logits of other sequences."""
-        self.logits, self.on = logits, {}
-
-    def logits_of(self, num_tokens: int, device: torch.device) -> Tensor:
-        """The logits of tokens [B × L], each those of its sequence: [T, C].
-
-        Raises:
-            UnreadPromptError: no prompt was read, or the number of sequences is another.
-        """
-        if self.logits is None or num_tokens % len(self.logits):
-            read = 0 if self.logits is None else len(self.logits)
-            raise UnreadPromptError(
-                f"{num_tokens} tokens are to be routed by their prompts, and {read} prompts were"
-                " read; start with a pass over the whole prompts"
-            )
-        if device not in self.on:
-            self.on[device] = self.logits.to(device)
-        return self.on[device].repeat_interleave(num_tokens // len(self.logits), 0)
+    def __init__(self) -> None:
+        self.logits: Tensor | None = None
+        """[B, C]"""
+        self.on: dict[torch.device, Tensor] = {}
+        """Copies of the logits on the devices of the routers."""
+        self.measure: Callable[[PromptRouter, Tensor], None] | None = None
+        """Takes each router and its input while a prompt is read with the base alone."""
 
 
 class PromptRouter(Router):
@@ -105,4 +88,18 @@ class PromptRouter(Router):
         return False
 
     def forward(self, tokens: Tensor) -> Tensor:
-        return self.held.logits_of(len(tokens), tokens.device)
+        """The logits of tokens [B × L, IN], each those of its sequence: [T, C].
+
+        Raises:
+            UnreadPromptError: no prompt was read, or the number of sequences is another.
+        """
+        logits, copies, device = self.held.logits, self.held.on, tokens.device
+        num_read = 0 if logits is None else len(logits)
+        if logits is None or len(tokens) % num_read:
+            raise UnreadPromptError(
+                f"{len(tokens)} tokens are to be routed by their prompts, and {num_read} prompts"
+                " were read; start with a pass over the whole prompts"
+            )
+        if device not in copies:
+            copies[device] = logits.to(device)
+        return copies[device].repeat_interleave(len(tokens) // num_read, 0)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Callable, Iterator
-from typing import TYPE_CHECKING, Protocol
+from typing import TYPE_CHECKING, Protocol, Self
 
 import torch
 from torch import Tensor, nn
@@ -135,7 +135,7 @@ class Gate(Router):
         rule = self.by_question
         logits = self.logits(tokens) if rule is None else rule.decide(self.logits, tokens)
         if self.decision is not None:
-            self.decision.hold(logits)
+            self.decision.logits, self.decision.routes = logits, None
         return logits
 
     def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:
@@ -154,11 +154,18 @@ class Gate(Router):
 
 
 class PassState(threading.local):
-    """State of the present pass: each thread has its own, so several may call one model at once."""
+    """State of the present pass: each thread has its own, so several may call one model at once.
 
-    def __getstate__(self) -> dict[str, object]:
-        """Nothing: a copy has its own passes, and tensors with a graph cannot be copied."""
-        return {}
+    `torch.compile` follows attributes of a thread, and neither a dict of the object nor names of
+    its class. So a subclass has empty `__slots__`, without which there is such a dict, and no
+    methods or defaults: `__init__`, which is called in each thread, sets all attributes.
+    """
+
+    __slots__ = ()
+
+    def __reduce__(self) -> tuple[type[Self], tuple[()]]:
+        """A copy has its own passes, and tensors with a graph cannot be copied."""
+        return type(self), ()
 
 
 class Decision(PassState):
@@ -168,28 +175,13 @@ class Decision(PassState):
     gate and the layers that follow it share one such object: the gate writes, they read.
     """
 
-    logits: Tensor | None = None
-    """[T, C]"""
-    routes: tuple[Tensor, Tensor] | None = None
-    """Weights and choices, both [T, K]; None before the gate has computed them."""
+    __slots__ = ()
 
-    def hold(self, logits: Tensor) -> None:
-        """Take the logits [T, C] of a new pass, and drop the routes of the last one."""
-        self.logits, self.routes = logits, None
-
-    def logits_of(self, num_tokens: int) -> Tensor:
-        """The gate's logits [T, C].
-
-        Raises:
-            OrderError: the gate has not seen that many tokens in this pass.
-        """
-        seen = 0 if self.logits is None else len(self.logits)
-        if self.logits is None or seen != num_tokens:
-            raise OrderError(
-                f"a layer with {num_tokens} tokens follows a gate that saw {seen}; run the model"
-                " from its first layer"
-            )
-        return self.logits
+    def __init__(self) -> None:
+        self.logits: Tensor | None = None
+        """[T, C]"""
+        self.routes: tuple[Tensor, Tensor] | None = None
+        """Weights and choices, both [T, K]; None before the gate has computed them."""
 
 
 class Follower(Router):
@@ -200,7 +192,18 @@ class Follower(Router):
         self.decision = decision
 
     def forward(self, tokens: Tensor) -> Tensor:
-        logits = self.decision.logits_of(len(tokens))
+        """Logits as of any router.
+
+        Raises:
+            OrderError: the gate has not seen that many tokens in this pass.
+        """
+        logits = self.decision.logits
+        seen = 0 if logits is None else len(logits)
+        if logits is None or seen != len(tokens):
+            raise OrderError(
+                f"a layer with {len(tokens)} tokens follows a gate that saw {seen}; run the model"
+                " from its first layer"
+            )
         return logits if logits.device == tokens.device else logits.to(tokens.device)
 
     def choose(self, tokens: Tensor) -> tuple[Tensor, Tensor]:

@@ -86,10 +86,14 @@ def each_row(held: Tensor | None, num_rows: int) -> Tensor | None:
 
 
 class _Turns(Present):
-    questions: Questions | None = None
-    goes_on = any_asks = all_ask = False
-    """Whether the pass has earlier tokens in its cache; whether any sequence has a question in it,
-    and whether all have."""
+    __slots__ = ()
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.questions: Questions | None = None
+        self.goes_on = self.any_asks = self.all_ask = False
+        """Whether the pass has earlier tokens in its cache; whether any sequence has a question in
+        it, and whether all have."""
 
 
 class Turns(Watcher):

@@ -76,6 +76,10 @@ def test_a_config_alone_is_judged_by_what_it_claims(tmp_path: Path) -> None:
     assert codes(config)["modules_to_save"] == "it replaces whole modules of the base: lm_head"
     found = reader.check(config, modules_to_save="strip").reasons
     assert [reason.code for reason in found] == ["bias", "modules_to_save"]
+    with pytest.raises(AdapterError, match="there are no weights beside this config"):
+        reader.read(
+            write_adapter(tmp_path / "sound").joinpath("adapter_config.json").rename(config)
+        )
 
 
 @pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
@@ -90,8 +94,9 @@ def test_a_file_that_cannot_be_opened_is_refused(
     folder = write_adapter(tmp_path)
     denied = PermissionError(errno.EACCES, "Permission denied")
     monkeypatch.setattr(reader, "read_claim", Mock(side_effect=denied))
-    with pytest.raises(AdapterError, match="it cannot be read: Permission denied"):
-        reader.read(folder)
+    for refuse in (reader.read, lambda folder: reader.check_config(folder, "here")):
+        with pytest.raises(AdapterError, match="it cannot be read: Permission denied"):
+            refuse(folder)
     assert codes(folder).keys() == {"unreadable"}
 
 

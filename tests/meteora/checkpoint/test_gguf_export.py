@@ -159,6 +159,17 @@ def test_what_llama_cpp_does_not_know_is_refused(world: World, tmp_path: Path) -
         assert not (tmp_path / "out").exists()
 
 
+def test_a_module_that_no_expert_changes_any_more_needs_no_name(
+    world: World, tmp_path: Path
+) -> None:
+    """It stays for its gate or its offsets when its experts are dropped."""
+    kept = dataclasses.replace(world.manifest.modules[PATH], ranks=(0, 0, 0, 0))
+    modules = world.manifest.modules | {"model.layers.0.other": kept}
+    (tmp_path / MANIFEST).write_text(dataclasses.replace(world.manifest, modules=modules).to_json())
+    (tmp_path / EXPERTS).symlink_to(world.checkpoint / EXPERTS)
+    assert export_gguf(tmp_path, tmp_path / "out", "attention")
+
+
 def test_an_expert_on_a_head_that_is_the_embeddings_is_refused(
     world: World, tmp_path: Path
 ) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import random
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import torch
@@ -134,6 +136,22 @@ def test_each_thread_reads_its_own_prompt(model):
     got, found = interrupted(model, lambda: read(model, one), lambda: read(model, other))
     assert torch.equal(got, expected)
     assert all(torch.equal(logits, others) for logits in found)
+
+
+def test_gradient_checkpointing_computes_again_in_any_thread(model):
+    """On a GPU the backward pass has a thread of its own."""
+    own = copy.deepcopy(model).train()
+    own.activation_checkpointing_enable({"use_reentrant": False})
+    weight = own.get_input_embeddings().weight.requires_grad_()
+
+    def gradient(run):
+        weight.grad = None
+        run(own(torch.tensor([asked(0)]), use_cache=False).logits.square().sum().backward)
+        return weight.grad
+
+    with ThreadPoolExecutor(1) as other:
+        found = gradient(lambda backward: other.submit(backward).result())
+    torch.testing.assert_close(found, gradient(lambda backward: backward()))
 
 
 @pytest.mark.parametrize("options", [{}, {"use_cache": False}, {"num_beams": 3}])
@@ -344,11 +362,13 @@ def test_the_size_of_an_update_is_that_of_the_dense_formula(ranks):
 
 
 def test_tokens_that_do_not_divide_among_the_prompts_are_refused():
+    stack = ExpertStack(torch.randn(3, 8), torch.randn(4, 3), [1] * 3, [1.0] * 3)
     held = HeldChoice()
-    held.hold(torch.randn(2, 3))
-    assert held.logits_of(4, torch.device("cpu")).shape == (4, 3)
+    router = PromptRouter(torch.randn(3, 8), torch.randn(3), stack, OPTIONS, held)
+    held.logits = torch.randn(2, 3)
+    assert router(torch.randn(4, 8)).shape == (4, 3)
     with pytest.raises(UnreadPromptError, match=r"5 tokens .* and 2 prompts were read"):
-        held.logits_of(5, torch.device("cpu"))
+        router(torch.randn(5, 8))
 
 
 def test_routing_without_a_prompt_is_refused(checkpoint, world):

@@ -3,13 +3,13 @@
 from __future__ import annotations
 
 from concurrent.futures import ThreadPoolExecutor
-from threading import get_ident
+from threading import Event, get_ident
 
 import pytest
 import torch
 
 from meteora.base.chat_template import Template
-from meteora.model.trace import trace
+from meteora.model.trace import every_pass, trace
 from meteora.routing.layer import routed_layers
 from tests.meteora.serving.served_world import NO_TEMPLATE, gated
 
@@ -68,3 +68,46 @@ def test_a_trace_has_the_routes_of_its_own_thread(world, tokenizer):
     got, _ = interrupted(model, traced, lambda: read(model, OTHER))
     assert got.ids == expected.ids
     assert torch.equal(got.chosen, expected.chosen)
+
+
+def test_a_trace_may_end_while_another_thread_begins_a_pass(world):
+    """The hook of the trace is then called once more, as it is removed."""
+    model, begun, ended = gated(world, "point"), Event(), Event()
+    expected = read(model, ONE)
+
+    def wait(*_):
+        begun.set()
+        ended.wait(10)
+
+    with ThreadPoolExecutor(1) as other, model.register_forward_pre_hook(wait):
+        with every_pass(model) as passes:
+            found = other.submit(read, model, ONE)
+            begun.wait(10)
+        ended.set()
+        assert torch.equal(found.result(), expected)
+    assert not passes
+
+
+def test_hidden_states_of_a_conversation_go_on_in_another_thread(world):
+    """The cache has the decisions, also one that the base makes without the whole model."""
+    model, more = gated(world, "turn", TEMPLATE), torch.tensor([[60]])
+    expected = read(model, [*ONE, 60])
+
+    @torch.no_grad()
+    def go_on(cache):
+        return model.base_model(more, past_key_values=cache).last_hidden_state
+
+    with torch.no_grad(), ThreadPoolExecutor(1) as other:
+        cache = model.base_model(torch.tensor([ONE]), use_cache=True).past_key_values
+        hidden = other.submit(go_on, cache).result()
+        torch.testing.assert_close(model.lm_head(hidden)[:, -1], expected[:, -1])
+
+
+def test_each_thread_has_its_own_decisions_in_compiled_code(world):
+    model = gated(world, "point", TEMPLATE)
+    compiled = torch.compile(model, backend="eager")
+    with ThreadPoolExecutor(1) as other:
+        for prompt in (ONE, [*OTHER, 62], ONE):  # a second length compiles for all lengths
+            found = read(compiled, prompt), other.submit(read, compiled, prompt).result()
+            expected = read(model, prompt)
+            torch.testing.assert_close(found, (expected, expected))

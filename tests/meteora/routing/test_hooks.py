@@ -111,6 +111,25 @@ def test_a_compiled_model_is_recorded_too_and_stays_compiled():
     assert len(graphs) == 1
 
 
+def test_it_is_recorded_and_compiled_again_in_whatever_order_blocks_end():
+    """Such as those of two threads."""
+    layer, x, ran = make(), torch.randn(3, 12), []
+    model: Any = nn.Sequential(layer)
+    compiled = torch.compile(model, backend=lambda graph, _: lambda *a: ran.append(1) or graph(*a))
+    first, second = ExitStack(), ExitStack()
+    with torch.no_grad():
+        compiled(x)
+        first.enter_context(recorded_logits(model))
+        logits = second.enter_context(recorded_logits(model))
+        first.close()
+        compiled(x)
+        second.close()
+        assert logits
+        assert len(ran) == 1
+        compiled(x)
+    assert len(ran) == 2
+
+
 def test_the_base_alone_has_nothing_to_record(model):
     with without_experts(model), recorded_routes(model) as routes:
         model(torch.tensor([[5, 8]]))

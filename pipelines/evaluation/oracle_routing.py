@@ -65,7 +65,7 @@ def send_to(
         no_base = NULL not in names  # then the base is an expert of weight 0
         places = [0 if no_base and name == NULL else names.index(name) for name in experts]
         chosen = torch.tensor(places, device=ids.device)  # [T]
-        decision.hold(one_hot(chosen, len(names)).float())
+        decision.logits = one_hot(chosen, len(names)).float()
         weights = [float(not (no_base and name == NULL)) for name in experts]
         decision.routes = torch.tensor(weights, device=ids.device)[:, None], chosen[:, None]
 

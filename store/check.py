@@ -167,7 +167,7 @@ def _check_files(
     gone = {sha256: subject for sha256, subject in lost.items() if sha256 not in damaged}
     if gone:
         first, *others = gone
-        more = f", and so are those of {len(others)} others" * bool(others)
+        more = f", as are those of {len(others)} more" * bool(others)
         problem = f"its file is gone{more}; restore it from a backup: a rebuild forgets it"
         yield Finding("record", first, problem, _resting(connection, [*gone.values()]))
 

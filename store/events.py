@@ -1,5 +1,6 @@
 """Facts about runs: verdicts on adapters, starts and ends of runs, failures."""
 
+import re
 from dataclasses import dataclass, field
 
 from meteora.artifacts import ArtifactId, Noun, Reason
@@ -7,6 +8,8 @@ from meteora.artifacts import ArtifactId, Noun, Reason
 VERDICTS = ("accept", "warn", "refuse")
 SKIPPED = ("skipped_late", "skipped_overlap")
 """Outcomes of a scheduled run that did nothing: a later run was due too, or one was running."""
+RUN_ID = re.compile(r"\w[\w.-]*")
+"""An id is the name of a folder, which is removed when the run is over."""
 OUTCOMES = ("ok", "failed", "refused", "stopped", "killed", *SKIPPED)
 
 
@@ -56,6 +59,10 @@ class RunStarted(Noun):
     device: str = ""
     home: str = ""
     """The name of the home among those that share a storage; empty without sharing."""
+
+    def __post_init__(self) -> None:
+        if not RUN_ID.fullmatch(self.run_id):
+            raise ValueError(f"{self.run_id!r} is no id of a run")
 
 
 @dataclass(frozen=True)

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 
 import duckdb
 
-from store.errors import BusyError, DamagedError, NewerLedgerError, StoreError
+from store.errors import BusyError, DamagedError, NewerLedgerError, StoreError, brief
 from store.files import copy, locked, partial_file, settle
 from store.intake import add, count, offer, offer_texts, rank
 from store.query import memory, quoted
@@ -107,8 +107,10 @@ class Index:
         try:
             with self.reader.reading() as connection:
                 return connection.execute(sql, parameters).fetchall()
+        except duckdb.CatalogException:  # the first release had fewer tables; an ingest makes them
+            return None
         except duckdb.Error as error:
-            logger.warning("%s cannot be read: %s", self.snapshot.name, error)
+            logger.warning("%s cannot be read: %s", self.snapshot.name, brief(error))
             return None
 
     def ingest(self, *, deadline_seconds: float) -> Ingest:
@@ -116,9 +118,14 @@ class Index:
         try:
             return self._ingest_in_turn(deadline_seconds)
         except (StoreError, duckdb.Error, OSError) as error:
-            waiting = len(self._records.parts() - (self.known() or frozenset()))
+            known = self.known()
+            waiting = len(self._records.parts() - (known or frozenset()))
             if waiting:
                 logger.warning("%d records wait for the next ingest: %s", waiting, error)
+            elif known is not None and self._schema != schema():
+                logger.warning(
+                    "the index is that of another release, whose views may differ: %s", error
+                )
             return Ingest(0, waiting, str(error))
 
     def rebuild(self, *, deadline_seconds: float) -> Ingest:

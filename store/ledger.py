@@ -27,6 +27,7 @@ from store.events import RunEnded, RunStarted
 from store.files import discard, locked, sweep
 from store.query import LIMITS, Answer, Limits, ask
 from store.recording import WRITE_DEADLINE_SECONDS, Recording
+from store.records import now
 
 if TYPE_CHECKING:
     from store.check import Verification
@@ -37,6 +38,8 @@ logger = logging.getLogger(__name__)
 
 INGEST_DEADLINE_SECONDS = 10.0
 """Time that an ingest waits for another one."""
+CLOCK_SECONDS = 60
+"""Between two machines' clocks such a difference is not mentioned."""
 PACK_RECORDS = 20_000
 """If there are so many loose records, the next run packs them before it begins."""
 
@@ -164,6 +167,7 @@ class Ledger(Recording):
         )
         with alone, together:
             self.share()  # so that nothing is made again that another home has made
+            self._check_clock()
             killed = self.unended_here(recipe_name)
             for run in killed:  # only the holder of a recipe's lock is still running
                 self.record_run(RunEnded(run.run_id, "killed", "its process ended without a word"))
@@ -177,6 +181,22 @@ class Ledger(Recording):
             for run in self.unended_runs()
             if run.recipe_name == recipe_name and run.home == self.name
         ]
+
+    def _check_clock(self) -> None:
+        """Warn if this machine's clock is behind the last record's: the latest record counts."""
+        ahead = self.index.select(
+            "SELECT max(recorded_at) - $1::TIMESTAMP AS ahead FROM records"
+            " HAVING ahead > to_seconds($2)",
+            [now(), CLOCK_SECONDS],
+        )
+        if ahead:
+            logger.warning(
+                "this machine's clock is %s behind the last record under %s: until it has caught"
+                " up, what is recorded counts as older, and older scores and routes as the latest"
+                " ones; set the clock",
+                ahead[0][0],
+                self.home,
+            )
 
     def _tidy(self) -> None:
         """Remove leftovers, and pack many loose records. Never raises."""

@@ -38,6 +38,8 @@ class Claim:
     """Names, or a pattern, or `all-linear`; empty where PEFT's defaults for the base hold."""
     exclude_modules: tuple[str, ...] | str = ()
     modules_to_save: tuple[str, ...] = ()
+    ensure_weight_tying: bool = False
+    """Whether a LoRA of the embedding is one of the head, too, which no list of targets names."""
     layers_to_transform: tuple[int, ...] = ()
     bias: str = "none"
 
@@ -68,12 +70,12 @@ UNDERSTOOD = {
     "base_model_name_or_path", "revision", "peft_type", "task_type", "r", "lora_alpha",
     "target_modules", "exclude_modules", "fan_in_fan_out", "bias", "use_rslora", "modules_to_save",
     "init_lora_weights", "layers_to_transform", "layers_pattern", "rank_pattern", "alpha_pattern",
-    "auto_mapping",
+    "ensure_weight_tying", "auto_mapping",
 }  # fmt: skip
 WITHOUT_EFFECT = {
     "inference_mode", "lora_dropout", "peft_version", "megatron_core", "qalora_group_size",
     "runtime_config", "loftq_config", "eva_config", "corda_config", "lora_ga_config",
-    "ensure_weight_tying", "merge_weights",
+    "merge_weights",
 }  # fmt: skip
 """Keys about training and loading, and keys that matter only together with a refused one."""
 
@@ -109,6 +111,7 @@ def peft_claim(config: Mapping[str, Any], extras: OnExtras, found: Findings) -> 
         target_modules=fields.targets(config, "target_modules", found),
         exclude_modules=fields.targets(config, "exclude_modules", found),
         modules_to_save=fields.names(config, "modules_to_save", found),
+        ensure_weight_tying=config.get("ensure_weight_tying") is True,
         layers_to_transform=layers,
         bias=fields.one_of(config.get("bias", "none"), "bias", BIASES, found),
     )

@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from meteora.adapters.tensors import DTYPES, AdapterTensors, place_of
+from meteora.adapters.tensors import DTYPES, HEADS, AdapterTensors, place_of
 from meteora.artifacts import AdapterModule
 from meteora.untrusted.config_fields import MAX_RANK, rank
 from meteora.untrusted.findings import Findings, listed, shortened
@@ -23,10 +23,15 @@ MAX_SCALING = 1_000
 def read_modules(
     pairs: Mapping[str, AdapterTensors],
     tensors: Mapping[str, TensorInfo],
+    stripped: Sequence[str],
     claim: Claim,
     found: Findings,
 ) -> tuple[AdapterModule, ...]:
-    """Return sizes, rank and scaling of each module whose factors multiply."""
+    """Return sizes, rank and scaling of each module whose factors multiply.
+
+    Args:
+        stripped: tensors that are left out
+    """
     budget = Budget()
     modules: list[AdapterModule] = []
     shapes = _shapes(pairs, tensors, found)
@@ -46,7 +51,7 @@ def read_modules(
             "pattern_unchecked", f"rank_pattern is not checked, ranks are the tensors': {error}"
         )
     try:
-        _check_targets(claim, list(pairs), budget, found)
+        _check_targets(claim, list(pairs), stripped, budget, found)
     except PatternError as error:
         found.warn("pattern_unchecked", f"a pattern of what it targets is not checked: {error}")
     if large := [m.path for m in modules if m.scaling > MAX_SCALING]:
@@ -125,16 +130,23 @@ def _check_ranks(claim: Claim, ranks: Mapping[str, int], budget: Budget, found: 
         )
 
 
-def _check_targets(claim: Claim, paths: list[str], budget: Budget, found: Findings) -> None:
+def _check_targets(
+    claim: Claim, paths: list[str], stripped: Sequence[str], budget: Budget, found: Findings
+) -> None:
     """Warn if the config targets other modules than the file holds; the file wins."""
     targets = claim.target_modules
+    left_out = {part for key in stripped for part in key.split(".")}
+    tied = HEADS if claim.ensure_weight_tying and "lora_embedding_A" in left_out else set()
     untargeted: list[str] = []
     if targets not in ((), "", "all-linear"):
         named = _named(targets, paths, budget)
-        untargeted = [path for path in paths if path not in named]
+        untargeted = [
+            path for path in paths if path not in named and path.rpartition(".")[2] not in tied
+        ]
     if not isinstance(targets, str):
         idle = sorted(set(targets).difference(*map(_endings, paths)))
         excluded = _named(claim.exclude_modules, idle, budget)
+        excluded.update(target for target in idle if target.rpartition(".")[2] in left_out)
         if idle := [target for target in idle if target not in excluded]:
             found.warn("idle_target", f"it targets {listed(idle)}, and no tensor is of it")
     untargeted += sorted(_named(claim.exclude_modules, paths, budget))

@@ -139,7 +139,7 @@ def _examine(
         if tensors is None or claim is None:
             return None, {**facts, "weights_bytes": num_bytes}
         pairs, stripped = sort_tensors(tensors, claim, extras, found)
-        modules = read_modules(pairs, tensors, claim, found)
+        modules = read_modules(pairs, tensors, stripped, claim, found)
         if claim.modules_to_save and not stripped and not found.refusals:
             found.warn(
                 "modules_to_save",

@@ -52,10 +52,12 @@ VARIANT_KEYS = (
     ),
 )  # fmt: skip
 EMBEDDINGS = {"embed_tokens", "embed_in", "wte", "wpe", "word_embeddings", "shared"}
-WHOLE_MODULES = EMBEDDINGS | {
-    "lora_embedding_A", "lora_embedding_B",
-    "lm_head", "embed_out", "score", "classifier", "qa_outputs", "v_head",
-}  # fmt: skip
+HEADS = {"lm_head", "embed_out"}
+WHOLE_MODULES = (
+    EMBEDDINGS
+    | HEADS
+    | {"lora_embedding_A", "lora_embedding_B", "score", "classifier", "qa_outputs", "v_head"}
+)
 """Names of embeddings and heads, which belong to the base or to one task."""
 
 

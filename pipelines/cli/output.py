@@ -36,6 +36,8 @@ ID = re.compile(r"(^|_)(id|sha256)$")
 """Names of columns of long hexadecimal digits."""
 NARROW = 20
 """The most characters of a column in a table that is too wide for a line."""
+SMALLEST, LARGEST = 0.0005, 1e15
+"""Between them a number has three decimal places; a p-value of 0.0001 is not 0.000."""
 BORDERS = 3
 """The characters of border and padding for each cell of a table."""
 
@@ -168,5 +170,6 @@ def _markdown(text: str) -> str:
 
 def _cell(value: object) -> str:
     if isinstance(value, float):
-        return f"{value:.3f}"
+        plain = value == 0 or SMALLEST <= abs(value) < LARGEST
+        return f"{value:.3f}" if plain else f"{value:.3g}"
     return "" if value is None else for_terminal(str(value))

@@ -132,9 +132,9 @@ def _serves(folder: Path, home: Path, url: str, count: int, model: str, *, as_js
     from meteora.artifacts import ArtifactId
     from meteora.checkpoint.manifest import read_manifest
     from pipelines.scoring.served import Server, recorded_answers
-    from store.ledger import Ledger
 
-    asked = recorded_answers(Ledger(home), ArtifactId(read_manifest(folder).router_id), count)
+    ledger = options.open_ledger(home)
+    asked = recorded_answers(ledger, ArtifactId(read_manifest(folder).router_id), count)
     server = Server(url, model)
     found = server.answers(asked)
     return output.print_served(server, asked, found, as_json=as_json)

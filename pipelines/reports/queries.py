@@ -91,6 +91,11 @@ def run_queries(ledger: Ledger, router_id: ArtifactId, called: str = "") -> dict
             " NAME=jsonl:FILE where its recipe has no tests, or give the --home in which it was"
             " measured"
         )
+    if not all(results[name].rows for name in ("base", "router", "lineage")):
+        raise ReportError(
+            f"the ledger in {ledger.home} lacks records of what {short(router_id)} was made of;"
+            " `meteora verify` names what is damaged"
+        )
     return results
 
 

@@ -51,12 +51,13 @@ def check_judges(
 
 def _judges(ledger: Ledger, score: Score) -> dict[str, str]:
     """The metric that judged each part of a score; empty if its answers do not state it."""
-    from pyarrow import ArrowInvalid  # noqa: PLC0415  (slow to import; few recipes mix tasks)
-
-    from pipelines.scoring.outputs import read_outputs  # noqa: PLC0415  (as above)
+    from pipelines.scoring.outputs import (  # noqa: PLC0415  (slow to import; few recipes mix tasks)
+        OutputsError,
+        read_outputs,
+    )
 
     if ledger.blobs.place_of(score.outputs_sha256).is_file():
-        with suppress(ArrowInvalid, DamagedError, KeyError):
+        with suppress(OutputsError, DamagedError, KeyError):
             answers = read_outputs(ledger.blobs.path_of(score.outputs_sha256), ["judged_by"])
             return json.loads(answers[0]["judged_by"]) if answers else {}
     return {}

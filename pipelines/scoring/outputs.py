@@ -15,7 +15,8 @@ from typing import Any
 import pyarrow as pa
 import pyarrow.parquet as pq
 
-from meteora.artifacts import ScorePart, ScoreTurn
+from meteora.artifacts import MeteoraError, ScorePart, ScoreTurn
+from meteora.untrusted.findings import brief
 from pipelines.data.composites import split_answers
 from pipelines.data.rows import Row
 from pipelines.scoring.intervals import interval_of_mean
@@ -23,6 +24,10 @@ from pipelines.scoring.metrics import ATTEMPTED, METRICS, RIGHT, TURNS_RIGHT
 
 COSTS = ("prompt_tokens", "computed_tokens", "new_tokens", "seconds")
 """The costs of a turn of a conversation, as named in the column `turns` and in `ScoreTurn`."""
+
+
+class OutputsError(MeteoraError):
+    """The file of a score's answers cannot be read."""
 
 
 @dataclass(frozen=True)
@@ -58,11 +63,17 @@ def read_outputs(path: Path, columns: Sequence[str] | None = None) -> list[dict[
     """The rows of a file, with all columns or some.
 
     Raises:
-        pyarrow.ArrowInvalid: it is not a Parquet file.
+        OutputsError: it is not a Parquet file, or a damaged one.
     """
-    # not read_table, which takes the names of a blob's folders for partitions
-    table = pq.ParquetFile(path).read(columns=None if columns is None else list(columns))
-    return table.to_pylist()
+    try:
+        # not read_table, which takes the names of a blob's folders for partitions
+        table = pq.ParquetFile(path).read(columns=None if columns is None else list(columns))
+        return table.to_pylist()
+    except (pa.ArrowInvalid, OSError, UnicodeDecodeError) as error:
+        raise OutputsError(
+            f"the answers in {path} cannot be read ({brief(error)}); `meteora verify` checks them"
+            " against their hash, and a backup may have them"
+        ) from error
 
 
 def compute_values(rows: Sequence[Mapping[str, Any]], metric: str) -> RowValues:

@@ -5,11 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
-from pyarrow import ArrowInvalid
-
 from pipelines.data.rows import ExamplesError
 from pipelines.scoring.metrics import ATTEMPTED, RIGHT, TURNS_RIGHT
 from pipelines.scoring.outputs import (
+    OutputsError,
     RowValues,
     compute_composite_values,
     compute_conversation_values,
@@ -60,7 +59,7 @@ def recompute_scores(ledger: Ledger, count: int) -> Recomputed:
             num_scores += 1
         except DamagedError:
             continue
-        except (ArrowInvalid, LookupError, TypeError, ValueError, ExamplesError) as error:
+        except (OutputsError, LookupError, TypeError, ValueError, ExamplesError) as error:
             problem = f"it cannot be computed again from its outputs: {error}"
         if problem:
             findings.append(Finding("score", score.spec.id, problem))

@@ -5,13 +5,14 @@ from __future__ import annotations
 from datetime import UTC, datetime, timedelta
 from typing import TYPE_CHECKING
 
+import pytest
+
 import store.recording
 from pipelines.workspace import context
-from store.events import RunEnded, RunStarted
+from store.events import Failure, RunEnded, RunStarted
+from store.records import Record
 
 if TYPE_CHECKING:
-    import pytest
-
     from tests.store.conftest import Shelf
 
 NOON = datetime(2026, 10, 25, 12, tzinfo=UTC)
@@ -49,3 +50,20 @@ def test_a_clock_that_steps_back_an_hour_at_each_record_changes_no_fact(
     ((made_by,),) = ledger.query("SELECT run_id FROM artifacts").rows
     assert made_by == "first"
     assert not ledger.verify().findings
+
+
+@pytest.mark.parametrize("seconds", [30, 4000])
+def test_a_run_whose_clock_is_behind_the_last_record_says_so(
+    seconds: int, shelf: Shelf, caplog: pytest.LogCaptureFixture
+) -> None:
+    """What it records is older than what is there, and the latest of several records counts."""
+    with shelf.ledger.running("nightly"):
+        pass
+    later = datetime.now(UTC) + timedelta(seconds=seconds)
+    body = Failure("fit", "x", "E", "m").to_dict()
+    shelf.ledger.records.write(Record("failure", "x", body, "r1", f"{later:%Y-%m-%dT%H:%M:%S}Z"))
+    shelf.ledger.ingest()
+    with shelf.ledger.running("nightly"):
+        pass
+    said = ["clock is 1:06:" in text for text in caplog.messages]
+    assert said == [True] * (seconds > 60)

@@ -14,12 +14,14 @@ from dataclasses import replace
 from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING
+from unittest.mock import Mock
 
 import duckdb
 import pytest
 
 from meteora.artifacts import ArtifactId, BenchmarkSpec
 from store import index
+from store.errors import StoreError
 from store.events import AdapterVerdict, RunStarted
 from store.files import locked
 from store.intake import add, offer_texts
@@ -536,6 +538,39 @@ def test_a_newer_ledger_is_left_alone(filled: Shelf) -> None:
     assert outcome.num_waiting == 1
     assert filled.ledger.index.live.read_bytes() == before
     assert filled.ledger.weights_of(filled.adapter(3).id)
+
+
+@pytest.mark.parametrize(
+    ("change", "said"),
+    [
+        ("DROP TABLE read_files", ["37 records wait for the next ingest: it is busy"]),
+        (
+            "UPDATE migrations SET sha256 = '' WHERE number = 0",
+            ["the index is that of another release, whose views may differ: it is busy"],
+        ),
+    ],
+    ids=["first", "later"],
+)
+def test_an_index_of_an_older_release_that_stays_as_it_is_says_so(
+    change: str,
+    said: list[str],
+    filled: Shelf,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    """As on a read-only disk. The very first release did not list the files that it had read."""
+    older, snapshot = filled.home / "older", filled.ledger.index.snapshot
+    shutil.copyfile(snapshot, older)
+    with duckdb.connect(str(older)) as connection:
+        connection.execute(change)
+    older.replace(snapshot)
+    with monkeypatch.context() as patch:
+        patch.setattr(index, "locked", Mock(side_effect=StoreError("it is busy")))
+        assert filled.ledger.ingest().reason == "it is busy"
+    assert caplog.messages == said
+    assert filled.ledger.ingest().reason == ""
+    assert filled.ledger.index.known()
+    assert caplog.messages == said
 
 
 def test_a_file_of_a_newer_duckdb_is_a_sentence(

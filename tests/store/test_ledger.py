@@ -20,7 +20,7 @@ from store.errors import (
 )
 from store.events import SKIPPED, RunEnded, RunStarted
 from store.ledger import Ledger
-from store.records import Records
+from store.records import Record, Records
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -223,6 +223,23 @@ def test_a_killed_run_is_closed_by_the_next_of_its_recipe(shelf: Shelf) -> None:
     assert [run.run_id for run in shelf.ledger.unended_runs()] == ["r2"]
     with shelf.ledger.running("nightly") as killed:
         assert not killed
+
+
+@pytest.mark.parametrize("run_id", [None, "", "..", "../../blobs", "/home/me", 5], ids=repr)
+def test_a_forged_start_of_a_run_is_left_out(
+    run_id: object, shelf: Shelf, caplog: pytest.LogCaptureFixture
+) -> None:
+    """It stops no run, and no folder that it names is taken for that of a killed run."""
+    start = RunStarted("r1", "nightly", "9" * 64)
+    shelf.ledger.record_run(start)
+    body = start.to_dict() | {"run_id": run_id}
+    if run_id is None:
+        del body["run_id"]
+    forged = Record("run-started", "forged", body, "forged", "2026-01-01T00:00:00Z")
+    shelf.ledger.records.write(forged)
+    with shelf.ledger.running("nightly") as killed:
+        assert [run.run_id for run in killed] == ["r1"]
+    assert "the run-started of 'forged' is left out" in caplog.text
 
 
 def test_a_recipe_runs_once_at_a_time(shelf: Shelf) -> None:

@@ -81,11 +81,12 @@ def _():
 @app.cell
 def _():
     found = ask("""
-        SELECT id, short(id) || ', ' || count(DISTINCT name) || ' experts, '
+        SELECT id, short(id) || ', ' || router || ', ' || count(DISTINCT name) || ' experts, '
                || strftime(recorded_at, '%Y-%m-%d %H:%M') AS name
         FROM routers JOIN artifacts USING (id) JOIN experts USING (fused_id)
-        WHERE id IN (SELECT subject_id FROM leaderboard) AND router = 'gate'
-        GROUP BY id, recorded_at ORDER BY recorded_at DESC
+        WHERE id IN (SELECT subject_id FROM leaderboard)
+        GROUP BY id, router, recorded_at
+        ORDER BY list_position(['gate', 'prompt'], router) NULLS LAST, recorded_at DESC
     """)
     mo.stop(not found, mo.md("No model was measured yet: `meteora run quickstart` makes one."))
     names = {row["name"]: row["id"] for row in found}

@@ -329,6 +329,26 @@ def test_whole_modules_are_refused_or_left_out_and_listed(extra: str, tmp_path: 
     assert [reason.code for reason in found.reasons] == ["stripped"]
 
 
+@pytest.mark.parametrize("tied", [True, False])
+def test_a_head_that_is_tied_to_the_embedding_is_targeted_with_it(
+    tied: bool, tmp_path: Path
+) -> None:
+    """PEFT writes the embedding in the head's place into its targets, and the LoRA of both."""
+    embedding = {
+        f"base_model.model.model.embed_tokens.lora_embedding_{factor}": ("F32", shape, 1.0)
+        for factor, shape in (("A", (4, 9)), ("B", (8, 4)))
+    }
+    folder = write_adapter(
+        tmp_path,
+        pair(Q0) | pair("lm_head") | embedding,
+        target_modules=["q_proj", "model.embed_tokens"],
+        ensure_weight_tying=tied,
+    )
+    found = reader.read(folder, modules_to_save="strip")
+    assert found.spec.stripped == tuple(embedding)
+    assert [reason.code for reason in found.reasons] == ["stripped", *["untargeted"] * (not tied)]
+
+
 def test_lora_on_an_embedding_is_no_linear_layer(tmp_path: Path) -> None:
     stem = "base_model.model.model.embed_tokens.lora_embedding_"
     embedding: Tensors = {f"{stem}A": ("F32", (4, 9), 1.0), f"{stem}B": ("F32", (8, 4), 1.0)}

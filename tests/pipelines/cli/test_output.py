@@ -89,6 +89,14 @@ def test_markdown_has_one_line_a_row_whatever_is_in_it(capsys: pytest.CaptureFix
     ]
 
 
+def test_a_small_number_is_not_shown_as_zero(capsys: pytest.CaptureFixture[str]) -> None:
+    numbers = (0.0, 0.0005, -0.12345, 0.00049, -1e-7, 1234.5678, 1e300, float("nan"))
+    print_answer(Answer(tuple("abcdefgh"), [numbers]), "markdown")
+    assert capsys.readouterr().out.splitlines()[-1] == (
+        "| 0.000 | 0.001 | -0.123 | 0.00049 | -1e-07 | 1234.568 | 1e+300 | nan |"
+    )
+
+
 def test_json_has_null_for_what_is_no_number_and_decimals_as_numbers(
     capsys: pytest.CaptureFixture[str],
 ) -> None:

@@ -4,10 +4,11 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import subprocess
 import sys
 import time
-from importlib import util
+from importlib import resources, util
 from typing import TYPE_CHECKING
 from urllib.error import URLError
 from urllib.request import urlopen
@@ -111,6 +112,17 @@ def test_without_a_model_it_says_how_to_make_one(tmp_path: Path) -> None:
     model, num_pictures, texts, _ = shown(tmp_path / "notebook.py")
     assert (model, num_pictures) == (None, 0)
     assert any("No model was measured yet" in text for text in texts)
+
+
+def test_a_model_without_gates_is_a_model(tmp_path: Path) -> None:
+    """Gates come first; a home may have none, as where each prompt chooses its expert."""
+    text = (resources.files("pipelines.reports") / "templates" / "notebook.py").read_text()
+    (sql,) = re.findall(r'found = ask\("""(.*?)"""\)', text, re.DOTALL)
+    home = tmp_path / "home"
+    report_ledger.fill(home)
+    (gate, first), *others = Ledger(home).query(sql).rows
+    assert (gate, ", gate, 3 experts, " in first) == (report_ledger.GATE.id, True)
+    assert [one for one, _ in others] == [report_ledger.ARROW.id]
 
 
 def test_it_has_the_form_that_marimo_saves(notebook: Path) -> None:

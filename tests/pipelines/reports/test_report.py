@@ -29,7 +29,7 @@ from store.ledger import Ledger
 from store.query import Answer
 from tests.pipelines.reports import report_ledger
 from tests.pipelines.reports.html_reader import Elements, drawings_at
-from tests.pipelines.reports.report_ledger import ARROW, COUNTS, GATE, HOSTILE, NAMES
+from tests.pipelines.reports.report_ledger import ARROW, BASE, COUNTS, GATE, HOSTILE, NAMES
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -429,6 +429,15 @@ def test_a_router_without_scores_gets_one_sentence(tmp_path: Path, ledger: Ledge
         queries.run_queries(ledger, ArtifactId("router:x' OR true --"))
     with pytest.raises(queries.ReportError, match="holds no scores"):
         queries.run_queries(Ledger(tmp_path / "empty"), GATE.id)
+
+
+def test_a_model_whose_base_has_lost_its_record_gets_one_sentence(copied: Path) -> None:
+    records = copied.glob("records/??/*.json")
+    (lost,) = (path for path in records if json.loads(path.read_text())["subject"] == BASE.id)
+    lost.unlink()
+    Ledger(copied).rebuild()
+    with pytest.raises(queries.ReportError, match="lacks records of what router:"):
+        queries.run_queries(Ledger(copied), GATE.id)
 
 
 @pytest.mark.parametrize("kind", ["wide", "narrow"])

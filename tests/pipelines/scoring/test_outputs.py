@@ -3,10 +3,21 @@
 from __future__ import annotations
 
 import json
-from typing import Any
+from typing import TYPE_CHECKING, Any
+
+import pytest
 
 from meteora.artifacts import ScorePart, ScoreTurn
-from pipelines.scoring.outputs import compute_composite_values, compute_conversation_values
+from pipelines.scoring.outputs import (
+    OutputsError,
+    compute_composite_values,
+    compute_conversation_values,
+    read_outputs,
+    write_outputs,
+)
+
+if TYPE_CHECKING:
+    from pathlib import Path
 
 JUDGED_BY = json.dumps({"sums": "numeric_match", "words": "exact_match"})
 
@@ -59,3 +70,15 @@ def test_a_composite_is_worth_the_share_of_its_questions() -> None:
     assert right.parts == (ScorePart("sums", 0.5, 4, 3), ScorePart("words", 0.5, 2, 2))
     assert attempted.values == (2 / 3, 1.0)
     assert attempted.parts == (ScorePart("sums", 0.75, 4, 3), ScorePart("words", 1.0, 2, 2))
+
+
+@pytest.mark.parametrize("place", [10, 40, -1], ids=["page", "data", "end"])
+def test_damaged_answers_are_one_sentence(place: int, tmp_path: Path) -> None:
+    """As of a blob that is too large to be hashed whenever it is read."""
+    path = tmp_path / "outputs"
+    write_outputs([{"output": "an answer" * 99}] * 9, path)
+    data = bytearray(path.read_bytes())
+    data[place] ^= 0xFF
+    path.write_bytes(data)
+    with pytest.raises(OutputsError, match=r"the answers in .* cannot be read \("):
+        read_outputs(path)

@@ -176,3 +176,6 @@ def test_the_command_counts_equal_answers_and_fails_below_all(
     assert (found["num_asked"], found["model"]) == (8, "fused")
     assert [one["prompt"] for one in found["differ"]] == ["chat question 1"]
     assert meteora("verify", "--served", url, home=ledger.home).returncode == 2
+    said = meteora(*command, home=tmp_path / "typo")
+    assert "typo: there is no store in it" in said.stderr
+    assert not (tmp_path / "typo").exists()

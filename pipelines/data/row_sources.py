@@ -204,12 +204,16 @@ def _row(line: str, place: str, *, answered: bool) -> Row:
     return check_row(row, place)
 
 
-def _texts(value: object, what: str) -> tuple[Any, ...]:
-    """A list as a tuple; empty if there is none. A plain text is refused, too."""
+def _texts(value: object, what: str) -> tuple[str, ...]:
+    """A list of texts as a tuple; empty if there is none. A plain text is refused, too."""
     if not value:
         return ()
     if not isinstance(value, list):
         raise ExamplesError(f"{what}: a list of texts is needed, and it is {shortened(value)}")
+    if others := [one for one in value if not isinstance(one, str)]:
+        raise ExamplesError(
+            f"{what}: a list of texts is needed, and {shortened(others[0])} is none"
+        )
     return tuple(value)
 
 

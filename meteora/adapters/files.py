@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import stat
+from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ MAX_TABLES = 50_000
 """Brackets in a config: real ones have dozens, and a table takes 30 times the bytes of its text."""
 
 PICKLES = (".bin", ".pt", ".pth", ".pkl", ".ckpt")
+TRAINING_STATE = ("training_args.", "optimizer.", "scheduler.", "scaler.", "rng_state")
+"""How the names begin of pickles that trainers write beside weights."""
 HOW_TO_CONVERT = (
     "a pickle can run code when it is opened, so it is never read here; on a machine that you can"
     " spare, load it with PEFT and call model.save_pretrained(folder), which writes safetensors"
@@ -71,7 +74,7 @@ def find_files(path: Path, found: Findings) -> tuple[Path | None, Path | None]:
 
 def _explain_missing_weights(folder: Path, found: Findings) -> None:
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    pickles = [name for name in names if name.endswith(PICKLES)]
+    pickles = pickled_weights(names)
     others = [name for name in names if ".safetensors" in name]
     if pickles:
         found.refuse("pickle", f"its weights are {listed(pickles)} alone; {HOW_TO_CONVERT}")
@@ -91,6 +94,13 @@ def _explain_missing_weights(folder: Path, found: Findings) -> None:
         found.refuse("no_weights", f"adapters lie in its folders; say which: {listed(inner)}")
     else:
         found.refuse("no_weights", f"it has neither {' nor '.join(WEIGHTS)}")
+
+
+def pickled_weights(names: Iterable[str]) -> list[str]:
+    """Return the files that can be weights and are pickles by their names."""
+    return [
+        name for name in names if name.endswith(PICKLES) and not name.startswith(TRAINING_STATE)
+    ]
 
 
 def other_format(head: bytes) -> tuple[str, str] | None:

@@ -234,4 +234,5 @@ def _sort_rest(keys: list[str], claim: Claim, extras: OnExtras, found: Findings)
 
 def _is_saved_module(parts: list[str], claim: Claim) -> bool:
     path = ".".join(parts)
-    return any(f".{name}." in f".{path}" for name in claim.modules_to_save)
+    # PEFT saves every module whose path ends so, as `input_layernorm` for `norm`
+    return any(f"{name}." in path for name in claim.modules_to_save)

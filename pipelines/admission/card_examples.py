@@ -6,7 +6,7 @@ set whose columns are unclear is not used.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from httpx2 import TransportError  # what huggingface_hub speaks HTTP with
 
 from meteora.untrusted.findings import brief, listed
 from pipelines.data.pinned import kept, pin
-from pipelines.data.row_sources import hub_items, read_rows
+from pipelines.data.row_sources import HOW_TO_GET_ACCESS, hub_items, read_rows
 from pipelines.data.rows import ExamplesError, Row
 
 COLUMNS = (
@@ -77,13 +77,18 @@ def read_card_examples(
 
 def _is_fault_of_hub(error: BaseException | None) -> bool:
     """Whether the Hub was not reached, or had a fault of its own: no verdict on a data set."""
+    transient = (ConnectionError, TimeoutError, TransportError)
+    return any(
+        isinstance(one, transient) or status == 429 or status >= 500
+        for one, status in _causes(error)
+    )
+
+
+def _causes(error: BaseException | None) -> Iterator[tuple[BaseException, int]]:
+    """An error and its causes, each with the HTTP status of its answer, or 0."""
     while error is not None:
-        status = getattr(getattr(error, "response", None), "status_code", 0)
-        transient = (ConnectionError, TimeoutError, TransportError)
-        if isinstance(error, transient) or status == 429 or status >= 500:
-            return True
+        yield error, getattr(getattr(error, "response", None), "status_code", 0)
         error = error.__cause__ or error.__context__
-    return False
 
 
 def _options(name: str, token: str | None) -> dict[str, str]:
@@ -136,7 +141,12 @@ def _fault(name: str, error: Exception) -> ExamplesError:
             f"the Hub cannot be reached for {name}, a data set that an adapter's card names;"
             " try again, or name examples in the recipe"
         )
-    return NoCardExamplesError(f"{name} cannot be read ({brief(error)})")
+    is_hidden = any(
+        status in (401, 403) or isinstance(one, FileNotFoundError)  # so `datasets` says it
+        for one, status in _causes(error)
+    )
+    hint = f"; if it is gated or private, {HOW_TO_GET_ACCESS}" if is_hidden else ""
+    return NoCardExamplesError(f"{name} cannot be read ({brief(error)}){hint}")
 
 
 def columns_of(item: Mapping[str, Any]) -> tuple[str, str] | None:

@@ -34,6 +34,11 @@ MAX_TASK_BYTES = 1 << 28
 TEST_SHARE = 5
 """One row in five is for tests, by the hash of its prompt, if a source has no test split."""
 PARTS = ("all", "train", "test")
+HOW_TO_GET_ACCESS = (
+    "accept its terms on its page or ask its owner, log in with `hf auth login`, and name its owner"
+    " in the recipe under hub, token_for, or to the command with --token-for"
+)
+"""For a data set that is gated or private."""
 
 
 def no_token(_repo_id: str) -> str | None:
@@ -126,9 +131,9 @@ def _pin(name: str, options: Mapping[str, str], token: str | None) -> str:
 
 def _unreadable(name: str, error: Exception) -> ExamplesError:
     return ExamplesError(
-        f"hf:{name} cannot be read from the Hub ({brief(error)}); check its"
-        " name, config and split, and whether the Hub can be reached; for a private one, name"
-        " its owner in the recipe under hub, token_for, or to the command with --token-for"
+        f"hf:{name} cannot be read from the Hub ({brief(error)}); check its name, config and split,"
+        " and whether the Hub can be reached; if it is gated or private,"
+        f" {HOW_TO_GET_ACCESS}"
     )
 
 
@@ -199,12 +204,16 @@ def _row(line: str, place: str, *, answered: bool) -> Row:
     return check_row(row, place)
 
 
-def _texts(value: object, what: str) -> tuple[Any, ...]:
-    """A list as a tuple; empty if there is none. A plain text is refused, too."""
+def _texts(value: object, what: str) -> tuple[str, ...]:
+    """A list of texts as a tuple; empty if there is none. A plain text is refused, too."""
     if not value:
         return ()
     if not isinstance(value, list):
         raise ExamplesError(f"{what}: a list of texts is needed, and it is {shortened(value)}")
+    if others := [one for one in value if not isinstance(one, str)]:
+        raise ExamplesError(
+            f"{what}: a list of texts is needed, and {shortened(others[0])} is none"
+        )
     return tuple(value)
 
 

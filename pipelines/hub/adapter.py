@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meteora.adapters import reader
-from meteora.adapters.files import CONFIG, MAX_CONFIG_BYTES, WEIGHTS
+from meteora.adapters.files import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, pickled_weights
 from meteora.untrusted.findings import AdapterError
 from pipelines.hub.card import MAX_CARD_BYTES
 from pipelines.hub.client import DEFAULT, Hub
@@ -142,7 +142,7 @@ def _adapter_files(hub: Hub, ref: AdapterRef) -> tuple[ListedFile, list[ListedFi
 
 def _no_adapter(ref: AdapterRef, entries: Sequence[ListedFile]) -> str:
     needed = f"{_place(ref)}: {CONFIG} and {WEIGHTS[0]} do not both lie there"
-    if any(file.path.endswith((".bin", ".pt", ".pth")) for file in entries):
+    if pickled_weights(file.path.rpartition("/")[2] for file in entries):
         return (
             f"{needed}. Its weights are a pickle, which can run code when it is opened and is never"
             " downloaded; ask its owner for safetensors"

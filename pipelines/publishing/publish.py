@@ -132,9 +132,7 @@ def publish(
     repository = Repository(to.repo_id, to.hub)
     with tempfile.TemporaryDirectory(prefix="meteora-publish-") as scratch:
         bundle = _bundle(folder, to.repo_id, Path(scratch))
-        home = Path.home()
-        own = "" if home == home.parent else f"{home}/"  # `/` as in a container is in every URL
-        _refuse_secrets(bundle, (to.hub.token or "", own, str(ledger.home)))
+        _refuse_secrets(bundle, (to.hub.token or "", *map(_inside, (Path.home(), ledger.home))))
         tag = to.tag or f"meteora-{bundle.digest[:12]}"
 
         def check(commit: str) -> None:
@@ -170,6 +168,12 @@ def _bundle(folder: Path, repo_id: str, scratch: Path) -> Bundle:
         elif (folder / name).is_file():
             (scratch / name).symlink_to((folder / name).resolve())
     return make_bundle(scratch, names, MANIFEST)
+
+
+def _inside(folder: Path) -> str:
+    """How paths in a folder begin; empty for `/`, a home in some containers, as all paths do."""
+    whole = folder.absolute()
+    return "" if whole == whole.parent else f"{whole}/"
 
 
 def _refuse_secrets(bundle: Bundle, secrets: Sequence[str]) -> None:

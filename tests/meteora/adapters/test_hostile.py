@@ -271,6 +271,7 @@ def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert "missing" in codes(tmp_path / "nowhere")
     assert {"no_config", "no_weights"} <= codes(tmp_path).keys()
     (tmp_path / "model.safetensors").write_bytes(b"")
+    (tmp_path / "training_args.bin").write_bytes(b"PK")  # beside weights, and none
     assert "it has model.safetensors" in codes(tmp_path)["no_weights"]
     (tmp_path / "meteora.json").touch()
     assert "it is a fused checkpoint already" in codes(tmp_path)["fused"]

@@ -150,6 +150,16 @@ def test_heads_that_peft_saved_are_stripped_by_policy(
     assert {module.path for module in found.spec.modules} == set(expected)
 
 
+def test_all_modules_whose_paths_end_as_peft_was_asked_are_stripped(
+    build_base: Callable[[str], Path], tmp_path: Path
+) -> None:
+    peft_facts(build_base("llama"), tmp_path, target_modules=LLAMA, modules_to_save=["norm"])
+    stripped = reader.read(tmp_path, modules_to_save="strip").spec.stripped
+    assert {key.split(".")[-2] for key in stripped} == {
+        "norm", "input_layernorm", "post_attention_layernorm"
+    }  # fmt: skip
+
+
 def test_the_base_s_own_head_under_a_lora_is_told_from_a_trained_one(
     build_base: Callable[[str], Path], tmp_path: Path
 ) -> None:

@@ -152,6 +152,19 @@ def test_a_damaged_data_set_is_a_reason_and_no_crash(
         read_card_examples(["a/b"], tmp_path, 4, no_token)
 
 
+@pytest.mark.parametrize("status", [401, 403])
+def test_a_data_set_that_asks_for_consent_is_told_with_what_to_do(
+    hub: HubServer, tmp_path: Path, status: int
+) -> None:
+    put(hub, "a/b", [{"question": "q", "answer": "a"}])
+    hub.faults["head"] = Fault(status, {"X-Error-Code": "GatedRepo"})
+    what_to_do = r".*gated or private, accept its terms .* `hf auth login`, .*--token-for"
+    with pytest.raises(NoCardExamplesError, match=f"^a/b cannot be read{what_to_do}"):
+        read_card_examples(["a/b"], tmp_path, 4, no_token)
+    with pytest.raises(ExamplesError, match=f"^hf:a/b cannot be read{what_to_do}"):
+        read_rows("hf:a/b?split=train", tmp_path, 1)
+
+
 @pytest.mark.parametrize(
     ("kind", "fault"),
     [

@@ -42,6 +42,11 @@ def test_rows_are_read_in_order_up_to_the_limit(tmp_path: Path) -> None:
             id="choices are a text",
         ),
         pytest.param(
+            '{"prompt": "p", "response": "1", "choices": [1, 2]}',
+            "line 1: `choices`: a list of texts is needed, and 1 is none",
+            id="choices are numbers",
+        ),
+        pytest.param(
             '{"prompt": "p", "response": "a", "references": {"b": 1}}',
             "line 1: `references`: a list of texts is needed, and it is a table of 1",
             id="references are a table",

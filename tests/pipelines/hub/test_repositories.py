@@ -734,8 +734,11 @@ def test_a_token_is_in_no_message(server: HubServer, asked: Hub) -> None:
     ("files", "sentence"),
     [
         ({"adapter_config.json": b"{}", "adapter_model.bin": b""}, "pickle"),
-        ({"one/adapter_config.json": b"{}", "two/x": b""}, "subfolder: one, two"),
-        ({"model.safetensors": b""}, "it holds model.safetensors"),
+        (
+            {"one/adapter_config.json": b"{}", "two/x": b"", "rng_state_0.pth": b""},
+            "subfolder: one, two",
+        ),
+        ({"model.safetensors": b"", "training_args.bin": b""}, "it holds model.safetensors"),
     ],
     ids=["pickle", "subfolders", "other"],
 )

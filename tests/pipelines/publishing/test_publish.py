@@ -199,6 +199,13 @@ def test_what_is_for_nobody_else_stays_here(
         monkeypatch.setattr(Path, "home", lambda home=home: home)
         with pytest.raises(HubTokenError):
             put(server, world, folder, token="")
+    monkeypatch.chdir(folder.parent)
+    to = Destination(NAME, HubHere())
+    with pytest.raises(HubTokenError):  # `.` is in every text
+        publish(Ledger(Path()), folder, to, "a-run", base_folder=world.base)
+    (folder / CARD).write_text(f"{text}{folder}")
+    with pytest.raises(PublicationError, match=CARD):
+        publish(Ledger(Path()), folder, to, "a-run", base_folder=world.base)
     assert not server.requests
     with pytest.raises(HubReferenceError, match="not owner/name"):
         publish(Ledger(folder), folder, Destination("../model", HubHere()), "a-run")

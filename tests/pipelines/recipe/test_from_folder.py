@@ -168,7 +168,7 @@ def test_a_given_base_that_is_none_is_refused(folder: Path, tmp_path: Path) -> N
             write_recipe(folder, tmp_path / "two.yaml", wrong)
 
 
-@pytest.mark.parametrize("name", ["emoji😀", "next\x85line", "del\x7f", "a: b # c", "'\""])
+@pytest.mark.parametrize("name", ["emoji😀", "next\x85line", "del\x7f", "a: b # c", "'\"", "no"])
 def test_any_name_of_a_folder_is_read_back_as_it_is(
     name: str, world: World, tmp_path: Path
 ) -> None:

@@ -157,6 +157,22 @@ def test_an_expert_goes_and_comes_back(made: tuple[RunContext, Path], recipe_fol
     assert not work.ledger.verify().findings
 
 
+def test_an_expert_that_was_dropped_before_is_not_dropped_again(
+    made: tuple[RunContext, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The card may have scores since, and the folder a signature; what it lacks comes back."""
+    work, folder = made
+    without = edit.drop(work.ledger, folder, "attention")
+    (without / CARD).write_text("measured")
+    assert "nothing to do" not in capsys.readouterr().err
+    assert edit.drop(work.ledger, folder, "attention") == without
+    assert "it is in the ledger already, nothing to do" in capsys.readouterr().err
+    assert (without / CARD).read_text() == "measured"
+    (without / EXPERTS).unlink()
+    assert edit.drop(work.ledger, folder, "attention") == without
+    assert (without / EXPERTS).is_file()
+
+
 def test_who_joins_comes_through_the_door_of_a_recipe(
     made: tuple[RunContext, Path],
     recipe_folder: Path,

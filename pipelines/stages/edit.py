@@ -137,6 +137,9 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         spec = _router(manifest, larger, gates, rows_sha256(rows), **asked)
         if (out := _made_before(ledger, spec)) is not None:
             return out
+        if (router := _given_again(ledger, spec, scratch)) is not None:
+            edited = EditedCheckpoint(admission.run_id, scratch, larger, router, expert.adapter)
+            return _finish(ledger, manifest, edited)
         if not where:
             # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
             torch.nn.Module.to(model, device)
@@ -322,6 +325,20 @@ def _made_before(ledger: Ledger, spec: RouterSpec) -> Path | None:
         return None
     say("it is in the ledger already, nothing to do")
     return folder
+
+
+def _given_again(ledger: Ledger, spec: RouterSpec, scratch: Path) -> RouterBuild | None:
+    """Recorded gates and statistics, put into a folder; None if the store does not have both.
+
+    Fitted again, on another device or by other threads, they would have other bytes.
+    """
+    made = ledger.built(spec.id)
+    router = None if made is None else RouterBuild.from_dict(made)
+    if router is None or not all(sha256 in ledger.blobs for sha256 in router.blobs):
+        return None
+    for name, sha256 in zip((GATES, STATISTICS), router.blobs, strict=True):
+        ledger.blobs.give(sha256, scratch / name)
+    return router
 
 
 def _finish(ledger: Ledger, before: Manifest, edited: EditedCheckpoint) -> Path:

@@ -71,12 +71,13 @@ class Blobs:
         path = self.place_of(sha256)
         if not path.is_file() and not self._fetched(sha256):
             raise MissingBlobError(
-                f"blob {sha256} is not in {self.root}; make it again, or restore it from a backup"
+                f"blob {sha256} is not in {self.root}; run its recipe again, which makes experts"
+                " and gates anew, or restore it from a backup"
             )
         if path.stat().st_size <= CHEAP_BYTES and file_sha256(path) != sha256:
             raise DamagedError(
-                f"{path}: its bytes have changed since they were written; make it again, or restore"
-                " it from a backup"
+                f"{path}: its bytes have changed since they were written; delete it and run"
+                " its recipe again, which makes experts and gates anew, or restore it from a backup"
             )
         return path
 

@@ -14,8 +14,8 @@ if TYPE_CHECKING:
     from store.blobs import Blobs
     from store.records import Records
 
-STOPPED = ("bases/*.partial", "adapters/*/*.partial")
-"""Downloads that were stopped; a run that needs such a base continues the download."""
+STOPPED = ("bases/*.partial", "adapters/*/*.partial", "runs/*", "training/*", "answers/*")
+"""Work of runs that were stopped; a run that needs it continues it."""
 SHA256_IN_TEXT = re.compile(rb"[0-9a-f]{64}")
 
 
@@ -25,7 +25,7 @@ class Garbage:
 
     blobs: tuple[str, ...]
     files: tuple[Path, ...]
-    """Leftovers of killed writers, downloads that were stopped, databases that were set aside."""
+    """Leftovers of killed writers, work that was stopped, databases that were set aside."""
     sizes: tuple[int, ...]
     """Bytes of each blob, and then of each file."""
 

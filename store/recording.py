@@ -157,6 +157,11 @@ class Recording:
         record = self._lookup.first("artifact", artifact_id)
         return record.body["weights_sha256"] if record else None
 
+    def blobs_of(self, artifact_id: ArtifactId) -> tuple[str, ...]:
+        """SHA-256 of each of the artifact's blobs; empty if it has none, or is not recorded."""
+        record = self._lookup.first("artifact", artifact_id)
+        return record.blobs if record else ()
+
     def run_of(self, artifact_id: ArtifactId) -> str | None:
         """The run that made the artifact; None if it is not recorded."""
         record = self._lookup.first("artifact", artifact_id)

@@ -9,10 +9,12 @@ from meteora.artifacts import BaseSpec, BuiltBase, MeteoraError
 from meteora.base.sources import texts_sha256
 from pipelines.admission import sources
 from pipelines.planning.resolve import NoExpertsError, at_hand, resolve
+from pipelines.publishing.signing import is_signed
 from pipelines.recipe.stage import Stage
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import Summary, summarise
 from pipelines.workspace.bases import require_sound
+from pipelines.workspace.checkpoints import is_whole
 
 if TYPE_CHECKING:
     from pipelines.planning.plan import Plan
@@ -103,13 +105,17 @@ def _summary(context: RunContext, plan: Plan) -> Summary | None:
 
 
 def _is_written(context: RunContext, plan: Plan, summary: Summary) -> bool:
-    """Whether the checkpoint exists, with the leaderboards that the recipe names now."""
+    """Whether the checkpoint is whole, with the leaderboards that the recipe names now.
+
+    The texts of a signed one stay as they are.
+    """
     folder = context.checkpoint_folder(plan.router.id)
+    if not is_whole(folder):
+        return False
     results = folder / EVAL_RESULTS
     written = results.read_text() if results.is_file() else ""
-    return folder.is_dir() and written == write_eval_results(
-        context.recipe.benchmark.tasks, summary
-    )
+    asked = write_eval_results(context.recipe.benchmark.tasks, summary)
+    return written == asked or is_signed(folder)
 
 
 def _is_published(context: RunContext, plan: Plan) -> bool:

@@ -34,6 +34,11 @@ class SignatureError(MeteoraError):
     """A folder cannot be signed, or differs from its signature."""
 
 
+def is_signed(folder: Path) -> bool:
+    """Whether there is a signature, so that no file of the folder may change any more."""
+    return (folder / SIGNATURE).is_file()
+
+
 def sign(folder: Path, private_key: Path) -> Path:
     """Sign every file of a checkpoint; return the signature's path.
 

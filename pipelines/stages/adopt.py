@@ -32,6 +32,7 @@ from pipelines.stages.build import build_base
 from pipelines.stages.checkpoint import place_checkpoint, record_router, record_stack
 from pipelines.stages.open_model import stack_in
 from pipelines.workspace.bases import base_at
+from pipelines.workspace.checkpoints import is_whole
 from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext, checkpoint_at
 from pipelines.workspace.faults import require_space
@@ -62,7 +63,7 @@ def as_recorded(ledger: Ledger, found: FoundCheckpoint) -> FoundCheckpoint:
         return found
     router = plan_adoption(ledger, found, manifest).router
     folder = checkpoint_at(ledger.home, router.id)
-    return replace(found, folder=folder) if folder.is_dir() else found
+    return replace(found, folder=folder) if is_whole(folder) else found
 
 
 def recorded_router(
@@ -144,7 +145,7 @@ def adopt(work: RunContext, adoption: Adoption) -> FoundCheckpoint:
     built = build_base(work, manifest.base.spec)
     folder = work.checkpoint_folder(adoption.router.id)
     here = replace(found, folder=folder, base_folder=work.base_folder(built.spec))
-    if folder.is_dir() and work.holds(adoption.router.id):
+    if is_whole(folder) and work.holds(adoption.router.id):
         return here
     paths = {name: found.folder / name for name in manifest.files}
     for name in paths:

@@ -12,7 +12,7 @@ from pydantic import ValidationError
 
 from meteora.artifacts import ArtifactId, MeteoraError, canonical_sha256, short
 from meteora.base.sources import PATH, path_from
-from meteora.checkpoint.manifest import MANIFEST, Manifest, read_manifest
+from meteora.checkpoint.manifest import CARD, MANIFEST, Manifest, read_manifest
 from meteora.untrusted.findings import MOST_NAMED, did_you_mean, listed
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.row_sources import read_rows
@@ -20,7 +20,6 @@ from pipelines.evaluation.speed import device_name
 from pipelines.evaluation.tasks import Task, make_tasks
 from pipelines.planning.plan import Plan, plan_benchmark
 from pipelines.planning.recorded_tasks import recorded_tasks
-from pipelines.publishing.signing import SIGNATURE
 from pipelines.recipe.benchmark import MIX, BenchmarkSection, TaskSection
 from pipelines.recipe.recipe import (
     NAME,
@@ -32,11 +31,14 @@ from pipelines.recipe.recipe import (
     explain,
 )
 from pipelines.recipe.stage import Stage
+from pipelines.reports import card
+from pipelines.reports.html import write_page
 from pipelines.reports.summary import Summary, summarise
 from pipelines.stages.adopt import Adoption, adopt, plan_adoption, recorded_router
-from pipelines.stages.checkpoint import write_texts
+from pipelines.stages.checkpoint import stays_as_signed
 from pipelines.stages.measure import measure_model
 from pipelines.stages.open_model import stack_in
+from pipelines.workspace.checkpoints import is_whole
 from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext, new_run_id
 from pipelines.workspace.machine import choose_device
@@ -104,7 +106,8 @@ def benchmark(
     )
     work = RunContext(ledger, recipe, found.folder / MANIFEST, new_run_id())
     folder = work.checkpoint_folder(router.id) if adoption else found.folder
-    summary = summarise(ledger, plan, at_hand) if folder.is_dir() else None
+    is_here = adoption is None or is_whole(folder)
+    summary = summarise(ledger, plan, at_hand) if is_here else None
     if summary is None:
         found = _measure(work, plan, found, adoption)
         summary = summarise(ledger, plan, found.base_folder)
@@ -230,8 +233,9 @@ def _absolute(source: str) -> str:
 
 
 def _write_card(folder: Path, manifest: Manifest, summary: Summary) -> None:
-    """Write the card of a checkpoint again, now with scores, unless the checkpoint is signed."""
-    if (folder / SIGNATURE).exists():
-        say(f"{folder} is signed, so its card stays as it is, without the scores", "note")
-        return
-    write_texts(folder, manifest, " + ".join(manifest.names), summary)
+    """Write the card of a checkpoint again, now with scores.
+
+    One that is signed keeps its card, as does a download in the Hub's cache, which is all links.
+    """
+    if not ((folder / CARD).is_symlink() or stays_as_signed(folder)):
+        write_page(folder / CARD, card.write_card(manifest, summary, " + ".join(manifest.names)))

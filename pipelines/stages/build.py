@@ -59,7 +59,12 @@ from pipelines.planning.room import with_room
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
-from pipelines.stages.checkpoint import place_checkpoint, record_router, record_stack
+from pipelines.stages.checkpoint import (
+    place_checkpoint,
+    record_router,
+    record_stack,
+    stays_as_signed,
+)
 from pipelines.stages.open_model import (
     describe,
     map_to_divide,
@@ -68,6 +73,7 @@ from pipelines.stages.open_model import (
     tokenizer_of_gates,
 )
 from pipelines.workspace.bases import require_sound, seal, unfinished
+from pipelines.workspace.checkpoints import is_whole
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import RunContext, put_in_place
 from pipelines.workspace.faults import require_space
@@ -384,7 +390,7 @@ def _calibrate(
 
 
 def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild) -> Path:
-    """Write the checkpoint's folder.
+    """Write the checkpoint's folder; one that is signed stays as it is.
 
     Raises:
         MeteoraError: The benchmark is not complete.
@@ -392,6 +398,9 @@ def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: Rout
     summary = summarise(work.ledger, plan, work.base_folder(plan.base))
     if summary is None:
         raise MeteoraError("a measurement is missing, so no card can be written; run again")
+    folder = work.checkpoint_folder(plan.router.id)
+    if is_whole(folder) and stays_as_signed(folder):
+        return folder
     manifest = describe(work, plan, built, gates)
     if gates.statistics_sha256:
         files = manifest.files | {STATISTICS: gates.statistics_sha256}

@@ -10,7 +10,9 @@ from typing import TYPE_CHECKING
 from meteora.artifacts import ArtifactId, FusedCheckpoint, FusedSpec, RouterBuild
 from meteora.checkpoint.manifest import CARD, CONFIG, CONFIG_TEXT, LINEAGE, MANIFEST, Manifest
 from pipelines.publishing.in_toto import write_lineage
+from pipelines.publishing.signing import is_signed
 from pipelines.reports import card
+from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext, put_in_place
 
 if TYPE_CHECKING:
@@ -44,6 +46,14 @@ def write_texts(
     for name, text in texts.items():
         (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
+
+
+def stays_as_signed(folder: Path) -> bool:
+    """Whether a checkpoint is signed, so that its card stays as it is; says so."""
+    signed = is_signed(folder)
+    if signed:
+        say(f"{folder} is signed, so its card stays as it is, without new scores", "note")
+    return signed
 
 
 def place_checkpoint(

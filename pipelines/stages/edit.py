@@ -56,6 +56,7 @@ from pipelines.recipe.gates import Composites, MixedSection, numbers_of
 from pipelines.recipe.recipe import NAME, NAME_RULE
 from pipelines.stages.checkpoint import record_router, record_stack, write_texts
 from pipelines.stages.open_model import entry_of, stack_in, tokenizer_of_gates
+from pipelines.workspace.checkpoints import is_whole
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import checkpoint_at, new_run_id, put_in_place
 from pipelines.workspace.machine import is_too_large, memory_bytes
@@ -136,6 +137,9 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         spec = _router(manifest, larger, gates, rows_sha256(rows), **asked)
         if (out := _made_before(ledger, spec)) is not None:
             return out
+        if (router := _given_again(ledger, spec, scratch)) is not None:
+            edited = EditedCheckpoint(admission.run_id, scratch, larger, router, expert.adapter)
+            return _finish(ledger, manifest, edited)
         if not where:
             # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
             torch.nn.Module.to(model, device)
@@ -198,9 +202,12 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
             manifest.names.index(name),
             smaller.modules,
         )
+        spec = _router(manifest, smaller, kept, "")
+        if (out := _made_before(ledger, spec)) is not None:
+            return out
         tensors.write_gates(scratch / GATES, kept)
         write_statistics(scratch / STATISTICS, statistics)
-        router = RouterBuild(_router(manifest, smaller, kept, ""), "", 0, None, 0.0, "cpu")
+        router = RouterBuild(spec, "", 0, None, 0.0, "cpu")
         return _finish(ledger, manifest, EditedCheckpoint(run_id, scratch, smaller, router))
 
 
@@ -314,10 +321,24 @@ def _router(
 def _made_before(ledger: Ledger, spec: RouterSpec) -> Path | None:
     """The folder of this checkpoint if it was made before, perhaps on another device; else None."""
     folder = checkpoint_at(ledger.home, spec.id)
-    if ledger.built(spec.id) is None or not (folder / MANIFEST).is_file():
+    if ledger.built(spec.id) is None or not is_whole(folder):
         return None
     say("it is in the ledger already, nothing to do")
     return folder
+
+
+def _given_again(ledger: Ledger, spec: RouterSpec, scratch: Path) -> RouterBuild | None:
+    """Recorded gates and statistics, put into a folder; None if the store does not have both.
+
+    Fitted again, on another device or by other threads, they would have other bytes.
+    """
+    made = ledger.built(spec.id)
+    router = None if made is None else RouterBuild.from_dict(made)
+    if router is None or not all(sha256 in ledger.blobs for sha256 in router.blobs):
+        return None
+    for name, sha256 in zip((GATES, STATISTICS), router.blobs, strict=True):
+        ledger.blobs.give(sha256, scratch / name)
+    return router
 
 
 def _finish(ledger: Ledger, before: Manifest, edited: EditedCheckpoint) -> Path:

@@ -6,7 +6,7 @@ import shlex
 from pathlib import Path
 
 from meteora.base.sources import PATH
-from meteora.checkpoint.manifest import MANIFEST, read_manifest
+from meteora.checkpoint.manifest import EXPERTS, MANIFEST, CheckpointError, read_manifest
 from pipelines.workspace.bases import base_at, require_sound
 from pipelines.workspace.context import checkpoint_at
 from store.errors import UnknownError
@@ -33,6 +33,15 @@ def checkpoint_folder(name: str, home: Path) -> str | Path:
             " `meteora run` prints it"
         )
     return folder
+
+
+def is_whole(folder: Path) -> bool:
+    """Whether a checkpoint's folder has every file that its manifest names; none is hashed."""
+    try:
+        names = {EXPERTS, *read_manifest(folder).files}
+    except CheckpointError:
+        return False
+    return all((folder / name).is_file() for name in names)
 
 
 def base_at_hand(folder: str | Path, home: Path) -> Path | None:

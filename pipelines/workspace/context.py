@@ -102,9 +102,9 @@ class RunContext:
         return self.home / "answers" / f"{sha256[:32]}.jsonl"
 
     def holds(self, artifact_id: ArtifactId) -> bool:
-        """Whether an artifact is recorded, and its bytes are still in the store."""
-        sha256 = self.ledger.weights_of(artifact_id)
-        return sha256 is not None and sha256 in self.ledger.blobs
+        """Whether an artifact is recorded, and all of its bytes are still in the store."""
+        sha256s = self.ledger.blobs_of(artifact_id)
+        return bool(sha256s) and all(sha256 in self.ledger.blobs for sha256 in sha256s)
 
 
 def checkpoint_at(home: Path, router_id: ArtifactId) -> Path:

@@ -219,10 +219,13 @@ def test_gc_lists_what_nothing_refers_to_and_removes_it_only_when_asked(filled: 
     assert not ledger.verify().findings
 
 
-def test_gc_finds_downloads_that_were_stopped(filled: Shelf) -> None:
+@pytest.mark.parametrize(
+    "place", ["bases/b.partial", "adapters/a--b/c.partial", "runs/r", "training/t", "answers/a"]
+)
+def test_gc_finds_work_that_was_stopped(filled: Shelf, place: str) -> None:
     """A base of many gigabytes that nobody wants any more is nowhere else to be seen."""
-    home = filled.ledger.home
-    stopped, going_on = home / "bases" / "b.partial", home / "adapters" / "a--b" / "c.partial"
+    stopped = filled.ledger.home / place
+    going_on = stopped.with_name(f"new-{stopped.name}")
     for folder in (stopped, going_on):
         folder.mkdir(parents=True)
         old(folder)

@@ -9,11 +9,14 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import pytest
+import yaml
 
+from meteora.checkpoint.manifest import GATES, MANIFEST
 from pipelines.admission import sources
 from pipelines.flows import flow, up_to_date
 from pipelines.flows.up_to_date import look
 from pipelines.planning import resolve
+from pipelines.publishing.signing import SIGNATURE
 from store.ledger import Ledger
 from tests.pipelines.cli.command_line import meteora
 from tests.pipelines.conftest import Here, base_of, run
@@ -86,6 +89,42 @@ def test_a_plan_of_other_adapters_is_not_taken_over(
         work, recipe=work.recipe.model_copy(update={"experts": work.recipe.experts[:1]})
     )
     assert resolve.resolve(fewer, built, steps, plan).fused.names == ("q_and_v",)
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_a_checkpoint_that_lacks_a_file_is_made_whole_and_a_signed_one_stays(
+    workplace: Callable[..., RunContext],
+    recipe_folder: Path,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """What refuses such a checkpoint says to build it again."""
+    few = {"limit": 1, "max_new_tokens": 1}
+    one = yaml.safe_load((recipe_folder / "recipe.yaml").read_text())["experts"][:1]
+    work = workplace(benchmark={**few, "compare": []}, experts=one)
+    run(work)
+    done = look(work).finished
+    assert done is not None
+    folder = work.checkpoint_folder(done.plan.router.id)
+    _, statistics = map(work.ledger.blobs.path_of, work.ledger.blobs_of(done.plan.router.id))
+    for path in (folder / GATES, folder / MANIFEST, statistics):
+        away = path.rename(path.with_name("away"))
+        assert look(work).finished is None
+        away.rename(path)
+    assert look(work).finished
+    for path in (folder / GATES, statistics):
+        path.unlink()
+    run(work)
+    assert (folder / GATES).is_file()
+    assert statistics.is_file()
+    assert look(work).finished
+
+    (folder / SIGNATURE).write_text("{}")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+    more = workplace(benchmark={**few, "compare": ["base"]}, experts=one)
+    run(more)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+    assert "is signed, so its card stays as it is, without new scores" in capsys.readouterr().err
+    assert look(more).finished
 
 
 @pytest.mark.slow

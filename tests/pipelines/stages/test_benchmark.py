@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
+import errno
 import json
 import re
 import shlex
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, cast
 
 import pytest
 from safetensors.torch import load_file, save_file
 
-from meteora.artifacts import ArtifactId
+from meteora.artifacts import ArtifactId, MeteoraError
 from meteora.checkpoint.manifest import CARD, GATES, MANIFEST, STATISTICS, read_manifest
 from pipelines.planning.recorded_tasks import recorded_tasks
-from pipelines.stages.benchmark import _note_untested
+from pipelines.stages.benchmark import _note_untested, _write_card
 from store.events import RunStarted
 from store.ledger import Ledger
 from tests.pipelines.cli.command_line import ask
@@ -24,7 +25,9 @@ from tests.pipelines.conftest import finished, letters, run
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from pipelines.reports.summary import Summary
     from pipelines.workspace.context import RunContext
+    from tests.conftest import World
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 LEADERBOARD = (
@@ -113,6 +116,42 @@ def test_a_changed_checkpoint_is_asked_what_its_experts_were_asked_before(
     assert len(work.ledger.query("FROM scores").rows) == before + 1
     base = read_manifest(folder).base.spec.id
     assert recorded_tasks(work.ledger, base, {"q_and_v": ArtifactId("adapter:" + "0" * 64)}) == {}
+
+
+def test_a_full_disk_leaves_a_checkpoint_its_card_and_its_manifest(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Both were written over in place."""
+    folder = tmp_path / "checkpoint"
+    shutil.copytree(world.checkpoint, folder)
+    (folder / CARD).write_text("as it was made")
+    before = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def cut(path: Path, _text: str, **_how: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", cut)
+    monkeypatch.setattr("pipelines.reports.card.write_card", lambda *_about: "with scores")
+    with pytest.raises(MeteoraError, match="No space left"):
+        _write_card(folder, world.manifest, cast("Summary", None))
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
+
+
+def test_a_download_keeps_the_card_that_it_came_with(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The Hub's cache holds one file for all revisions with that card."""
+    folder, kept = tmp_path / "snapshot", tmp_path / "blob"
+    shutil.copytree(world.checkpoint, folder)
+    kept.write_text("as it was published")
+    (folder / CARD).symlink_to(kept)
+    monkeypatch.setattr("pipelines.reports.card.write_card", lambda *_about: "with scores")
+    _write_card(folder, world.manifest, cast("Summary", None))
+    assert (folder / CARD).read_text() == kept.read_text() == "as it was published"
+    (folder / CARD).unlink()
+    _write_card(folder, world.manifest, cast("Summary", None))
+    assert (folder / CARD).read_text() == "with scores"
 
 
 def test_experts_without_test_rows_are_named_in_one_line(

@@ -90,7 +90,9 @@ def slices(folder: Path, manifest: Manifest, name: str) -> dict[str, tuple[torch
     return found
 
 
-def test_an_expert_goes_and_comes_back(made: tuple[RunContext, Path], recipe_folder: Path) -> None:
+def test_an_expert_goes_and_comes_back(
+    made: tuple[RunContext, Path], recipe_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work, folder = made
     before = read_manifest(folder)
     dropped = ask("drop", folder, "attention", "--home", work.home)
@@ -128,6 +130,17 @@ def test_an_expert_goes_and_comes_back(made: tuple[RunContext, Path], recipe_fol
     assert repeated.stdout == added.stdout, repeated.stderr
     assert "it is in the ledger already, nothing to do" in repeated.stderr
     assert (again / GATES).stat() == gates
+    files = {path.name: path.read_bytes() for path in again.iterdir()}
+    shutil.rmtree(again)
+    with monkeypatch.context() as patch:
+        patch.setattr(add_expert, "grow", None)  # other threads would give other bytes
+        restored = ask(
+            "add", without, "attention", recipe_folder / "attention", source,
+            "--base", recipe_folder / "base", "--home", work.home,
+        )  # fmt: skip
+    assert restored.stdout == added.stdout, restored.stderr
+    assert {path.name: path.read_bytes() for path in again.iterdir()} == files
+    assert not work.ledger.verify().findings
     more = read_manifest(again)
     assert more.names == before.names
     assert more.fused_id == before.fused_id
@@ -155,6 +168,22 @@ def test_an_expert_goes_and_comes_back(made: tuple[RunContext, Path], recipe_fol
         (f"drop attention from {before.router_id[:19]}", "ok", ["drop"], fewer.router_id),
     ]
     assert not work.ledger.verify().findings
+
+
+def test_an_expert_that_was_dropped_before_is_not_dropped_again(
+    made: tuple[RunContext, Path], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """The card may have scores since, and the folder a signature; what it lacks comes back."""
+    work, folder = made
+    without = edit.drop(work.ledger, folder, "attention")
+    (without / CARD).write_text("measured")
+    assert "nothing to do" not in capsys.readouterr().err
+    assert edit.drop(work.ledger, folder, "attention") == without
+    assert "it is in the ledger already, nothing to do" in capsys.readouterr().err
+    assert (without / CARD).read_text() == "measured"
+    (without / EXPERTS).unlink()
+    assert edit.drop(work.ledger, folder, "attention") == without
+    assert (without / EXPERTS).is_file()
 
 
 def test_who_joins_comes_through_the_door_of_a_recipe(

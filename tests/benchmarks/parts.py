@@ -20,7 +20,7 @@ import meteora
 from meteora.base.chat_template import Template, encode_messages
 from meteora.model.generate import answer_all
 from meteora.routing.layer import routed_layers
-from meteora.routing.passes import Watcher
+from meteora.routing.passes import Present, Watcher
 from meteora.routing.routers import Gate
 from meteora.routing.turns import questions
 from pipelines.data.row_sources import read_rows
@@ -57,7 +57,7 @@ class Parts(Watcher):
     """The part of each token in the present pass, and what is forced there."""
 
     def __init__(self, template: Template) -> None:
-        self.template = template
+        self.template, self.now = template, Present()
         self.forced: tuple[int, ...] = ()
         self.expert = 0
         self.is_forced = torch.zeros(0, dtype=torch.bool)

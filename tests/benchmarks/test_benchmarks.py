@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import importlib
 import json
+import shutil
 from argparse import Namespace
+from functools import partial
 
 import pytest
 import torch
 
-from tests.benchmarks import fuse
+import meteora
+from tests.benchmarks import fuse, parts
+from tests.pipelines.conftest import CHAT_TEMPLATE
 
 TINY = {
     "layer": "--hidden 64 --intermediate 96 --layers 1 --experts 3 --tokens 5 --rounds 1",
@@ -64,6 +68,23 @@ def test_a_benchmark_prints_a_table_or_json(name, as_json, monkeypatch, capsys):
         assert rows["bare base"]["prefill"] == 1
         assert {"meteora", "Arrow (PEFT)", "X-LoRA (PEFT)", "loop over experts"} <= rows.keys()
         assert all(row["floor"] >= 1 for row in rows.values())
+
+
+def test_the_right_expert_is_forced_where_a_part_of_the_prompt_says_so(
+    world, tmp_path, monkeypatch, capsys
+):
+    base = shutil.copytree(world.base, tmp_path / "base")
+    (base / "chat_template.jinja").write_text(CHAT_TEMPLATE)
+    monkeypatch.setattr(meteora, "load", partial(meteora.load, base_folder=base))
+    task = tmp_path / "tasks" / "q_and_v"
+    task.mkdir(parents=True)
+    (task / "test.jsonl").write_text('{"prompt": "one", "response": "two"}\n')
+    asked = ["parts", str(world.checkpoint), str(task.parent), "--rows", "1", "--only", "answer"]
+    monkeypatch.setattr("sys.argv", asked)
+    parts.main()
+    rows = capsys.readouterr().out
+    assert f"| {parts.ORACLE} |" in rows
+    assert "| answer |" in rows
 
 
 @pytest.mark.slow

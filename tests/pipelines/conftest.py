@@ -9,7 +9,7 @@ import random
 import shutil
 from dataclasses import dataclass, replace
 from itertools import count
-from types import MappingProxyType
+from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
 
 import pytest
@@ -72,10 +72,14 @@ def _disk_is_not_waited_for(disk_is_not_waited_for: None) -> None:
 
 @pytest.fixture
 def hub_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    """The Hub is asked by this process: one for each request takes half a second to start."""
+    """The Hub is asked by this process: one for each request takes half a second to start.
+
+    Nor does its client wait, for 23 s in all, before it asks one that is down again.
+    """
     from tests.pipelines.hub.hub_here import WorkerHere
 
     monkeypatch.setattr("pipelines.hub.client.ChildProcess", WorkerHere)
+    monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda _: None))
 
 
 def run(work: RunContext, until: str = "publish", *, apart: bool = False) -> dict[str, float]:

@@ -123,11 +123,7 @@ FAULTS = {
 }
 
 
-@pytest.mark.parametrize(
-    "name",
-    # the client itself asks a Hub that is down again, for twenty seconds
-    [pytest.param(name, marks=pytest.mark.slow if name == "down" else ()) for name in FAULTS],
-)
+@pytest.mark.parametrize("name", FAULTS)
 def test_what_a_hub_does_wrong_is_a_verdict_too(
     name: str, server: HubServer, tmp_path: Path
 ) -> None:

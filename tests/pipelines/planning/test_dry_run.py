@@ -186,10 +186,8 @@ def test_without_the_bases_config_a_dry_run_says_that_nothing_can_be_estimated(
     assert "cannot be estimated: the base's config is not here" in said
 
 
-@pytest.mark.parametrize(
-    "revision",
-    ["main", pytest.param("0" * 40, marks=pytest.mark.slow)],  # the Hub's client tries for 23 s
-)
+@pytest.mark.usefixtures("hub_here")
+@pytest.mark.parametrize("revision", ["main", "0" * 40])
 def test_where_the_hub_is_away_each_name_is_told_once(
     revision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

@@ -255,11 +255,9 @@ def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 def fingerprint(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
     """Return the facts that adapters and gates depend on: architecture, sizes, vocabulary."""
     text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none
+    heads = _largest(text, "num_attention_heads")  # a state-space model has none
     names = ("intermediate_size", "ffn_dim", "n_inner")  # most; OPT; GPT-2
-    intermediate = next((size for name in names if (size := getattr(text, name, None))), None)
-    if isinstance(intermediate, list):  # Gemma 3n's, by layer
-        intermediate = max(intermediate)
+    intermediate = next((size for name in names if (size := _largest(text, name))), None)
     named = config.architectures if isinstance(config.architectures, list) else []
     return Fingerprint(
         architecture=named[0] if named and isinstance(named[0], str) else type(config).__name__,
@@ -268,10 +266,16 @@ def fingerprint(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) ->
         or 4 * text.hidden_size,  # GPT-2's rule where n_inner is null
         num_hidden_layers=text.num_hidden_layers,
         num_attention_heads=heads,
-        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        num_key_value_heads=_largest(text, "num_key_value_heads") or heads,
         vocab_size=text.vocab_size,
         vocabulary_sha256=vocabulary_sha256(tokenizer),
     )
+
+
+def _largest(text: PretrainedConfig, name: str) -> int:
+    """A size in a config, 0 if it has none; the largest where layers differ, as Gemma 4's do."""
+    sizes = [getattr(layer, name, None) or 0 for layer in text.per_layer_config]
+    return max(max(size) if isinstance(size, list) else size for size in sizes)  # Gemma 3n's
 
 
 def fingerprint_of(folder: Path) -> Fingerprint:
@@ -345,9 +349,7 @@ def shape_of_model(model: PreTrainedModel, *, dequantised: bool = False) -> Shap
     """
     config = model.config
     text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
+    width = sum(_key_width(layer) for layer in text.per_layer_config)
     dtype = torch.float32 if dequantised else getattr(config, "dtype", None) or torch.float32
     linears, head = _linears(model), placement.own_head(model)
     return Shape(
@@ -357,10 +359,17 @@ def shape_of_model(model: PreTrainedModel, *, dequantised: bool = False) -> Shap
         hidden_size=text.hidden_size,
         intermediate_size=max(num_in for num_in, _ in linears.values()),
         vocab_size=text.vocab_size,
-        cache_bytes_per_token=2 * text.num_hidden_layers * kv_heads * head_size * dtype.itemsize,
+        cache_bytes_per_token=2 * width * dtype.itemsize,
         linears=linears,
         num_in_head=0 if head is None else sum(p.numel() for p in head.parameters()),
     )
+
+
+def _key_width(layer: PretrainedConfig) -> int:
+    """The numbers in the keys of one token in one layer, by the config of that layer."""
+    heads = getattr(layer, "num_attention_heads", 0)  # a state-space model has none
+    kv_heads = getattr(layer, "num_key_value_heads", None) or heads
+    return kv_heads * (getattr(layer, "head_dim", None) or layer.hidden_size // max(1, heads))
 
 
 def weight_norms(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str, float]:

@@ -45,22 +45,25 @@ _PARSING = threading.Lock()
 
 @contextmanager
 def _parsed_once() -> Generator[None]:
-    """Let transformers parse a GGUF file once, for tokenizer, config and weights.
+    """Let transformers parse a GGUF file once, for tokenizer, config and weights, without its bar.
 
     It parses it for each of them, two seconds a time where the vocabulary is small, and makes the
     table of the weights' names anew for every module of the model. One thread at a time.
     """
     import gguf  # noqa: PLC0415  (only such files need it)
+    from transformers import modeling_gguf_pytorch_utils as reading  # noqa: PLC0415
 
     with _PARSING:
-        reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+        reader, names, bar = gguf.GGUFReader, gguf.get_tensor_name_map, vars(reading)["tqdm"]
         vars(gguf).update(
             GGUFReader=functools.cache(reader), get_tensor_name_map=functools.cache(names)
         )
+        vars(reading).update(tqdm=functools.partial(bar, disable=True))  # its switch is for others
         try:
             yield
         finally:
             vars(gguf).update(GGUFReader=reader, get_tensor_name_map=names)
+            vars(reading).update(tqdm=bar)
 
 
 @contextmanager

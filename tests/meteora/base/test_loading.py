@@ -121,8 +121,11 @@ def write_gguf(base: Path, out: Path) -> None:
     writer.close()
 
 
-def test_a_gguf_file_is_parsed_once(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_gguf_file_is_parsed_once_and_without_a_bar(
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_gguf(base, tmp_path / "tiny.gguf")
     parsed: list[str] = []
@@ -135,6 +138,7 @@ def test_a_gguf_file_is_parsed_once(
     monkeypatch.setattr(gguf, "GGUFReader", Counted)
     model, tokenizer = load_gguf(tmp_path / "tiny.gguf")
     assert len(parsed) == 1
+    assert not capsys.readouterr().err
     assert gguf.GGUFReader is Counted  # whoever comes next gets its own
     assert tokenizer.convert_tokens_to_ids("ab") == model.config.vocab_size - 1
     down = load_file(base / WEIGHTS)["model.layers.1.mlp.down_proj.weight"]

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import tempfile
 import threading
+import weakref
 from collections.abc import Collection, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -235,12 +237,20 @@ def load_folder(
 
 
 def _load_model(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
-    """Load a model; refuse missing weights, which transformers would initialise at random."""
-    with _reading(folder, "the model"), spreading(options):
+    """Load a model; refuse missing weights, which transformers would initialise at random.
+
+    Weights on `disk` that are used in another form than the files have them, such as a mixture's
+    experts, are written again: to the `offload_folder`, or to one that is removed with the model.
+    """
+    with ExitStack() as made, _reading(folder, "the model"), spreading(options):
+        if "device_map" in options and "offload_folder" not in options:
+            written = made.enter_context(tempfile.TemporaryDirectory(prefix="meteora-"))
+            options = {**options, "offload_folder": written}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=False, output_loading_info=True, **options
         )
-    model, info = loaded
+        model, info = loaded
+        weakref.finalize(model, made.pop_all().close)
     if missing := sorted(info["missing_keys"]):
         raise SourceError(
             f"{folder}: {len(missing)} weights of the model are not in its files, such as"

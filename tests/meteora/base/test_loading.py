@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import tempfile
 from typing import TYPE_CHECKING
 
 import gguf
@@ -14,7 +16,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 
-from meteora.base.loading import fingerprint_of, load_folder, load_gguf, sizes_of
+from meteora.base.loading import fingerprint_of, layers_on_disk, load_folder, load_gguf, sizes_of
 from meteora.base.sources import SourceError
 
 if TYPE_CHECKING:
@@ -75,6 +77,22 @@ def test_weights_of_other_sizes_than_the_config_says_are_refused(base: Path) -> 
     (base / "config.json").write_text(json.dumps(config | {"intermediate_size": 56}))
     with pytest.raises(SourceError, match="the model cannot be loaded"):
         load_folder(base)
+
+
+def test_a_mixture_is_read_from_the_disk_and_what_is_written_for_it_goes_with_it(
+    build_base: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its files hold one tensor for each expert, and the model has one for all."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder, ids = build_base("deepseek"), torch.randint(3, 250, (2, 7))
+    whole, _ = load_folder(folder)
+    read, _ = load_folder(folder, options={"device_map": layers_on_disk(folder, "cpu")})
+    assert any(tmp_path.glob("meteora-*/*experts*"))
+    with torch.inference_mode():
+        assert torch.equal(read(ids).logits, whole(ids).logits)
+    del read
+    gc.collect()
+    assert not any(tmp_path.glob("meteora-*"))
 
 
 @pytest.mark.parametrize("named", [5, {"a": 1}, [], [3], None])

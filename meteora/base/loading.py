@@ -96,8 +96,8 @@ def _reading(folder: Path, what: str) -> Generator[None]:
         yield
     except MeteoraError:
         raise
-    except ImportError as error:  # it names the package that is missing
-        raise SourceError(f"{folder} cannot be loaded here: {error}") from error
+    except ImportError as error:
+        raise _lacks_a_package(folder, error) from error
     except Exception as error:
         if is_out_of_memory(error) or getattr(error, "errno", None):
             raise
@@ -105,6 +105,11 @@ def _reading(folder: Path, what: str) -> Generator[None]:
             f"{folder}: {what} cannot be loaded ({brief(error)}); download or save the base again,"
             " with its tokenizer"
         ) from error
+
+
+def _lacks_a_package(folder: Path, error: ImportError) -> SourceError:
+    """The refusal of a base that needs a package; the error of transformers names it."""
+    return SourceError(f"{folder} cannot be loaded here: {' '.join(str(error).split())}")
 
 
 def load_tokenizer(
@@ -147,6 +152,14 @@ def load_config(folder: Path, gguf_file: str | None = None) -> PretrainedConfig:
             f"{folder}: {config.model_type} is no language model that transformers loads with"
             " AutoModelForCausalLM; adapters can be routed in a decoder of text alone"
         )
+    try:
+        text = config.get_text_config()
+        _ = text.hidden_size, text.num_hidden_layers, text.vocab_size
+    except (AttributeError, ValueError) as error:  # a model of bytes or of music
+        raise SourceError(
+            f"{folder}: the config of a {config.model_type} does not describe one stack of layers"
+            f" that reads tokens of text ({brief(error)}); take another base"
+        ) from error
     return config
 
 
@@ -188,6 +201,8 @@ def _without_weights(folder: Path, gguf_file: str | None = None) -> PreTrainedMo
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ImportError as error:
+        raise _lacks_a_package(folder, error) from error
     except Exception as error:  # as above
         raise SourceError(
             f"{folder}: transformers makes no model of its config ({brief(error)}); download or"

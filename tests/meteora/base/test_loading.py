@@ -16,7 +16,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 
-from meteora.base.loading import fingerprint_of, layers_on_disk, load_folder, load_gguf, sizes_of
+from meteora.base.loading import (
+    fingerprint_of,
+    layers_on_disk,
+    linear_sizes,
+    load_folder,
+    load_gguf,
+    sizes_of,
+)
+from meteora.base.placement import own_head
 from meteora.base.sources import SourceError
 
 if TYPE_CHECKING:
@@ -79,6 +87,20 @@ def test_weights_of_other_sizes_than_the_config_says_are_refused(base: Path) -> 
         load_folder(base)
 
 
+def test_a_base_that_needs_a_package_which_is_not_here_is_refused_with_its_name(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Gemma 3n for images and text needs timm."""
+
+    def needs(*_args: object, **_options: object) -> None:
+        raise ImportError("\nIt requires the timm library. Install it:\n`pip install timm`\n")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", needs)
+    says = r"base cannot be loaded here: It requires the timm library\. Install it: `pip install"
+    with pytest.raises(SourceError, match=says):
+        linear_sizes(base)
+
+
 def test_a_mixture_is_read_from_the_disk_and_what_is_written_for_it_goes_with_it(
     build_base: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
@@ -93,6 +115,13 @@ def test_a_mixture_is_read_from_the_disk_and_what_is_written_for_it_goes_with_it
     del read
     gc.collect()
     assert not any(tmp_path.glob("meteora-*"))
+
+
+def test_a_head_is_its_own_if_the_config_does_not_say_that_it_is_shared(base: Path) -> None:
+    """As Inkling's does not."""
+    model, _ = load_folder(base)
+    del model.config.tie_word_embeddings
+    assert own_head(model) is model.get_output_embeddings()
 
 
 @pytest.mark.parametrize("named", [5, {"a": 1}, [], [3], None])

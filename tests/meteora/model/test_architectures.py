@@ -500,6 +500,7 @@ def test_a_quantised_layer_has_no_norm(quantised, tmp_path):
     [
         ({"model_type": "qwen2_5_vl"}, "qwen2_5_vl is no language model that transformers loads"),
         ({"model_type": "bert", "is_decoder": False}, None),
+        ({"model_type": "blt"}, "the config of a blt does not describe one stack of layers"),
         ({"model_type": "nobodys"}, "does not know this architecture"),
         ({"no": "type"}, "does not know this architecture"),
         ({"model_type": "llama", "hidden_size": "x"}, r"or its config is damaged .*'hidden_size'"),

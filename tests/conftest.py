@@ -252,6 +252,10 @@ def _tiny_config(kind: str, vocab_size: int) -> Any:
         "laurel_rank": 4,
         "activation_sparsity_pattern": [0.0] * 4,
     }
+    gemma4 = {name: gemma3n[name] for name in ("num_hidden_layers", "num_kv_shared_layers")}
+    gemma4 |= {name: gemma3n[name] for name in gemma3n if name.endswith("per_layer_input")}
+    gemma4 |= {"layer_types": gemma3n["layer_types"], "attention_k_eq_v": True}
+    gemma4 |= {"global_head_dim": 16, "num_global_key_value_heads": 1}
     opt = {"ffn_dim": INTERMEDIATE, "init_std": 0.2}
     kinds: dict[str, tuple[str, dict[str, Any]]] = {
         "vllm_llama": ("LlamaConfig", served),
@@ -277,6 +281,7 @@ def _tiny_config(kind: str, vocab_size: int) -> Any:
             gemma | {"layer_types": ["sliding_attention", "full_attention"]},
         ),
         "gemma3n": ("Gemma3nTextConfig", llama | gemma3n | {"head_dim": 8}),
+        "gemma4": ("Gemma4TextConfig", gemma | gemma4),
         "phi": ("PhiConfig", llama),
         "phi3": (
             "Phi3Config",

@@ -7,9 +7,11 @@ from __future__ import annotations
 
 import functools
 import logging
+import tempfile
 import threading
+import weakref
 from collections.abc import Collection, Generator, Iterable, Mapping
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, cast
@@ -45,22 +47,25 @@ _PARSING = threading.Lock()
 
 @contextmanager
 def _parsed_once() -> Generator[None]:
-    """Let transformers parse a GGUF file once, for tokenizer, config and weights.
+    """Let transformers parse a GGUF file once, for tokenizer, config and weights, without its bar.
 
     It parses it for each of them, two seconds a time where the vocabulary is small, and makes the
     table of the weights' names anew for every module of the model. One thread at a time.
     """
     import gguf  # noqa: PLC0415  (only such files need it)
+    from transformers import modeling_gguf_pytorch_utils as reading  # noqa: PLC0415
 
     with _PARSING:
-        reader, names = gguf.GGUFReader, gguf.get_tensor_name_map
+        reader, names, bar = gguf.GGUFReader, gguf.get_tensor_name_map, vars(reading)["tqdm"]
         vars(gguf).update(
             GGUFReader=functools.cache(reader), get_tensor_name_map=functools.cache(names)
         )
+        vars(reading).update(tqdm=functools.partial(bar, disable=True))  # its switch is for others
         try:
             yield
         finally:
             vars(gguf).update(GGUFReader=reader, get_tensor_name_map=names)
+            vars(reading).update(tqdm=bar)
 
 
 @contextmanager
@@ -91,8 +96,8 @@ def _reading(folder: Path, what: str) -> Generator[None]:
         yield
     except MeteoraError:
         raise
-    except ImportError as error:  # it names the package that is missing
-        raise SourceError(f"{folder} cannot be loaded here: {error}") from error
+    except ImportError as error:
+        raise _lacks_a_package(folder, error) from error
     except Exception as error:
         if is_out_of_memory(error) or getattr(error, "errno", None):
             raise
@@ -100,6 +105,11 @@ def _reading(folder: Path, what: str) -> Generator[None]:
             f"{folder}: {what} cannot be loaded ({brief(error)}); download or save the base again,"
             " with its tokenizer"
         ) from error
+
+
+def _lacks_a_package(folder: Path, error: ImportError) -> SourceError:
+    """The refusal of a base that needs a package; the error of transformers names it."""
+    return SourceError(f"{folder} cannot be loaded here: {' '.join(str(error).split())}")
 
 
 def load_tokenizer(
@@ -142,6 +152,14 @@ def load_config(folder: Path, gguf_file: str | None = None) -> PretrainedConfig:
             f"{folder}: {config.model_type} is no language model that transformers loads with"
             " AutoModelForCausalLM; adapters can be routed in a decoder of text alone"
         )
+    try:
+        text = config.get_text_config()
+        _ = text.hidden_size, text.num_hidden_layers, text.vocab_size
+    except (AttributeError, ValueError) as error:  # a model of bytes or of music
+        raise SourceError(
+            f"{folder}: the config of a {config.model_type} does not describe one stack of layers"
+            f" that reads tokens of text ({brief(error)}); take another base"
+        ) from error
     return config
 
 
@@ -183,6 +201,8 @@ def _without_weights(folder: Path, gguf_file: str | None = None) -> PreTrainedMo
     try:
         with torch.device("meta"):
             return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    except ImportError as error:
+        raise _lacks_a_package(folder, error) from error
     except Exception as error:  # as above
         raise SourceError(
             f"{folder}: transformers makes no model of its config ({brief(error)}); download or"
@@ -232,12 +252,20 @@ def load_folder(
 
 
 def _load_model(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
-    """Load a model; refuse missing weights, which transformers would initialise at random."""
-    with _reading(folder, "the model"), spreading(options):
+    """Load a model; refuse missing weights, which transformers would initialise at random.
+
+    Weights on `disk` that are used in another form than the files have them, such as a mixture's
+    experts, are written again: to the `offload_folder`, or to one that is removed with the model.
+    """
+    with ExitStack() as made, _reading(folder, "the model"), spreading(options):
+        if "device_map" in options and "offload_folder" not in options:
+            written = made.enter_context(tempfile.TemporaryDirectory(prefix="meteora-"))
+            options = {**options, "offload_folder": written}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
             folder, trust_remote_code=False, output_loading_info=True, **options
         )
-    model, info = loaded
+        model, info = loaded
+        weakref.finalize(model, made.pop_all().close)
     if missing := sorted(info["missing_keys"]):
         raise SourceError(
             f"{folder}: {len(missing)} weights of the model are not in its files, such as"
@@ -255,11 +283,9 @@ def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
 def fingerprint(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
     """Return the facts that adapters and gates depend on: architecture, sizes, vocabulary."""
     text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none
+    heads = _largest(text, "num_attention_heads")  # a state-space model has none
     names = ("intermediate_size", "ffn_dim", "n_inner")  # most; OPT; GPT-2
-    intermediate = next((size for name in names if (size := getattr(text, name, None))), None)
-    if isinstance(intermediate, list):  # Gemma 3n's, by layer
-        intermediate = max(intermediate)
+    intermediate = next((size for name in names if (size := _largest(text, name))), None)
     named = config.architectures if isinstance(config.architectures, list) else []
     return Fingerprint(
         architecture=named[0] if named and isinstance(named[0], str) else type(config).__name__,
@@ -268,10 +294,16 @@ def fingerprint(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) ->
         or 4 * text.hidden_size,  # GPT-2's rule where n_inner is null
         num_hidden_layers=text.num_hidden_layers,
         num_attention_heads=heads,
-        num_key_value_heads=getattr(text, "num_key_value_heads", None) or heads,
+        num_key_value_heads=_largest(text, "num_key_value_heads") or heads,
         vocab_size=text.vocab_size,
         vocabulary_sha256=vocabulary_sha256(tokenizer),
     )
+
+
+def _largest(text: PretrainedConfig, name: str) -> int:
+    """A size in a config, 0 if it has none; the largest where layers differ, as Gemma 4's do."""
+    sizes = [getattr(layer, name, None) or 0 for layer in text.per_layer_config]
+    return max(max(size) if isinstance(size, list) else size for size in sizes)  # Gemma 3n's
 
 
 def fingerprint_of(folder: Path) -> Fingerprint:
@@ -345,9 +377,7 @@ def shape_of_model(model: PreTrainedModel, *, dequantised: bool = False) -> Shap
     """
     config = model.config
     text = config.get_text_config()
-    heads = getattr(text, "num_attention_heads", 0)  # a state-space model has none
-    kv_heads = getattr(text, "num_key_value_heads", None) or heads
-    head_size = getattr(text, "head_dim", None) or text.hidden_size // max(1, heads)
+    width = sum(_key_width(layer) for layer in text.per_layer_config)
     dtype = torch.float32 if dequantised else getattr(config, "dtype", None) or torch.float32
     linears, head = _linears(model), placement.own_head(model)
     return Shape(
@@ -357,10 +387,17 @@ def shape_of_model(model: PreTrainedModel, *, dequantised: bool = False) -> Shap
         hidden_size=text.hidden_size,
         intermediate_size=max(num_in for num_in, _ in linears.values()),
         vocab_size=text.vocab_size,
-        cache_bytes_per_token=2 * text.num_hidden_layers * kv_heads * head_size * dtype.itemsize,
+        cache_bytes_per_token=2 * width * dtype.itemsize,
         linears=linears,
         num_in_head=0 if head is None else sum(p.numel() for p in head.parameters()),
     )
+
+
+def _key_width(layer: PretrainedConfig) -> int:
+    """The numbers in the keys of one token in one layer, by the config of that layer."""
+    heads = getattr(layer, "num_attention_heads", 0)  # a state-space model has none
+    kv_heads = getattr(layer, "num_key_value_heads", None) or heads
+    return kv_heads * (getattr(layer, "head_dim", None) or layer.hidden_size // max(1, heads))
 
 
 def weight_norms(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str, float]:

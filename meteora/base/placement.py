@@ -106,7 +106,7 @@ def layers_on_disk(model: PreTrainedModel, device: str) -> dict[str, str]:
 
 def own_head(model: PreTrainedModel) -> nn.Module | None:
     """The output head, if it does not share the embeddings' weights; else None."""
-    is_tied = model.config.get_text_config().tie_word_embeddings
+    is_tied = getattr(model.config.get_text_config(), "tie_word_embeddings", False)
     return None if is_tied else model.get_output_embeddings()
 
 

@@ -21,7 +21,7 @@ from meteora.base.placement import LAYER
 from meteora.model.fused import expert_names
 from meteora.model.generate import batch_of, generate_ids
 from meteora.routing.hooks import recorded_routes
-from meteora.routing.passes import PassInput, by_name, cache_name
+from meteora.routing.passes import PassInput, by_name, cache_name, with_every_token
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -197,15 +197,16 @@ def every_pass(model: PreTrainedModel) -> Generator[list[Routes]]:
         model: nn.Module,
         args: tuple[Any, ...],
         kwargs: Mapping[str, Any] = MappingProxyType({}),
-    ) -> None:
+    ) -> tuple[tuple[Any, ...], dict[str, Any]] | None:
         # another thread that is at this hook while it is removed calls it without `kwargs`
         nonlocal num_tokens
         if get_ident() != thread:
-            return
+            return None
         seen = PassInput.of(by_name(model, args, kwargs))
         num_tokens = seen.there.numel()
         if not seen.goes_on:
             passes.clear()
+        return with_every_token(model, args, dict(kwargs))
 
     def end(*_: object) -> None:
         if get_ident() != thread:

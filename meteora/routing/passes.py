@@ -82,6 +82,25 @@ def by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
+def with_every_token(
+    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+) -> tuple[tuple[Any, ...], dict[str, Any]]:
+    """Arguments of a model's `forward` for the same logits, with which each layer reads each token.
+
+    If the logits of the last tokens are asked for by their number, the last layers of a Gemma 4
+    that share keys and values read no other tokens. They do if the places are named.
+    """
+    num_kept = kwargs.get("logits_to_keep")
+    if type(num_kept) is not int or num_kept <= 0:
+        return args, kwargs
+    arguments = by_name(model, args, kwargs)
+    ids = arguments.get("input_ids")
+    states = ids if ids is not None else arguments["inputs_embeds"]
+    length = states.shape[1]
+    places = torch.arange(max(0, length - num_kept), length, device=states.device)
+    return args, kwargs | {"logits_to_keep": places}
+
+
 def cache_name(model: nn.Module) -> str:
     """The name of the cache among a model's `forward` arguments, and in its output."""
     takes = inspect.signature(model.forward).parameters
@@ -169,9 +188,12 @@ class Watcher:
         if getattr(cache, CONVERSATION, None) is not conversation:
             setattr(cache, CONVERSATION, conversation)
 
-    def _at_model(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+    def _at_model(
+        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._before(model, args, kwargs)
         self.now.begun = True
+        return with_every_token(model, args, kwargs)
 
     def _after(self, _model: nn.Module, _args: object, output: object) -> None:
         self.now.begun = False

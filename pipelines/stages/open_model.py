@@ -129,8 +129,8 @@ def opened(
     require_sound(work.ledger, plan.base)
     if device_map is None and plan.base.quantise:  # quantised weights are made on their device
         device_map = {"": choose_device()}
-    options = {} if device_map is None else placed(device_map)
     with work.scratch() as scratch:
+        options = {} if device_map is None else placed(device_map, offload_folder=scratch)
         manifest = describe(work, plan, built, gates)
         for name, sha256 in manifest.files.items():
             (scratch / name).symlink_to(work.ledger.blobs.path_of(sha256).absolute())
@@ -143,10 +143,10 @@ def opened(
         insert_experts(model, scratch, manifest, cache=cache)
         if gates is not None:
             insert_routers(model, scratch, manifest)
-    if device_map is None:
-        # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
-        torch.nn.Module.to(model, choose_device())
-    yield model, tokenizer
+        if device_map is None:
+            # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
+            torch.nn.Module.to(model, choose_device())
+        yield model, tokenizer
 
 
 def map_to_fit(work: RunContext, plan: Plan) -> dict[str, str] | None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import gc
 import json
 import shutil
+import tempfile
 from typing import TYPE_CHECKING
 
 import gguf
@@ -14,7 +16,15 @@ from torch import nn
 from transformers import AutoModelForCausalLM, Llama4TextConfig
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 
-from meteora.base.loading import fingerprint_of, load_folder, load_gguf, sizes_of
+from meteora.base.loading import (
+    fingerprint_of,
+    layers_on_disk,
+    linear_sizes,
+    load_folder,
+    load_gguf,
+    sizes_of,
+)
+from meteora.base.placement import own_head
 from meteora.base.sources import SourceError
 
 if TYPE_CHECKING:
@@ -77,6 +87,43 @@ def test_weights_of_other_sizes_than_the_config_says_are_refused(base: Path) -> 
         load_folder(base)
 
 
+def test_a_base_that_needs_a_package_which_is_not_here_is_refused_with_its_name(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As Gemma 3n for images and text needs timm."""
+
+    def needs(*_args: object, **_options: object) -> None:
+        raise ImportError("\nIt requires the timm library. Install it:\n`pip install timm`\n")
+
+    monkeypatch.setattr(AutoModelForCausalLM, "from_config", needs)
+    says = r"base cannot be loaded here: It requires the timm library\. Install it: `pip install"
+    with pytest.raises(SourceError, match=says):
+        linear_sizes(base)
+
+
+def test_a_mixture_is_read_from_the_disk_and_what_is_written_for_it_goes_with_it(
+    build_base: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """Its files hold one tensor for each expert, and the model has one for all."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    folder, ids = build_base("deepseek"), torch.randint(3, 250, (2, 7))
+    whole, _ = load_folder(folder)
+    read, _ = load_folder(folder, options={"device_map": layers_on_disk(folder, "cpu")})
+    assert any(tmp_path.glob("meteora-*/*experts*"))
+    with torch.inference_mode():
+        assert torch.equal(read(ids).logits, whole(ids).logits)
+    del read
+    gc.collect()
+    assert not any(tmp_path.glob("meteora-*"))
+
+
+def test_a_head_is_its_own_if_the_config_does_not_say_that_it_is_shared(base: Path) -> None:
+    """As Inkling's does not."""
+    model, _ = load_folder(base)
+    del model.config.tie_word_embeddings
+    assert own_head(model) is model.get_output_embeddings()
+
+
 @pytest.mark.parametrize("named", [5, {"a": 1}, [], [3], None])
 def test_a_config_without_a_name_of_its_architecture_has_that_of_its_kind(
     named: object, base: Path
@@ -121,8 +168,11 @@ def write_gguf(base: Path, out: Path) -> None:
     writer.close()
 
 
-def test_a_gguf_file_is_parsed_once(
-    base: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+def test_a_gguf_file_is_parsed_once_and_without_a_bar(
+    base: Path,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
 ) -> None:
     write_gguf(base, tmp_path / "tiny.gguf")
     parsed: list[str] = []
@@ -135,6 +185,7 @@ def test_a_gguf_file_is_parsed_once(
     monkeypatch.setattr(gguf, "GGUFReader", Counted)
     model, tokenizer = load_gguf(tmp_path / "tiny.gguf")
     assert len(parsed) == 1
+    assert not capsys.readouterr().err
     assert gguf.GGUFReader is Counted  # whoever comes next gets its own
     assert tokenizer.convert_tokens_to_ids("ab") == model.config.vocab_size - 1
     down = load_file(base / WEIGHTS)["model.layers.1.mlp.down_proj.weight"]

@@ -54,6 +54,7 @@ TARGETS = {
     "gemma2": SPLIT,
     "gemma3": SPLIT,
     "gemma3n": SPLIT,  # four hidden states of each token, and layers that share keys and values
+    "gemma4": SPLIT,  # layers with heads of unequal sizes
     "phi": ["q_proj", "dense", "fc1", "fc2"],
     "gpt2": ["c_attn", "c_proj", "c_fc"],  # Conv1D; c_proj is in attention and in the MLP
     "gpt_neox": JOINED,
@@ -203,6 +204,14 @@ def test_a_question_decides_for_its_answer_with_a_cache_and_without(made):
     with torch.no_grad():
         model(found)
     assert getattr(model, WATCHER).now.opening.shape == found.shape
+
+
+def test_layers_that_skip_the_tokens_of_a_prompt_where_they_can_are_traced(stacked, tokenizer):
+    """Two of a Gemma 4's read the last token alone, if its logits are all that is asked for."""
+    base, _, fused = stacked("gemma4")
+    model, _ = meteora.load(fused, base_folder=base)
+    found = meteora.trace(model, tokenizer, [5, 6, 7, 8], max_new_tokens=2)
+    assert set(found.modules) == routed_layers(model).keys()
 
 
 def test_a_base_that_is_read_layer_by_layer_gets_the_same_gates(made, tmp_path):
@@ -491,6 +500,7 @@ def test_a_quantised_layer_has_no_norm(quantised, tmp_path):
     [
         ({"model_type": "qwen2_5_vl"}, "qwen2_5_vl is no language model that transformers loads"),
         ({"model_type": "bert", "is_decoder": False}, None),
+        ({"model_type": "blt"}, "the config of a blt does not describe one stack of layers"),
         ({"model_type": "nobodys"}, "does not know this architecture"),
         ({"no": "type"}, "does not know this architecture"),
         ({"model_type": "llama", "hidden_size": "x"}, r"or its config is damaged .*'hidden_size'"),

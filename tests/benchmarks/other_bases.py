@@ -25,7 +25,6 @@ from tests.quickstart.tasks import rows
 
 NUM_TEST = 120
 BENCHMARK = {"max_new_tokens": 32, "batch_size": 60}
-CONVERSATIONS = {"conversation": [{"n": 3, "count": 30}]}
 
 
 def as_text(row: dict[str, str]) -> dict[str, str]:
@@ -64,8 +63,10 @@ def main() -> None:
         training = replace(training, steps=int(training.steps * asked.steps))
         make.train(asked.base, task, training, stream, asked.out, named=asked.base.name)
     benchmark = {"limit": asked.limit, "compare": asked.compare, **BENCHMARK}
+    if chats:
+        benchmark["conversation"] = [{"n": 3, "count": asked.limit // 2}]
     for share in ("point", "turn"):
-        write_recipe(asked.base, asked.out, share, benchmark | (CONVERSATIONS if chats else {}))
+        write_recipe(asked.base, asked.out, share, benchmark)
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ import asyncio
 import socket
 from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import aclosing, suppress
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -224,3 +225,10 @@ class _Server(uvicorn.Server):
         """Wait `GOODBYE_SECONDS` for unfinished answers, then end them."""
         asyncio.get_running_loop().call_later(GOODBYE_SECONDS, self._thread.stop)
         await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop at the first signal; at a second one, end unfinished answers at once."""
+        if self.should_exit:
+            self._thread.stop()  # uvicorn itself would cancel them, with a traceback for each
+        else:
+            super().handle_exit(sig, frame)

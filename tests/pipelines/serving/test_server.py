@@ -6,6 +6,7 @@ import ast
 import asyncio
 import json
 import logging
+import signal
 import socket
 import threading
 import time
@@ -432,16 +433,17 @@ def test_a_fault_in_the_middle_of_a_stream_is_its_last_event(chat, url) -> None:
     assert "out of memory" in json.loads(last.removeprefix("data: "))["error"]["message"]
 
 
+def answer_without_end(_messages, *, on_token, **_asked):
+    while True:  # until nobody waits for it
+        on_token(Token("on ", 0, 1.0))
+        time.sleep(0.02)
+
+
 def test_a_server_that_stops_ends_its_answers_with_a_sentence_and_no_fault(
     chat, capsys, monkeypatch, caplog
 ) -> None:
-    def answer(_messages, *, on_token, **_asked):
-        while True:  # until nobody waits for it
-            on_token(Token("on ", 0, 1.0))
-            time.sleep(0.02)
-
     monkeypatch.setattr(server, "GOODBYE_SECONDS", 0.2)
-    monkeypatch.setattr(chat, "answer", answer)
+    monkeypatch.setattr(chat, "answer", answer_without_end)
     with ThreadPoolExecutor(2) as pool:
         with serving(chat) as address:
             body = {"model": "tiny", "messages": HELLO}
@@ -455,6 +457,26 @@ def test_a_server_that_stops_ends_its_answers_with_a_sentence_and_no_fault(
     assert (error["message"], error["type"]) == ("the server was stopped", "server_error")
     assert not caplog.records
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_waits_for_no_answer_and_reports_no_fault(chat, caplog) -> None:
+    with (
+        patch.object(chat, "answer", answer_without_end),
+        server.listen("127.0.0.1", 0) as listening,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        running = server.make_server(chat, "tiny", names_of("127.0.0.1", ()))
+        served = pool.submit(running.run, sockets=[listening])
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        waiting = pool.submit(post, url, {"model": "tiny", "messages": HELLO}, timeout=30)
+        time.sleep(0.3)
+        began = time.monotonic()
+        for _ in range(2):
+            running.handle_exit(signal.SIGINT, None)
+        served.exception()  # the signal, again
+    assert waiting.result().status_code == 503
+    assert time.monotonic() - began < server.GOODBYE_SECONDS - 1
+    assert not caplog.records
 
 
 def test_no_address_is_not_every_network() -> None:

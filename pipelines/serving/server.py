@@ -10,6 +10,7 @@ import asyncio
 import socket
 from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import aclosing, suppress
+from http import HTTPStatus
 from types import FrameType
 from typing import TYPE_CHECKING, Any
 
@@ -157,10 +158,16 @@ def _place(body: Any, found: Mapping[str, Any]) -> list[str]:  # noqa: ANN401  (
     return [*parts, *(name for name in map(str, missing) if name not in parts[-1:])]
 
 
-async def _refuse(_request: Request, error: Exception) -> JSONResponse:
+async def _refuse(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, AnyHTTPException)  # noqa: S101
+    sentence = str(error.detail)
+    if sentence == HTTPStatus.NOT_FOUND.phrase:  # the router's own word
+        sentence = (
+            f"there is nothing at {shortened(request.url.path)}; there are /v1/chat/completions and"
+            " /v1/models"
+        )
     # the reply to a refused method has a header with the allowed ones
-    return JSONResponse(error_body(str(error.detail)), error.status_code, headers=error.headers)
+    return JSONResponse(error_body(sentence), error.status_code, headers=error.headers)
 
 
 async def _refuse_request(_request: Request, error: Exception) -> JSONResponse:

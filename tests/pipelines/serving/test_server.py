@@ -176,7 +176,8 @@ def test_fields_that_ask_for_nothing_may_be_given(client, url) -> None:
         "response_format": {"type": "text"}, "tool_choice": "none", "logit_bias": {}, "tools": [],
         "service_tier": "auto", "modalities": ["text"], "parallel_tool_calls": False,
         "top_logprobs": 0, "logprobs": False, "n": 1, "prompt_cache_key": "a",
-        "safety_identifier": "b",
+        "safety_identifier": "b", "prompt_cache_retention": "24h",
+        "stream_options": {"include_usage": None},
     }  # fmt: skip
     unasked = dict.fromkeys(["trace", "functions", "reasoning_effort", "prediction", "audio"])
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 8}
@@ -210,6 +211,11 @@ def test_an_answer_of_no_text_may_stand_in_a_conversation(client) -> None:
         ({"temperature": 3}, 400, "temperature: Input should be less than or equal to 2"),
         ({"max_tokens": 0}, 400, "max_tokens: Input should be greater than or equal to 1"),
         ({"n": 2}, 400, "n: Input should be 1"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            400,
+            "response_format.type: Input should be 'text'",
+        ),
         ({"tools": [{"type": "function"}]}, 400, "tools: List should have at most 0 items"),
         ({"trase": True}, 400, "trase: Extra inputs are not permitted"),
         ({"messages": [{}] * 30_000}, 400, "it has more than 30000 values"),
@@ -314,7 +320,11 @@ def test_half_a_body_is_not_waited_for(
 
 
 def test_an_unknown_path_and_method_have_their_status(url) -> None:
-    assert httpx.get(f"{url}/embeddings").json()["error"]["message"] == "Not Found"
+    unknown = post(f"{url}/..", {"model": "tiny", "messages": HELLO})  # an address without /v1
+    assert unknown.status_code == 404
+    assert unknown.json()["error"]["message"] == (
+        "there is nothing at /chat/completions; there are /v1/chat/completions and /v1/models"
+    )
     refused = httpx.get(f"{url}/chat/completions")
     assert refused.status_code == 405
     assert refused.headers["allow"] == "POST"

@@ -93,7 +93,11 @@ class Message(BaseModel):
 
 
 class StreamOptions(BaseModel):
-    include_usage: bool = False
+    include_usage: bool | None = None
+
+
+class ResponseFormat(BaseModel):
+    type: Literal["text"]
 
 
 class ChatRequest(BaseModel):
@@ -124,7 +128,7 @@ class ChatRequest(BaseModel):
     parallel_tool_calls: Literal[False] | None = None
     top_logprobs: Literal[0] | None = None
     logit_bias: Annotated[dict[str, object], Field(max_length=0)] | None = None
-    response_format: dict[Literal["type"], Literal["text"]] | None = None
+    response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
     service_tier: Literal["auto"] | None = None
 
@@ -133,6 +137,7 @@ class ChatRequest(BaseModel):
     metadata: dict[str, str] | None = None
     store: bool | None = None
     prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
     safety_identifier: str | None = None
 
     @model_validator(mode="before")
@@ -180,4 +185,4 @@ class ChatRequest(BaseModel):
     @property
     def wants_usage(self) -> bool:
         """Whether a stream ends with the token counts."""
-        return self.stream_options is not None and self.stream_options.include_usage
+        return self.stream_options is not None and bool(self.stream_options.include_usage)

@@ -10,6 +10,8 @@ import asyncio
 import socket
 from collections.abc import AsyncGenerator, Collection, Mapping
 from contextlib import aclosing, suppress
+from http import HTTPStatus
+from types import FrameType
 from typing import TYPE_CHECKING, Any
 
 import uvicorn
@@ -156,10 +158,16 @@ def _place(body: Any, found: Mapping[str, Any]) -> list[str]:  # noqa: ANN401  (
     return [*parts, *(name for name in map(str, missing) if name not in parts[-1:])]
 
 
-async def _refuse(_request: Request, error: Exception) -> JSONResponse:
+async def _refuse(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, AnyHTTPException)  # noqa: S101
+    sentence = str(error.detail)
+    if sentence == HTTPStatus.NOT_FOUND.phrase:  # the router's own word
+        sentence = (
+            f"there is nothing at {shortened(request.url.path)}; there are /v1/chat/completions and"
+            " /v1/models"
+        )
     # the reply to a refused method has a header with the allowed ones
-    return JSONResponse(error_body(str(error.detail)), error.status_code, headers=error.headers)
+    return JSONResponse(error_body(sentence), error.status_code, headers=error.headers)
 
 
 async def _refuse_request(_request: Request, error: Exception) -> JSONResponse:
@@ -224,3 +232,10 @@ class _Server(uvicorn.Server):
         """Wait `GOODBYE_SECONDS` for unfinished answers, then end them."""
         asyncio.get_running_loop().call_later(GOODBYE_SECONDS, self._thread.stop)
         await super().shutdown(sockets)
+
+    def handle_exit(self, sig: int, frame: FrameType | None) -> None:
+        """Stop at the first signal; at a second one, end unfinished answers at once."""
+        if self.should_exit:
+            self._thread.stop()  # uvicorn itself would cancel them, with a traceback for each
+        else:
+            super().handle_exit(sig, frame)

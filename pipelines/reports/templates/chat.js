@@ -69,7 +69,7 @@ async function* tokensOf(expert, messages, signal) {
       if (body.error) throw new Error(body.error.message);
       const choice = body.choices[0];
       if (choice.finish_reason === "length") yield null;
-      yield* choice.trace ?? [];
+      for (const token of choice.trace ?? []) yield { ...token, layers: runsOf(token.layers) };
     }
   }
 }
@@ -237,7 +237,7 @@ form.querySelector("#download").addEventListener("click", () => {
 
 // ---- the experts of a token
 
-// neighbouring layers with one expert are shown together
+// neighbouring layers with one expert are kept together: a browser keeps some millions of characters
 function runsOf(layers) {
   const runs = [];
   for (const { layer, expert } of layers) {
@@ -256,7 +256,7 @@ function show(span) {
   element("b", JSON.stringify(text), tip);
   element("span", "  " + expert + (layers.length ? ", " + share.toFixed(2) + " over all layers" : ""), tip);
   const list = element("ol", "", tip, "layers");
-  for (const run of runsOf(layers)) {
+  for (const run of layers) {
     const numbers = run.from === run.to ? "layer " + run.from : "layers " + run.from + "–" + run.to;
     const item = element("li", numbers + " ", list);
     element("span", run.expert, item, "t e" + state.experts.indexOf(run.expert));
@@ -290,6 +290,7 @@ turns.addEventListener("keydown", (event) => {
   event.preventDefault();
   const spans = [...event.target.children], place = spans.indexOf(at) + step;
   const next = spans[Math.max(0, Math.min(spans.length - 1, place))];
+  next?.scrollIntoView({ block: "nearest" });
   if (next) show(next);
 });
 

@@ -6,7 +6,7 @@ import json
 import re
 import time
 from typing import TYPE_CHECKING, Any
-from unittest.mock import patch
+from unittest.mock import Mock, patch
 
 import httpx
 import pytest
@@ -17,7 +17,7 @@ from selenium.webdriver.support.ui import WebDriverWait
 
 from meteora.model.chat import Answer
 from meteora.model.fused import UnknownExpertError
-from meteora.model.trace import Token
+from meteora.model.trace import LayerWinner, Token
 from pipelines.serving.page import chat_page
 from tests.pipelines.reports.html_reader import Elements
 from tests.pipelines.serving.conftest import serving
@@ -270,7 +270,7 @@ def test_on_a_phone_in_the_dark_nothing_is_wider_than_the_screen(page: Page) -> 
 def test_a_long_name_of_an_expert_is_whole_among_the_layers_of_a_token(page: Page) -> None:
     page.run(
         "const span = document.querySelector('#turns').appendChild(document.createElement('span'));"
-        "const layers = [{ layer: 0, expert: 'x'.repeat(100) }];"
+        "const layers = [{ from: 0, to: 0, expert: 'x'.repeat(100) }];"
         "span.token = { text: 'a', expert: 'x', share: 1, layers };"
         "show(span);"
     )
@@ -293,6 +293,46 @@ def test_a_tab_that_is_loaded_again_still_has_its_conversation(page: Page) -> No
     page.one("#reset").click()
     page.browser.refresh()
     assert page.texts() == []
+
+
+@pytest.mark.browser
+def test_a_tab_keeps_a_token_of_many_layers_in_few_characters(page: Page, chat) -> None:
+    layers = tuple(LayerWinner(layer, 1, 0.5) for layer in range(100))
+    token = Token("on", 1, 0.5, layers)
+
+    def answer(_messages, *, on_token, **_asked) -> Answer:
+        on_token(token)
+        return Answer("on", (token,), truncated=False, num_new=2, num_prompt=1, num_cached=0)
+
+    with patch.object(chat, "answer", answer):
+        page.ask("hello")
+    assert page.run("return sessionStorage.getItem(KEY).length") < 300
+    page.all("article .t")[0].click()
+    assert "layers 0–99" in page.one(".tip").text
+
+
+@pytest.mark.browser
+def test_arrow_keys_bring_a_token_into_sight(page: Page) -> None:
+    tokens = [{"text": f"{i}\n", "expert": "q_and_v", "share": 1, "layers": []} for i in range(99)]
+    answers = [{"expert": "", "tokens": tokens, "waits": False, "cut": False, "error": ""}]
+    page.run("state.turns.push(arguments[0]); keep()", {"question": "7", "answers": answers})
+    page.browser.refresh()
+    page.run("scrollTo(0, 0)")
+    page.one("article .text").send_keys(*[Keys.ARROW_RIGHT] * 90)
+    top, floor = page.run("return [at, dock].map((one) => one.getBoundingClientRect().top)")
+    assert 0 < top < floor
+    assert page.one(".tip").text.startswith(json.dumps("89\n"))
+
+
+@pytest.mark.browser
+def test_an_expert_with_two_spaces_in_its_name_answers_alone(browser, chat, monkeypatch) -> None:
+    monkeypatch.setattr(chat, "experts", ("a  b", *chat.experts[1:]))
+    answer = Answer("", (), truncated=False, num_new=1, num_prompt=1, num_cached=0)
+    asked = Mock(return_value=answer)
+    monkeypatch.setattr(chat, "answer", asked)
+    with serving(chat, page_of(chat, "a  b")) as address:
+        Page(browser, f"{address}/").ask("hello")
+    assert asked.call_args.kwargs["expert"] == "a  b"
 
 
 @pytest.mark.browser

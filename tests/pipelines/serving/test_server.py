@@ -6,6 +6,7 @@ import ast
 import asyncio
 import json
 import logging
+import signal
 import socket
 import threading
 import time
@@ -175,7 +176,8 @@ def test_fields_that_ask_for_nothing_may_be_given(client, url) -> None:
         "response_format": {"type": "text"}, "tool_choice": "none", "logit_bias": {}, "tools": [],
         "service_tier": "auto", "modalities": ["text"], "parallel_tool_calls": False,
         "top_logprobs": 0, "logprobs": False, "n": 1, "prompt_cache_key": "a",
-        "safety_identifier": "b",
+        "safety_identifier": "b", "prompt_cache_retention": "24h",
+        "stream_options": {"include_usage": None},
     }  # fmt: skip
     unasked = dict.fromkeys(["trace", "functions", "reasoning_effort", "prediction", "audio"])
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 8}
@@ -209,6 +211,11 @@ def test_an_answer_of_no_text_may_stand_in_a_conversation(client) -> None:
         ({"temperature": 3}, 400, "temperature: Input should be less than or equal to 2"),
         ({"max_tokens": 0}, 400, "max_tokens: Input should be greater than or equal to 1"),
         ({"n": 2}, 400, "n: Input should be 1"),
+        (
+            {"response_format": {"type": "json_schema", "json_schema": {"name": "a"}}},
+            400,
+            "response_format.type: Input should be 'text'",
+        ),
         ({"tools": [{"type": "function"}]}, 400, "tools: List should have at most 0 items"),
         ({"trase": True}, 400, "trase: Extra inputs are not permitted"),
         ({"messages": [{}] * 30_000}, 400, "it has more than 30000 values"),
@@ -313,7 +320,11 @@ def test_half_a_body_is_not_waited_for(
 
 
 def test_an_unknown_path_and_method_have_their_status(url) -> None:
-    assert httpx.get(f"{url}/embeddings").json()["error"]["message"] == "Not Found"
+    unknown = post(f"{url}/..", {"model": "tiny", "messages": HELLO})  # an address without /v1
+    assert unknown.status_code == 404
+    assert unknown.json()["error"]["message"] == (
+        "there is nothing at /chat/completions; there are /v1/chat/completions and /v1/models"
+    )
     refused = httpx.get(f"{url}/chat/completions")
     assert refused.status_code == 405
     assert refused.headers["allow"] == "POST"
@@ -432,16 +443,17 @@ def test_a_fault_in_the_middle_of_a_stream_is_its_last_event(chat, url) -> None:
     assert "out of memory" in json.loads(last.removeprefix("data: "))["error"]["message"]
 
 
+def answer_without_end(_messages, *, on_token, **_asked):
+    while True:  # until nobody waits for it
+        on_token(Token("on ", 0, 1.0))
+        time.sleep(0.02)
+
+
 def test_a_server_that_stops_ends_its_answers_with_a_sentence_and_no_fault(
     chat, capsys, monkeypatch, caplog
 ) -> None:
-    def answer(_messages, *, on_token, **_asked):
-        while True:  # until nobody waits for it
-            on_token(Token("on ", 0, 1.0))
-            time.sleep(0.02)
-
     monkeypatch.setattr(server, "GOODBYE_SECONDS", 0.2)
-    monkeypatch.setattr(chat, "answer", answer)
+    monkeypatch.setattr(chat, "answer", answer_without_end)
     with ThreadPoolExecutor(2) as pool:
         with serving(chat) as address:
             body = {"model": "tiny", "messages": HELLO}
@@ -455,6 +467,26 @@ def test_a_server_that_stops_ends_its_answers_with_a_sentence_and_no_fault(
     assert (error["message"], error["type"]) == ("the server was stopped", "server_error")
     assert not caplog.records
     assert "Traceback" not in capsys.readouterr().err
+
+
+def test_a_second_ctrl_c_waits_for_no_answer_and_reports_no_fault(chat, caplog) -> None:
+    with (
+        patch.object(chat, "answer", answer_without_end),
+        server.listen("127.0.0.1", 0) as listening,
+        ThreadPoolExecutor(2) as pool,
+    ):
+        running = server.make_server(chat, "tiny", names_of("127.0.0.1", ()))
+        served = pool.submit(running.run, sockets=[listening])
+        url = f"http://127.0.0.1:{listening.getsockname()[1]}/v1"
+        waiting = pool.submit(post, url, {"model": "tiny", "messages": HELLO}, timeout=30)
+        time.sleep(0.3)
+        began = time.monotonic()
+        for _ in range(2):
+            running.handle_exit(signal.SIGINT, None)
+        served.exception()  # the signal, again
+    assert waiting.result().status_code == 503
+    assert time.monotonic() - began < server.GOODBYE_SECONDS - 1
+    assert not caplog.records
 
 
 def test_no_address_is_not_every_network() -> None:

@@ -116,13 +116,26 @@ def find_pool(
         return None, ()
     most = most_prompts(recipe, len(fused.names))
     rows = read_rows(source, folder, most, token_of, answered=False)
-    prompts = prompts_of(rows, examples)[: MAX_PROMPTS - sum(map(len, known.values()))]
+    prompts = pool_prompts(source, rows, examples)
+    prompts = prompts[: MAX_PROMPTS - sum(map(len, known.values()))]
+    return PoolSpec(fused.id, canonical_sha256(prompts), *how), tuple(prompts)
+
+
+def pool_prompts(
+    source: str, rows: Sequence[Row], examples: Mapping[str, Sequence[Row]]
+) -> list[str]:
+    """The different prompts of a pool that are no examples already.
+
+    Raises:
+        ExamplesError: There are fewer than two.
+    """
+    prompts = prompts_of(rows, examples)
     if len(prompts) < 2:
         raise ExamplesError(
             f"gates.pool, {source}: {len(prompts)} prompts that are no examples already; a pool"
             " needs many of each expert's task"
         )
-    return PoolSpec(fused.id, canonical_sha256(prompts), *how), tuple(prompts)
+    return prompts
 
 
 def with_claims(
@@ -165,10 +178,16 @@ def refuse_too_few(
     recipe: Recipe,
     examples: Mapping[str, Sequence[Row]],
     spans: Sequence[SpannedRow | SpannedTurns],
+    *,
+    whole: bool,
 ) -> None:
     """Refuse too few examples of an expert for its gate, or of all experts for the composites.
 
     With composites one example is enough for a gate: it occurs in several of them.
+
+    Args:
+        whole: Whether these are the examples of all experts. If not, composites are not looked at:
+            the fewer experts there are, the more examples of each they take.
 
     Raises:
         ExamplesError: There are too few.
@@ -182,7 +201,7 @@ def refuse_too_few(
                 " least, one to fit and one to check: give it more"
             )
     own = {name: rows for name, rows in examples.items() if name != NULL}
-    for mixed in recipe.gates.composites if own else ():
+    for mixed in recipe.gates.composites if own and whole else ():
         rows_of = mixable(own)
         try:
             compose(rows_of, mixed.n, 1, recipe.gates.seed, mixed.num_fewshot)

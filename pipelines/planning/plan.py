@@ -151,7 +151,7 @@ def make_plan(
     with_own = [name for name in names if name in examples] if is_dealt else names
     spans = read_spans(recipe.gates.spans, folder, with_own) if asks_for_spans(recipe) else []
     check_overlaps(recipe, folder, examples, spans, tests, prompts)
-    refuse_too_few(recipe, examples, spans)
+    refuse_too_few(recipe, examples, spans, whole=is_dealt)
     router = _router(recipe, fused, examples, spans, pool)
     return replace(
         plan_benchmark(base, fused, router, tasks, recipe.benchmark),

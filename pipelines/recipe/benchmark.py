@@ -19,6 +19,7 @@ System = Literal[
 ]  # fmt: skip
 OF_CONVERSATIONS = ("single", "swap", "alora")
 """Systems that answer conversations only."""
+LEADERBOARD = re.compile(r"[\w.-]+/[\w.-]+/[\w.-]+")
 MIX = re.compile(r"(composite|conversation)-\d.*")
 """The names of composites and conversations, which no other task may have."""
 
@@ -29,6 +30,14 @@ class Section(BaseModel):
     model_config = ConfigDict(
         frozen=True, extra="forbid", strict=True, use_attribute_docstrings=True
     )
+
+    @model_validator(mode="before")
+    @classmethod
+    def _null_is_not_there(cls, body: object) -> object:
+        """A section or a list whose lines are all commented out is null."""
+        if not isinstance(body, dict):
+            return body
+        return {k: v for k, v in body.items() if v is not None or k not in cls.model_fields}
 
 
 class TaskSection(Section):
@@ -52,8 +61,15 @@ class TaskSection(Section):
     """Greatest number of rows. Default: as in `benchmark`."""
     num_fewshot: Annotated[int, Field(ge=0, le=64)] = 0
     """Solved examples in each prompt of a task of lm-eval."""
-    leaderboard: Annotated[str, Field(pattern=r"^$|^[\w.-]+/[\w.-]+/[\w.-]+$")] = ""
+    leaderboard: str = ""
     """The Hub's name for this benchmark: owner/dataset/task, as in its `eval.yaml`."""
+
+    @field_validator("leaderboard")
+    @classmethod
+    def _leaderboard_is_a_task(cls, value: str) -> str:
+        if value and not LEADERBOARD.fullmatch(value):
+            raise ValueError(f"{value!r} is not owner/dataset/task")
+        return value
 
     @property
     def called(self) -> str:

@@ -106,9 +106,8 @@ class JointSection(_Common):
 
 
 def _method(section: object) -> object:
-    if isinstance(section, dict):
-        return section.get("method", "calibrate")
-    return getattr(section, "method", None)
+    asked = section.get("method") if isinstance(section, dict) else getattr(section, "method", None)
+    return "calibrate" if asked is None else asked
 
 
 METHODS = ("calibrate", "joint")

@@ -22,20 +22,12 @@ from meteora.checkpoint.manifest import MAX_EXPERTS, MAX_MARGIN, MAX_TEMPERATURE
 from meteora.untrusted.findings import did_you_mean, not_utf8
 from meteora.untrusted.strict_yaml import StrictYAMLError, parse_yaml
 from pipelines.recipe.benchmark import MIX, BenchmarkSection, Section, known_metrics
-from pipelines.recipe.gates import METHODS, CalibrateSection, GatesSection
-from pipelines.recipe.keys import TIME, keys_of, suggest
+from pipelines.recipe.faults import explain
+from pipelines.recipe.gates import CalibrateSection, GatesSection
+from pipelines.recipe.keys import TIME
 from pipelines.recipe.publish import PublishSection  # noqa: TC001  (pydantic reads it)
 
 LONGEST_NAME = 64
-NUMBERS = ("int_type", "float_type", "bool_type")
-"""Pydantic's error types for a value that must be a number, or true or false."""
-KINDS = {
-    "tuple_type": "Input should be a list",
-    "model_type": "Input should be a section, with keys of its own",
-}
-"""Clearer messages for pydantic's errors about a tuple, and about an instance of a class."""
-MOST_FAULTS = 20
-"""Most faults of a recipe in one message."""
 AUTO = "auto"
 """Examples from the adapter's card, or written by the adapter itself."""
 NAME = re.compile(rf"[A-Za-z0-9][A-Za-z0-9_.-]{{0,{LONGEST_NAME - 1}}}")
@@ -387,12 +379,10 @@ class Recipe(Section):
             raise RecipeError(f"{path}: not readable as YAML: {error}") from error
         if not isinstance(body, dict):
             raise RecipeError(f"{path}: a recipe is a mapping with `base` and `experts`")
-        # a section whose keys are all commented out is null
-        sections = {k: v for k, v in body.items() if v is not None or k not in cls.model_fields}
         try:
-            return cls.model_validate(_tuples(sections))
+            return cls.model_validate(_tuples(body))
         except ValidationError as error:
-            raise RecipeError(f"{path}: {explain(error)}") from error
+            raise RecipeError(f"{path}: {explain(error, cls)}") from error
 
 
 def read_recipe(path: Path) -> bytes:
@@ -416,41 +406,6 @@ def _tuples(value: object) -> object:
     if isinstance(value, dict):
         return {key: _tuples(item) for key, item in value.items()}
     return tuple(_tuples(item) for item in value) if isinstance(value, list) else value
-
-
-def explain(error: ValidationError) -> str:
-    """Each fault of a recipe with its place, on one line."""
-    parts, faults = [], error.errors()
-    paths = [key.path for key in keys_of(Recipe)]
-    for fault in faults[:MOST_FAULTS]:
-        steps = [str(step) for step in fault["loc"]]
-        if steps[:1] == ["gates"] and steps[1:2] and steps[1] in METHODS:
-            del steps[1]  # pydantic's name for the kind of section; it is not in the file
-        place = ".".join(steps) or "recipe"
-        if fault["type"] == "extra_forbidden":
-            path = ".".join(step for step in steps if not step.isdecimal())
-            parts.append(f"unknown key {place:.200}{suggest(path, paths)}")
-        else:
-            message = KINDS.get(fault["type"], fault["msg"].removeprefix("Value error, "))
-            value = f" (given: {fault['input']!r:.60})"
-            if fault["type"] in {"missing", "value_error"}:
-                value = ""
-            elif fault["type"] == "too_long":
-                length, most = (fault["ctx"][key] for key in ("actual_length", "max_length"))
-                message, value = f"has {length:,} items; at most {most:,}", ""
-            elif fault["type"] in NUMBERS and _is_number(fault["input"]):
-                value = f" (given: the text {fault['input']!r:.60}; write it without quotes)"
-            parts.append(f"{place}: {message}{value}")
-    more = len(faults) - len(parts)
-    return "; ".join([*parts, *([f"and {more:,} more faults"] if more else [])])
-
-
-def _is_number(value: object) -> bool:
-    """Whether a value is a number in quotes."""
-    try:
-        return isinstance(value, str) and float(value) is not None
-    except ValueError:
-        return False
 
 
 def shipped() -> dict[str, Path]:

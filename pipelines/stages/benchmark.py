@@ -21,6 +21,7 @@ from pipelines.evaluation.tasks import Task, make_tasks
 from pipelines.planning.plan import Plan, plan_benchmark
 from pipelines.planning.recorded_tasks import recorded_tasks
 from pipelines.recipe.benchmark import MIX, BenchmarkSection, TaskSection
+from pipelines.recipe.faults import explain
 from pipelines.recipe.recipe import (
     NAME,
     NAME_RULE,
@@ -28,7 +29,6 @@ from pipelines.recipe.recipe import (
     ExpertSection,
     HubSection,
     Recipe,
-    explain,
 )
 from pipelines.recipe.stage import Stage
 from pipelines.reports import card
@@ -170,7 +170,7 @@ def _choose_tasks(
     try:
         settings = BenchmarkSection.model_validate(dict(settings) | changes)
     except ValidationError as error:
-        raise BenchmarkRequestError(explain(error)) from None
+        raise BenchmarkRequestError(explain(error, BenchmarkSection)) from None
     read = partial(read_rows, token_of=token_of_rows(request.token_for))
     tasks = recorded | make_tasks(list(own.values()), settings, folder, read)
     for name in chosen:

@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
+from pipelines.data.row_sources import read_rows
 from pipelines.planning import dry_run
 from pipelines.planning import needs as printed
 from pipelines.planning.batch_size import rows_at_once, working_bytes
@@ -19,6 +20,7 @@ from pipelines.planning.estimate import (
     assumed_ranks,
     estimate,
 )
+from pipelines.planning.row_faults import faults_of_rows
 from pipelines.recipe.benchmark import BenchmarkSection
 from pipelines.recipe.recipe import Recipe, locate
 from pipelines.workspace.context import RunContext
@@ -297,6 +299,7 @@ def test_it_ends_with_an_error_where_the_run_would(
     few = "gates.composites, n: 2: task q_and_v: 1 different prompts of its rows"
     ends(few, experts=[one, good[1]], gates=shown)
     ends("", experts=[one, good[1]], gates={"composites": [2]})
+    ends("auto: rows come from", experts=[good[0] | {"test": "auto"}, good[1]])
     parts = {"prompt": [{"text": "a"}], "response": [{"text": "b", "expert": "q_and_v"}]}
     (tmp_path / "spans.jsonl").write_text(json.dumps(parts))
     spans = {"spans": f"jsonl:{tmp_path / 'spans.jsonl'}"}
@@ -315,6 +318,21 @@ def test_it_ends_with_an_error_where_the_run_would(
         assert re.search(f"would stop: task q_and_v: the prompt '.*' has {lack}", said.stdout)
     monkeypatch.setattr(printed, "free_bytes", lambda _folder: 1)
     ends(str(tmp_path / "home"))
+
+
+def test_composites_are_judged_by_the_examples_of_all_experts(
+    workplace: Callable[..., RunContext], recipe_folder: Path, tmp_path: Path
+) -> None:
+    """Two experts take fewer examples of each than one alone does."""
+    rows = ({"prompt": text, "response": text} for text in "abc")
+    (tmp_path / "three.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+    one, other = yaml.safe_load((recipe_folder / "recipe.yaml").read_text())["experts"]
+    one |= {"examples": f"jsonl:{tmp_path / 'three.jsonl'}"}
+    gates = {"composites": [{"n": 2, "num_fewshot": 1}]}
+    (fault,) = faults_of_rows(workplace(experts=[one], gates=gates), None, read_rows)
+    assert fault.startswith("gates.composites, n: 2: task q_and_v: 3 different prompts")
+    elsewhere = other | {"examples": "hf:owner/rows"}
+    assert not faults_of_rows(workplace(experts=[one, elsewhere], gates=gates), None, read_rows)
 
 
 @pytest.mark.usefixtures("known_machine")

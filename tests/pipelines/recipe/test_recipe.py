@@ -31,10 +31,12 @@ def test_all_but_base_and_experts_may_be_left_out(tmp_path: Path) -> None:
     assert recipe.benchmark.compare == ("base", "oracle", "uniform", "arrow")
 
 
-def test_an_emptied_section_counts_as_not_there(tmp_path: Path) -> None:
+def test_an_emptied_section_or_list_counts_as_not_there(tmp_path: Path) -> None:
     text = f"base: a/b\nexperts: [{EXPERT}]\n"
     emptied = load(tmp_path, f"{text}gates:\n#  seed: 1\nbenchmark:\nrouter:\npublish:\n")
     assert emptied == load(tmp_path, text)
+    inside = "gates: {composites: , method: }\nbenchmark:\n  tasks:\n#  - lm_eval: x\n  template:\n"
+    assert load(tmp_path, f"{text}{inside}") == load(tmp_path, text)
 
 
 @pytest.mark.parametrize(
@@ -102,6 +104,25 @@ def test_a_number_is_one_in_every_form_that_people_write(tmp_path: Path, rate: s
             id="wrong type",
         ),
         pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\nrouter: {{null: 'true'}}",
+            "a valid boolean (given: the text 'true'; write it without quotes)",
+            id="true in quotes",
+        ),
+        pytest.param(
+            "base: a/b\nexperts: [{name: no, adapter: path:a, examples: jsonl:a}]",
+            "experts.0.name: Input should be a valid string (given: false, which YAML reads as no"
+            " text; write it in quotes)",
+            id="a text that YAML reads as another value",
+        ),
+        pytest.param(
+            "base: 2026-01-01\nexperts: []", "(given: 2026-01-01, which YAML reads as", id="a date"
+        ),
+        pytest.param(
+            "base: [a/b]\nexperts: []",
+            "base: Input should be a valid string (given: a list)",
+            id="a list for a text",
+        ),
+        pytest.param(
             f"base: a/b\nexperts: [{EXPERT}]\nrouter: {{top_k: two}}",
             "router.top_k: Input should be a valid integer (given: 'two')",
             id="no number",
@@ -133,6 +154,11 @@ def test_a_number_is_one_in_every_form_that_people_write(tmp_path: Path, rate: s
             f"base: a/b\nexperts: [{EXPERT}]\ngates: {{method: guess}}",
             "gates: method: Input should be 'calibrate' or 'joint'",
             id="another method",
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\ngates: joint",
+            "gates: Input should be a section, with keys of its own (given: 'joint')",
+            id="a method in place of the section",
         ),
         pytest.param(
             f"base: a/b\nexperts: [{EXPERT}]\ngates: {{steps: 5}}",
@@ -327,6 +353,19 @@ def test_gates_may_be_fitted_to_composites_that_show_solved_ones(tmp_path: Path)
             "`system_prompt` needs a chat template, and `template: plain` asks without; take one",
         ),
         ("compare: [best]", "benchmark.compare.0"),
+        (
+            "batch_size: 0",
+            "batch_size: Input should be greater than or equal to 1 or 'auto' .given: 0.$",
+        ),
+        (
+            "tasks: [{name: t, rows: x, metric: 5}]",
+            "benchmark.tasks.0.metric: Input should be a valid string or a list .given: 5, which",
+        ),
+        (
+            "tasks: [{name: t, rows: x, metric: [acc, 5]}]",
+            "recipe.yaml: benchmark.tasks.0.metric.1: Input should be a valid string .given: 5, ",
+        ),
+        ("tasks: [{lm_eval: x, leaderboard: a/b}]", "leaderboard: 'a/b' is not owner/dataset/task"),
     ],
 )
 def test_what_a_benchmark_cannot_be_asked_is_named(

@@ -14,11 +14,13 @@ from meteora.artifacts import NULL
 from meteora.checkpoint.manifest import CARD, read_manifest
 from meteora.model.generate import answer_all
 from pipelines.data.claims import Claim
+from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.flows.up_to_date import look
 from pipelines.planning import examples as planned_examples
 from pipelines.planning.plan import make_plan
 from pipelines.planning.resolve import complete
+from pipelines.planning.row_faults import faults_of_rows
 from pipelines.recipe.recipe import Recipe, RecipeError
 from pipelines.stages import build
 from pipelines.stages.pool import deal_pool
@@ -151,6 +153,17 @@ def test_a_plan_waits_for_its_pool(open_recipe: Callable[..., RunContext]) -> No
     assert not planned.examples
     mixed = open_recipe(gates={**spans, "composites": [2]}, router={"null": True})
     assert plan_of(mixed)[0].to_deal == planned.to_deal
+    (work.folder / "three.jsonl").write_text(
+        "".join(json.dumps({"prompt": f"a{p}", "response": p * 3}) + "\n" for p in "abc")
+    )
+    low, high = (one.model_dump(exclude_unset=True) for one in work.recipe.experts)
+    experts = [low | {"examples": "jsonl:three.jsonl"}, high]
+    shown = open_recipe(
+        experts=experts, gates={**spans, "composites": [{"n": 2, "num_fewshot": 1}]}
+    )
+    assert plan_of(shown)[0].to_deal  # with the examples that `high` gets, three are enough
+    assert not faults_of_rows(shown, built.spec, read_rows)
+    work = open_recipe(gates=spans)
     found = look(work)
     assert found.finished is None
     assert found.plan is not None
@@ -252,8 +265,9 @@ def test_a_pool_that_cannot_be_used_is_refused_before_any_work(
     work = open_recipe(gates=changed)
     write(work.folder / "one.jsonl", [{"prompt": "a b"}, {"prompt": "a  b"}])
     write(work.folder / "bad.jsonl", [{"question": "a"}])
-    with pytest.raises(ExamplesError, match=said):
+    with pytest.raises(ExamplesError, match=said) as refused:
         plan_of(work)
+    assert faults_of_rows(work, None, read_rows) == [str(refused.value)]
 
 
 def test_a_pool_is_for_those_whose_cards_may_name_nothing(

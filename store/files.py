@@ -124,7 +124,7 @@ def leftovers(root: Path, pattern: str = "tmp/*") -> list[Path]:
     stale = []
     for path in root.glob(pattern):
         with suppress(FileNotFoundError):  # its writer has just finished
-            if all(part.stat().st_mtime < oldest for part in (path, *path.rglob("*"))):
+            if all(part.lstat().st_mtime < oldest for part in (path, *path.rglob("*"))):
                 stale.append(path)
     return stale
 

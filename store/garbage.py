@@ -8,14 +8,14 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from store.files import STALE_SECONDS, leftovers, size_of
+from store.files import STALE_SECONDS, leftovers
 
 if TYPE_CHECKING:
     from store.blobs import Blobs
     from store.records import Records
 
-STOPPED = ("bases/*.partial", "adapters/*/*.partial", "runs/*", "training/*", "answers/*")
-"""Work of runs that were stopped; a run that needs it continues it."""
+STOPPED = ("bases/*.partial", "adapters/*/*.partial", "runs/*/", "training/*", "answers/*")
+"""Work of runs that were stopped; a run that needs it continues it. Files in `runs` are locks."""
 SHA256_IN_TEXT = re.compile(rb"[0-9a-f]{64}")
 
 
@@ -36,7 +36,7 @@ class Garbage:
 
 
 def garbage(home: Path, records: Records, blobs: Blobs) -> Garbage:
-    """Blobs that no record mentions, and leftovers of killed writers; all at least an hour old.
+    """Blobs that no record mentions, leftovers and stopped work; all at least an hour old.
 
     Raises:
         DamagedError: a record cannot be read, so its blobs are not known.
@@ -57,5 +57,11 @@ def garbage(home: Path, records: Records, blobs: Blobs) -> Garbage:
     for pattern in STOPPED:
         files += leftovers(home, pattern)
     blob_names = sorted(unused)
-    sizes = [size_of(path) for path in (*map(blobs.place_of, blob_names), *files)]
+    sizes = [_num_bytes(path) for path in (*map(blobs.place_of, blob_names), *files)]
     return Garbage(tuple(blob_names), tuple(files), tuple(sizes))
+
+
+def _num_bytes(path: Path) -> int:
+    """Bytes of a file, or of all files in a folder; a link has not those of its target."""
+    parts = (path, *path.rglob("*"))
+    return sum(part.lstat().st_size for part in parts if not part.is_dir())

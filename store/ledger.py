@@ -134,7 +134,9 @@ class Ledger(Recording):
             raise StoreError(f"the store cannot be verified now ({error})") from None
 
     def gc(self, *, remove: bool = False) -> Garbage:
-        """List files that nothing refers to; with `remove`, remove them. Not during a run.
+        """List files that nothing refers to, and work that was stopped; with `remove`, remove them.
+
+        Not during a run.
 
         Raises:
             BusyError: a run is going on; its blobs may not be recorded yet.

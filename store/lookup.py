@@ -20,6 +20,9 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+ARTIFACT = {"spec", "weights_sha256", "built"}
+"""Fields of every record of an artifact; a forged one without them is in no table either."""
+
 
 class Lookup:
     """Finds records by kind and subject."""
@@ -121,5 +124,6 @@ def _about(records: dict[str, Record], kind: str, subjects: Collection[str] | No
         (record.at, sha256)
         for sha256, record in records.items()
         if record.kind == kind and (wanted is None or record.subject in wanted)
+        if kind != "artifact" or record.body.keys() >= ARTIFACT
     )
     return [records[sha256] for _, sha256 in sorted(matching)]

@@ -147,6 +147,10 @@ def load_config(folder: Path, gguf_file: str | None = None) -> PretrainedConfig:
             f" own, which is never run, or its config is damaged ({brief(error)}); take a base that"
             " it knows"
         ) from error
+    if config.model_type == "meteora":
+        raise SourceError(
+            f"{folder} is a fused checkpoint, and no base; take the base that it was made on"
+        )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise SourceError(
             f"{folder}: {config.model_type} is no language model that transformers loads with"

@@ -106,11 +106,12 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
 
 _PICTURES = {code: 0x2400 + code for code in range(32) if chr(code) not in "\n\t"}
 _PICTURES |= {0x7F: 0x2421} | dict.fromkeys(range(0x80, 0xA0), 0xFFFD)
+_PICTURES |= dict.fromkeys((*range(0x202A, 0x202F), *range(0x2066, 0x206A)), 0xFFFD)  # bidi
 
 
 def for_terminal(text: str) -> str:
     """Return text with pictures of its control characters, so that none moves the cursor.
 
-    Line breaks and tabs stay.
+    Those that turn the direction of what follows are replaced, too. Line breaks and tabs stay.
     """
     return text.translate(_PICTURES)

@@ -180,7 +180,11 @@ def gc(
     home: options.Home = options.DEFAULT_HOME,
     as_json: options.AsJson = False,
 ) -> None:
-    """List files that nothing refers to, with their sizes in bytes; remove them with --yes."""
+    """List files that nothing refers to, with their sizes in bytes; remove them with --yes.
+
+    Work of runs that were stopped an hour ago or earlier is among them: without it the next run
+    begins anew what it would have continued.
+    """
     garbage = options.open_ledger(home).gc(remove=yes)
     names = (*garbage.blobs, *map(str, garbage.files))
     found = zip(names, garbage.sizes, strict=True)

@@ -22,7 +22,7 @@ from pipelines.hub.bundle import Bundle, make_bundle
 from pipelines.hub.errors import HubReferenceError
 from pipelines.hub.upload import Repository, hub_to_publish
 from pipelines.publishing import licences
-from pipelines.publishing.signing import SIGNATURE
+from pipelines.publishing.signing import SIGNATURE, is_signed
 from pipelines.recipe.publish import is_tag
 from pipelines.reports import card
 from pipelines.reports.hub_metadata import EVAL_RESULTS
@@ -158,7 +158,7 @@ def _bundle(folder: Path, repo_id: str, scratch: Path) -> Bundle:
     A signature is published, too; then the card must stay unchanged.
     """
     names = (*FILES, SIGNATURE, EVAL_RESULTS)
-    signed = (folder / SIGNATURE).is_file()
+    signed = is_signed(folder)
     for name in names:
         (scratch / name).parent.mkdir(exist_ok=True)
         if name == CARD and (folder / name).is_file() and not signed:

@@ -267,18 +267,20 @@ def _train_one(
     batches = lessons(tokenizer, shuffled_for_ever(short))
     folder = local_folder(expert, work.folder)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    # made before the training, so that a read-only place fails at once
-    with tempfile.TemporaryDirectory(dir=folder.parent, prefix=".training-") as scratch:
+    beside = partial(tempfile.TemporaryDirectory, dir=folder.parent, prefix=".training-")
+    with beside():  # a read-only place fails at once; a kill during the training leaves nothing
+        pass
+    try:
+        losses = fit(model, batches, steps=settings.steps, peak=settings.peak, what=expert.name)
+    except RuntimeError as error:
+        if not is_out_of_memory(error):
+            raise
+        raise AdapterTrainingError(
+            f"{expert.name}: the device has too little memory to train it; take"
+            " `quantise: 4bit`, rows with shorter prompts, or a larger device"
+        ) from error
+    with beside() as scratch:
         made = Path(scratch) / "adapter"
-        try:
-            losses = fit(model, batches, steps=settings.steps, peak=settings.peak, what=expert.name)
-        except RuntimeError as error:
-            if not is_out_of_memory(error):
-                raise
-            raise AdapterTrainingError(
-                f"{expert.name}: the device has too little memory to train it; take"
-                " `quantise: 4bit`, rows with shorter prompts, or a larger device"
-            ) from error
         # a local base is named without its path, which means nothing on another machine
         name = spec.base_model if on_hub else spec.base_model.rpartition("/")[2]
         save(model, made, name.removeprefix(PATH))

@@ -242,6 +242,22 @@ def test_a_forged_start_of_a_run_is_left_out(
     assert "the run-started of 'forged' is left out" in caplog.text
 
 
+@pytest.mark.parametrize("field", ["weights_sha256", "spec", "built"])
+def test_a_forged_artifact_counts_as_not_recorded(field: str, shelf: Shelf) -> None:
+    """Even where it is the earliest record about its subject."""
+    shelf.make(shelf.base)
+    spec = shelf.adapter(1)
+    body = {"id": spec.id, "spec": spec.to_dict(), "weights_sha256": "", "built": None}
+    del body[field]
+    forged = Record("artifact", spec.id, body, "forged", "2026-01-01T00:00:00Z")
+    shelf.ledger.records.write(forged)
+    assert shelf.ledger.weights_of(spec.id) is None
+    shelf.make(spec)
+    assert shelf.ledger.weights_of(spec.id)
+    shelf.ledger.ingest()
+    assert shelf.ledger.weights_of(spec.id)
+
+
 def test_a_recipe_runs_once_at_a_time(shelf: Shelf) -> None:
     running = shelf.ledger.running
     with (

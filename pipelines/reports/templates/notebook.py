@@ -24,11 +24,20 @@ with app.setup:
         return [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
 
     def table(rows):
-        """The rows with numbers of four digits behind the point, or a word where there are none."""
+        """The rows with numbers of four digits behind the point, or a word where there are none.
+
+        Of a p-value, whose column is called `p_…`, the first two digits count.
+        """
         if not rows:
             return mo.md("*Nothing is recorded.*")
         numbers = [name for name, value in rows[0].items() if isinstance(value, float)]
-        return mo.ui.table(rows, selection=None, format_mapping=dict.fromkeys(numbers, "{:.4f}"))
+        return mo.ui.table(
+            rows,
+            selection=None,
+            format_mapping={
+                name: "{:.2g}" if name.startswith("p_") else "{:.4f}" for name in numbers
+            },
+        )
 
     def plot_intervals(rows, unit):
         """A point with its interval for each row, on a line for each task."""

@@ -26,6 +26,7 @@ from meteora.base.loading import (
 )
 from meteora.base.placement import own_head
 from meteora.base.sources import SourceError
+from meteora.checkpoint.manifest import CONFIG, CONFIG_TEXT
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -38,6 +39,12 @@ WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
 def base(build_base: Callable[[str], Path], tmp_path: Path) -> Path:
     """A tiny base that may be damaged."""
     return shutil.copytree(build_base("llama"), tmp_path / "base")
+
+
+def test_a_fused_checkpoint_is_no_base(tmp_path: Path) -> None:
+    (tmp_path / CONFIG).write_text(CONFIG_TEXT)
+    with pytest.raises(SourceError, match="is a fused checkpoint, and no base"):
+        load_folder(tmp_path)
 
 
 @pytest.mark.parametrize("part", ["lm_head.", "model.layers.1.mlp."])

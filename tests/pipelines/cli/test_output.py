@@ -89,6 +89,11 @@ def test_markdown_has_one_line_a_row_whatever_is_in_it(capsys: pytest.CaptureFix
     ]
 
 
+def test_no_cell_turns_the_text_after_it(printed: Callable[..., str]) -> None:
+    shown = printed(Answer(("a",), [("\u202egpj.exe \u2066\x1b[2J",)]))
+    assert "\ufffdgpj.exe \ufffd␛[2J" in shown
+
+
 def test_a_small_number_is_not_shown_as_zero(capsys: pytest.CaptureFixture[str]) -> None:
     numbers = (0.0, 0.0005, -0.12345, 0.00049, -1e-7, 1234.5678, 1e300, float("nan"))
     print_answer(Answer(tuple("abcdefgh"), [numbers]), "markdown")

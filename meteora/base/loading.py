@@ -306,7 +306,8 @@ def fingerprint(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) ->
 
 def _largest(text: PretrainedConfig, name: str) -> int:
     """A size in a config, 0 if it has none; the largest where layers differ, as Gemma 4's do."""
-    sizes = [getattr(layer, name, None) or 0 for layer in text.per_layer_config]
+    layers = text.per_layer_config if text.is_heterogeneous else [text]
+    sizes = [getattr(layer, name, None) or 0 for layer in layers]
     return max(max(size) if isinstance(size, list) else size for size in sizes)  # Gemma 3n's
 
 

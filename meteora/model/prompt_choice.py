@@ -26,14 +26,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora.routing.layer import routed_layers
-from meteora.routing.passes import (
-    PassInput,
-    Present,
-    UnreadPromptError,
-    Watcher,
-    set_watcher,
-    with_every_token,
-)
+from meteora.routing.passes import PassInput, Present, UnreadPromptError, Watcher, set_watcher
 from meteora.routing.prompt_router import HeldChoice, PromptRouter
 from meteora.routing.turns import each_row, questions
 
@@ -113,8 +106,7 @@ class PromptReader(Watcher):
         inputs = {name: value for name, value in arguments.items() if name not in OUTPUTS}
         inputs["use_cache"] = False
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
-            inputs["logits_to_keep"] = 1  # they are not used
-            inputs = with_every_token(model, (), inputs)[1]
+            inputs["logits_to_keep"] = slice(-1, None)  # they are not used; see `with_every_token`
         for name in ("past_key_values", "cache_params"):
             if inputs.get(name) is not None:
                 inputs[name] = _copied(inputs[name])

@@ -206,7 +206,7 @@ def every_pass(model: PreTrainedModel) -> Generator[list[Routes]]:
         num_tokens = seen.there.numel()
         if not seen.goes_on:
             passes.clear()
-        return with_every_token(model, args, dict(kwargs))
+        return args, with_every_token(kwargs)
 
     def end(*_: object) -> None:
         if get_ident() != thread:

@@ -82,23 +82,18 @@ def by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) ->
     return dict(zip(names, args, strict=False)) | dict(kwargs)
 
 
-def with_every_token(
-    model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-) -> tuple[tuple[Any, ...], dict[str, Any]]:
+def with_every_token(kwargs: Mapping[str, Any]) -> dict[str, Any]:
     """Arguments of a model's `forward` for the same logits, with which each layer reads each token.
 
     If the logits of the last tokens are asked for by their number, the last layers of a Gemma 4
-    that share keys and values read no other tokens. They do if the places are named.
+    that share keys and values read no other tokens. They do if a slice is named. It lies on no
+    device: the last hidden states may be on another one than the tokens.
     """
-    num_kept = kwargs.get("logits_to_keep")
-    if type(num_kept) is not int or num_kept <= 0:
-        return args, kwargs
-    arguments = by_name(model, args, kwargs)
-    ids = arguments.get("input_ids")
-    states = ids if ids is not None else arguments["inputs_embeds"]
-    length = states.shape[1]
-    places = torch.arange(max(0, length - num_kept), length, device=states.device)
-    return args, kwargs | {"logits_to_keep": places}
+    given = dict(kwargs)
+    num_kept = given.get("logits_to_keep")
+    if isinstance(num_kept, int) and num_kept > 0:
+        given["logits_to_keep"] = slice(-num_kept, None)
+    return given
 
 
 def cache_name(model: nn.Module) -> str:
@@ -193,7 +188,7 @@ class Watcher:
     ) -> tuple[tuple[Any, ...], dict[str, Any]]:
         self._before(model, args, kwargs)
         self.now.begun = True
-        return with_every_token(model, args, kwargs)
+        return args, with_every_token(kwargs)
 
     def _after(self, _model: nn.Module, _args: object, output: object) -> None:
         self.now.begun = False

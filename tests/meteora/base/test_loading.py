@@ -131,6 +131,15 @@ def test_a_head_is_its_own_if_the_config_does_not_say_that_it_is_shared(base: Pa
     assert own_head(model) is model.get_output_embeddings()
 
 
+@pytest.mark.parametrize("claimed", [0, 10**9])
+def test_a_fingerprint_is_read_whatever_number_of_layers_a_config_claims(
+    claimed: int, base: Path
+) -> None:
+    config = json.loads((base / "config.json").read_text()) | {"num_hidden_layers": claimed}
+    (base / "config.json").write_text(json.dumps(config))
+    assert fingerprint_of(base).num_hidden_layers == claimed
+
+
 @pytest.mark.parametrize("named", [5, {"a": 1}, [], [3], None])
 def test_a_config_without_a_name_of_its_architecture_has_that_of_its_kind(
     named: object, base: Path

@@ -58,6 +58,18 @@ def test_a_pass_that_does_not_begin_with_a_call_of_the_whole_model_is_seen(model
 
 
 @torch.no_grad()
+def test_the_last_logits_are_asked_for_on_no_device(model):
+    """Of a model on several GPUs the tokens are on the first, the last hidden states on another."""
+    ids, asked = torch.tensor([OTHER]), []
+    expected = model(ids).logits[:, -2:]
+    model.register_forward_pre_hook(
+        lambda _model, _args, kwargs: asked.append(kwargs["logits_to_keep"]), with_kwargs=True
+    )
+    torch.testing.assert_close(model(ids, logits_to_keep=2).logits, expected)
+    assert asked == [slice(-2, None)]
+
+
+@torch.no_grad()
 def test_a_pass_that_failed_before_its_base_model_is_over(model):
     first, ids = torch.tensor([FIRST]), torch.tensor([OTHER[: len(FIRST)]])
     expected = model(ids).logits

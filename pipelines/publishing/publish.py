@@ -132,7 +132,8 @@ def publish(
     repository = Repository(to.repo_id, to.hub)
     with tempfile.TemporaryDirectory(prefix="meteora-publish-") as scratch:
         bundle = _bundle(folder, to.repo_id, Path(scratch))
-        _refuse_secrets(bundle, (to.hub.token or "", *map(_inside, (Path.home(), ledger.home))))
+        paths = map(_path_pattern, (Path.home(), ledger.home))
+        _refuse_secrets(bundle, (re.escape(to.hub.token or ""), *paths))
         tag = to.tag or f"meteora-{bundle.digest[:12]}"
 
         def check(commit: str) -> None:
@@ -170,18 +171,18 @@ def _bundle(folder: Path, repo_id: str, scratch: Path) -> Bundle:
     return make_bundle(scratch, names, MANIFEST)
 
 
-def _inside(folder: Path) -> str:
-    """How paths in a folder begin; empty for `/`, a home in some containers, as all paths do."""
+def _path_pattern(folder: Path) -> str:
+    """A pattern of a folder and all in it; empty for `/`, which is a home in some containers."""
     whole = folder.absolute()
-    return "" if whole == whole.parent else f"{whole}/"
+    return "" if whole == whole.parent else re.escape(str(whole)) + r"(?![\w.-])"
 
 
-def _refuse_secrets(bundle: Bundle, secrets: Sequence[str]) -> None:
+def _refuse_secrets(bundle: Bundle, patterns: Sequence[str]) -> None:
     for name in bundle.files:
         if name.endswith(".safetensors"):
             continue
         text = (bundle.folder / name).read_text(encoding="utf-8")
-        if SECRET.search(text) or any(secret and secret in text for secret in secrets):
+        if SECRET.search(text) or any(one and re.search(one, text) for one in patterns):
             raise PublicationError(
                 f"{name} holds a token or the path of a folder on this machine, which everybody"
                 " would see; take it out of the recipe, run again, and then publish"

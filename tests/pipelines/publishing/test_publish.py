@@ -190,7 +190,8 @@ def test_what_is_for_nobody_else_stays_here(
     server: HubServer, world: World, folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     text = (folder / CARD).read_text()
-    for secret in ("hf_" + "a" * 30, str(folder.parent / "home" / "adapters"), "writer"):
+    home = folder.parent / "home"
+    for secret in ("hf_" + "a" * 30, str(home / "adapters"), f"--home {home}", "writer"):
         (folder / CARD).write_text(text + secret)
         with pytest.raises(PublicationError, match=CARD):
             put(server, world, folder)

@@ -19,7 +19,7 @@ from tests.meteora.model.test_architectures import TARGETS
 
 SHARED = list(range(5, 5 + SHORTEST))
 PROMPTS = [[*SHARED, 30, 31, 32], [*SHARED, 30, 33], [*SHARED, 40], [*SHARED, 50, *range(60, 66)]]
-NOT_SHARED = {"mistral", "gemma2", "gemma3", "gemma3n", "mamba", "bloom"}
+NOT_SHARED = {"mistral", "gemma2", "gemma3", "gemma3n", "gemma4", "mamba", "bloom"}
 """They have sliding windows, no keys and values, or take no positions."""
 
 

@@ -77,7 +77,7 @@ def test_a_benchmark_of_a_base_that_is_spread_gives_the_same_answers(
         planned, built, gates = fit(work)
         if on_disk:
             monkeypatch.setattr(machine, "MOST", 0)
-            monkeypatch.setattr(open_model, "placed", lambda _auto: {"device_map": {"": "disk"}})
+            monkeypatch.setattr(open_model, "placed", lambda *_, **__: {"device_map": {"": "disk"}})
         measure.measure(work, planned, built, gates)
         scores = work.ledger.scores_of(one.spec.id for one in planned.measurements)
         values.append({spec_id: score.outputs_sha256 for spec_id, score in scores.items()})

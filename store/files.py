@@ -96,9 +96,13 @@ def copy(source: Path, target: Path) -> None:
             shutil.copyfileobj(reader, writer, CHUNK_BYTES)
 
 
-def size_of(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder."""
-    return sum(part.stat().st_size for part in (path, *path.rglob("*")) if part.is_file())
+def size_of(path: Path, *, follow_symlinks: bool = True) -> int:
+    """Bytes of a file, or of all files in a folder; of a link, those of its target or its own."""
+    return sum(
+        part.stat(follow_symlinks=follow_symlinks).st_size
+        for part in (path, *path.rglob("*"))
+        if part.is_file()
+    )
 
 
 def discard(path: Path) -> None:

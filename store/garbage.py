@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from store.files import STALE_SECONDS, leftovers
+from store.files import STALE_SECONDS, leftovers, size_of
 
 if TYPE_CHECKING:
     from store.blobs import Blobs
@@ -57,11 +57,6 @@ def garbage(home: Path, records: Records, blobs: Blobs) -> Garbage:
     for pattern in STOPPED:
         files += leftovers(home, pattern)
     blob_names = sorted(unused)
-    sizes = [_num_bytes(path) for path in (*map(blobs.place_of, blob_names), *files)]
+    paths = *map(blobs.place_of, blob_names), *files
+    sizes = [size_of(path, follow_symlinks=False) for path in paths]
     return Garbage(tuple(blob_names), tuple(files), tuple(sizes))
-
-
-def _num_bytes(path: Path) -> int:
-    """Bytes of a file, or of all files in a folder; a link has not those of its target."""
-    parts = (path, *path.rglob("*"))
-    return sum(part.lstat().st_size for part in parts if not part.is_dir())

@@ -10,8 +10,9 @@ import logging
 from collections.abc import Collection, Iterable
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import ArtifactId, short
+from meteora.artifacts import ArtifactId, Noun, Publication, Score, short
 from store.errors import UnknownError
+from store.events import RunStarted
 from store.records import Record, Records
 from store.segments import SUFFIX
 
@@ -22,6 +23,12 @@ logger = logging.getLogger(__name__)
 
 ARTIFACT = {"spec", "weights_sha256", "built"}
 """Fields of every record of an artifact; a forged one without them is in no table either."""
+NOUNS: dict[str, type[Noun]] = {
+    "score": Score,
+    "publication": Publication,
+    "run-started": RunStarted,
+}
+"""What the bodies of these kinds are read as."""
 
 
 class Lookup:
@@ -124,6 +131,19 @@ def _about(records: dict[str, Record], kind: str, subjects: Collection[str] | No
         (record.at, sha256)
         for sha256, record in records.items()
         if record.kind == kind and (wanted is None or record.subject in wanted)
-        if kind != "artifact" or record.body.keys() >= ARTIFACT
+        if _is_readable(record)
     )
     return [records[sha256] for _, sha256 in sorted(matching)]
+
+
+def _is_readable(record: Record) -> bool:
+    """Whether it has what its kind needs; a forged one is left out, and stops nothing else."""
+    if record.kind == "artifact":
+        return record.body.keys() >= ARTIFACT
+    try:
+        if record.kind in NOUNS:
+            NOUNS[record.kind].from_dict(record.body)
+    except (KeyError, TypeError, ValueError) as error:
+        logger.warning("the %s of %r is left out: %r", record.kind, record.subject, error)
+        return False
+    return True

@@ -5,11 +5,10 @@ A fact is on disk when `record_…` returns. Recording it again does nothing.
 
 from __future__ import annotations
 
-import logging
 import re
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any
 
 from meteora.artifacts import (
     AdapterSpec,
@@ -31,9 +30,6 @@ from store.records import Record, Records, now
 from store.remote import Remote
 from store.sharing import Setting, Sharing
 
-logger = logging.getLogger(__name__)
-
-N = TypeVar("N", bound=Noun)
 WRITE_DEADLINE_SECONDS = 60.0
 """Time that a writer waits for the lock of another one."""
 
@@ -190,7 +186,7 @@ class Recording:
     def publications(self, repo_id: str) -> list[Publication]:
         """All recorded publications at a repository, earliest first."""
         records = self._lookup.find("publication")
-        publications = _readable(Publication, records)
+        publications = (Publication.from_dict(record.body) for record in records)
         return [publication for publication in publications if publication.repo_id == repo_id]
 
     def unended_runs(self) -> list[RunStarted]:
@@ -198,7 +194,7 @@ class Recording:
         started = {record.subject: record for record in self._lookup.find("run-started")}
         ended = {record.subject for record in self._lookup.find("run-ended", list(started))}
         unended = (record for run_id, record in started.items() if run_id not in ended)
-        return list(_readable(RunStarted, unended))
+        return [RunStarted.from_dict(record.body) for record in unended]
 
     def resolve(self, prefix: str) -> ArtifactId:
         """The one artifact whose id, or whose digest, begins with `prefix`.
@@ -260,15 +256,6 @@ class Recording:
         sha256 = self.records.write(record)
         if self.sharing:
             self.sharing.push(sha256)
-
-
-def _readable(noun: type[N], records: Iterable[Record]) -> Iterator[N]:
-    """The nouns of records; a damaged or forged one is left out, so that it stops nothing else."""
-    for record in records:
-        try:
-            yield noun.from_dict(record.body)
-        except (KeyError, TypeError, ValueError) as error:
-            logger.warning("the %s of %r is left out: %r", record.kind, record.subject, error)
 
 
 def _require_openable(home: Path) -> None:

@@ -9,7 +9,8 @@ ten questions, of which half are its own task's. The others, with their right an
 text: tasks of reasoning-gym that no expert has. An adapter learns what it has to predict while its
 own question is answered, and nothing else. None sees a question of another expert, so whatever
 answers a mixed list has to switch. OUT gets `adapters/`, `tasks/` and `recipe.yaml`; about six
-minutes a task on two CPU cores.
+minutes a task on two CPU cores. For another BASE, `--recipe` names what
+`tests.benchmarks.other_bases` left: `OUT/point.yaml`.
 """
 
 from __future__ import annotations
@@ -18,11 +19,11 @@ import argparse
 import itertools
 import random
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 import yaml
-from peft import PeftModel
+from peft import PeftConfig, PeftModel
 from transformers import AutoModelForCausalLM
 
 from meteora.base.chat_template import encode_prompt
@@ -32,13 +33,7 @@ from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import Row
 from pipelines.recipe.recipe import locate
 from pipelines.stages.train_adapters import IGNORED, fit, lesson, save
-from tests.quickstart.make import (
-    BASE,
-    NUM_TRAIN,
-    TRAIN_SEED,
-    seen_in_training,
-    write_splits,
-)
+from tests.quickstart.make import NUM_TRAIN, TRAIN_SEED, seen_in_training, write_splits
 from tests.quickstart.make import TRAININGS as QUICKSTART
 from tests.quickstart.tasks import rows as made_rows
 
@@ -50,7 +45,6 @@ if TYPE_CHECKING:
     from pipelines.data.composites import Composite
     from pipelines.stages.train_adapters import Lesson
 
-SHIPPED = locate("quickstart").parent
 PEAK = 2e-3
 STEPS = 180
 LONGER = {"arithmetic": 200, "sort_numbers": 200}
@@ -81,16 +75,8 @@ NUM_FOREIGN = 4000
 LONGEST = 200
 """Characters of a foreign question."""
 NUM_TEST = 240
-RECIPE = {
-    "gates": {"examples_per_expert": NUM_TRAIN, "composites": [3, 5, 10]},
-    "benchmark": {
-        "limit": NUM_TEST,  # composites are made of these rows: so many that none comes twice
-        "max_new_tokens": 32,
-        "batch_size": 32,
-        "composite": [{"n": 3, "count": 128}, {"n": 10, "count": 128}],
-        "compare": ["oracle", "one_expert"],
-    },
-}
+NUM_COMPOSITES = 128
+GATES = {"examples_per_expert": NUM_TRAIN, "composites": [3, 5, 10]}
 
 
 def foreign_rows(rng: random.Random) -> Iterator[Row]:
@@ -145,8 +131,19 @@ def batches(
             yield [list_lesson(tokenizer, composite, task) for composite in drawn]
 
 
-def teach(base: Path, task: str, out: Path) -> None:
-    """Train a shipped adapter on; write rows for its gates and tests that it has not seen."""
+def benchmark(rows: int, composites: int) -> dict[str, Any]:
+    """What is asked: `rows` of each task, and so many composites of three and of ten of them."""
+    return {
+        "limit": rows,  # composites are made of these: by default so many that none comes twice
+        "max_new_tokens": 32,
+        "batch_size": 32,
+        "composite": [{"n": n, "count": composites} for n in (3, 10)],
+        "compare": ["oracle", "one_expert"],
+    }
+
+
+def teach(base: Path, task: str, adapter: Path, out: Path, share: float) -> None:
+    """Train `adapter` on; write rows for its gates and tests that it has not seen."""
     seen = seen_in_training(task)
 
     def own() -> Iterator[Row]:
@@ -157,7 +154,7 @@ def teach(base: Path, task: str, out: Path) -> None:
     torch.manual_seed(TRAIN_SEED)
     model = PeftModel.from_pretrained(
         AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
-        SHIPPED / "adapters" / task,
+        adapter,
         is_trainable=True,
     )
     for parameter in model.parameters():
@@ -166,8 +163,9 @@ def teach(base: Path, task: str, out: Path) -> None:
     lists = batches(task, load_tokenizer(base), own())
     # twice as fast where the processor has tiles; a cache would keep the weights of the first step
     with torch.autocast("cpu", dtype=torch.bfloat16, cache_enabled=False):
-        fit(model, lists, steps=LONGER.get(task, STEPS), peak=PEAK, what=task)
-    save(model, out / "adapters" / task, BASE)
+        fit(model, lists, steps=int(LONGER.get(task, STEPS) * share), peak=PEAK, what=task)
+    named = PeftConfig.from_pretrained(str(adapter)).base_model_name_or_path
+    save(model, out / "adapters" / task, str(named))
     write_splits(task, out, seen, NUM_TEST)
 
 
@@ -175,12 +173,19 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("base", type=Path)
     parser.add_argument("out", type=Path)
+    parser.add_argument("--recipe", type=Path, default=locate("quickstart"), help="of the adapters")
     parser.add_argument("--only", nargs="*", default=list(QUICKSTART), choices=QUICKSTART)
+    parser.add_argument("--steps", type=float, default=1.0, help="share of those above")
+    parser.add_argument("--limit", type=int, default=NUM_TEST, help="rows a task")
+    parser.add_argument("--composites", type=int, default=NUM_COMPOSITES, help="of each length")
     asked = parser.parse_args()
     for task in asked.only:
-        teach(asked.base, task, asked.out)
-    shipped = yaml.safe_load((SHIPPED / "recipe.yaml").read_text())
-    body = {"base": shipped["base"], "experts": shipped["experts"], **RECIPE}
+        adapter = asked.recipe.parent / "adapters" / task
+        teach(asked.base, task, adapter, asked.out, asked.steps)
+    known = yaml.safe_load(asked.recipe.read_text())
+    taught = [one for one in known["experts"] if (asked.out / one["adapter"][5:]).is_dir()]
+    asks = benchmark(asked.limit, asked.composites)
+    body = {"base": known["base"], "experts": taught, "gates": GATES, "benchmark": asks}
     (asked.out / "recipe.yaml").write_text(yaml.safe_dump(body, sort_keys=False))
 
 

@@ -258,6 +258,24 @@ def test_a_forged_artifact_counts_as_not_recorded(field: str, shelf: Shelf) -> N
     assert shelf.ledger.weights_of(spec.id)
 
 
+@pytest.mark.parametrize("field", ["spec", "value", "num_samples"])
+def test_a_forged_score_counts_as_not_recorded(
+    field: str, shelf: Shelf, caplog: pytest.LogCaptureFixture
+) -> None:
+    shelf.make(shelf.base)
+    subject = shelf.adapter(1)
+    shelf.make(subject)
+    spec = shelf.benchmark(subject.id, "counting")
+    body = {"id": spec.id, **shelf.score(spec, 0.5, "0" * 64).to_dict()}
+    del body[field]
+    forged = Record("score", spec.id, body, "forged", "2026-01-01T00:00:00Z")
+    shelf.ledger.records.write(forged)
+    assert not shelf.ledger.scores_of([spec.id])
+    assert f"the score of {spec.id!r} is left out" in caplog.text
+    measured = shelf.measure(subject, "counting", 0.25)
+    assert shelf.ledger.scores_of([spec.id]) == {spec.id: measured}
+
+
 def test_a_recipe_runs_once_at_a_time(shelf: Shelf) -> None:
     running = shelf.ledger.running
     with (

@@ -76,6 +76,14 @@ def test_a_number_is_one_in_every_form_that_people_write(tmp_path: Path, rate: s
     ("text", "said"),
     [
         pytest.param(f"experts: [{EXPERT}]", "base: Field required", id="no base"),
+        pytest.param(
+            f"base: ''\nexperts: [{EXPERT}]", "base is empty; name owner/name", id="nothing"
+        ),
+        pytest.param(
+            "base: a/b\nexperts: [{name: a, adapter: '', examples: jsonl:a}]",
+            "the adapter of 'a' is empty; name owner/name, or path:<folder>",
+            id="no adapter",
+        ),
         pytest.param("base: a/b\nexperts: []", "no experts: name some", id="none"),
         pytest.param(
             "base: a/b\nexperts: []\nbenchmark: {conversation: [3]}",

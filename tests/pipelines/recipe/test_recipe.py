@@ -338,6 +338,10 @@ def test_gates_may_be_fitted_to_composites_that_show_solved_ones(tmp_path: Path)
         ("tasks: [{name: t}]", "a task has either `rows` or `lm_eval`"),
         ("tasks: [{rows: x, lm_eval: y}]", "a task has either `rows` or `lm_eval`"),
         ("tasks: [{name: t, rows: x, num_fewshot: 5}]", "`num_fewshot` is for tasks of `lm_eval`"),
+        (
+            "tasks: [{name: t, rows: x, folder: nope}]",
+            "`folder` is for tasks of `lm_eval`; take it",
+        ),
         ("tasks: [{lm_eval: x, num_fewshot: 65}]", "less than or equal to 64"),
         ("tasks: [{rows: x}]", "a task of rows needs a `name`"),
         ("tasks: [{name: t, rows: x, metric: bleu}]", "there is no metric 'bleu'; there are"),

@@ -185,19 +185,23 @@ class Ledger(Recording):
         ]
 
     def _check_clock(self) -> None:
-        """Warn if this machine's clock is behind the last record's: the latest record counts."""
+        """Warn if records are from later than this machine's clock: the latest record counts."""
         ahead = self.index.select(
-            "SELECT max(recorded_at) - $1::TIMESTAMP AS ahead FROM records"
+            "SELECT max(recorded_at) - $1::TIMESTAMP AS ahead, count(*),"
+            " count(*) FILTER (recorded_at > $1::TIMESTAMP) FROM records"
             " HAVING ahead > to_seconds($2)",
             [now(), CLOCK_SECONDS],
         )
         if ahead:
+            by, total, later = ahead[0]
             logger.warning(
-                "this machine's clock is %s behind the last record under %s: until it has caught"
-                " up, what is recorded counts as older, and older scores and routes as the latest"
-                " ones; set the clock",
-                ahead[0][0],
+                "this machine's clock is %s behind the last record under %s, and behind %s of all"
+                " %s: until it has caught up, what is recorded counts as older, and older scores"
+                " and routes as the latest ones; set the clock, here or where these were recorded",
+                by,
                 self.home,
+                f"{later:,}",
+                f"{total:,}",
             )
 
     def _tidy(self) -> None:

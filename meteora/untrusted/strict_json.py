@@ -21,7 +21,7 @@ def parse_object(data: bytes) -> dict[str, Any]:
     """
     try:
         value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant
+            data.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_no_constant
         )
     except UnicodeDecodeError as error:
         raise StrictJSONError(f"it is not UTF-8 at byte {error.start}") from None
@@ -40,7 +40,12 @@ def parse_object(data: bytes) -> dict[str, Any]:
     return value
 
 
-def _unique(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    """A table of JSON, as `object_pairs_hook`.
+
+    Raises:
+        StrictJSONError: A key is given twice.
+    """
     value = dict(pairs)
     if len(value) != len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]

@@ -24,6 +24,7 @@ from urllib.parse import parse_qsl, urlencode
 
 from meteora.base.sources import path_from
 from meteora.untrusted.findings import brief, listed, not_utf8, shortened
+from meteora.untrusted.strict_json import StrictJSONError, unique_keys
 from pipelines.data.pinned import kept, pin
 from pipelines.data.rows import ExamplesError, Row
 
@@ -182,6 +183,19 @@ def json_lines(path: Path) -> Iterator[tuple[str, str]]:
         raise ExamplesError(f"{path}: {error.strerror or error}") from error
 
 
+def json_of(line: str, place: str) -> Any:  # noqa: ANN401  (JSON)
+    """What a line of a file holds.
+
+    Raises:
+        ExamplesError: a key is given twice; parsers take the first or the last.
+        ValueError, RecursionError: it is no JSON.
+    """
+    try:
+        return json.loads(line, object_pairs_hook=unique_keys)
+    except StrictJSONError as error:
+        raise ExamplesError(f"{place}: {error}; take one out") from None
+
+
 def _refuse_pipe(path: Path) -> None:
     if path.is_fifo() or path.is_socket():
         raise ExamplesError(f"{path}: a pipe, which may never end; rows are read from a file")
@@ -189,7 +203,7 @@ def _refuse_pipe(path: Path) -> None:
 
 def _row(line: str, place: str, *, answered: bool) -> Row:
     try:
-        body = json.loads(line)
+        body = json_of(line, place)
         row = Row(body["prompt"], "")
         if answered:
             references = body.get("references")

@@ -24,7 +24,7 @@ from meteora.base.sources import path_from
 from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.data.composites import Composite, encode_composite, spans_of
 from pipelines.data.conversations import Conversation, Turn
-from pipelines.data.row_sources import json_lines, refuse_half_characters
+from pipelines.data.row_sources import json_lines, json_of, refuse_half_characters
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
@@ -153,7 +153,7 @@ def read_spans(
 def _row(line: str, place: str, experts: Collection[str]) -> SpannedRow | SpannedTurns:
     row: SpannedRow | SpannedTurns
     try:
-        body = json.loads(line)
+        body = json_of(line, place)
         if "turns" in body:
             row = SpannedTurns(_turns(body["turns"], place), place)
         else:

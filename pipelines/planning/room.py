@@ -22,6 +22,7 @@ from pipelines.evaluation.harness import (
     refuse_too_long,
     room_of,
 )
+from pipelines.planning.examples import LEAST_EXAMPLES
 from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
@@ -58,6 +59,7 @@ def check_rows(
     options: RouterOptions,
     *,
     plain: bool,
+    of_cards: Collection[str] = (),
 ) -> None:
     """Refuse rows that are too long for a base, or not possible in its chat template.
 
@@ -66,6 +68,7 @@ def check_rows(
         examples: by expert; none, like `spans`, if no gates are to be fitted
         place: returns the place of an example, from its expert and its number
         plain: whether gates are fitted to prompts without the chat template
+        of_cards: the experts whose examples are those of their cards' data sets
 
     Raises:
         BenchmarkError: a prompt of a task is.
@@ -75,6 +78,7 @@ def check_rows(
     check_room(tasks, config, tokenizer)
     if plain:
         tokenizer.chat_template = None
+    examples = without_too_long(examples, of_cards, room_of(config), tokenizer)
     check_examples(examples, place, config, tokenizer)
     for row in spans:
         row.encode(tokenizer)
@@ -126,6 +130,38 @@ def check_examples(
                 f" {place(name, first)}, has {lengths[first]} tokens with its answer, and the base"
                 f" has room for {room}; take such examples out, or shorten them"
             )
+
+
+def without_too_long(
+    examples: Mapping[str, Sequence[Row]],
+    of_cards: Collection[str],
+    room: int,
+    tokenizer: PreTrainedTokenizerBase,
+) -> dict[str, Sequence[Row]]:
+    """The examples, without those of a card's data set that are longer than the base's context.
+
+    Nobody can shorten these. Those of a recipe are refused by `check_examples`.
+
+    Args:
+        of_cards: the experts whose examples are of such data sets
+        room: the base's context, in tokens
+
+    Raises:
+        ExamplesError: too few of an expert's are left for its gate.
+    """
+    fitting = dict(examples)
+    for name in of_cards:
+        rows = examples[name]
+        lengths = [len(encode_pair(tokenizer, row.prompt, row.response)) for row in rows]
+        own = [row for row, length in zip(rows, lengths, strict=True) if length <= room]
+        if len(own) < min(LEAST_EXAMPLES, len(rows)):
+            raise ExamplesError(
+                f"expert {name}: {len(own)} of {len(rows)} examples of the data set that its card"
+                f" names fit into the base's context of {room} tokens, and a gate needs"
+                f" {LEAST_EXAMPLES} or more; name other examples in the recipe"
+            )
+        fitting[name] = own
+    return fitting
 
 
 def check_opening(options: RouterOptions, tokenizer: PreTrainedTokenizerBase) -> None:

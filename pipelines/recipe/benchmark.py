@@ -84,6 +84,8 @@ class TaskSection(Section):
             raise ValueError("a task of rows needs a `name`")
         if self.rows and self.num_fewshot:
             raise ValueError("`num_fewshot` is for tasks of `lm_eval`; rows are asked zero-shot")
+        if self.rows and self.folder:
+            raise ValueError("`folder` is for tasks of `lm_eval`; take it out")
         if self.rows:
             known_metrics(self.metric)
         return self

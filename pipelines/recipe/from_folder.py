@@ -141,7 +141,8 @@ def recipe_text(found: Sequence[Found], base: str, folder: Path, pool: Path | No
     lines = [f"base: {_text(base)}", "experts:"]
     for one in found:
         if one.refusal:
-            lines.append(f"  # left out, {_path(one.folder, folder)}: {_line(one.refusal)}")
+            where = _line(_path(one.folder, folder))
+            lines.append(f"  # left out, {where}: {_line(one.refusal)}")
             continue
         lines += [
             f"  - name: {_text(one.name)}",
@@ -202,9 +203,17 @@ def _base_of(usable: Sequence[Found], folder: Path, beside: Path) -> str:
 
 
 def _path(path: Path, folder: Path) -> str:
-    """A path relative to a folder; links to the folder are resolved, so `..` leaves its target."""
+    """A path relative to a folder; links to the folder are resolved, so `..` leaves its target.
+
+    Raises:
+        ImportingError: It is not UTF-8, which a recipe is.
+    """
     resolved = path.parent.resolve() / path.name  # a link in the folder keeps its own name
-    return Path(os.path.relpath(resolved, folder.resolve())).as_posix()
+    relative = Path(os.path.relpath(resolved, folder.resolve())).as_posix()
+    named = os.fsencode(relative).decode(errors="backslashreplace")
+    if named != relative:
+        raise ImportingError(f"{named}: its name is not UTF-8, as a recipe is; rename it")
+    return relative
 
 
 def _name(text: str, taken: set[str]) -> str:

@@ -241,6 +241,14 @@ class Recipe(Section):
         return own + [one.called for one in (*self.benchmark.tasks, *self.benchmark.mixes)]
 
     @model_validator(mode="after")
+    def _sources_are_named(self) -> Self:
+        adapters = {f"the adapter of {one.name!r}": one.adapter for one in self.experts}
+        for what, source in {"base": self.base, **adapters}.items():
+            if not source.strip():
+                raise ValueError(f"{what} is empty; name owner/name, or path:<folder>")
+        return self
+
+    @model_validator(mode="after")
     def _there_are_experts(self) -> Self:
         if not self.experts and self.discover is None:
             raise ValueError("no experts: name some, or let them be found with `discover`")

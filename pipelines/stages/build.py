@@ -55,7 +55,7 @@ from pipelines.hub.card import licence_of
 from pipelines.hub.snapshot import locked
 from pipelines.planning.estimate import bytes_of_gates
 from pipelines.planning.examples import LEAST_EXAMPLES
-from pipelines.planning.room import with_room
+from pipelines.planning.room import with_room, without_too_long
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
@@ -278,11 +278,15 @@ def _labelled(
     The template is None unless the router looks ahead (`opening: prompt`).
     """
     router = plan.router
-    for name, source in plan.card_examples.items():
-        num = len(plan.examples[name])
-        say(f"{name}: {num} examples of the data set that its card names, {source}")
     silent_experts.probe(work, plan.experts, model, tokenizer)
     tokenizer = tokenizer_of_gates(tokenizer, router.template)
+    room = room_of(model.config)
+    fitting = without_too_long(plan.examples, plan.card_examples, room, tokenizer)
+    for name, source in plan.card_examples.items():
+        num, too_long = len(fitting[name]), len(plan.examples[name]) - len(fitting[name])
+        more = f"; {too_long} more are longer than the base's context" if too_long else ""
+        say(f"{name}: {num} examples of the data set that its card names, {source}{more}")
+    plan = replace(plan, examples=fitting)
     names = plan.fused.names
     shared = router.opening == "shared"
     nobody = len(names) if shared else UNLABELLED
@@ -290,7 +294,6 @@ def _labelled(
     if asked and not tokenizer.chat_template:
         without = "fitted without conversations and system prompts"
         say(f"the base has no chat template: gates are {without}", "note")
-    room = room_of(model.config)
     talks = _conversations(plan, tokenizer, room)
     sequences = label_spans(talks, names, tokenizer, nobody)
     sequences = sequences or label(plan.examples, names, tokenizer, nobody)

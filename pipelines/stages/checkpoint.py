@@ -70,6 +70,8 @@ def place_checkpoint(
         manifest: Its files are among the ledger's blobs. The other arguments are `write_texts`'s.
     """
     folder = work.checkpoint_folder(ArtifactId(manifest.router_id))
+    if is_signed(folder):
+        say(f"{folder} lacks a file, so it is made again without its signature: sign it", "note")
     with work.scratch() as scratch:
         made = scratch / folder.name
         made.mkdir()

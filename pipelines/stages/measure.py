@@ -87,7 +87,8 @@ def check_prompts(work: RunContext, plan: Plan) -> None:
         place = partial(place_of_example, work.recipe, work.folder)
         options, plain = plan.router.options, plan.router.template == "plain"
         folder = work.base_folder(plan.base)
-        check_rows(folder, tasks, examples, spans, place, options, plain=plain)
+        cards = plan.card_examples.keys() & examples.keys()
+        check_rows(folder, tasks, examples, spans, place, options, plain=plain, of_cards=cards)
 
 
 def _tasks_of(askings: Sequence[Sequence[Measurement]], plan: Plan) -> list[Task]:

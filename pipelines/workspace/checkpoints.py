@@ -6,7 +6,15 @@ import shlex
 from pathlib import Path
 
 from meteora.base.sources import PATH
-from meteora.checkpoint.manifest import EXPERTS, MANIFEST, CheckpointError, read_manifest
+from meteora.checkpoint.manifest import (
+    CARD,
+    CONFIG,
+    EXPERTS,
+    LINEAGE,
+    MANIFEST,
+    CheckpointError,
+    read_manifest,
+)
 from pipelines.workspace.bases import base_at, require_sound
 from pipelines.workspace.context import checkpoint_at
 from store.errors import UnknownError
@@ -36,9 +44,9 @@ def checkpoint_folder(name: str, home: Path) -> str | Path:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether a checkpoint's folder has every file that its manifest names; none is hashed."""
+    """Whether a checkpoint's folder has its texts and the manifest's files; none is hashed."""
     try:
-        names = {EXPERTS, *read_manifest(folder).files}
+        names = {EXPERTS, CONFIG, CARD, LINEAGE, *read_manifest(folder).files}
     except CheckpointError:
         return False
     return all((folder / name).is_file() for name in names)

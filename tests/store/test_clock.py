@@ -59,11 +59,13 @@ def test_a_run_whose_clock_is_behind_the_last_record_says_so(
     """What it records is older than what is there, and the latest of several records counts."""
     with shelf.ledger.running("nightly"):
         pass
-    later = datetime.now(UTC) + timedelta(seconds=seconds)
     body = Failure("fit", "x", "E", "m").to_dict()
-    shelf.ledger.records.write(Record("failure", "x", body, "r1", f"{later:%Y-%m-%dT%H:%M:%S}Z"))
+    for ahead in (-9, -8, seconds):
+        at = datetime.now(UTC) + timedelta(seconds=ahead)
+        shelf.ledger.records.write(Record("failure", "x", body, "r1", f"{at:%Y-%m-%dT%H:%M:%S}Z"))
     shelf.ledger.ingest()
     with shelf.ledger.running("nightly"):
         pass
-    said = ["clock is 1:06:" in text for text in caplog.messages]
+    said = ["clock is 1:06:" in text and "of all 3: until" in text for text in caplog.messages]
     assert said == [True] * (seconds > 60)
+    assert all("behind 1 of" in text for text in caplog.messages)

@@ -51,7 +51,6 @@ def test_yaml_has_types_where_they_are_asked_for() -> None:
     ("text", "why"),
     [
         ("a: 1\nb: {c: 1, c: 2}", "'c' is given twice"),
-        ("a: &x [1]\nb: *x", "aliases are not allowed"),
         ("[" * (MAX_DEPTH + 1) + "]" * (MAX_DEPTH + 1), "nested more than"),
         ("[" + "1," * MAX_NODES + "1]", "more than 100000 values"),
         ("a:\n  b: 1\n c: 2", "how far it is indented"),
@@ -69,6 +68,7 @@ def test_yaml_with_two_meanings_or_too_large_is_refused(
     ("text", "why"),
     [
         ("a: !!bool maybe", "tags"),
+        ("a: &x [1]\nb: *x", "aliases are not allowed"),
         ("a: " + "9" * 400, "more than 1000 bits"),
         ("a: 2026-05-99", "day"),
     ],
@@ -77,3 +77,13 @@ def test_values_that_python_cannot_take_are_refused(text: str, why: str) -> None
     with pytest.raises(StrictYAMLError, match=why):
         parse_yaml(text, typed=True)
     assert parse_yaml(text.replace("!!bool ", ""), typed=False)
+
+
+def test_an_alias_in_untyped_text_is_the_same_value_again() -> None:
+    bomb = "\n".join(f"v{n}: &v{n} [{f'*v{n - 1}, ' * 9}]" for n in range(1, 40))
+    value = parse_yaml(f"v0: &v0 [mit]\n{bomb}\nlast: *v39", typed=False)
+    assert isinstance(value, dict)
+    assert value["last"] is value["v39"]
+    assert value["v1"][8] == ["mit"]
+    with pytest.raises(StrictYAMLError, match="recursive"):
+        parse_yaml("a: &x [*x]", typed=False)

@@ -51,6 +51,11 @@ def test_rows_are_read_in_order_up_to_the_limit(tmp_path: Path) -> None:
             "line 1: `references`: a list of texts is needed, and it is a table of 1",
             id="references are a table",
         ),
+        pytest.param(
+            GOOD + '{"prompt": "p", "response": "r", "prompt": "q"}',
+            "line 2: the key 'prompt' is given twice; take one out",
+            id="a key twice",
+        ),
         pytest.param("\n\n", "no rows in it", id="empty"),
         pytest.param("[" * 100_000, "line 1: not a row", id="deep"),
     ],

@@ -102,6 +102,12 @@ def test_a_bad_row_is_named_by_its_line(tmp_path: Path, changed: dict[str, Any],
         read_spans(written(tmp_path, BODY, BODY | changed), tmp_path, NAMES)
 
 
+def test_a_key_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    source = written(tmp_path, json.dumps(BODY).replace('{"text"', '{"text": "p", "text"', 1))
+    with pytest.raises(ExamplesError, match="line 1: the key 'text' is given twice; take one out"):
+        read_spans(source, tmp_path, NAMES)
+
+
 TURNS: dict[str, Any] = {
     "turns": [
         {"expert": "dates", "prompt": "When was it?", "response": "2021-03-03"},

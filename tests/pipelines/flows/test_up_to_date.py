@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 import yaml
 
-from meteora.checkpoint.manifest import GATES, MANIFEST
+from meteora.checkpoint.manifest import CARD, CONFIG, GATES, LINEAGE, MANIFEST
 from pipelines.admission import sources
 from pipelines.flows import flow, up_to_date
 from pipelines.flows.up_to_date import look
@@ -106,16 +106,17 @@ def test_a_checkpoint_that_lacks_a_file_is_made_whole_and_a_signed_one_stays(
     assert done is not None
     folder = work.checkpoint_folder(done.plan.router.id)
     _, statistics = map(work.ledger.blobs.path_of, work.ledger.blobs_of(done.plan.router.id))
-    for path in (folder / GATES, folder / MANIFEST, statistics):
+    texts = [folder / name for name in (CARD, CONFIG, LINEAGE)]
+    for path in (folder / GATES, folder / MANIFEST, statistics, *texts):
         away = path.rename(path.with_name("away"))
         assert look(work).finished is None
         away.rename(path)
     assert look(work).finished
-    for path in (folder / GATES, statistics):
+    lost = {path: path.read_bytes() for path in (folder / GATES, statistics, *texts)}
+    for path in lost:
         path.unlink()
     run(work)
-    assert (folder / GATES).is_file()
-    assert statistics.is_file()
+    assert {path: path.read_bytes() for path in lost} == lost
     assert look(work).finished
 
     (folder / SIGNATURE).write_text("{}")
@@ -125,6 +126,11 @@ def test_a_checkpoint_that_lacks_a_file_is_made_whole_and_a_signed_one_stays(
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert "is signed, so its card stays as it is, without new scores" in capsys.readouterr().err
     assert look(more).finished
+
+    (folder / CARD).unlink()
+    run(more)
+    assert (folder / CARD).is_file()
+    assert "so it is made again without its signature: sign it" in capsys.readouterr().err
 
 
 @pytest.mark.slow

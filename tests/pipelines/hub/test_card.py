@@ -36,7 +36,8 @@ def card(folder: Path, text: str) -> Path:
         ("license: CC BY-NC-ND 4.0\nbase_model: org / base", "CC BY-NC-ND 4.0", ""),
         ("license: >-\n  mit\nbase_model: {name: org/base}", "mit", ""),
         ("license: mit\nlicense: gpl\nbase_model: org/base", "", ""),
-        ("license: &a mit\nbase_model: *a", "", ""),
+        ("license: &a mit\nbase_model: *a", "mit", "mit"),
+        ("tags: &id001\n- lora\nlicense: cc-by-nd-4.0\nmore: *id001", "cc-by-nd-4.0", ""),
         ("license: 1.0\nbase_model: 2020-99-99", "1.0", "2020-99-99"),
     ],
 )

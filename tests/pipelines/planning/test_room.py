@@ -27,7 +27,8 @@ from pipelines.planning.room import (
     with_room,
 )
 from pipelines.recipe.recipe import RouterSection
-from pipelines.stages import measure
+from pipelines.stages import build, measure
+from pipelines.stages.open_model import opened
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.conftest import plan_of, run
 from tests.pipelines.stages.test_measure import go
@@ -78,6 +79,29 @@ def test_an_over_long_example_is_named_with_its_line_before_gates_are_fitted(
     assert re.search(f"the run would stop: expert {sentence}", said.stdout)
     planned, _ = plan_of(work)
     with pytest.raises(ExamplesError, match=sentence):
+        measure.check_prompts(work, planned)
+
+
+def test_what_is_too_long_in_a_cards_data_set_is_left_out(
+    workplace: Callable[..., RunContext], capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Its owner alone could shorten it."""
+    work = workplace()
+    planned, built = plan_of(work)
+    planned = replace(planned, card_examples={"q_and_v": "hf:org/rows"})
+    short, long = planned.examples["q_and_v"], [Row("a", "b" * 600)] * 3
+    planned = replace(planned, examples={**planned.examples, "q_and_v": [*short, *long]})
+    measure.check_prompts(work, planned)
+    build.stack(work, planned)
+    with opened(work, planned, built, None) as (model, tokenizer):
+        sequences, _ = build._labelled(work, planned, model, tokenizer)
+    assert max(len(one.input_ids) for one in sequences) < 600
+    said = (
+        f"q_and_v: {len(short)} examples of the data set that its card names, hf:org/rows; 3 more"
+    )
+    assert said in " ".join(capsys.readouterr().err.split())
+    planned = replace(planned, examples={**planned.examples, "q_and_v": [short[0], *long]})
+    with pytest.raises(ExamplesError, match="q_and_v: 1 of 4 examples of the data set that its"):
         measure.check_prompts(work, planned)
 
 

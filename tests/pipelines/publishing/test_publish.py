@@ -220,7 +220,7 @@ def test_a_licence_that_forbids_it_stops_it_unless_it_is_allowed(
         first = dataclasses.replace(first, licence=licence, source=source)
         return dataclasses.replace(world.manifest, experts=(first, *others))
 
-    for licence in ("mit", "apache-2.0", "cc-by-nc-4.0", "llama3.2"):
+    for licence in ("mit", "apache-2.0", "cc-by-nc-4.0", "llama3.2", "derivatives are allowed"):
         refuse_forbidden(licensed(licence))
     refuse_forbidden(licensed("", "path:mine"))
     for licence, told in (
@@ -232,7 +232,16 @@ def test_a_licence_that_forbids_it_stops_it_unless_it_is_allowed(
         with pytest.raises(LicenceError, match=f"all_seven.*--allow-licence {told}"):
             refuse_forbidden(licensed(licence))
         refuse_forbidden(licensed(licence), [told])
-    for licence in ("CC BY-NC-ND 4.0", "cc-by-nd-4.0, mit", "mit, other", "all rights reserved"):
+    for licence in (
+        "CC BY-NC-ND 4.0",
+        "Creative Commons BY-ND",
+        "Creative Commons Attribution-NonCommercial-NoDerivatives 4.0",
+        "non-derivative use",
+        "cc_by_nd mine",
+        "cc-by-nd-4.0, mit",
+        "mit, other",
+        "all rights reserved",
+    ):
         with pytest.raises(LicenceError, match=f"--allow-licence '{licence}'"):
             refuse_forbidden(licensed(licence, "path:mine"))
     (folder / MANIFEST).write_text(licensed("cc-by-nc-nd-4.0").to_json())

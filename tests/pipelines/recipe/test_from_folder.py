@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -177,12 +178,20 @@ def test_any_name_of_a_folder_is_read_back_as_it_is(
     assert found.adapter == f"path:{name}"
 
 
+def test_a_name_that_a_recipe_cannot_hold_is_refused(folder: Path, tmp_path: Path) -> None:
+    (folder / "q_and_v").rename(Path(os.fsdecode(bytes(folder) + b"/caf\xe9")))
+    with pytest.raises(ImportingError, match=r"adapters/caf\\xe9: its name is not UTF-8"):
+        write_recipe(folder, tmp_path / "one.yaml")
+    assert not (tmp_path / "one.yaml").exists()
+
+
 def test_strangers_text_stays_in_its_comment(folder: Path, tmp_path: Path) -> None:
     configure(folder, base_model_name_or_path="owner/base")
     path = folder / "q_and_v" / "adapter_config.json"
     config = json.loads(path.read_text())
     config["base_model_name_or_path"] = "other/base\nrouter: {kind: norm}"
     path.write_text(json.dumps(config))
+    (folder / "patterns").rename(folder / "a\nrouter: {kind: norm}\n#")
     assert write_recipe(folder, tmp_path / "one.yaml", "owner/base").router.kind == "prompt"
 
 

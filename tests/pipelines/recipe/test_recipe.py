@@ -76,6 +76,14 @@ def test_a_number_is_one_in_every_form_that_people_write(tmp_path: Path, rate: s
     ("text", "said"),
     [
         pytest.param(f"experts: [{EXPERT}]", "base: Field required", id="no base"),
+        pytest.param(
+            f"base: ''\nexperts: [{EXPERT}]", "base is empty; name owner/name", id="nothing"
+        ),
+        pytest.param(
+            "base: a/b\nexperts: [{name: a, adapter: '', examples: jsonl:a}]",
+            "the adapter of 'a' is empty; name owner/name, or path:<folder>",
+            id="no adapter",
+        ),
         pytest.param("base: a/b\nexperts: []", "no experts: name some", id="none"),
         pytest.param(
             "base: a/b\nexperts: []\nbenchmark: {conversation: [3]}",
@@ -330,6 +338,10 @@ def test_gates_may_be_fitted_to_composites_that_show_solved_ones(tmp_path: Path)
         ("tasks: [{name: t}]", "a task has either `rows` or `lm_eval`"),
         ("tasks: [{rows: x, lm_eval: y}]", "a task has either `rows` or `lm_eval`"),
         ("tasks: [{name: t, rows: x, num_fewshot: 5}]", "`num_fewshot` is for tasks of `lm_eval`"),
+        (
+            "tasks: [{name: t, rows: x, folder: nope}]",
+            "`folder` is for tasks of `lm_eval`; take it",
+        ),
         ("tasks: [{lm_eval: x, num_fewshot: 65}]", "less than or equal to 64"),
         ("tasks: [{rows: x}]", "a task of rows needs a `name`"),
         ("tasks: [{name: t, rows: x, metric: bleu}]", "there is no metric 'bleu'; there are"),

@@ -332,6 +332,7 @@ def _tiny_config(kind: str, vocab_size: int) -> Any:
                 "attn_layer_indices": [1],
             },
         ),
+        "doge": ("DogeConfig", llama),
         "mamba": ("MambaConfig", stateful | {"state_size": 8, "time_step_rank": 4}),
         "rwkv": ("RwkvConfig", stateful),
     }

@@ -233,6 +233,7 @@ def _tiny_config(kind: str, vocab_size: int) -> Any:
         "max_position_embeddings": 512,
         "hidden_size": HIDDEN,
     }
+    stateful = {key: value for key, value in old.items() if key != "num_attention_heads"}
     llama = old | {"intermediate_size": INTERMEDIATE, "num_key_value_heads": 2}
     gemma = llama | {"head_dim": 8, "sliding_window": 4, "query_pre_attn_scalar": 8}
     served = llama | {"hidden_size": 64, "intermediate_size": 96, "num_attention_heads": 2}
@@ -331,11 +332,9 @@ def _tiny_config(kind: str, vocab_size: int) -> Any:
                 "attn_layer_indices": [1],
             },
         ),
-        "mamba": (
-            "MambaConfig",
-            {key: value for key, value in old.items() if key != "num_attention_heads"}
-            | {"state_size": 8, "time_step_rank": 4},
-        ),
+        "doge": ("DogeConfig", llama),
+        "mamba": ("MambaConfig", stateful | {"state_size": 8, "time_step_rank": 4}),
+        "rwkv": ("RwkvConfig", stateful),
     }
     name, asked = kinds[kind]
     return getattr(hf, name)(**asked)

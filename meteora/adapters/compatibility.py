@@ -118,7 +118,7 @@ def _moved(
     }
     stems = {place.stem for path in base if (place := place_of(path))}
     own = {place.stem for path in paths if (place := place_of(path))}
-    missing = next(path for path in paths if path not in base)
+    missing, *more = (path for path in paths if path not in base)
     candidates = []
     for stem in sorted(stems) if len(own) == 1 else []:
         old = next(iter(own))
@@ -137,6 +137,12 @@ def _moved(
             "not_in_base",
             f"{missing} is a layer of one expert of a mixture, and this base has all experts of a"
             " layer in one tensor, which is not routed; only linear layers are",
+        )
+    elif all(path.endswith(".router") for path in (missing, *more)):
+        found.refuse(
+            "not_in_base",
+            f"{missing} chooses the experts of a mixture and returns its choices, too, so nothing"
+            " can be added to it; train the adapter without it",
         )
     else:
         found.refuse(

@@ -419,7 +419,8 @@ def sweep_gates(
 
 def _refuse_readers_of_the_cache(paths: Iterable[str], options: RouterOptions) -> None:
     """Refuse decisions that are made once for a token, if a module gets each token repeatedly."""
-    again = next((path for path in paths if path.endswith(".kv_b_proj")), None)
+    readers = (".kv_b_proj", ".self_attn.dt_proj")  # DeepSeek's and Doge's
+    again = next((path for path in paths if path.endswith(readers)), None)
     if again and options.share in ("layer", "token", "turn"):
         raise TrainingError(
             f"{again} gets all tokens of the cache with each new one, so it cannot follow a"

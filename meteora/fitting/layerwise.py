@@ -249,10 +249,11 @@ class Sweep:
                 hooks.enter_context(layer.register_forward_pre_hook(partial(see, path)))
             self._run(index, 0)
         called = {path for _, paths in seen for path in paths}
-        if unused := sorted(self._routed[index].keys() - called):  # of Mamba: dt_proj
+        # Mamba only reads the weights of `dt_proj`; a Bart alone has no encoder to attend to
+        if unused := sorted(self._routed[index].keys() - called):
             raise SweepError(
-                f"{type(self.model).__name__} reads the weights of {unused[0]} and does not call"
-                " it, so adapters have no effect there; leave those that target it out"
+                f"{type(self.model).__name__} does not call {unused[0]}, so adapters have no effect"
+                " there; leave those that target it out"
             )
         return [paths for _, paths in seen]
 

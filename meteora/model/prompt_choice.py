@@ -26,7 +26,14 @@ import torch
 from torch import Tensor, nn
 
 from meteora.routing.layer import routed_layers
-from meteora.routing.passes import PassInput, Present, UnreadPromptError, Watcher, set_watcher
+from meteora.routing.passes import (
+    CACHES,
+    PassInput,
+    Present,
+    UnreadPromptError,
+    Watcher,
+    set_watcher,
+)
 from meteora.routing.prompt_router import HeldChoice, PromptRouter
 from meteora.routing.turns import each_row, questions
 
@@ -107,7 +114,7 @@ class PromptReader(Watcher):
         inputs["use_cache"] = False
         if "logits_to_keep" in inspect.signature(model.forward).parameters:
             inputs["logits_to_keep"] = slice(-1, None)  # they are not used; see `with_every_token`
-        for name in ("past_key_values", "cache_params"):
+        for name in CACHES:
             if inputs.get(name) is not None:
                 inputs[name] = _copied(inputs[name])
         sizes = torch.zeros(len(question), self.standard.shape[1])

@@ -19,6 +19,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
 
+CACHES = ("past_key_values", "cache_params", "state")
+"""Names of the cache among a model's `forward` arguments: of most, of Mamba's kind, and of RWKV."""
+
+
 class UnreadPromptError(MeteoraError, RuntimeError):
     """Tokens cannot be routed, since the prompt that decides for them was not read."""
 
@@ -41,7 +45,8 @@ class PassInput:
         """Read the arguments of a causal language model's `forward`, by name (see `by_name`)."""
         ids = arguments.get("input_ids")
         states = ids if ids is not None else arguments["inputs_embeds"]
-        past, state = arguments.get("past_key_values"), arguments.get("cache_params")
+        past, *others = (arguments.get(name) for name in CACHES)
+        state = next((one for one in others if one is not None), None)
         num_before = None if past is None else int(past.get_seq_length())
         there = _there(arguments.get("attention_mask"), states, num_before)
         goes_on = bool(num_before) if state is None else _holds_a_state(state, states.shape[1])
@@ -50,6 +55,8 @@ class PassInput:
 
 def _holds_a_state(cache: Any, length: int) -> bool:  # noqa: ANN401  (of many kinds)
     """Whether a state-space model has read tokens before; its cache has no length."""
+    if isinstance(cache, list):  # RWKV's tensors, which the first pass makes
+        return True
     has_state = getattr(cache, "has_previous_state", None)
     return length == 1 if has_state is None else has_state(0)  # xLSTM's cache does not tell
 
@@ -99,7 +106,7 @@ def with_every_token(kwargs: Mapping[str, Any]) -> dict[str, Any]:
 def cache_name(model: nn.Module) -> str:
     """The name of the cache among a model's `forward` arguments, and in its output."""
     takes = inspect.signature(model.forward).parameters
-    return "cache_params" if "cache_params" in takes else "past_key_values"  # Mamba's, and others'
+    return next((name for name in CACHES[1:] if name in takes), CACHES[0])
 
 
 WATCHER = "meteora_watcher"
@@ -178,8 +185,8 @@ class Watcher:
 
     def _keep_in(self, cache: object) -> None:
         conversation = self.now.conversation
-        if cache is None or conversation is None:
-            return
+        if cache is None or conversation is None or isinstance(cache, list):
+            return  # RWKV's takes no attribute, so the last conversation goes on
         if getattr(cache, CONVERSATION, None) is not conversation:
             setattr(cache, CONVERSATION, conversation)
 
@@ -195,7 +202,7 @@ class Watcher:
         self._after_base(_model, _args, output)
 
     def _after_base(self, _base: nn.Module, _args: object, output: object) -> None:
-        for name in ("past_key_values", "cache_params"):  # a model without a cache makes one
+        for name in CACHES:  # a model without a cache makes one
             self._keep_in(getattr(output, name, None))
 
     def _at_base(self, base: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:

@@ -484,6 +484,13 @@ def test_layers_of_single_experts_are_refused_by_what_the_base_has_instead(tmp_p
         fit_to_base(found, SHAPES | {"model.layers.0.mlp.experts.0.up_proj": (8, 6)})
 
 
+def test_a_router_that_returns_its_choices_is_refused_as_one(tmp_path: Path) -> None:
+    router = pair("model.layers.0.feed_forward.router")
+    found = reader.read(write_adapter(tmp_path, pair(Q0) | router, target_modules="all-linear"))
+    with pytest.raises(IncompatibleAdaptersError, match="chooses the experts of a mixture and ret"):
+        fit_to_base(found, SHAPES)
+
+
 def test_the_ranks_of_all_fused_experts_together_are_not_held_against_r(tmp_path: Path) -> None:
     """PEFT writes r rows for each expert; `down_proj` under the name of the module around it."""
     both = pair("model.layers.0.mlp.experts.base_layer", r=16) | pair(

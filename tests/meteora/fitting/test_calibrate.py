@@ -522,21 +522,25 @@ def test_a_failed_fit_leaves_the_routers_that_it_found(model):
     assert model.training
 
 
-@pytest.mark.parametrize("share", ["layer", "token", "turn"])
+@pytest.mark.parametrize(
+    ("kind", "reader", "share"),
+    [
+        *(("deepseek", "kv_b_proj", share) for share in ("layer", "token", "turn")),
+        ("doge", "dt_proj", "turn"),
+    ],
+)
 def test_a_module_that_reads_the_cache_again_cannot_follow_one_decision(
-    build_base, build_adapter, fuse_adapters, tmp_path, share
+    build_base, build_adapter, fuse_adapters, tmp_path, kind, reader, share
 ):
-    base = build_base("deepseek")
+    base, targets = build_base(kind), [reader, "o_proj"]
     adapters = {
-        name: build_adapter(
-            base, tmp_path / name, seed=seed, r=2, target_modules=["kv_b_proj", "o_proj"]
-        )
+        name: build_adapter(base, tmp_path / name, seed=seed, r=2, target_modules=targets)
         for seed, name in enumerate(("one", "two"))
     }
     fuse_adapters(base, adapters, tmp_path / "fused")
     model, _ = load(tmp_path / "fused", base_folder=base)
     asked = replace(POINT_GATES, share=share)
-    with pytest.raises(TrainingError, match="kv_b_proj gets all tokens of the cache"):
+    with pytest.raises(TrainingError, match=f"{reader} gets all tokens of the cache"):
         calibrate(model, examples(2, experts=range(2)), asked)
 
 

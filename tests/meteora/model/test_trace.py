@@ -138,6 +138,7 @@ def test_a_model_without_routers_has_nothing_to_trace(model, tokenizer, prompt):
     ("kind", "modules", "num_prompt"),
     [
         ("mamba", ["in_proj", "x_proj"], 5),
+        ("rwkv", ["receptance", "value"], 5),
         ("phi3", ["qkv_proj", "o_proj"], 60),
         ("deepseek", ["q_a_proj", "kv_b_proj", "o_proj"], 5),
     ],
@@ -145,7 +146,7 @@ def test_a_model_without_routers_has_nothing_to_trace(model, tokenizer, prompt):
 def test_a_traced_answer_has_the_routes_of_one_pass_over_all_of_it(
     build_base, build_adapter, fuse_adapters, tokenizer, tmp_path, kind, modules, num_prompt
 ):
-    """Mamba reads on with a state; Phi 3 reads all again beyond its short positions.
+    """Mamba and RWKV read on with a state; Phi 3 reads all again beyond its short positions.
 
     DeepSeek's `kv_b_proj` gets all tokens that the cache has, so it is left out.
     """

@@ -15,10 +15,11 @@ import sys
 import tempfile
 import time
 from pathlib import Path
-from statistics import median, quantiles
+from statistics import median
 from typing import TYPE_CHECKING
 
 import duckdb
+import numpy as np
 
 from store.ledger import Ledger
 from store.query import Limits, examples
@@ -56,8 +57,10 @@ def start(*arguments: object) -> subprocess.Popen[str]:
 
 
 def spread(seconds: list[float]) -> str:
-    cuts = quantiles(seconds, n=100)
-    return f"p50 {cuts[49]:.3f} s, p99 {cuts[98]:.3f} s, worst {max(seconds):.3f} s"
+    if not seconds:
+        return "none"
+    p50, p99, worst = np.quantile(seconds, [0.5, 0.99, 1.0])
+    return f"p50 {p50:.3f} s, p99 {p99:.3f} s, worst {worst:.3f} s"
 
 
 def contention(home: Path, num_writers: int, num_records: int) -> None:
@@ -154,6 +157,9 @@ def main() -> None:
     parser.add_argument("--writers", default="8x250", help="Such as 8x250; 0x0 for none.")
     parser.add_argument("--folder", type=Path, help="Where there is room: 6 GB for ten million.")
     asked = parser.parse_args()
+    size = Size(asked.artifacts, asked.scores)
+    if asked.scores and not size.is_enough:
+        parser.error("--artifacts takes 25 or more, and --scores a few for each, or 0 for none")
     print(  # noqa: T201
         f"DuckDB {duckdb.__version__}, Python {platform.python_version()}, {os.cpu_count()} cores;"
         f" load when it began {os.getloadavg()[0]:.1f}"
@@ -163,7 +169,7 @@ def main() -> None:
         if num_writers:
             contention(Path(folder, "many"), num_writers, num_records)
         if asked.scores:
-            scale(Path(folder, "large"), Size(asked.artifacts, asked.scores))
+            scale(Path(folder, "large"), size)
     print(f"\nLoad when it ended: {os.getloadavg()[0]:.1f}")  # noqa: T201
 
 

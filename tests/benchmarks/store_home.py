@@ -71,6 +71,11 @@ class Size:
         rest = self.num_scores - NUM_TASKS - TASKS_AN_ADAPTER * self.num_adapters
         return min(rest // self.num_routers, NUM_TASKS)
 
+    @property
+    def is_enough(self) -> bool:
+        """Whether there is one of each kind."""
+        return self.num_adapters > 0 and self.scores_a_router > 0
+
 
 @dataclass(frozen=True)
 class Kind:
@@ -128,7 +133,7 @@ def _kinds(size: Size) -> list[Kind]:
         "task-@n@", "some/lora-@n@@main", "some/lora-@n@", "c" * 40, "accept", (), "mit", "someone",
         "", ArtifactId("@id@"),
     )  # fmt: skip
-    started = RunStarted("@run@", "recipe-@n@", "9" * 64, {"torch": "2.13.0"}, "cpu")
+    started = RunStarted("run-0", "recipe-@n@", "9" * 64, {"torch": "2.13.0"}, "cpu").to_dict()
     ended = {
         "run_id": "@run@", "outcome": "ok", "reason": "", "wall_seconds": 2999.0,
         "stages": [{"stage": "gates", "wall_seconds": 2900.0}],
@@ -157,7 +162,7 @@ def _kinds(size: Size) -> list[Kind]:
             router_id, "n * 100", of_run,
         ),
         Kind(
-            size.num_runs, _record("run-started", started.to_dict()),
+            size.num_runs, _record("run-started", started | {"run_id": "@run@"}),
             {"@n@": f"n % {NUM_RECIPES}"}, at="n * 3000", **run,
         ),
         Kind(size.num_runs, _record("run-ended", ended), {}, at="n * 3000 + 2999", **run),

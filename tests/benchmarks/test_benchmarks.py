@@ -12,7 +12,9 @@ import pytest
 import torch
 
 import meteora
+from store.ledger import Ledger
 from tests.benchmarks import fuse, parts
+from tests.benchmarks.store_home import Size, make_home
 from tests.pipelines.conftest import CHAT_TEMPLATE
 
 TINY = {
@@ -85,6 +87,14 @@ def test_the_right_expert_is_forced_where_a_part_of_the_prompt_says_so(
     rows = capsys.readouterr().out
     assert f"| {parts.ORACLE} |" in rows
     assert "| answer |" in rows
+
+
+def test_the_smallest_home_has_one_of_each_kind(tmp_path):
+    assert not any(Size(*few).is_enough for few in [(24, 166), (25, 165), (1, 1000)])
+    smallest = Size(num_artifacts=25, num_scores=166)
+    assert smallest.is_enough
+    num_records = make_home(tmp_path, smallest)
+    assert Ledger(tmp_path).ingest().num_records == num_records
 
 
 @pytest.mark.slow

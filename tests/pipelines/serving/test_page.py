@@ -237,11 +237,11 @@ def test_an_answer_is_stopped_and_stays_in_the_history_as_far_as_it_went(page: P
     def answer(_messages, *, on_token, **_asked) -> Answer:
         while True:  # until the client has left
             on_token(Token("on ", 0, 1.0))
-            time.sleep(0.02)
+            time.sleep(0.2)  # a page that draws slower than that never comes to the button
 
     with patch.object(chat, "answer", answer):
         page.one("textarea").send_keys("hello", Keys.ENTER)
-        WebDriverWait(page.browser, 20).until(lambda _: len(page.all("article .t")) > 3)
+        WebDriverWait(page.browser, 60).until(lambda _: len(page.all("article .t")) > 3)
         page.one("#stop").click()
         page.wait()
         assert page.one(".note").text == "cut here"

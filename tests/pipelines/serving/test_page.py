@@ -296,6 +296,25 @@ def test_a_tab_that_is_loaded_again_still_has_its_conversation(page: Page) -> No
 
 
 @pytest.mark.browser
+def test_a_tab_that_is_loaded_again_during_an_answer_has_what_came_of_it(page: Page, chat) -> None:
+    def answer(_messages, *, on_token, **_asked) -> Answer:
+        while True:  # until the client has left
+            on_token(Token("on ", 0, 1.0))
+            time.sleep(0.1)
+
+    with patch.object(chat, "answer", answer):
+        page.one("[value='(base)']").click()
+        page.one("textarea").send_keys("5 6", Keys.ENTER)
+        WebDriverWait(page.browser, 20).until(lambda _: len(page.all("article .t")) > 3)
+        assert [turn["question"] for turn in page.run("return kept()")] == ["5 6"]  # of a crash
+        page.browser.refresh()
+    assert page.one(".asked").text == "5 6"
+    assert page.texts()[0].startswith("on on on on ")
+    assert [note.text for note in page.all(".note")] == ["cut here", "stopped"]
+    assert page.one("[type=submit]").is_displayed()
+
+
+@pytest.mark.browser
 def test_a_tab_keeps_a_token_of_many_layers_in_few_characters(page: Page, chat) -> None:
     layers = tuple(LayerWinner(layer, 1, 0.5) for layer in range(100))
     token = Token("on", 1, 0.5, layers)

@@ -59,7 +59,10 @@ async function* tokensOf(expert, messages, signal) {
     }),
     signal,
   });
-  if (!response.ok) throw new Error((await response.json()).error.message);
+  if (!response.headers.get("content-type")?.startsWith("text/event-stream")) {
+    const body = await response.json().catch(() => null);
+    throw new Error(body?.error?.message ?? "a proxy or another server answered (status " + response.status + ")");
+  }
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ;) {
     const { value, done } = await reader.read();

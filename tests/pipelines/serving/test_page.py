@@ -404,3 +404,22 @@ def test_a_server_that_is_gone_is_a_sentence(browser: webdriver.Chrome, chat) ->
         assert page.one("h3").text == "q_and_v"
     page.ask("hello?")
     assert page.all(".note.error")[-1].text == "the server does not answer"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("status", "body", "sentence"),
+    [
+        (502, "<h1>Bad Gateway</h1>", "a proxy or another server answered (status 502)"),
+        (200, "<h1>Log in</h1>\n\n<form>", "a proxy or another server answered (status 200)"),
+        (429, '{"error": "slow"}', "a proxy or another server answered (status 429)"),
+        (403, '{"error": {"message": "not you"}}', "not you"),
+    ],
+)
+def test_a_proxy_that_answers_in_the_server_s_place_is_a_sentence(
+    page: Page, status: int, body: str, sentence: str
+) -> None:
+    answer = "const [body, status] = arguments; fetch = async () => new Response(body, { status })"
+    page.run(answer, body, status)
+    page.ask("hello")
+    assert page.one(".note.error").text == sentence

@@ -124,15 +124,15 @@ class ChatRequest(BaseModel):
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
     tools: Annotated[list[object], Field(max_length=0)] | None = None
-    tool_choice: Literal["none"] | None = None
-    parallel_tool_calls: Literal[False] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
     top_logprobs: Literal[0] | None = None
     logit_bias: Annotated[dict[str, object], Field(max_length=0)] | None = None
     response_format: ResponseFormat | None = None
     modalities: list[Literal["text"]] | None = None
-    service_tier: Literal["auto"] | None = None
+    service_tier: Literal["auto", "default"] | None = None
 
     # these change no answer
+    parallel_tool_calls: bool | None = None
     user: str | None = None
     metadata: dict[str, str] | None = None
     store: bool | None = None

@@ -29,13 +29,17 @@ function keep() {
     sessionStorage.setItem(KEY, JSON.stringify(state.turns));
   } catch {} // the browser keeps nothing, or not so much: the conversation is on this page alone
 }
+// a hidden tab may end without another event; an answer that its page leaves is stopped, and has not failed
+document.addEventListener("visibilitychange", keep);
+addEventListener("pagehide", () => running?.abort());
 
 function kept() {
   try {
     const found = JSON.parse(sessionStorage.getItem(KEY) ?? "[]");
     for (const answer of found.flatMap((turn) => turn.answers).filter((answer) => answer.waits)) {
       answer.waits = false;
-      answer.error = "stopped";
+      if (answer.tokens.length) answer.cut = true;
+      else answer.error = "stopped";
     }
     return found;
   } catch {
@@ -55,7 +59,10 @@ async function* tokensOf(expert, messages, signal) {
     }),
     signal,
   });
-  if (!response.ok) throw new Error((await response.json()).error.message);
+  if (!response.headers.get("content-type")?.startsWith("text/event-stream")) {
+    const body = await response.json().catch(() => null);
+    throw new Error(body?.error?.message ?? "a proxy or another server answered (status " + response.status + ")");
+  }
   const reader = response.body.pipeThrough(new TextDecoderStream()).getReader();
   for (let rest = ""; ;) {
     const { value, done } = await reader.read();
@@ -150,6 +157,7 @@ async function ask(question) {
   const answers = whoAnswers().map((expert) => ({ expert, tokens: [], waits: true, cut: false, error: "" }));
   const turn = { question, answers };
   state.turns.push(turn);
+  keep();
   const drawn = drawTurn(turn), control = new AbortController();
   setRunning(control);
   for (const [i, answer] of answers.entries()) {

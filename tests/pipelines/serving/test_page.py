@@ -296,6 +296,25 @@ def test_a_tab_that_is_loaded_again_still_has_its_conversation(page: Page) -> No
 
 
 @pytest.mark.browser
+def test_a_tab_that_is_loaded_again_during_an_answer_has_what_came_of_it(page: Page, chat) -> None:
+    def answer(_messages, *, on_token, **_asked) -> Answer:
+        while True:  # until the client has left
+            on_token(Token("on ", 0, 1.0))
+            time.sleep(0.1)
+
+    with patch.object(chat, "answer", answer):
+        page.one("[value='(base)']").click()
+        page.one("textarea").send_keys("5 6", Keys.ENTER)
+        WebDriverWait(page.browser, 20).until(lambda _: len(page.all("article .t")) > 3)
+        assert [turn["question"] for turn in page.run("return kept()")] == ["5 6"]  # of a crash
+        page.browser.refresh()
+    assert page.one(".asked").text == "5 6"
+    assert page.texts()[0].startswith("on on on on ")
+    assert [note.text for note in page.all(".note")] == ["cut here", "stopped"]
+    assert page.one("[type=submit]").is_displayed()
+
+
+@pytest.mark.browser
 def test_a_tab_keeps_a_token_of_many_layers_in_few_characters(page: Page, chat) -> None:
     layers = tuple(LayerWinner(layer, 1, 0.5) for layer in range(100))
     token = Token("on", 1, 0.5, layers)
@@ -385,3 +404,22 @@ def test_a_server_that_is_gone_is_a_sentence(browser: webdriver.Chrome, chat) ->
         assert page.one("h3").text == "q_and_v"
     page.ask("hello?")
     assert page.all(".note.error")[-1].text == "the server does not answer"
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(
+    ("status", "body", "sentence"),
+    [
+        (502, "<h1>Bad Gateway</h1>", "a proxy or another server answered (status 502)"),
+        (200, "<h1>Log in</h1>\n\n<form>", "a proxy or another server answered (status 200)"),
+        (429, '{"error": "slow"}', "a proxy or another server answered (status 429)"),
+        (403, '{"error": {"message": "not you"}}', "not you"),
+    ],
+)
+def test_a_proxy_that_answers_in_the_server_s_place_is_a_sentence(
+    page: Page, status: int, body: str, sentence: str
+) -> None:
+    answer = "const [body, status] = arguments; fetch = async () => new Response(body, { status })"
+    page.run(answer, body, status)
+    page.ask("hello")
+    assert page.one(".note.error").text == sentence

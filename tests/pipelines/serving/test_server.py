@@ -180,8 +180,9 @@ def test_fields_that_ask_for_nothing_may_be_given(client, url) -> None:
         "stream_options": {"include_usage": None},
     }  # fmt: skip
     unasked = dict.fromkeys(["trace", "functions", "reasoning_effort", "prediction", "audio"])
+    defaults = {"tool_choice": "auto", "parallel_tool_calls": True, "service_tier": "default"}
     body = {"model": "tiny", "messages": HELLO, "max_tokens": 8}
-    for more in (nothing, dict.fromkeys(nothing), unasked):
+    for more in (nothing, dict.fromkeys(nothing), unasked, nothing | defaults):
         found = post(url, body | more)
         assert found.status_code == 200, found.text
         answer = found.json()["choices"][0]["message"]["content"]

@@ -35,16 +35,20 @@ addEventListener("pagehide", () => running?.abort());
 
 function kept() {
   try {
-    const found = JSON.parse(sessionStorage.getItem(KEY) ?? "[]");
-    for (const answer of found.flatMap((turn) => turn.answers).filter((answer) => answer.waits)) {
-      answer.waits = false;
-      if (answer.tokens.length) answer.cut = true;
-      else answer.error = "stopped";
-    }
-    return found;
+    return JSON.parse(sessionStorage.getItem(KEY) ?? "[]");
   } catch {
     return [];
   }
+}
+
+// a tab that is loaded again, or a page that was downloaded meanwhile, sees no end of an answer
+function ended(found) {
+  for (const answer of found.flatMap((turn) => turn.answers).filter((answer) => answer.waits)) {
+    answer.waits = false;
+    if (answer.tokens.length) answer.cut = true;
+    else answer.error = "stopped";
+  }
+  return found;
 }
 
 // ---- the server
@@ -134,14 +138,14 @@ function drawNote({ box, note }, answer) {
   note.hidden = !note.textContent;
 }
 
-function drawLegend() {
-  const tokens = state.turns.flatMap((turn) => turn.answers).flatMap((answer) => answer.tokens);
-  const won = new Map();
-  for (const token of tokens) won.set(token.expert, (won.get(token.expert) || 0) + 1);
+// the legend has the tokens of each expert
+const won = new Map();
+function count(tokens) {
+  for (const { expert } of tokens) won.set(expert, (won.get(expert) || 0) + 1);
   legend.forEach((item, e) => {
-    const count = won.get(state.experts[e]) || 0;
-    item.querySelector(".share").textContent = count;
-    item.classList.toggle("none", !count);
+    const num = won.get(state.experts[e]) || 0;
+    item.querySelector(".share").textContent = num;
+    item.classList.toggle("none", !num);
   });
 }
 
@@ -171,7 +175,7 @@ async function ask(question) {
         const { text } = drawn[i], seen = isSeen(text);
         answer.tokens.push(token);
         drawToken(text, token);
-        drawLegend();
+        if (state.turns.includes(turn)) count([token]);
         if (seen) text.lastChild.scrollIntoView({ block: "nearest" });
       }
     } catch (error) {
@@ -224,7 +228,8 @@ form.querySelector("#reset").addEventListener("click", () => {
   keep();
   turns.replaceChildren();
   hide();
-  drawLegend();
+  won.clear();
+  count([]);
   field.focus();
 });
 select.addEventListener("change", () => {
@@ -307,6 +312,6 @@ for (const box of boxes) {
 }
 if (boxes.find((box) => box.id === "one").checked) select.value = state.expert;
 form.hidden = Boolean(state.saved);
-if (!state.saved) state.turns = kept();
+state.turns = ended(state.saved ? state.turns : kept());
 state.turns.forEach(drawTurn);
-drawLegend();
+count(state.turns.flatMap((turn) => turn.answers).flatMap((answer) => answer.tokens));

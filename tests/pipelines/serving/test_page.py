@@ -24,6 +24,7 @@ from tests.pipelines.serving.conftest import serving
 
 if TYPE_CHECKING:
     from collections.abc import Generator
+    from pathlib import Path
 
     from selenium import webdriver
     from selenium.webdriver.remote.webelement import WebElement
@@ -104,6 +105,15 @@ class Page:
             self.all("article")[answer],
         )
         return found
+
+    def save(self, folder: Path) -> Path:
+        """Download the page; returns the file."""
+        asked = {"behavior": "allow", "downloadPath": str(folder)}
+        self.browser.execute_cdp_cmd("Browser.setDownloadBehavior", asked)
+        self.one("#download").click()
+        saved = folder / "tiny.html"
+        WebDriverWait(self.browser, 20).until(lambda _: saved.exists())
+        return saved
 
     def texts(self) -> list[str]:
         """The text of every answer on the page."""
@@ -208,13 +218,7 @@ def test_hostile_text_stays_text_in_the_page_and_in_a_saved_one(page: Page, chat
     with pytest.raises(JavascriptException, match="TrustedHTML"):
         page.run("document.body.innerHTML = '<b>'")
 
-    page.browser.execute_cdp_cmd(
-        "Browser.setDownloadBehavior", {"behavior": "allow", "downloadPath": str(tmp_path)}
-    )
-    page.one("#download").click()
-    saved = tmp_path / "tiny.html"
-    WebDriverWait(page.browser, 20).until(lambda _: saved.exists())
-    offline = Page(page.browser, saved.as_uri())
+    offline = Page(page.browser, page.save(tmp_path).as_uri())
     assert offline.tokens() == shown
     assert not offline.one("form").is_displayed()
     assert offline.all("img") == []
@@ -296,7 +300,9 @@ def test_a_tab_that_is_loaded_again_still_has_its_conversation(page: Page) -> No
 
 
 @pytest.mark.browser
-def test_a_tab_that_is_loaded_again_during_an_answer_has_what_came_of_it(page: Page, chat) -> None:
+def test_a_tab_that_is_loaded_again_during_an_answer_has_what_came_of_it(
+    page: Page, chat, tmp_path
+) -> None:
     def answer(_messages, *, on_token, **_asked) -> Answer:
         while True:  # until the client has left
             on_token(Token("on ", 0, 1.0))
@@ -307,11 +313,14 @@ def test_a_tab_that_is_loaded_again_during_an_answer_has_what_came_of_it(page: P
         page.one("textarea").send_keys("5 6", Keys.ENTER)
         WebDriverWait(page.browser, 20).until(lambda _: len(page.all("article .t")) > 3)
         assert [turn["question"] for turn in page.run("return kept()")] == ["5 6"]  # of a crash
-        page.browser.refresh()
-    assert page.one(".asked").text == "5 6"
-    assert page.texts()[0].startswith("on on on on ")
-    assert [note.text for note in page.all(".note")] == ["cut here", "stopped"]
-    assert page.one("[type=submit]").is_displayed()
+        saved = page.save(tmp_path)
+    for address in (page.browser.current_url, saved.as_uri()):
+        page.browser.get(address)
+        assert page.one("[type=submit]").is_displayed() == (address != saved.as_uri())
+        assert page.one(".asked").text == "5 6"
+        assert page.texts()[0].startswith("on on on on ")
+        assert str(len(page.tokens(0))) in page.one(".legend").text
+        assert [note.text for note in page.all(".note")] == ["cut here", "stopped"]
 
 
 @pytest.mark.browser

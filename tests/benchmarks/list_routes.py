@@ -1,14 +1,15 @@
 """Where the tokens of composites go, with the right answers given, and what wrong routes cost.
 
     python -m tests.benchmarks.list_routes TASKS CHECKPOINT
-        [--questions 10] [--num-fewshot 0] [--prompts 16]
+        [--questions 10] [--num-fewshot 0] [--prompts 16] [--base FOLDER]
 
 TASKS has a `NAME/test.jsonl` of each expert, such as the folder `tasks` that
-`tests.benchmarks.lists` leaves; CHECKPOINT has gates by which each token decides for itself. The
-first table has the share of modules that choose a token's own expert, in the lower and in the upper
-half of the layers: for the prompt, the digits of the numbers in front of answers, what stands
-between digits and answer, the first token of an answer, and its other tokens. The second has the
-log-likelihood of the right answers where some of these tokens get the right expert by hand.
+`tests.benchmarks.lists` leaves; CHECKPOINT has gates by which each token decides for itself; FOLDER
+is needed if its base is a folder. The first table has the share of modules that choose a token's
+own expert, in the lower and in the upper half of the layers: for the prompt, the digits of the
+numbers in front of answers, what stands between digits and answer, the first token of an answer,
+and its other tokens. The second has the log-likelihood of the right answers where some of these
+tokens get the right expert by hand.
 """
 
 from __future__ import annotations
@@ -147,8 +148,9 @@ def main() -> None:
     parser.add_argument("--questions", type=int, default=10)
     parser.add_argument("--num-fewshot", type=int, default=0)
     parser.add_argument("--prompts", type=int, default=16)
+    parser.add_argument("--base", type=Path)
     asked = parser.parse_args()
-    model, tokenizer = meteora.load(asked.checkpoint)
+    model, tokenizer = meteora.load(asked.checkpoint, base_folder=asked.base)
     names = expert_names(model)
     folder = asked.tasks.absolute()
     rows = {n: read_rows(f"jsonl:{folder / n}/test.jsonl", Path(), NUM_ROWS) for n in TRAININGS}

@@ -70,16 +70,21 @@ def place_checkpoint(
         manifest: Its files are among the ledger's blobs. The other arguments are `write_texts`'s.
     """
     folder = work.checkpoint_folder(ArtifactId(manifest.router_id))
-    if is_signed(folder):
-        say(f"{folder} lacks a file, so it is made again without its signature: sign it", "note")
     with work.scratch() as scratch:
         made = scratch / folder.name
         made.mkdir()
         for name, sha256 in manifest.files.items():
             work.ledger.blobs.give(sha256, made / name)
         write_texts(made, manifest, title, summary, recipe_sha256, more)
-        put_in_place(made, folder)
+        replace_checkpoint(made, folder)
     return folder
+
+
+def replace_checkpoint(made: Path, folder: Path) -> None:
+    """Put a finished checkpoint in its place; says if an older one there had a signature."""
+    if is_signed(folder):
+        say(f"{folder} was signed, and is made again without its signature: sign it", "note")
+    put_in_place(made, folder)
 
 
 def record_stack(ledger: Ledger, fused: FusedSpec, sha256: str, run_id: str) -> FusedCheckpoint:

@@ -54,11 +54,16 @@ from pipelines.evaluation.speed import device_name
 from pipelines.planning.room import check_examples, with_room
 from pipelines.recipe.gates import Composites, MixedSection, numbers_of
 from pipelines.recipe.recipe import NAME, NAME_RULE
-from pipelines.stages.checkpoint import record_router, record_stack, write_texts
+from pipelines.stages.checkpoint import (
+    record_router,
+    record_stack,
+    replace_checkpoint,
+    write_texts,
+)
 from pipelines.stages.open_model import entry_of, stack_in, tokenizer_of_gates
 from pipelines.workspace.checkpoints import is_whole
 from pipelines.workspace.console import bar, say
-from pipelines.workspace.context import checkpoint_at, new_run_id, put_in_place
+from pipelines.workspace.context import checkpoint_at, new_run_id
 from pipelines.workspace.machine import is_too_large, memory_bytes
 from pipelines.workspace.recorded_run import one_stage
 
@@ -363,7 +368,7 @@ def _finish(ledger: Ledger, before: Manifest, edited: EditedCheckpoint) -> Path:
     else:
         say("its parents are not in this ledger, so it is not recorded; only the folder is written")
     out = checkpoint_at(ledger.home, router.id)
-    put_in_place(edited.folder, out)
+    replace_checkpoint(edited.folder, out)
     return out
 
 

@@ -130,7 +130,7 @@ def test_a_checkpoint_that_lacks_a_file_is_made_whole_and_a_signed_one_stays(
     (folder / CARD).unlink()
     run(more)
     assert (folder / CARD).is_file()
-    assert "so it is made again without its signature: sign it" in capsys.readouterr().err
+    assert "was signed, and is made again without its signature: sign it" in capsys.readouterr().err
 
 
 @pytest.mark.slow

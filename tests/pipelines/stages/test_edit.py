@@ -37,6 +37,7 @@ from pipelines.admission.checkpoints import FoundCheckpoint
 from pipelines.cli import app
 from pipelines.data.rows import ExamplesError
 from pipelines.hub.errors import HubFilesError
+from pipelines.publishing.signing import SIGNATURE
 from pipelines.stages import build, edit
 from pipelines.stages.adopt import recorded_router
 from pipelines.stages.edit import GrowthError
@@ -181,9 +182,12 @@ def test_an_expert_that_was_dropped_before_is_not_dropped_again(
     assert edit.drop(work.ledger, folder, "attention") == without
     assert "it is in the ledger already, nothing to do" in capsys.readouterr().err
     assert (without / CARD).read_text() == "measured"
-    (without / EXPERTS).unlink()
-    assert edit.drop(work.ledger, folder, "attention") == without
-    assert (without / EXPERTS).is_file()
+    (without / SIGNATURE).write_text("{}")
+    for name in (EXPERTS, CARD):
+        (without / name).unlink()
+        assert edit.drop(work.ledger, folder, "attention") == without
+        assert (without / name).is_file()
+    assert capsys.readouterr().err.count("is made again without its signature: sign it") == 1
 
 
 def test_who_joins_comes_through_the_door_of_a_recipe(

@@ -143,7 +143,7 @@ def benchmark(rows: int, composites: int) -> dict[str, Any]:
 
 
 def teach(base: Path, task: str, adapter: Path, out: Path, share: float) -> None:
-    """Train `adapter` on; write rows for its gates and tests that it has not seen."""
+    """Train `adapter` on for a share of its steps; write unseen rows for its gates and tests."""
     seen = seen_in_training(task)
 
     def own() -> Iterator[Row]:
@@ -183,7 +183,7 @@ def main() -> None:
         adapter = asked.recipe.parent / "adapters" / task
         teach(asked.base, task, adapter, asked.out, asked.steps)
     known = yaml.safe_load(asked.recipe.read_text())
-    taught = [one for one in known["experts"] if (asked.out / one["adapter"][5:]).is_dir()]
+    taught = [e for e in known["experts"] if (asked.out / "adapters" / e["name"]).is_dir()]
     asks = benchmark(asked.limit, asked.composites)
     body = {"base": known["base"], "experts": taught, "gates": GATES, "benchmark": asks}
     (asked.out / "recipe.yaml").write_text(yaml.safe_dump(body, sort_keys=False))

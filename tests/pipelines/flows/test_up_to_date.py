@@ -159,5 +159,5 @@ def test_a_thousand_runs_with_nothing_to_do_leave_nothing_behind(
         once()
     after = used()
     assert after[0] < 1.1 * before[0]
-    assert after[1] == before[1]
+    assert after[1] <= before[1]
     assert len(list(work.home.rglob("*"))) == files

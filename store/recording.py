@@ -291,6 +291,7 @@ def _require_agreement(earlier: Record, record: Record, fields: tuple[str, ...])
         if was != is_now:
             raise ConflictError(
                 f"{record.subject} is recorded by run {earlier.run_id} with {name}"
-                f" {was!s:.200}; now it is {is_now!s:.200}. Find out which one is right, or"
+                f" {was!s:.200}; now it is {is_now!s:.200}. Another number of threads, machine or"
+                " version of a library can make this difference: repeat it as that run did, or"
                 " change the spec (another seed) to record both"
             )

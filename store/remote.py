@@ -33,6 +33,8 @@ SINGLE_PUT_BYTES = 1 << 30
 """Larger files are uploaded in parts, and appear complete. S3's limit for one request is higher."""
 RETRY_SECONDS = 30.0
 """Time for which a request is repeated before the storage counts as unreachable."""
+LATER = "what was recorded is safe on this machine, and the next ingest tries again to share it"
+"""What happens to records of a home that shares them, if the storage cannot be reached."""
 
 
 class Remote:
@@ -66,7 +68,7 @@ class Remote:
             UnreachableError: the storage does not answer, or refuses.
         """
         name = f"tmp/{secrets.token_hex(8)}"
-        with self._reached():
+        with self._reached("nothing is shared there; check address, keys and network"):
             self._obstore.put(self._store, name, b"first", mode="create")
             try:
                 self._obstore.put(self._store, name, b"second", mode="create")
@@ -150,11 +152,10 @@ class Remote:
             self._obstore.delete(self._store, sorted(names))
 
     @contextmanager
-    def _reached(self) -> Generator[None]:
+    def _reached(self, then: str = LATER) -> Generator[None]:
         try:
             yield
         except (self._obstore.exceptions.BaseError, FileNotFoundError, PermissionError) as error:
             raise UnreachableError(
-                f"{self.url} cannot be used now ({brief(error)}); what was recorded is safe on"
-                " this machine, and the next ingest tries again to share it"
+                f"{self.url} cannot be used now ({brief(error)}); {then}"
             ) from None

@@ -251,6 +251,8 @@ def load_folder(
                 bnb_4bit_quant_type="nf4",
                 bnb_4bit_compute_dtype=named or config.dtype or torch.float32,
             )
+            # at each product of 8 bits it warns that it rounds the inputs; users cannot change it
+            logging.getLogger("bitsandbytes.autograd").setLevel(logging.ERROR)
         model = _load_model(folder, {"dtype": dtype, "use_safetensors": True, **model_options})
         return cast("PreTrainedModel", model.eval()), load_tokenizer(folder)
 

@@ -21,7 +21,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from meteora.artifacts import RouterOptions
+from meteora.artifacts import MeteoraError, RouterOptions
 from meteora.base.padding import mask_of, padded
 from meteora.base.placement import input_device, replaced_forward
 from meteora.model.fused import without_dropout
@@ -76,10 +76,16 @@ class _Pairs(Router):
         return torch.ones_like(choices, dtype=torch.float32), choices
 
     def without_padding(
-        self, layer: MoELoRALinear, forward: Callable[[Tensor], Tensor], x: Tensor
+        self, path: str, layer: MoELoRALinear, forward: Callable[[Tensor], Tensor], x: Tensor
     ) -> Tensor:
         """A layer's output for x [..., IN], computed for its tokens alone; zero for padding."""
         is_token = self.mask.flatten().bool().to(x.device)
+        if x.numel() != len(is_token) * x.shape[-1]:  # CPM-Ant has rows of a prompt of its own
+            raise MeteoraError(
+                f"the base asks {path} for {x.numel() // x.shape[-1]:,} rows of"
+                f" {len(is_token):,} tokens, and a gate decides for one row a token; use a router"
+                " without gates"
+            )
         with layer.whole():
             rows = forward(x.reshape(len(is_token), -1)[is_token])
         out = rows.new_zeros(len(is_token), rows.shape[-1])
@@ -122,6 +128,9 @@ def find_offsets(
 
     Returns:
         [C, OUT] in float32 by module path; zero for a choice without examples after an opening
+
+    Raises:
+        MeteoraError: the base's modules see other rows than one for each token.
     """
     layers = routed_layers(model)
     sums: dict[str, Tensor] = {}
@@ -131,8 +140,8 @@ def find_offsets(
         least = LEAST_SHARE if modules is None else -1.0
         with ExitStack() as hooks, routed_by(model, lambda _layer, pairs=pairs: pairs):
             hooks.enter_context(without_dropout(model))
-            for layer in layers.values():
-                forward = partial(pairs.without_padding, layer, layer.forward)
+            for path, layer in layers.items():
+                forward = partial(pairs.without_padding, path, layer, layer.forward)
                 hooks.enter_context(replaced_forward(layer, forward))
             for path in layers if modules is None else modules:
                 hook = partial(pairs.give_back, path, least)

@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
+from lm_eval.models.utils import resolve_max_length
 from torch import BoolTensor, Tensor
 from transformers import StoppingCriteria, StoppingCriteriaList
 
@@ -135,7 +136,7 @@ def _sample(
             model,
             tokenizer,
             ids,
-            MAX_TOKENS,
+            min(MAX_TOKENS, max(1, resolve_max_length(model.config, tokenizer) - ids.shape[1])),
             do_sample=True,
             temperature=1.0,
             top_k=0,
@@ -157,8 +158,14 @@ def _judged(
     template: Template,
     texts: Sequence[str],
 ) -> list[Written]:
-    """Texts with the model's answers, and the likelihoods that tell questions from answers."""
-    prompts = [encode_prompt(tokenizer, text) for text in texts]
+    """Texts with the model's answers, and the likelihoods that tell questions from answers.
+
+    Those that do not fit into the base's context, with an answer, are left out.
+    """
+    most = resolve_max_length(model.config, tokenizer) - MAX_NEW_TOKENS
+    ids_of = {text: encode_prompt(tokenizer, text) for text in texts}
+    texts = [text for text, ids in ids_of.items() if len(ids) <= most]
+    prompts = [ids_of[text] for text in texts]
     ends = end_tokens(model, tokenizer)
     answers = [
         [token for token in ids if token not in ends]

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated
@@ -152,8 +153,7 @@ def add(
         newest = {name: ArtifactId(manifest.experts[-1].adapter_id)}
         asked = recorded_tasks(Ledger(home), manifest.base.spec.id, newest)
         rows = "" if asked else f" --tasks {name}=jsonl:FILE"
-        where = base_option(manifest.base.repo_id, base)
-        say(f"measure it with `meteora benchmark {short(manifest.router_id)}{where}{rows}`")
+        _say_next(made, manifest, home, base_option(manifest.base.repo_id, base) + rows)
 
 
 @app.command()
@@ -187,8 +187,7 @@ def drop(
         found = checkpoints.find(str(made), home, base, token_for or (), device=device, dtype=dtype)
         run_benchmark(found, home, BenchmarkRequest(), as_json=as_json)
     else:
-        where = base_option(manifest.base.repo_id, base)
-        say(f"measure it with `meteora benchmark {short(manifest.router_id)}{where}`")
+        _say_next(made, manifest, home, base_option(manifest.base.repo_id, base))
 
 
 def _print_made(made: Path, what: str, before: Path, *, as_json: bool) -> Manifest:
@@ -207,3 +206,12 @@ def _print_made(made: Path, what: str, before: Path, *, as_json: bool) -> Manife
     }
     print(json.dumps(facts) if as_json else made)
     return manifest
+
+
+def _say_next(made: Path, manifest: Manifest, home: Path, further: str) -> None:
+    """Say how to measure a changed checkpoint: by its id, or by its folder without a record."""
+    from store.ledger import Ledger
+
+    is_recorded = Ledger(home).built(ArtifactId(manifest.router_id)) is not None
+    name = short(manifest.router_id) if is_recorded else shlex.quote(str(made))
+    say(f"measure it with `meteora benchmark {name}{further}`")

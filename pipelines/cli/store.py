@@ -108,7 +108,10 @@ def verify(
         return
     if checkpoint is not None or key is not None:
         if checkpoint is None or key is None:
-            raise typer.BadParameter("to check a signature, give both CHECKPOINT and --key")
+            raise typer.BadParameter(
+                "to check a signature, give both CHECKPOINT and --key; to ask a server, --served;"
+                " to check the store, neither"
+            )
         from pipelines.publishing.signing import check_signature
         from pipelines.workspace.checkpoints import checkpoint_folder
 
@@ -194,7 +197,7 @@ def gc(
         for name, size in found:
             print(f"{size}\t{name}")
     done = "removed" if yes else "can be removed with --yes"
-    say(f"{garbage.num_bytes / 1e6:.1f} MB {done}")
+    say(f"{garbage.num_bytes / 1e6:.1f} MB {done}" if names else "there is nothing to remove")
 
 
 @store.command()

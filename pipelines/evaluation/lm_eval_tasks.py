@@ -13,7 +13,7 @@ from lm_eval.api.metrics import mean
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
-from meteora.untrusted.findings import brief, did_you_mean, shortened
+from meteora.untrusted.findings import brief, did_you_mean, listed, shortened
 from pipelines.evaluation.harness import HARNESS, BenchmarkError, Harness
 from pipelines.scoring.outputs import RowValues
 
@@ -31,11 +31,16 @@ def find_lm_eval_task(task: Task) -> TaskManager:
     """Find a task of lm-eval by its name; its rows are not read.
 
     Raises:
-        BenchmarkError: there is no such task.
+        BenchmarkError: there is no such task, or no such folder of tasks.
     """
     name, folder = task.lm_eval, task.folder
     if folder is None:
         manager = _own_tasks()
+    elif not folder.is_dir():
+        raise BenchmarkError(
+            f"there is no folder {folder}, where the task {name!r} should be; `folder` names the"
+            " folder with its YAML"
+        )
     else:
         manager = TaskManager(include_path=str(folder), include_defaults=False)
     if name not in manager.all_subtasks:
@@ -46,9 +51,9 @@ def find_lm_eval_task(task: Task) -> TaskManager:
                 f" {shortened(', '.join(_members(manager, name)), 300)}"
             )
         meant = did_you_mean(name, manager.all_subtasks)
-        raise BenchmarkError(
-            f"there is no task {name!r} {where}{meant}; `lm-eval ls tasks` lists them"
-        )
+        those = listed(manager.all_subtasks, 8) or "none that lm-eval can read"
+        there = f"it has {those}" if folder else "`lm-eval ls tasks` lists them"
+        raise BenchmarkError(f"there is no task {name!r} {where}{meant}; {there}")
     return manager
 
 
@@ -105,10 +110,10 @@ def ask_lm_eval_task(
 def _members(manager: TaskManager, name: str) -> list[str]:
     """The names in a group, or of the tasks with a tag."""
     entry = manager.task_index[name]
-    listed = (entry.cfg or {}).get("task", sorted(entry.tags))
+    members = (entry.cfg or {}).get("task", sorted(entry.tags))
     return [
         str(one.get("task") or one.get("group")) if isinstance(one, dict) else str(one)
-        for one in ([listed] if isinstance(listed, str) else listed)
+        for one in ([members] if isinstance(members, str) else members)
     ]
 
 

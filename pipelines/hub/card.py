@@ -10,13 +10,21 @@ from meteora.untrusted.strict_yaml import StrictYAMLError, parse_yaml
 MAX_CARD_BYTES = 1 << 20
 MAX_VALUE = 200
 """The most characters of a name or a licence."""
+OTHER = "other"
+"""The Hub's word for a licence that has no name there."""
 MAX_DATASETS = 4
 """The most data sets to take from a card."""
 
 
 def licence_of(folder: Path) -> str:
-    """The licence that the card in a folder names, in its words; several with commas."""
-    return ", ".join(dict.fromkeys(_texts(_metadata(folder).get("license"))))[:MAX_VALUE]
+    """The licence that the card in a folder names, in its words; several with commas.
+
+    `other` where they are no short text, such as the text of a licence itself.
+    """
+    value = _metadata(folder).get("license")
+    given = [one for one in (value if isinstance(value, list) else [value]) if one]
+    licence = ", ".join(dict.fromkeys(_texts(value)))
+    return licence if len(_texts(value)) == len(given) and len(licence) <= MAX_VALUE else OTHER
 
 
 def base_of(folder: Path) -> str:

@@ -15,8 +15,10 @@ if TYPE_CHECKING:
 
 NOT_STATED = "none"
 """The name by which adapters without a licence are allowed."""
-NO_DERIVATIVES = re.compile(r"(?<![^\W_])nd(?![^\W_])|non?[\W_]?deriv", re.IGNORECASE)
-"""In identifiers and in people's own words: `ND` by itself, `NoDerivatives`, `non-derivative`."""
+NO_DERIVATIVES = re.compile(
+    r"(?<![^\W_])(cc)?(by)?(nc)?nd(?![^\W\d_])|non?[\W_]?deriv", re.IGNORECASE
+)
+"""In identifiers and in people's own words: `ND`, `BYNCND`, `NoDerivatives`, `non-derivative`."""
 NOT_A_LICENCE = {"unknown", "other", "unlicensed", "proprietary", "all-rights-reserved"}
 """Words on cards that are no licence."""
 

@@ -26,7 +26,7 @@ from meteora.artifacts import (
     short,
 )
 from meteora.base.sources import PATH, weights_sha256
-from meteora.checkpoint.manifest import EXPERTS, GATES, STATISTICS, read_manifest
+from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, STATISTICS, read_manifest
 from meteora.checkpoint.sound_file import open_sound
 from pipelines.stages.build import build_base
 from pipelines.stages.checkpoint import place_checkpoint, record_router, record_stack
@@ -63,7 +63,7 @@ def as_recorded(ledger: Ledger, found: FoundCheckpoint) -> FoundCheckpoint:
         return found
     router = plan_adoption(ledger, found, manifest).router
     folder = checkpoint_at(ledger.home, router.id)
-    return replace(found, folder=folder) if is_whole(folder) else found
+    return replace(found, folder=folder) if (folder / MANIFEST).is_file() else found
 
 
 def recorded_router(

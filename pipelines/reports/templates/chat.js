@@ -54,7 +54,7 @@ function ended(found) {
 // ---- the server
 
 async function* tokensOf(expert, messages, signal) {
-  const response = await fetch("/v1/chat/completions", {
+  const response = await fetch("v1/chat/completions", {
     method: "POST",
     headers: { "content-type": "application/json" },
     body: JSON.stringify({

@@ -8,7 +8,7 @@ from contextlib import ExitStack
 import pytest
 import torch
 
-from meteora.artifacts import RouterOptions
+from meteora.artifacts import MeteoraError, RouterOptions
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.sequences import TrainingError
 from meteora.model import opening_offsets
@@ -153,6 +153,16 @@ def test_there_are_none_where_no_example_begins_with_an_opening(model, pairs):
     plain = [(ids[2:], choices[2:]) for ids, choices in pairs]
     assert find_offsets(model, plain, MEAN) == {}
     assert all(layer.router is None for layer in routed_layers(model).values())
+
+
+def test_a_base_with_more_rows_than_tokens_is_refused_by_its_first_module(model, pairs):
+    """ProphetNet and CPM-Ant put rows of their own beside those of the tokens."""
+    more_rows = model.model.layers[0].register_forward_pre_hook(
+        lambda _layer, args: (torch.cat([args[0]] * 3, 1), *args[1:])
+    )
+    said = r"layers\.0\.self_attn\.\w_proj .* one row a token"
+    with more_rows, pytest.raises(MeteoraError, match=said):
+        find_offsets(model, pairs, MEAN)
 
 
 def test_each_token_gets_the_offsets_of_its_choices_by_their_weights():

@@ -8,7 +8,7 @@ import json
 import shutil
 from itertools import count
 from string import ascii_lowercase, digits
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import pytest
 import torch
@@ -127,6 +127,28 @@ def test_an_expert_that_has_learnt_prompts_writes_some(
     assert min(one.gain for one in written[WRITER]) >= LEAST_GAIN
     assert write_prompts(model, tokenizer, [*ALPHABETS], 40) == written
     assert write_prompts(model, tokenizer, [WRITER], 40, seed=1) != {WRITER: written[WRITER]}
+
+
+def test_prompts_and_their_answers_fit_into_the_base_s_context(
+    fused: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Some bases fail behind their last position; a text may have more tokens than were drawn."""
+    from meteora.base.chat_template import encode_prompt
+    from pipelines.admission import own_prompts
+
+    monkeypatch.setattr(own_prompts, "MAX_NEW_TOKENS", 6)
+    monkeypatch.setattr(own_prompts, "_are_questions", lambda _written: True)
+    model, tokenizer = fused
+    room = len(encode_prompt(tokenizer, "a" * 14)) + 6
+    model.config.max_position_embeddings = room
+    last: list[int] = []
+    cast("Any", model).model.rotary_emb.register_forward_pre_hook(
+        lambda _module, _args, given: last.append(int(given["position_ids"].max())),
+        with_kwargs=True,
+    )
+    written = own_prompts.write_prompts(model, tokenizer, [*ALPHABETS], 40)
+    assert written[WRITER]
+    assert max(last) < room
 
 
 def test_without_a_chat_template_nobody_knows_where_a_prompt_ends(

@@ -6,6 +6,7 @@ import os
 from typing import TYPE_CHECKING
 
 import pytest
+import typer
 
 from meteora.artifacts import MeteoraError
 from pipelines.cli import store
@@ -54,6 +55,13 @@ def test_garbage_is_listed_with_its_bytes_and_stays_without_a_yes(
         store.gc(yes, shelf.home)
         assert capsys.readouterr().out == f"6\t{unused}\n"
         assert (unused in shelf.ledger.blobs) is not yes
+    store.gc(False, shelf.home)
+    assert capsys.readouterr() == ("", "there is nothing to remove\n")
+
+
+def test_a_checkpoint_alone_is_not_checked_and_the_ways_are_told(shelf: Shelf) -> None:
+    with pytest.raises(typer.BadParameter, match="--key; to ask a server, --served; to check the"):
+        store.verify(shelf.home, home=shelf.home)
 
 
 def test_what_is_not_installed_is_not_served_and_gets_no_token(

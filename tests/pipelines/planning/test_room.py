@@ -233,8 +233,11 @@ def test_a_name_that_lm_eval_does_not_know_is_refused_before_any_work(tmp_path: 
     (tmp_path / "mine.yaml").write_text("task: mine\n")
     mine = Task("mine", ("acc",), "auto", 8, lm_eval="mine", folder=tmp_path)
     check_names([task(rows=ROWS["red"]), mine])
-    with pytest.raises(BenchmarkError, match=r"no task 'mime' in .* \(did you mean 'mine'\?\)"):
+    said = r"no task 'mime' in .* \(did you mean 'mine'\?\); it has mine$"
+    with pytest.raises(BenchmarkError, match=said):
         check_names([mine, replace(mine, lm_eval="mime")])
+    with pytest.raises(BenchmarkError, match=r"no folder .*/none, where the task 'mine'"):
+        check_names([replace(mine, folder=tmp_path / "none")])
 
 
 def test_a_template_with_the_date_has_no_opening_that_gates_can_know(

@@ -226,6 +226,8 @@ def test_a_licence_that_forbids_it_stops_it_unless_it_is_allowed(
     for licence, told in (
         ("cc-by-nd-4.0", "cc-by-nd-4.0"),
         ("cc-by-nc-nd-4.0-igo", "cc-by-nc-nd-4.0-igo"),
+        ("CC-BYNCND", "CC-BYNCND"),
+        ("BYND4.0", "BYND4.0"),
         ("other", "other"),
         ("", "none"),
     ):

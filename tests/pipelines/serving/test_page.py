@@ -49,6 +49,7 @@ def test_names_are_text_and_nothing_is_fetched_or_run_that_is_not_the_page_s_own
     assert page.count("script") == 1
     assert page.handlers() == page.requests() == []
     assert "://" not in html
+    assert 'fetch("v1/' in html, "a proxy may serve the page below a path of its own"
     (policy,) = [str(a["content"]) for _, a in page.found if "http-equiv" in a]
     assert "unsafe" not in policy
     assert len(re.findall(r"'sha256-[\w+/]{43}='", policy)) == 2

@@ -171,6 +171,15 @@ def test_an_expert_goes_and_comes_back(
     assert not work.ledger.verify().findings
 
 
+def test_what_is_not_recorded_is_measured_by_its_folder(
+    made: tuple[RunContext, Path], tmp_path: Path
+) -> None:
+    """A home that does not know a checkpoint's parents has no id of it, either."""
+    said = ask("drop", made[1], "attention", "--home", tmp_path / "other")
+    assert "it is not recorded; only the folder is written" in said.stderr
+    assert f"`meteora benchmark {said.stdout.strip()} --base FOLDER`" in said.stderr
+
+
 def test_an_expert_that_was_dropped_before_is_not_dropped_again(
     made: tuple[RunContext, Path], capsys: pytest.CaptureFixture[str]
 ) -> None:

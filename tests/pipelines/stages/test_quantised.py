@@ -68,11 +68,12 @@ def open_it(
 
 @pytest.mark.parametrize("quantise", STORED)
 def test_a_quantised_base_is_another_base_in_every_id_and_is_loaded_so_again(
-    open_it: Callable[..., RunContext], quantise: str
+    open_it: Callable[..., RunContext], quantise: str, caplog: pytest.LogCaptureFixture
 ) -> None:
     plain, _ = plan_of(open_it())
     work = open_it(quantise=quantise)
     planned, built, gates = fit(work)
+    assert "MatMul8bitLt" not in caplog.text  # a line for each module and batch
     assert planned.base.stored == plain.base
     assert planned.base.parents == (plain.base.id,)
     assert planned.fused.id != plain.fused.id

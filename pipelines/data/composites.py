@@ -278,32 +278,25 @@ def encode_composite(
     return ids, [*owners, *([last] * (len(ids) - len(owners)))]
 
 
-def answer_openings(tokenizer: PreTrainedTokenizerBase, composite: Composite) -> tuple[int, ...]:
+def answer_openings(
+    tokenizer: PreTrainedTokenizerBase, composite: Composite, form: str = "{}. "
+) -> tuple[int, ...]:
     """Indices of the tokens of `encode_composite` that are only the number before an answer.
 
     At these tokens the model has seen the previous answer, but nothing of the next one.
+
+    Args:
+        form: of what precedes an answer. `{}` is its digits alone: more may follow, so no question
+            is named
     """
-    return _in_front_of_answers(tokenizer, composite, "{}. ")
-
-
-def answer_digits(tokenizer: PreTrainedTokenizerBase, composite: Composite) -> tuple[int, ...]:
-    """The indices among `answer_openings` of digits: more may follow, so no question is named."""
-    return _in_front_of_answers(tokenizer, composite, "{}")
-
-
-def _in_front_of_answers(
-    tokenizer: PreTrainedTokenizerBase, composite: Composite, what: str
-) -> tuple[int, ...]:
-    """Indices of the tokens inside of `what`, a format that takes the answer's number."""
     shift = len(encode_prompt(tokenizer, composite.prompt))
-    offsets = _offsets(tokenizer, composite.response)
     numbers = [
-        range(span.start, span.start + len(what.format(number)))
+        range(span.start, span.start + len(form.format(number)))
         for number, span in enumerate(composite.response_spans, 1)
     ]
     return tuple(
         shift + place
-        for place, (first, end) in enumerate(offsets)
+        for place, (first, end) in enumerate(_offsets(tokenizer, composite.response))
         if end > first and any(first in chars and end <= chars.stop for chars in numbers)
     )
 

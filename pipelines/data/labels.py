@@ -11,8 +11,6 @@ from meteora.model.fused import without_experts
 from meteora.model.generate import answer_all
 from pipelines.data.background import background_rows
 from pipelines.data.composites import (
-    Composite,
-    answer_digits,
     answer_openings,
     compose,
     encode_composite,
@@ -62,12 +60,14 @@ def label_rows(
 ) -> list[LabelledSequence]:
     """Rows as tokens with the label of one expert; those of `_num_opening` have `nobody`."""
     opening = _num_opening(tokenizer, nobody)
-    sequences = []
-    for row in rows:
-        ids = encode_pair(tokenizer, row.prompt, row.response)
-        labels = [nobody] * opening + [expert] * (len(ids) - opening)
-        sequences.append(LabelledSequence(tuple(ids), tuple(labels)))
-    return sequences
+    encoded = (encode_pair(tokenizer, row.prompt, row.response) for row in rows)
+    return [_of_one(ids, expert, opening, nobody) for ids in encoded]
+
+
+def _of_one(ids: Sequence[int], label: int, opening: int, nobody: int) -> LabelledSequence:
+    """Tokens with one label, but the first `opening` of them with `nobody`."""
+    labels = [nobody] * opening + [label] * (len(ids) - opening)
+    return LabelledSequence(tuple(ids), tuple(labels))
 
 
 def _num_opening(tokenizer: PreTrainedTokenizerBase, nobody: int) -> int:
@@ -102,13 +102,7 @@ def label_composites(
     """
     fit = mixable({name: examples.get(name, ()) for name in names}) if kinds else {}
     places = {name: e for e, name in enumerate(names)}
-    return [
-        _labelled(composite, places, tokenizer, nobody, digits=digits)
-        for n, solved in kinds
-        for composite in compose(
-            fit, n, -(-QUESTIONS_IN_COMPOSITES * len(names) // n), seed, solved
-        )
-    ]
+    return _composed(fit, places, tokenizer, kinds, seed, nobody, digits=digits)
 
 
 def label_lists(
@@ -130,17 +124,8 @@ def label_lists(
     """
     if not (num_prompts := len({row.key for row in rows if fits(row)})):
         return []
-    return [
-        _labelled(composite, {"": expert}, tokenizer, UNLABELLED, digits=digits)
-        for n, solved in kinds
-        for composite in compose(
-            {"": rows},
-            n,
-            -(-QUESTIONS_IN_COMPOSITES // n),
-            0,
-            min(solved, max(0, num_prompts // n - 1)),
-        )
-    ]
+    possible = [(n, min(solved, max(0, num_prompts // n - 1))) for n, solved in kinds]
+    return _composed({"": rows}, {"": expert}, tokenizer, possible, 0, UNLABELLED, digits=digits)
 
 
 def label_spans(
@@ -164,22 +149,29 @@ def label_spans(
     return sequences
 
 
-def _labelled(
-    composite: Composite,
+def _composed(
+    rows: Mapping[str, Sequence[Row]],
     places: Mapping[str, int],
     tokenizer: PreTrainedTokenizerBase,
+    kinds: Sequence[tuple[int, int]],
+    seed: int,
     nobody: int,
     *,
-    digits: bool = True,
-) -> LabelledSequence:
-    ids, tasks = encode_composite(tokenizer, composite)
-    labels = _labels(tasks, places, nobody)
-    openings = answer_openings(tokenizer, composite)
-    if not digits:
-        left_out = {*answer_digits(tokenizer, composite)}
-        labels = tuple(UNLABELLED if i in left_out else e for i, e in enumerate(labels))
-        openings = tuple(i for i in openings if i not in left_out)
-    return LabelledSequence(tuple(ids), labels, openings)
+    digits: bool,
+) -> list[LabelledSequence]:
+    """Composites of rows as tokens; `places` has the label of each task."""
+    sequences = []
+    for n, solved in kinds:
+        count = -(-QUESTIONS_IN_COMPOSITES * len(places) // n)
+        for composite in compose(rows, n, count, seed, solved):
+            ids, tasks = encode_composite(tokenizer, composite)
+            labels, openings = _labels(tasks, places, nobody), answer_openings(tokenizer, composite)
+            if not digits:
+                left_out = {*answer_openings(tokenizer, composite, "{}")}
+                labels = tuple(UNLABELLED if i in left_out else e for i, e in enumerate(labels))
+                openings = tuple(i for i in openings if i not in left_out)
+            sequences.append(LabelledSequence(tuple(ids), labels, openings))
+    return sequences
 
 
 def _labels(
@@ -219,17 +211,14 @@ def background_sequences(
     with without_experts(model):
         answers = answer_all(model, tokenizer, prompts, MAX_NEW_TOKENS, advance)
     sequences = [
-        LabelledSequence(
-            (*ids, *answer), (*[nobody] * opening, *[choice] * (len(ids) + len(answer) - opening))
-        )
+        _of_one([*ids, *answer], choice, opening, nobody)
         for ids, answer in zip(prompts, answers, strict=True)
     ]
     if tokenizer.chat_template:
         opening = 0  # a plain text is not in it
     for row in rows:
         if not row.prompt:
-            ids = tuple(tokenizer(row.response).input_ids)
-            labels = (*[nobody] * opening, *[choice] * (len(ids) - opening))
-            sequences.append(LabelledSequence(ids, labels))
+            ids = tokenizer(row.response).input_ids
+            sequences.append(_of_one(ids, choice, opening, nobody))
             advance(1)
     return sequences

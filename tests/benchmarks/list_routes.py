@@ -27,7 +27,7 @@ from meteora.artifacts import SHARED
 from meteora.base.chat_template import Template, encode_prompt
 from meteora.model.fused import expert_names
 from meteora.routing.gates import gates_in
-from pipelines.data.composites import answer_digits, answer_openings, compose, encode_composite
+from pipelines.data.composites import answer_openings, compose, encode_composite
 from pipelines.data.row_sources import read_rows
 from tests.benchmarks.rejoin import chosen
 from tests.benchmarks.timing import table
@@ -78,7 +78,7 @@ class Asked:
         cls, tokenizer: PreTrainedTokenizerBase, composite: Composite, names: tuple[str, ...]
     ) -> Asked:
         ids, owners = encode_composite(tokenizer, composite)
-        digits = {*answer_digits(tokenizer, composite)}
+        digits = {*answer_openings(tokenizer, composite, "{}")}
         numbers = {*answer_openings(tokenizer, composite)}
         answer = len(encode_prompt(tokenizer, composite.prompt))
 

@@ -188,14 +188,14 @@ def _ask_dialogues_as(
     harness: Harness, task: Task, answer: Callable[..., list[Any]], control: str, expert: str
 ) -> tuple[Mapping[str, RowValues], list[dict[str, Any]]]:
     conversing = Conversing(
-        harness.model.model,
+        harness.model,
         harness.tokenizer,
         max_new_tokens=task.max_new_tokens,
         batch_size=harness.batch_size,
         control=control,
         expert=expert,
         check=lambda lengths: refuse_too_long(
-            task.name, lengths, task.max_new_tokens, harness.model.max_length
+            task.name, lengths, task.max_new_tokens, harness.max_length
         ),
         advance=harness.advance,
     )

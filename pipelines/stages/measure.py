@@ -132,9 +132,8 @@ def measure_model(
             if not _is_probed(work, plan):
                 silent_experts.probe(work, plan.experts, model, tokenizer)
             for askings in _of_one_system(to_do, plan):
-                with use_system(
-                    model, tokenizer, askings[0][0], plan.tasks, plan.merges, plan.others
-                ):
+                first = askings[0][0]
+                with use_system(model, tokenizer, first, plan.tasks[first.spec.task], plan):
                     for asking in askings:
                         number = _batch_size(work, plan, asking[0], model, tokenizer, say_once)
                         _ask(work, plan, asking, model, tokenizer, number, device)

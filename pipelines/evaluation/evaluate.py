@@ -17,12 +17,7 @@ from pipelines.evaluation.measurements import ONE_EXPERT
 from pipelines.evaluation.resume import NoLog, answer_in_portions
 from pipelines.scoring.intervals import standard_error
 from pipelines.scoring.metrics import TURNS_RIGHT
-from pipelines.scoring.outputs import (
-    RowValues,
-    compute_composite_values,
-    compute_conversation_values,
-    compute_values,
-)
+from pipelines.scoring.outputs import RowValues, compute_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -123,11 +118,7 @@ def evaluate_task(
             values, outputs = _ask_dialogues(harness, task, answer, control)
         else:
             outputs = _ask_rows(harness, task, answer)
-            values = (
-                compute_composite_values(outputs)
-                if task.composites
-                else {metric: compute_values(outputs, metric) for metric in task.metrics}
-            )
+            values = compute_values(outputs, task.metrics)
     for metric, of_rows in values.items():
         for row, value in zip(outputs, of_rows.values, strict=True):
             row[metric] = value
@@ -223,4 +214,4 @@ def _ask_dialogues_as(
         }
         for dialogue, turns in zip(task.dialogues, answers, strict=True)
     ]
-    return compute_conversation_values(outputs), outputs
+    return compute_values(outputs, task.metrics), outputs

@@ -185,16 +185,15 @@ def gc(
     Work of runs that were stopped an hour ago or earlier is among them: without it the next run
     begins anew what it would have continued.
     """
-    garbage = options.open_ledger(home).gc(remove=yes)
-    names = (*garbage.blobs, *map(str, garbage.files))
-    found = zip(names, garbage.sizes, strict=True)
+    found = options.open_ledger(home).gc(remove=yes)
     if as_json:
-        print(json.dumps([{"name": name, "num_bytes": size} for name, size in found], indent=1))
+        rows = [{"name": one.name, "num_bytes": one.num_bytes} for one in found]
+        print(json.dumps(rows, indent=1))
     else:
-        for name, size in found:
-            print(f"{size}\t{name}")
+        for one in found:
+            print(f"{one.num_bytes}\t{one.name}")
     done = "removed" if yes else "can be removed with --yes"
-    say(f"{garbage.num_bytes / 1e6:.1f} MB {done}")
+    say(f"{sum(one.num_bytes for one in found) / 1e6:.1f} MB {done}")
 
 
 @store.command()

@@ -198,18 +198,20 @@ def test_gc_lists_what_nothing_refers_to_and_removes_it_only_when_asked(filled: 
         old(path)
     ledger.rebuild()
     (aside,) = ledger.home.glob("ledger.rebuilt-*")
-    assert set(ledger.gc().files) == left  # somebody may want the database of a moment ago
+    lost = {ledger.blobs.place_of(unused), *left}
+    # somebody may want the database of a moment ago
+    assert {one.path for one in ledger.gc()} == lost
     old(aside)
     garbage = ledger.gc()
-    assert garbage.blobs == (unused,)
-    assert set(garbage.files) == {*left, aside}
-    assert garbage.num_bytes == 6 + 4 * 4 + aside.stat().st_size
+    assert garbage[0].name == unused
+    assert {one.path for one in garbage} == {*lost, aside}
+    assert sum(one.num_bytes for one in garbage) == 6 + 4 * 4 + aside.stat().st_size
     assert all(path.exists() for path in left)
     assert ledger.gc(remove=True) == garbage
     assert unused not in ledger.blobs
     assert young in ledger.blobs
     assert not any(path.exists() for path in left)
-    assert not ledger.gc().files
+    assert not ledger.gc()
     assert not ledger.verify().findings
 
 
@@ -233,8 +235,8 @@ def test_gc_finds_work_that_was_stopped(filled: Shelf, place: str) -> None:
     old(lock)
     for path in (*stopped.iterdir(), stopped):
         old(path)
-    found = filled.ledger.gc(remove=True)
-    assert found.files == (stopped,)
+    (found,) = filled.ledger.gc(remove=True)
+    assert found.path == stopped
     assert found.num_bytes < 1000  # the link's own few, not those of the file behind it
     assert not stopped.exists()
     assert (going_on / "model.safetensors").exists()
@@ -268,7 +270,7 @@ def test_a_run_sweeps_what_killed_writers_left(filled: Shelf) -> None:
         (folder / "part").write_bytes(b"what did not fit in memory")
         old(folder)
     old(spilt / "part")
-    assert 26 in filled.ledger.gc().sizes
+    assert 26 in {one.num_bytes for one in filled.ledger.gc()}
     with filled.ledger.running("nightly"):
         assert not any(path.exists() for path in (*left, spilt))
         assert young.exists()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from meteora.base.chat_template import Template, encode_pair, encode_prompt
@@ -32,146 +33,163 @@ QUESTIONS_IN_COMPOSITES = 24
 to see the starts of its answers."""
 
 
-def label(
-    examples: Mapping[str, Sequence[Row]],
-    names: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    nobody: int = UNLABELLED,
-) -> list[LabelledSequence]:
-    """Every example as tokens with the label of its expert; the template's opening has `nobody`.
+@dataclass(frozen=True)
+class Labeller:
+    """Turns texts into tokens with labels; a label is the index of a choice of the router."""
 
-    Args:
-        examples: by expert
-        names: of all experts in order; a label is an index into them
-        nobody: the label of tokens that belong to no expert
-    """
-    return [
-        sequence
-        for e, name in enumerate(names)
-        for sequence in label_rows(examples.get(name, ()), e, tokenizer, nobody)
-    ]
+    tokenizer: PreTrainedTokenizerBase
+    names: Sequence[str] = ()
+    """Of all experts, in order."""
+    nobody: int = UNLABELLED
+    """The label of tokens that belong to no expert."""
 
+    def examples(self, examples: Mapping[str, Sequence[Row]]) -> list[LabelledSequence]:
+        """Every example with the label of its expert; the template's opening has `nobody`.
 
-def label_rows(
-    rows: Sequence[Row],
-    expert: int,
-    tokenizer: PreTrainedTokenizerBase,
-    nobody: int = UNLABELLED,
-) -> list[LabelledSequence]:
-    """Rows as tokens with the label of one expert; those of `_num_opening` have `nobody`."""
-    opening = _num_opening(tokenizer, nobody)
-    encoded = (encode_pair(tokenizer, row.prompt, row.response) for row in rows)
-    return [_of_one(ids, expert, opening, nobody) for ids in encoded]
+        Args:
+            examples: by expert
+        """
+        return [
+            sequence
+            for e, name in enumerate(self.names)
+            for sequence in self.rows(examples.get(name, ()), e)
+        ]
 
+    def rows(self, rows: Sequence[Row], expert: int) -> list[LabelledSequence]:
+        """Rows with the label of one expert; the template's opening has `nobody`."""
+        opening = self._num_opening()
+        encoded = (encode_pair(self.tokenizer, row.prompt, row.response) for row in rows)
+        return [self._of_one(ids, expert, opening) for ids in encoded]
 
-def _of_one(ids: Sequence[int], label: int, opening: int, nobody: int) -> LabelledSequence:
-    """Tokens with one label, but the first `opening` of them with `nobody`."""
-    labels = [nobody] * opening + [label] * (len(ids) - opening)
-    return LabelledSequence(tuple(ids), tuple(labels))
+    def composites(
+        self,
+        examples: Mapping[str, Sequence[Row]],
+        kinds: Sequence[tuple[int, int]],
+        *,
+        seed: int,
+        digits: bool = True,
+    ) -> list[LabelledSequence]:
+        """Examples of several experts in one prompt; each token has the expert of its question.
 
+        Args:
+            examples: by expert; experts whose answers do not fit into composites are left out
+            kinds: of prompts: (number of questions, number of solved prompts before them)
+            digits: whether the digits of an answer's number are labelled, too; else the fit leaves
+                them out
 
-def _num_opening(tokenizer: PreTrainedTokenizerBase, nobody: int) -> int:
-    """How many tokens open every prompt: those of the template.
+        Raises:
+            ExamplesError: as `mixable` and `compose`.
+        """
+        fit = mixable({name: examples.get(name, ()) for name in self.names}) if kinds else {}
+        return self._composed(fit, self._places, kinds, seed, self.nobody, digits=digits)
 
-    Without such an opening it is the first token, if `nobody` is a choice.
-    """
-    return max(len(Template.of(tokenizer).opening), int(nobody != UNLABELLED))
+    def lists(
+        self,
+        rows: Sequence[Row],
+        expert: int,
+        kinds: Sequence[tuple[int, int]],
+        *,
+        digits: bool = True,
+    ) -> list[LabelledSequence]:
+        """Several rows of one expert in one prompt, to show how its answers begin in composites.
 
+        Args:
+            kinds: as for `composites`; with too few rows, fewer solved prompts are shown
+            digits: as for `composites`
 
-def label_composites(
-    examples: Mapping[str, Sequence[Row]],
-    names: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    kinds: Sequence[tuple[int, int]],
-    seed: int,
-    nobody: int = UNLABELLED,
-    digits: bool = True,
-) -> list[LabelledSequence]:
-    """Examples of several experts in one prompt; each token has the expert of its question.
+        Returns:
+            An empty list if no row fits into composites.
+        """
+        if not (num_prompts := len({row.key for row in rows if fits(row)})):
+            return []
+        possible = [(n, min(solved, max(0, num_prompts // n - 1))) for n, solved in kinds]
+        return self._composed({"": rows}, {"": expert}, possible, 0, UNLABELLED, digits=digits)
 
-    Args:
-        examples: by expert; experts whose answers do not fit into composites are left out
-        names: of all experts in order
-        kinds: of prompts: (number of questions, number of solved prompts before them)
-        digits: whether the digits of an answer's number are labelled, too; else the fit leaves
-            them out
+    def spans(
+        self, rows: Sequence[SpannedRow | SpannedTurns | Conversation]
+    ) -> list[LabelledSequence]:
+        """Rows and conversations whose parts or turns have experts.
 
-    Raises:
-        ExamplesError: as `mixable` and `compose`.
-    """
-    fit = mixable({name: examples.get(name, ()) for name in names}) if kinds else {}
-    places = {name: e for e, name in enumerate(names)}
-    return _composed(fit, places, tokenizer, kinds, seed, nobody, digits=digits)
+        System prompts, tokens between two turns, and other text without an expert have `nobody`.
+        """
+        sequences = []
+        for row in rows:
+            ids, owners = row.encode(self.tokenizer)
+            labels = _labels(owners, self._places, self.nobody)
+            sequences.append(LabelledSequence(tuple(ids), labels))
+        return sequences
 
+    def background(
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[Row],
+        choice: int,
+        advance: Callable[[int], None] = lambda _rows: None,
+    ) -> list[LabelledSequence]:
+        """Background rows with the label `choice`; the base answers the questions itself.
 
-def label_lists(
-    rows: Sequence[Row],
-    expert: int,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    kinds: Sequence[tuple[int, int]],
-    digits: bool = True,
-) -> list[LabelledSequence]:
-    """Several rows of one expert in one prompt, to show the starts of its answers in composites.
+        Args:
+            rows: from `background_rows`
+            choice: the label of the base
+            advance: called with the number of rows just done
+        """
+        opening = self._num_opening()
+        prompts = [encode_prompt(self.tokenizer, row.prompt) for row in rows if row.prompt]
+        with without_experts(model):
+            answers = answer_all(model, self.tokenizer, prompts, MAX_NEW_TOKENS, advance)
+        sequences = [
+            self._of_one([*ids, *answer], choice, opening)
+            for ids, answer in zip(prompts, answers, strict=True)
+        ]
+        if self.tokenizer.chat_template:
+            opening = 0  # a plain text is not in it
+        for row in rows:
+            if not row.prompt:
+                ids = self.tokenizer(row.response).input_ids
+                sequences.append(self._of_one(ids, choice, opening))
+                advance(1)
+        return sequences
 
-    Args:
-        kinds: as for `label_composites`; with too few rows, fewer solved prompts are shown
-        digits: as for `label_composites`
+    @property
+    def _places(self) -> dict[str, int]:
+        return {name: e for e, name in enumerate(self.names)}
 
-    Returns:
-        An empty list if no row fits into composites.
-    """
-    if not (num_prompts := len({row.key for row in rows if fits(row)})):
-        return []
-    possible = [(n, min(solved, max(0, num_prompts // n - 1))) for n, solved in kinds]
-    return _composed({"": rows}, {"": expert}, tokenizer, possible, 0, UNLABELLED, digits=digits)
+    def _num_opening(self) -> int:
+        """How many tokens open every prompt: those of the template.
 
+        Without such an opening it is the first token, if `nobody` is a choice.
+        """
+        return max(len(Template.of(self.tokenizer).opening), int(self.nobody != UNLABELLED))
 
-def label_spans(
-    rows: Sequence[SpannedRow | SpannedTurns | Conversation],
-    names: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    nobody: int = UNLABELLED,
-) -> list[LabelledSequence]:
-    """Rows and conversations, whose parts or turns have experts, as labelled tokens.
+    def _of_one(self, ids: Sequence[int], label: int, opening: int) -> LabelledSequence:
+        """Tokens with one label, but the first `opening` of them with `nobody`."""
+        labels = [self.nobody] * opening + [label] * (len(ids) - opening)
+        return LabelledSequence(tuple(ids), tuple(labels))
 
-    Args:
-        names: of all experts in order
-        nobody: the label of system prompts, of tokens between two turns, and of other text without
-            an expert
-    """
-    places = {name: e for e, name in enumerate(names)}
-    sequences = []
-    for row in rows:
-        ids, owners = row.encode(tokenizer)
-        sequences.append(LabelledSequence(tuple(ids), _labels(owners, places, nobody)))
-    return sequences
-
-
-def _composed(
-    rows: Mapping[str, Sequence[Row]],
-    places: Mapping[str, int],
-    tokenizer: PreTrainedTokenizerBase,
-    kinds: Sequence[tuple[int, int]],
-    seed: int,
-    nobody: int,
-    *,
-    digits: bool,
-) -> list[LabelledSequence]:
-    """Composites of rows as tokens; `places` has the label of each task."""
-    sequences = []
-    for n, solved in kinds:
-        count = -(-QUESTIONS_IN_COMPOSITES * len(places) // n)
-        for composite in compose(rows, n, count, seed, solved):
-            ids, tasks = encode_composite(tokenizer, composite)
-            labels, openings = _labels(tasks, places, nobody), answer_openings(tokenizer, composite)
-            if not digits:
-                left_out = {*answer_openings(tokenizer, composite, "{}")}
-                labels = tuple(UNLABELLED if i in left_out else e for i, e in enumerate(labels))
-                openings = tuple(i for i in openings if i not in left_out)
-            sequences.append(LabelledSequence(tuple(ids), labels, openings))
-    return sequences
+    def _composed(
+        self,
+        rows: Mapping[str, Sequence[Row]],
+        places: Mapping[str, int],
+        kinds: Sequence[tuple[int, int]],
+        seed: int,
+        nobody: int,
+        *,
+        digits: bool,
+    ) -> list[LabelledSequence]:
+        """Composites of rows; `places` has the label of each task."""
+        tokenizer, sequences = self.tokenizer, []
+        for n, solved in kinds:
+            count = -(-QUESTIONS_IN_COMPOSITES * len(places) // n)
+            for composite in compose(rows, n, count, seed, solved):
+                ids, tasks = encode_composite(tokenizer, composite)
+                labels = _labels(tasks, places, nobody)
+                openings = answer_openings(tokenizer, composite)
+                if not digits:
+                    left_out = {*answer_openings(tokenizer, composite, "{}")}
+                    labels = tuple(UNLABELLED if i in left_out else e for i, e in enumerate(labels))
+                    openings = tuple(i for i in openings if i not in left_out)
+                sequences.append(LabelledSequence(tuple(ids), labels, openings))
+        return sequences
 
 
 def _labels(
@@ -188,37 +206,3 @@ def background_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         else list(tokenizer(row.response).input_ids)
         for row in background_rows()
     ]
-
-
-def background_sequences(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    choice: int,
-    advance: Callable[[int], None] = lambda _rows: None,
-    nobody: int = UNLABELLED,
-) -> list[LabelledSequence]:
-    """Background rows as tokens with the label `choice`; the base answers the questions itself.
-
-    Args:
-        rows: from `background_rows`
-        choice: the label of the base
-        advance: called with the number of rows just done
-        nobody: the label of tokens that open prompts, as in `label_rows`
-    """
-    opening = _num_opening(tokenizer, nobody)
-    prompts = [encode_prompt(tokenizer, row.prompt) for row in rows if row.prompt]
-    with without_experts(model):
-        answers = answer_all(model, tokenizer, prompts, MAX_NEW_TOKENS, advance)
-    sequences = [
-        _of_one([*ids, *answer], choice, opening, nobody)
-        for ids, answer in zip(prompts, answers, strict=True)
-    ]
-    if tokenizer.chat_template:
-        opening = 0  # a plain text is not in it
-    for row in rows:
-        if not row.prompt:
-            ids = tokenizer(row.response).input_ids
-            sequences.append(_of_one(ids, choice, opening, nobody))
-            advance(1)
-    return sequences

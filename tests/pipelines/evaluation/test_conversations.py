@@ -21,7 +21,7 @@ from meteora.model.fused import expert_names, force_expert, insert_experts, with
 from meteora.model.generate import answer_all
 from pipelines.data.conversations import converse
 from pipelines.data.dialogues import draw_dialogues
-from pipelines.data.labels import label_spans
+from pipelines.data.labels import Labeller
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.evaluation.conversations import Conversing
 from pipelines.evaluation.oracle_routing import send_to
@@ -142,7 +142,7 @@ def fused(
     talks = converse(ROWS, NAMES, (2, 3), (), seed=0) * 3
     shared = request.param == "shared"
     nobody = len(names) if shared else UNLABELLED
-    sequences = label_spans(talks, names, chat, nobody)
+    sequences = Labeller(chat, names, nobody).spans(talks)
     calibrate(model, sequences, options, template=None if shared else Template.of(chat))
     return model
 

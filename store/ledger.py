@@ -70,13 +70,13 @@ class Ledger(Recording):
             return str(error)
         return ""
 
-    def rebuild(self, *, deadline_seconds: float = WRITE_DEADLINE_SECONDS) -> Ingest:
+    def rebuild(self) -> Ingest:
         """Make the index again from the records alone; the old one is set aside.
 
         Raises:
             StoreError: no index can be made now; the old one stays.
         """
-        return self.index.rebuild(deadline_seconds=deadline_seconds)
+        return self.index.rebuild(deadline_seconds=WRITE_DEADLINE_SECONDS)
 
     def pack(self) -> int:
         """Move loose records into segments; return their number. Useful with thousands of records.

@@ -32,7 +32,7 @@ from pipelines.planning.batch_size import rows_at_once
 from pipelines.planning.overlaps import place_of_example
 from pipelines.planning.room import check_names, check_room, check_rows, longest
 from pipelines.scoring import compare
-from pipelines.scoring.judges import check_judges
+from pipelines.scoring.judges import judged_scores
 from pipelines.scoring.outputs import write_outputs
 from pipelines.stages.checkpoint import record_router
 from pipelines.stages.open_model import is_spread, opened, tokenizer_of_gates
@@ -61,8 +61,8 @@ def missing(work: RunContext, plan: Plan) -> list[list[Measurement]]:
         JudgedError: a recorded score was judged by another metric than the plan's.
     """
     askings: dict[tuple[str, str], dict[str, Measurement]] = {}
-    recorded = work.ledger.scores_of(one.spec.id for one in plan.measurements)
-    check_judges(work.ledger, plan.judges, recorded.values())
+    ids = (one.spec.id for one in plan.measurements)
+    recorded = judged_scores(work.ledger, ids, plan.judges)
     for one in plan.measurements:
         if one.spec.id not in recorded:
             asking = askings.setdefault((one.spec.subject_id, one.spec.task), {})

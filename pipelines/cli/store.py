@@ -50,9 +50,7 @@ def sql(
 
 @app.command()
 def notebook(
-    out: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path(
-        "notebook.py"
-    ),
+    out: Annotated[Path, options.output("The file to write.")] = Path("notebook.py"),
     home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Write a marimo notebook with queries of the ledger and plots; it is a Python file."""
@@ -73,18 +71,12 @@ def verify(
     ] = None,
     key: Annotated[Path | None, typer.Option(help="The public key of the signer.")] = None,
     scores: Annotated[
-        int,
-        typer.Option(
-            min=0, max=options.MOST, help="How many scores to compute again, drawn at random."
-        ),
+        int, options.count("How many scores to compute again, drawn at random.", least=0)
     ] = 20,
     served: Annotated[
         str, typer.Option(metavar="URL", help="A server with OpenAI's interface, to ask.")
     ] = "",
-    answers: Annotated[
-        int,
-        typer.Option(min=1, max=options.MOST, help="How many recorded answers to ask for again."),
-    ] = 24,
+    answers: Annotated[int, options.count("How many recorded answers to ask for again.")] = 24,
     model: Annotated[
         str, typer.Option(help="The model's name on the server. Default: the first listed.")
     ] = "",

@@ -51,8 +51,6 @@ class Verification:
 
     num_records: int
     num_blobs: int
-    num_waiting: int
-    """Files of records that are not in the index yet, which is no fault."""
     findings: tuple[Finding, ...]
 
 
@@ -93,8 +91,7 @@ def verify(
             *_check_index(connection, index, loose | whole, room, lost),
         )
     num_records = len(names - segments) + records.segments.count()
-    waiting = names - (index.known() or frozenset())
-    return Verification(num_records, len(present), len(waiting), findings)
+    return Verification(num_records, len(present), findings)
 
 
 @contextmanager

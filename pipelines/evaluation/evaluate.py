@@ -14,7 +14,7 @@ from pipelines.data.rows import ExamplesError
 from pipelines.evaluation.conversations import Conversing
 from pipelines.evaluation.harness import HARNESS, BenchmarkError, Harness, refuse_too_long
 from pipelines.evaluation.measurements import ONE_EXPERT
-from pipelines.evaluation.resume import NoLog, answer_in_portions
+from pipelines.evaluation.resume import Log, answer_in_portions
 from pipelines.scoring.intervals import standard_error
 from pipelines.scoring.metrics import TURNS_RIGHT
 from pipelines.scoring.outputs import RowValues, compute_values
@@ -79,7 +79,7 @@ def evaluate_task(
     batch_size: int,
     seed: int = 0,
     control: str = "",
-    log: NoLog | None = None,
+    log: Log | None = None,
     advance: Callable[[int], None] = lambda _rows: None,
 ) -> TaskResult:
     """Ask a live model, with the routing that it has now, every question of a task.
@@ -112,7 +112,7 @@ def evaluate_task(
         values, outputs = ask_lm_eval_task(harness, task)
     else:
         answer = partial(
-            answer_in_portions, batch_size=batch_size, log=log or NoLog(), advance=advance
+            answer_in_portions, batch_size=batch_size, log=log or Log(), advance=advance
         )
         if task.dialogues:
             values, outputs = _ask_dialogues(harness, task, answer, control)

@@ -26,7 +26,7 @@ from pipelines.admission import silent_experts
 from pipelines.evaluation import evaluate, routing_stats, speed
 from pipelines.evaluation.harness import HARNESS
 from pipelines.evaluation.measurements import ONE_EXPERT, Measurement, control_of
-from pipelines.evaluation.resume import BATCHES, NoLog, open_log
+from pipelines.evaluation.resume import BATCHES, Log, open_log
 from pipelines.evaluation.systems import use_system
 from pipelines.planning.batch_size import rows_at_once
 from pipelines.planning.overlaps import place_of_example
@@ -214,7 +214,7 @@ def _ask(
     total = task.num_questions * (len(task.part_metrics) if control == ONE_EXPERT else 1)
     with (
         bar(f"{task.name}: {first.system}", total, "rows") as advance,
-        nullcontext(NoLog()) if first.system == "random" else open_log(answers) as log,
+        nullcontext(Log()) if first.system == "random" else open_log(answers) as log,
     ):
         result = evaluate.evaluate_task(
             model,

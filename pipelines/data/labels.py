@@ -11,13 +11,7 @@ from meteora.fitting.sequences import UNLABELLED, LabelledSequence
 from meteora.model.fused import without_experts
 from meteora.model.generate import answer_all
 from pipelines.data.background import background_rows
-from pipelines.data.composites import (
-    answer_openings,
-    compose,
-    encode_composite,
-    fits,
-    mixable,
-)
+from pipelines.data.composites import compose, fits, mixable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -181,11 +175,11 @@ class Labeller:
         for n, solved in kinds:
             count = -(-QUESTIONS_IN_COMPOSITES * len(places) // n)
             for composite in compose(rows, n, count, seed, solved):
-                ids, tasks = encode_composite(tokenizer, composite)
+                ids, tasks = composite.encode(tokenizer)
                 labels = _labels(tasks, places, nobody)
-                openings = answer_openings(tokenizer, composite)
+                openings = composite.answer_openings(tokenizer)
                 if not digits:
-                    left_out = {*answer_openings(tokenizer, composite, "{}")}
+                    left_out = {*composite.answer_openings(tokenizer, "{}")}
                     labels = tuple(UNLABELLED if i in left_out else e for i, e in enumerate(labels))
                     openings = tuple(i for i in openings if i not in left_out)
                 sequences.append(LabelledSequence(tuple(ids), labels, openings))

@@ -27,7 +27,7 @@ from meteora.model.fused import expert_names
 from meteora.routing.layer import routed_by
 from meteora.routing.passes import PassInput
 from meteora.routing.routers import Decision, Follower
-from pipelines.data.composites import Composite, last_number, prompt_owners
+from pipelines.data.composites import Composite, last_number
 from pipelines.evaluation.measurements import ORACLE
 
 if TYPE_CHECKING:
@@ -116,7 +116,7 @@ class OracleRouting:
             text = str(self.tokenizer.decode(row[len(row) - length :]))
             composite = self._composite_in(text)
             self._batch.append(composite)
-            owners = prompt_owners(self.tokenizer, composite, text)
+            owners = composite.prompt_owners(self.tokenizer, text)
             if len(owners) != length:
                 raise MeteoraError(
                     f"the prompt {composite.prompt[:60]!r} has {length} tokens, but {len(owners)}"

@@ -45,19 +45,17 @@ class _GivenRoutes(Follower):
 @contextmanager
 def send_to(
     model: PreTrainedModel,
-    system: str,
     experts_of: Callable[[Tensor, dict[str, Any]], Sequence[Sequence[str]]],
 ) -> Generator[None]:
     """Route every token to a given expert, in every layer, until the context ends.
 
     Args:
-        system: the kind of this routing, such as `oracle`
         experts_of: called before each pass with its ids [B, L] and the other arguments of the base
             model; returns the name of each token's expert, [B][L]. `(base)` is the base alone,
             also if the router does not have this choice.
     """
     names, decision = expert_names(model), Decision()
-    options = RouterOptions(system, top_k=1, temperature=1.0)
+    options = RouterOptions(ORACLE, top_k=1, temperature=1.0)
 
     def decide(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids: Tensor = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
@@ -160,4 +158,4 @@ def use_oracle(
         composites: the only possible prompts in this context
     """
     routing = OracleRouting(tokenizer, composites, switches=system == ORACLE)
-    return send_to(model, system, routing.experts_of)
+    return send_to(model, routing.experts_of)

@@ -151,7 +151,7 @@ def _subject(index: Index, sha256: str) -> list[str]:
 
 def _lost(connection: duckdb.DuckDBPyConnection, index: Index) -> dict[str, str]:
     """The subjects of records that are in the snapshot and cannot be read, by their SHA-256."""
-    known = index.select("SELECT sha256, subject FROM records ORDER BY sha256", []) or []
+    known = index.select("SELECT sha256, subject FROM records ORDER BY sha256") or []
     readable = connection.execute("SELECT sha256 FROM fresh.records").fetchall()
     left = {sha256 for (sha256,) in readable}
     return {sha256: subject for sha256, subject in known if sha256 not in left}

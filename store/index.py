@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -88,8 +88,7 @@ class Index:
         if stamp != self._stamp:
             rows = self.select(
                 "SELECT (SELECT list(name) FROM read_files), (SELECT list(sha256) FROM rejected),"
-                " (SELECT map_from_entries(list((number, sha256))) FROM migrations)",
-                [],
+                " (SELECT map_from_entries(list((number, sha256))) FROM migrations)"
             )
             if rows is None:
                 return None
@@ -98,7 +97,7 @@ class Index:
             self._stamp = stamp
         return self._known
 
-    def select(self, sql: str, parameters: list[object]) -> list[tuple] | None:
+    def select(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple] | None:
         """Rows of the snapshot; None if it cannot be read: the caller then reads the records."""
         if not self.snapshot.exists():
             return None

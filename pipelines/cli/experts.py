@@ -36,11 +36,10 @@ def check(
     """Judge adapters: a verdict for each, with coded reasons. No base is needed."""
     from pipelines.admission.check import describe, inspect
 
-    cache = home / "adapters"
     verdicts = [
         inspect(
             name,
-            cache,
+            home / "adapters",
             subfolder=subfolder,
             modules_to_save="strip" if strip else "refuse",
             token_for=token_for or (),

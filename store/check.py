@@ -51,8 +51,6 @@ class Verification:
 
     num_records: int
     num_blobs: int
-    num_waiting: int
-    """Files of records that are not in the index yet, which is no fault."""
     findings: tuple[Finding, ...]
 
 
@@ -93,8 +91,7 @@ def verify(
             *_check_index(connection, index, loose | whole, room, lost),
         )
     num_records = len(names - segments) + records.segments.count()
-    waiting = names - (index.known() or frozenset())
-    return Verification(num_records, len(present), len(waiting), findings)
+    return Verification(num_records, len(present), findings)
 
 
 @contextmanager
@@ -154,7 +151,7 @@ def _subject(index: Index, sha256: str) -> list[str]:
 
 def _lost(connection: duckdb.DuckDBPyConnection, index: Index) -> dict[str, str]:
     """The subjects of records that are in the snapshot and cannot be read, by their SHA-256."""
-    known = index.select("SELECT sha256, subject FROM records ORDER BY sha256", []) or []
+    known = index.select("SELECT sha256, subject FROM records ORDER BY sha256") or []
     readable = connection.execute("SELECT sha256 FROM fresh.records").fetchall()
     left = {sha256 for (sha256,) in readable}
     return {sha256: subject for sha256, subject in known if sha256 not in left}

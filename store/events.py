@@ -2,20 +2,15 @@
 
 import re
 from dataclasses import dataclass, field
+from typing import Literal
 
 from meteora.artifacts import ArtifactId, Noun, Reason
 
-VERDICTS = ("accept", "warn", "refuse")
-SKIPPED = ("skipped_late", "skipped_overlap")
-"""Outcomes of a scheduled run that did nothing: a later run was due too, or one was running."""
 RUN_ID = re.compile(r"\w[\w.-]*")
 """An id is the name of a folder, which is removed when the run is over."""
-OUTCOMES = ("ok", "failed", "refused", "stopped", "killed", *SKIPPED)
-
-
-def _one_of(value: str, allowed: tuple[str, ...], what: str) -> None:
-    if value not in allowed:
-        raise ValueError(f"{value!r} is not a {what}; use one of {', '.join(allowed)}")
+Judgement = Literal["accept", "warn", "refuse"]
+Outcome = Literal["ok", "failed", "refused", "stopped", "killed", "skipped_late", "skipped_overlap"]
+"""A scheduled run is skipped if a later run was due too, or if one was running."""
 
 
 @dataclass(frozen=True)
@@ -30,8 +25,7 @@ class AdapterVerdict(Noun):
     """`owner/name` on the Hub, or `path:<folder name>`."""
     revision: str
     """The commit; for a folder `sha256:` and the hash of its weights; empty if the Hub has none."""
-    verdict: str
-    """One of `VERDICTS`."""
+    verdict: Judgement
     reasons: tuple[Reason, ...] = ()
     licence: str = ""
     author: str = ""
@@ -42,9 +36,6 @@ class AdapterVerdict(Noun):
     """The bases that its card names; unchecked, like licence and author."""
     downloads: int | None = None
     """Downloads of its repository in the last 30 days; None if the Hub does not say."""
-
-    def __post_init__(self) -> None:
-        _one_of(self.verdict, VERDICTS, "verdict")
 
 
 @dataclass(frozen=True)
@@ -70,17 +61,13 @@ class RunEnded(Noun):
     """The end of a run."""
 
     run_id: str
-    outcome: str
-    """One of `OUTCOMES`."""
+    outcome: Outcome
     reason: str
     """A sentence; empty for `ok`."""
     wall_seconds: float | None = None
     """None if the run was killed."""
     stage_seconds: dict[str, float] = field(default_factory=dict)
     """Wall time of each stage that ran, in order."""
-
-    def __post_init__(self) -> None:
-        _one_of(self.outcome, OUTCOMES, "outcome")
 
 
 @dataclass(frozen=True)

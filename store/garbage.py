@@ -21,22 +21,19 @@ SHA256_IN_TEXT = re.compile(rb"[0-9a-f]{64}")
 
 @dataclass(frozen=True)
 class Garbage:
-    """Files that nothing refers to; finding them does not remove them."""
+    """A file or a folder that nothing refers to; finding it does not remove it."""
 
-    blobs: tuple[str, ...]
-    files: tuple[Path, ...]
-    """Leftovers of killed writers, work that was stopped, databases that were set aside."""
-    sizes: tuple[int, ...]
-    """Bytes of each blob, and then of each file."""
-
-    @property
-    def num_bytes(self) -> int:
-        """The size of all blobs and files."""
-        return sum(self.sizes)
+    name: str
+    """The SHA-256 of a blob; otherwise the path."""
+    path: Path
+    num_bytes: int
 
 
-def garbage(home: Path, records: Records, blobs: Blobs) -> Garbage:
-    """Blobs that no record mentions, leftovers and stopped work; all at least an hour old.
+def find_garbage(home: Path, records: Records, blobs: Blobs) -> list[Garbage]:
+    """Blobs that no record mentions, then files; all at least an hour old.
+
+    The files are leftovers of killed writers, work that was stopped, and databases that were set
+    aside.
 
     Raises:
         DamagedError: a record cannot be read, so its blobs are not known.
@@ -56,7 +53,6 @@ def garbage(home: Path, records: Records, blobs: Blobs) -> Garbage:
         files += leftovers(root)
     for pattern in STOPPED:
         files += leftovers(home, pattern)
-    blob_names = sorted(unused)
-    paths = *map(blobs.place_of, blob_names), *files
-    sizes = [size_of(path, follow_symlinks=False) for path in paths]
-    return Garbage(tuple(blob_names), tuple(files), tuple(sizes))
+    found = [(sha256, blobs.place_of(sha256)) for sha256 in sorted(unused)]
+    found += [(str(path), path) for path in files]
+    return [Garbage(name, path, size_of(path, follow_symlinks=False)) for name, path in found]

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 import logging
 import time
-from collections.abc import Collection
+from collections.abc import Collection, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -87,20 +87,17 @@ class Index:
             return None
         if stamp != self._stamp:
             rows = self.select(
-                "SELECT 'known', name, NULL FROM read_files"
-                " UNION ALL SELECT 'rejected', sha256, NULL FROM rejected"
-                " UNION ALL SELECT 'schema', sha256, number FROM migrations",
-                [],
+                "SELECT (SELECT list(name) FROM read_files), (SELECT list(sha256) FROM rejected),"
+                " (SELECT map_from_entries(list((number, sha256))) FROM migrations)"
             )
             if rows is None:
                 return None
-            self._known = frozenset(sha256 for what, sha256, _ in rows if what == "known")
-            self._rejected = frozenset(sha256 for what, sha256, _ in rows if what == "rejected")
-            self._schema = {number: sha256 for what, sha256, number in rows if what == "schema"}
+            ((known, rejected, self._schema),) = rows
+            self._known, self._rejected = frozenset(known or ()), frozenset(rejected or ())
             self._stamp = stamp
         return self._known
 
-    def select(self, sql: str, parameters: list[object]) -> list[tuple] | None:
+    def select(self, sql: str, parameters: Sequence[object] = ()) -> list[tuple] | None:
         """Rows of the snapshot; None if it cannot be read: the caller then reads the records."""
         if not self.snapshot.exists():
             return None

@@ -21,17 +21,17 @@ from typing import TYPE_CHECKING
 import duckdb
 
 from meteora.artifacts import ArtifactId, Score, canonical_sha256
-from store import check, garbage
+from store import check
 from store.errors import BusyError, DamagedError, StoreError
 from store.events import RunEnded, RunStarted
 from store.files import discard, locked, sweep
+from store.garbage import Garbage, find_garbage
 from store.query import LIMITS, Answer, Limits, ask
 from store.recording import WRITE_DEADLINE_SECONDS, Recording
 from store.records import now
 
 if TYPE_CHECKING:
     from store.check import Verification
-    from store.garbage import Garbage
     from store.index import Ingest
 
 logger = logging.getLogger(__name__)
@@ -70,13 +70,13 @@ class Ledger(Recording):
             return str(error)
         return ""
 
-    def rebuild(self, *, deadline_seconds: float = WRITE_DEADLINE_SECONDS) -> Ingest:
+    def rebuild(self) -> Ingest:
         """Make the index again from the records alone; the old one is set aside.
 
         Raises:
             StoreError: no index can be made now; the old one stays.
         """
-        return self.index.rebuild(deadline_seconds=deadline_seconds)
+        return self.index.rebuild(deadline_seconds=WRITE_DEADLINE_SECONDS)
 
     def pack(self) -> int:
         """Move loose records into segments; return their number. Useful with thousands of records.
@@ -133,7 +133,7 @@ class Ledger(Recording):
         except duckdb.Error as error:
             raise StoreError(f"the store cannot be verified now ({error})") from None
 
-    def gc(self, *, remove: bool = False) -> Garbage:
+    def gc(self, *, remove: bool = False) -> list[Garbage]:
         """List files that nothing refers to, and work that was stopped; with `remove`, remove them.
 
         Not during a run.
@@ -144,11 +144,10 @@ class Ledger(Recording):
         """
         alone = _no_wait(self.home / "runs.lock", "a run is going on; try again when it is done")
         with alone, locked(self.home / "records.lock", deadline_seconds=WRITE_DEADLINE_SECONDS):
-            unused = garbage.garbage(self.home, self.records, self.blobs)
-            if remove:
-                for path in (*map(self.blobs.place_of, unused.blobs), *unused.files):
-                    discard(path)
-        return unused
+            found = find_garbage(self.home, self.records, self.blobs)
+            for one in found if remove else ():
+                discard(one.path)
+        return found
 
     @contextmanager
     def running(self, recipe_name: str) -> Generator[list[RunStarted]]:

@@ -47,19 +47,13 @@ class Lookup:
         """The records about these subjects, or about all, earliest first."""
         if subjects is not None and not subjects:
             return []
-        records, segments = self._unindexed()
-        if self._index.known() is not None:
-            sql = "SELECT sha256 FROM records WHERE kind = $1"
-            parameters: list[object] = [kind]
-            if subjects is not None:
-                sql += " AND subject IN (SELECT unnest($2::VARCHAR[]))"
-                parameters.append(list(subjects))
-            rows = self._index.select(sql, parameters)
-            if rows is None:
-                records = self._read(self._records.loose())
-                segments = self._records.segments.names()
-            else:
-                records |= self._read({sha256 for (sha256,) in rows} - records.keys())
+        sql = "SELECT sha256 FROM records WHERE kind = $1"
+        parameters: list[object] = [kind]
+        if subjects is not None:
+            sql += " AND subject IN (SELECT unnest($2::VARCHAR[]))"
+            parameters.append(list(subjects))
+        rows, records, segments = self._ask(sql, parameters)
+        records |= self._read({sha256 for (sha256,) in rows} - records.keys())
         packed = self._records.segments.about(kind, subjects, segments)
         return _about(records | _parsed(packed), kind, subjects)
 
@@ -86,15 +80,11 @@ class Lookup:
         raise UnknownError(f"several ids begin with {prefix!r} ({shown}); give more digits")
 
     def _ids_with_prefix(self, prefix: str) -> list[str]:
-        rows = self._index.select(
+        rows, loose, segments = self._ask(
             "SELECT DISTINCT id FROM artifacts WHERE starts_with(id, $1)"
             " OR starts_with(split_part(id, ':', 2), $1)",
             [prefix],
         )
-        if rows is None:
-            loose, segments = self._read(self._records.loose()), self._records.segments.names()
-        else:
-            loose, segments = self._unindexed()
         records = loose | _parsed(self._records.segments.about("artifact", None, segments))
         ids = {
             record.subject
@@ -103,11 +93,24 @@ class Lookup:
             for part in (record.subject, record.subject.partition(":")[2])
             if part.startswith(prefix)
         }
-        return sorted(ids.union(artifact_id for (artifact_id,) in rows or ()))
+        return sorted(ids.union(artifact_id for (artifact_id,) in rows))
 
-    def _unindexed(self) -> tuple[dict[str, Record], set[str]]:
-        """The loose records and the names of segments that the snapshot lacks."""
-        missing = self._records.parts() - (self._index.known() or frozenset())
+    def _ask(
+        self, sql: str, parameters: list[object]
+    ) -> tuple[list[tuple], dict[str, Record], set[str]]:
+        """Rows of the snapshot, and the loose records and segments that it lacks.
+
+        If it cannot be read, it has no rows and lacks them all.
+        """
+        known = self._index.known()  # before the rows, since a newer snapshot only has more
+        rows = None if known is None else self._index.select(sql, parameters)
+        if known is None or rows is None:
+            return [], *self._beside(frozenset())
+        return rows, *self._beside(known)
+
+    def _beside(self, known: frozenset[str]) -> tuple[dict[str, Record], set[str]]:
+        """The loose records and the names of segments that are not among the known files."""
+        missing = self._records.parts() - known
         segments = {name for name in missing if name.endswith(SUFFIX)}
         missing -= segments
         kept = {sha256: self._pending[sha256] for sha256 in missing & self._pending.keys()}

@@ -51,6 +51,11 @@ class Answer:
     columns: tuple[str, ...]
     rows: list[tuple[Any, ...]]
 
+    @property
+    def dicts(self) -> list[dict[str, Any]]:
+        """Each row as a mapping from column to value."""
+        return [dict(zip(self.columns, row, strict=True)) for row in self.rows]
+
 
 def memory(spill: Path | None = None) -> duckdb.DuckDBPyConnection:
     """A new in-memory database, to which a ledger can be attached. No extension is installed.

@@ -6,7 +6,7 @@ A fact is on disk when `record_…` returns. Recording it again does nothing.
 from __future__ import annotations
 
 import re
-from collections.abc import Collection, Iterable, Sequence
+from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -175,13 +175,13 @@ class Recording:
 
     def specs_of(self, ids: Iterable[ArtifactId]) -> dict[str, dict[str, Any]]:
         """The specs of the recorded ones of these artifacts, by id; one lookup for all of them."""
-        records = self._lookup.find("artifact", list(ids))
-        return {record.subject: record.body["spec"] for record in reversed(records)}
+        records = _earliest(self._lookup.find("artifact", list(ids)))
+        return {subject: record.body["spec"] for subject, record in records.items()}
 
     def scores_of(self, benchmark_ids: Iterable[ArtifactId]) -> dict[str, Score]:
         """The recorded scores among these ids, by id; one lookup for all of them."""
-        records = self._lookup.find("score", list(benchmark_ids))
-        return {record.subject: Score.from_dict(record.body) for record in reversed(records)}
+        records = _earliest(self._lookup.find("score", list(benchmark_ids)))
+        return {subject: Score.from_dict(record.body) for subject, record in records.items()}
 
     def publications(self, repo_id: str) -> list[Publication]:
         """All recorded publications at a repository, earliest first."""
@@ -219,32 +219,20 @@ class Recording:
         An earlier record must agree in these fields. All are looked up together, since each lookup
         lists the whole store.
         """
-        wanted = {record.subject: record for record in records}
+        if not records:
+            return
+        kind, wanted = records[0].kind, {record.subject: record for record in records}
         seen = self.records.loose()
-        earlier = self._earlier(records, None)
-        if wanted.keys() - earlier.keys():
+        earlier = _earliest(self._lookup.find(kind, wanted))
+        if left := wanted.keys() - earlier.keys():
             with locked(self.home / "records.lock", deadline_seconds=WRITE_DEADLINE_SECONDS):
-                left = [record for subject, record in wanted.items() if subject not in earlier]
-                unseen = self._earlier(left, self.records.loose() - seen)
-                earlier |= unseen
-                for record in left:
-                    if record.subject not in unseen:
+                since = self.records.loose() - seen
+                earlier |= _earliest(self._lookup.find_among(since, kind, left))
+                for subject, record in wanted.items():
+                    if subject not in earlier:
                         self._write(record)
         for subject, before in earlier.items():
             _require_agreement(before, wanted[subject], must_agree)
-
-    def _earlier(
-        self, records: Sequence[Record], among: Collection[str] | None
-    ) -> dict[str, Record]:
-        """The earliest record about the subject of each; None: among all."""
-        if not records:
-            return {}
-        kind, subjects = records[0].kind, [record.subject for record in records]
-        if among is None:
-            found = self._lookup.find(kind, subjects)
-        else:
-            found = self._lookup.find_among(among, kind, subjects)
-        return {record.subject: record for record in reversed(found)}
 
     def _write(self, record: Record) -> None:
         for sha256 in record.blobs:
@@ -265,6 +253,11 @@ def _require_openable(home: Path) -> None:
             " with \\, or with bytes that are not UTF-8; choose another folder with --home or"
             " METEORA_HOME"
         )
+
+
+def _earliest(records: Sequence[Record]) -> dict[str, Record]:
+    """The first of these records about each subject, by subject."""
+    return {record.subject: record for record in reversed(records)}
 
 
 def _record_of(

@@ -132,7 +132,10 @@ class Records:
             except DamagedError as error:
                 errors[sha256] = error
         packed = self.segments.texts(elsewhere)
-        errors |= {sha256: self._gone(sha256) for sha256 in elsewhere if sha256 not in packed}
+        for sha256 in set(elsewhere) - packed.keys():
+            errors[sha256] = DamagedError(
+                f"record {sha256[:12]} is missing in {self.root}; restore it from a backup"
+            )
         return loose | packed, errors
 
     def _loose_bytes(self, sha256: str) -> bytes:
@@ -146,11 +149,6 @@ class Records:
         if not is_record(data):
             raise DamagedError(f"{path} is no record; move it away to go on without it")
         return data
-
-    def _gone(self, sha256: str) -> DamagedError:
-        return DamagedError(
-            f"record {sha256[:12]} is missing in {self.root}; restore it from a backup"
-        )
 
     def path_of(self, sha256: str) -> Path:
         """The file of the record while it is not packed."""

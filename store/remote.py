@@ -38,7 +38,10 @@ LATER = "what was recorded is safe on this machine, and the next ingest tries ag
 
 
 class Remote:
-    """Objects below one URL, named like the files of a home."""
+    """Objects below one URL, named like the files of a home.
+
+    All methods raise `UnreachableError` if the storage does not answer, or refuses.
+    """
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -65,7 +68,6 @@ class Remote:
 
         Raises:
             StoreError: it does not, so one home could overwrite an object that another one reads.
-            UnreachableError: the storage does not answer, or refuses.
         """
         name = f"tmp/{secrets.token_hex(8)}"
         with self._reached("nothing is shared there; check address, keys and network"):
@@ -82,11 +84,7 @@ class Remote:
         )
 
     def put(self, name: str, path: Path) -> None:
-        """Upload a file as `name`; does nothing if the name exists.
-
-        Raises:
-            UnreachableError: the storage does not answer, or refuses.
-        """
+        """Upload a file as `name`; does nothing if the name exists."""
         large = path.stat().st_size > SINGLE_PUT_BYTES
         if large and self.holds(name):
             return
@@ -101,9 +99,6 @@ class Remote:
 
         Returns:
             False if it is damaged, or not there.
-
-        Raises:
-            UnreachableError: the storage does not answer, or refuses.
         """
         with partial_file(root) as partial:
             downloaded_sha256 = self.get(name, partial)
@@ -114,11 +109,7 @@ class Remote:
         return downloaded_sha256 == sha256
 
     def get(self, name: str, target: Path) -> str | None:
-        """Download an object to `target`; return the SHA-256 of its bytes, None if there is none.
-
-        Raises:
-            UnreachableError: the storage does not answer, or refuses.
-        """
+        """Download an object to `target`; return its SHA-256, or None if there is no object."""
         digest = hashlib.sha256()
         with self._reached():
             try:

@@ -132,8 +132,8 @@ class Segments:
         Raises:
             StoreError: it cannot be read now, for example with too little memory.
         """
-        sql = "SELECT DISTINCT unnest((text->'blobs')::VARCHAR[]) FROM {} WHERE $1[1] = ''"
-        return {sha256 for (sha256,) in self._select(sql, [""], [name], all_of_them=True)}
+        sql = "SELECT DISTINCT unnest((text->'blobs')::VARCHAR[]) FROM {}"
+        return {sha256 for (sha256,) in self._select(sql, None, [name], all_of_them=True)}
 
     def mentioned(self, sha256s: Collection[str]) -> set[str]:
         """The hashes among these that occur anywhere in the text of a packed record.
@@ -152,13 +152,13 @@ class Segments:
 
     def count(self) -> int:
         """The number of packed records; one that is in two segments counts once."""
-        rows = self._select("SELECT DISTINCT sha256 FROM {} WHERE $1[1] = ''", [""])
+        rows = self._select("SELECT DISTINCT sha256 FROM {}", None)
         return len({sha256 for (sha256,) in rows})
 
     def _select(
         self,
         sql: str,
-        values: Collection[str],
+        values: Collection[str] | None,
         names: Collection[str] | None = None,
         *,
         all_of_them: bool = False,
@@ -166,20 +166,21 @@ class Segments:
         """Rows of the named segments, or of all; an unreadable one is skipped with a warning.
 
         Args:
-            sql: with `{}` in place of the segments, and `$1` for the values
+            sql: with `{}` in place of the segments, and `$1` for the values, unless they are None
             all_of_them: raise an error for an unreadable segment instead
 
         Raises:
             StoreError: a segment cannot be read, and `all_of_them` is true.
         """
         present = sorted(self.names() if names is None else names)
-        if not present or not values:
+        parameters = [] if values is None else [list(values)]
+        if not present or parameters == [[]]:
             return []
         paths = ", ".join(quoted(self.path_of(name)) for name in present)
         try:
             with memory() as connection:
                 return connection.execute(
-                    sql.format(f"read_parquet([{paths}])"), [list(values)]
+                    sql.format(f"read_parquet([{paths}])"), parameters
                 ).fetchall()
         except duckdb.Error as error:
             if len(present) > 1:

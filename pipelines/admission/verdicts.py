@@ -14,7 +14,7 @@ from meteora.untrusted.findings import AdapterError
 from pipelines.admission.sources import hub_of
 from pipelines.hub.about import HubSource, facts_of
 from pipelines.workspace.console import say
-from store.events import AdapterVerdict, Failure
+from store.events import AdapterVerdict, Failure, Judgement
 
 if TYPE_CHECKING:
     from meteora.adapters.tensors import Adapter
@@ -126,7 +126,7 @@ def _verdict(
     source: str,
     ref: AdapterRef | None,
     about: HubSource | None,
-    word: str,
+    word: Judgement,
     reasons: Sequence[Reason],
 ) -> AdapterVerdict:
     """The verdict on an adapter, with the Hub's facts on its repository."""

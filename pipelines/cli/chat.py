@@ -47,9 +47,7 @@ HELP = (
 def chat(
     checkpoint: options.Checkpoint,
     expert: options.Expert = "",
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, max=options.MOST, help="Greatest length of an answer.")
-    ] = 512,
+    max_new_tokens: Annotated[int, options.count("Greatest length of an answer.")] = 512,
     web: Annotated[
         bool, typer.Option("--web", help="Talk on a web page, at --host and --port.")
     ] = False,

@@ -23,9 +23,7 @@ def generate(
     checkpoint: options.Checkpoint,
     prompt: Annotated[str, typer.Argument(help="The prompt; `-` reads standard input.")],
     expert: options.Expert = "",
-    max_new_tokens: Annotated[
-        int, typer.Option(min=1, max=options.MOST, help="Greatest length of the answer.")
-    ] = 256,
+    max_new_tokens: Annotated[int, options.count("Greatest length of the answer.")] = 256,
     trace: Annotated[
         str,
         typer.Option(
@@ -148,15 +146,10 @@ def report(
     ] = "",
     output: Annotated[
         Path | None,
-        typer.Option(
-            "--output",
-            "-o",
-            help="The file to write. Default: report.html; comparison.html of two.",
-        ),
+        options.output("The file to write. Default: report.html; comparison.html of two."),
     ] = None,
     traces: Annotated[
-        int,
-        typer.Option(min=0, max=options.MOST, help="How many test prompts to show with answers."),
+        int, options.count("How many test prompts to show with answers.", least=0)
     ] = 3,
     as_json: options.AsJson = False,
     base: options.Base = None,
@@ -261,8 +254,7 @@ def export(
         ),
     ] = "peft",
     output: Annotated[
-        Path | None,
-        typer.Option("--output", "-o", help="A new folder. Default: the expert's name."),
+        Path | None, options.output("A new folder. Default: the expert's name.")
     ] = None,
     copy: Annotated[
         bool, typer.Option("--copy", help="For vLLM: copy base and checkpoint. Default: links.")
@@ -320,9 +312,7 @@ def _named_base(folder: Path, expert: str, home: Path) -> str:
 @app.command("import")
 def import_adapters(
     folder: Annotated[Path, typer.Argument(help="A PEFT adapter, or a folder of them.")],
-    output: Annotated[Path, typer.Option("--output", "-o", help="The recipe to write.")] = Path(
-        "recipe.yaml"
-    ),
+    output: Annotated[Path, options.output("The recipe to write.")] = Path("recipe.yaml"),
     base: Annotated[str, typer.Option(help="The base, if no config names it.")] = "",
     examples: Annotated[
         Path | None,

@@ -37,11 +37,10 @@ def check(
     """Judge adapters: a verdict for each, with coded reasons. No base is needed."""
     from pipelines.admission.check import describe, inspect
 
-    cache = home / "adapters"
     verdicts = [
         inspect(
             name,
-            cache,
+            home / "adapters",
             subfolder=subfolder,
             modules_to_save="strip" if strip else "refuse",
             token_for=token_for or (),
@@ -70,9 +69,7 @@ def train(
         int,
         typer.Option(min=1, max=1024, help="The adapters' rank; lora_alpha is twice as much."),
     ] = 8,
-    steps: Annotated[
-        int, typer.Option(min=1, max=options.MOST, help="Steps of eight rows each.")
-    ] = 1000,
+    steps: Annotated[int, options.count("Steps of eight rows each.")] = 1000,
     learning_rate: Annotated[
         float,
         typer.Option(min=1e-9, max=1.0, help="The highest rate; it then falls along a cosine."),

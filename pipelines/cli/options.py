@@ -11,6 +11,8 @@ import typer
 from meteora.artifacts import MeteoraError
 
 if TYPE_CHECKING:
+    from typer.models import OptionInfo
+
     from store.ledger import Ledger
 
 
@@ -57,6 +59,18 @@ Dtype = Annotated[
 ]
 MOST = 1_000_000
 """The limit of options that are counts: larger ones are typing errors, and would overflow later."""
+
+
+def count(text: str, least: int = 1) -> OptionInfo:
+    """An option that is a count, with its help."""
+    return typer.Option(min=least, max=MOST, help=text)
+
+
+def output(text: str) -> OptionInfo:
+    """The option of what a command writes, with its help."""
+    return typer.Option("--output", "-o", help=text)
+
+
 PARTS = ("records", "blobs", "ledger.duckdb", "store.toml", "adapters", "bases", "runs", "prefect")
 """Files and folders of a home; every home has some of them."""
 

@@ -105,8 +105,7 @@ def print_answer(answer: Answer, form: Format) -> None:
                 "two columns have one name, which JSON cannot tell apart"
                 f" ({', '.join(answer.columns)}); name them with AS"
             )
-        rows = [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
-        print(json.dumps(_for_json(rows), indent=1, default=str, allow_nan=False))
+        print(json.dumps(_for_json(answer.dicts), indent=1, default=str, allow_nan=False))
     elif form == "csv":
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(answer.columns)

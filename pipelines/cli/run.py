@@ -84,9 +84,7 @@ def schedule(
     recipes: Recipes,
     cron: Annotated[str | None, typer.Option(help='The schedule, such as "0 3 * * *".')] = None,
     timezone: Annotated[str, typer.Option(help="The time zone of the schedule.")] = "UTC",
-    limit: Annotated[
-        int, typer.Option(min=1, max=options.MOST, help="Greatest number of runs at the same time.")
-    ] = 1,
+    limit: Annotated[int, options.count("Greatest number of runs at the same time.")] = 1,
     on_failure: Annotated[
         str, typer.Option(metavar="URL", help="A webhook to call when a run fails.")
     ] = "",

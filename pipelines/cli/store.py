@@ -50,9 +50,7 @@ def sql(
 
 @app.command()
 def notebook(
-    out: Annotated[Path, typer.Option("--output", "-o", help="The file to write.")] = Path(
-        "notebook.py"
-    ),
+    out: Annotated[Path, options.output("The file to write.")] = Path("notebook.py"),
     home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Write a marimo notebook with queries of the ledger and plots; it is a Python file."""
@@ -73,18 +71,12 @@ def verify(
     ] = None,
     key: Annotated[Path | None, typer.Option(help="The public key of the signer.")] = None,
     scores: Annotated[
-        int,
-        typer.Option(
-            min=0, max=options.MOST, help="How many scores to compute again, drawn at random."
-        ),
+        int, options.count("How many scores to compute again, drawn at random.", least=0)
     ] = 20,
     served: Annotated[
         str, typer.Option(metavar="URL", help="A server with OpenAI's interface, to ask.")
     ] = "",
-    answers: Annotated[
-        int,
-        typer.Option(min=1, max=options.MOST, help="How many recorded answers to ask for again."),
-    ] = 24,
+    answers: Annotated[int, options.count("How many recorded answers to ask for again.")] = 24,
     model: Annotated[
         str, typer.Option(help="The model's name on the server. Default: the first listed.")
     ] = "",
@@ -188,16 +180,16 @@ def gc(
     Work of runs that were stopped an hour ago or earlier is among them: without it the next run
     begins anew what it would have continued.
     """
-    garbage = options.open_ledger(home).gc(remove=yes)
-    names = (*garbage.blobs, *map(str, garbage.files))
-    found = zip(names, garbage.sizes, strict=True)
+    found = options.open_ledger(home).gc(remove=yes)
     if as_json:
-        print(json.dumps([{"name": name, "num_bytes": size} for name, size in found], indent=1))
+        rows = [{"name": one.name, "num_bytes": one.num_bytes} for one in found]
+        print(json.dumps(rows, indent=1))
     else:
-        for name, size in found:
-            print(f"{size}\t{name}")
+        for one in found:
+            print(f"{one.num_bytes}\t{one.name}")
     done = "removed" if yes else "can be removed with --yes"
-    say(f"{garbage.num_bytes / 1e6:.1f} MB {done}" if names else "there is nothing to remove")
+    size = f"{sum(one.num_bytes for one in found) / 1e6:.1f} MB {done}"
+    say(size if found else "there is nothing to remove")
 
 
 @store.command()

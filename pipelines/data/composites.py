@@ -85,6 +85,54 @@ class Composite(Noun):
         body: dict[str, Any] = {"questions": [[q.task, q.row.to_dict()] for q in self.questions]}
         return body | ({"solved": [one.to_dict() for one in self.solved]} if self.solved else {})
 
+    def encode(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[str | None]]:
+        """Token ids of prompt and answer, as from `encode_pair`, and the task of each token.
+
+        The task is None for the template and for the sentence before the questions. The end of
+        sequence belongs to the last answer. A token belongs to the task of its first character.
+        """
+        text, templated = render_prompt(tokenizer, self.prompt), bool(tokenizer.chat_template)
+        messages = [{"role": "user", "content": self.prompt}]
+        places = content_places(tokenizer, messages, text) if templated else [(0, len(text))]
+        start = places[0][0] if places else text.index(self.prompt)
+        owners = [
+            *_owners(tokenizer, text, self.prompt_spans, shift=start, special=not templated),
+            *_owners(tokenizer, self.response, self.response_spans),
+        ]
+        ids = encode_pair(tokenizer, self.prompt, self.response)
+        last = self.response_spans[-1].task
+        return ids, [*owners, *([last] * (len(ids) - len(owners)))]
+
+    def prompt_owners(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[str | None]:
+        """The task of each token of the prompt; None for tokens of no task.
+
+        Args:
+            text: the prompt in its template, with all special tokens
+        """
+        return _owners(tokenizer, text, self.prompt_spans, shift=text.index(self.prompt))
+
+    def answer_openings(
+        self, tokenizer: PreTrainedTokenizerBase, form: str = "{}. "
+    ) -> tuple[int, ...]:
+        """Indices of the tokens of `encode` that are only the number before an answer.
+
+        At these tokens the model has seen the previous answer, but nothing of the next one.
+
+        Args:
+            form: of what precedes an answer. `{}` is its digits alone: more may follow, so no
+                question is named
+        """
+        shift = len(encode_prompt(tokenizer, self.prompt))
+        numbers = [
+            range(span.start, span.start + len(form.format(number)))
+            for number, span in enumerate(self.response_spans, 1)
+        ]
+        return tuple(
+            shift + place
+            for place, (first, end) in enumerate(_offsets(tokenizer, self.response))
+            if end > first and any(first in chars and end <= chars.stop for chars in numbers)
+        )
+
 
 def compose(
     rows_by_task: Mapping[str, Sequence[Row]], n: int, count: int, seed: int, num_solved: int = 0
@@ -255,68 +303,6 @@ def _marks(output: str, n: int) -> list[tuple[int, int, int]]:
             marks.append((number, match.start(), match.end()))
             last = number
     return marks
-
-
-def encode_composite(
-    tokenizer: PreTrainedTokenizerBase, composite: Composite
-) -> tuple[list[int], list[str | None]]:
-    """Token ids of prompt and answer, as from `encode_pair`, and the task of each token.
-
-    The task is None for the template and for the sentence before the questions. The end of sequence
-    belongs to the last answer. A token belongs to the task of its first character.
-    """
-    text, templated = render_prompt(tokenizer, composite.prompt), bool(tokenizer.chat_template)
-    messages = [{"role": "user", "content": composite.prompt}]
-    places = content_places(tokenizer, messages, text) if templated else [(0, len(text))]
-    start = places[0][0] if places else text.index(composite.prompt)
-    owners = [
-        *_owners(tokenizer, text, composite.prompt_spans, shift=start, special=not templated),
-        *_owners(tokenizer, composite.response, composite.response_spans),
-    ]
-    ids = encode_pair(tokenizer, composite.prompt, composite.response)
-    last = composite.response_spans[-1].task
-    return ids, [*owners, *([last] * (len(ids) - len(owners)))]
-
-
-def answer_openings(tokenizer: PreTrainedTokenizerBase, composite: Composite) -> tuple[int, ...]:
-    """Indices of the tokens of `encode_composite` that are only the number before an answer.
-
-    At these tokens the model has seen the previous answer, but nothing of the next one.
-    """
-    return _in_front_of_answers(tokenizer, composite, "{}. ")
-
-
-def answer_digits(tokenizer: PreTrainedTokenizerBase, composite: Composite) -> tuple[int, ...]:
-    """The indices among `answer_openings` of digits: more may follow, so no question is named."""
-    return _in_front_of_answers(tokenizer, composite, "{}")
-
-
-def _in_front_of_answers(
-    tokenizer: PreTrainedTokenizerBase, composite: Composite, what: str
-) -> tuple[int, ...]:
-    """Indices of the tokens inside of `what`, a format that takes the answer's number."""
-    shift = len(encode_prompt(tokenizer, composite.prompt))
-    offsets = _offsets(tokenizer, composite.response)
-    numbers = [
-        range(span.start, span.start + len(what.format(number)))
-        for number, span in enumerate(composite.response_spans, 1)
-    ]
-    return tuple(
-        shift + place
-        for place, (first, end) in enumerate(offsets)
-        if end > first and any(first in chars and end <= chars.stop for chars in numbers)
-    )
-
-
-def prompt_owners(
-    tokenizer: PreTrainedTokenizerBase, composite: Composite, text: str
-) -> list[str | None]:
-    """The task of each token of a composite's prompt; None for tokens of no task.
-
-    Args:
-        text: the prompt in its template, with all special tokens
-    """
-    return _owners(tokenizer, text, composite.prompt_spans, shift=text.index(composite.prompt))
 
 
 def _owners(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from meteora.base.chat_template import Template, encode_pair, encode_prompt
@@ -10,15 +11,7 @@ from meteora.fitting.sequences import UNLABELLED, LabelledSequence
 from meteora.model.fused import without_experts
 from meteora.model.generate import answer_all
 from pipelines.data.background import background_rows
-from pipelines.data.composites import (
-    Composite,
-    answer_digits,
-    answer_openings,
-    compose,
-    encode_composite,
-    fits,
-    mixable,
-)
+from pipelines.data.composites import compose, fits, mixable
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -34,152 +27,163 @@ QUESTIONS_IN_COMPOSITES = 24
 to see the starts of its answers."""
 
 
-def label(
-    examples: Mapping[str, Sequence[Row]],
-    names: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    nobody: int = UNLABELLED,
-) -> list[LabelledSequence]:
-    """Every example as tokens with the label of its expert; the template's opening has `nobody`.
+@dataclass(frozen=True)
+class Labeller:
+    """Turns texts into tokens with labels; a label is the index of a choice of the router."""
 
-    Args:
-        examples: by expert
-        names: of all experts in order; a label is an index into them
-        nobody: the label of tokens that belong to no expert
-    """
-    return [
-        sequence
-        for e, name in enumerate(names)
-        for sequence in label_rows(examples.get(name, ()), e, tokenizer, nobody)
-    ]
+    tokenizer: PreTrainedTokenizerBase
+    names: Sequence[str] = ()
+    """Of all experts, in order."""
+    nobody: int = UNLABELLED
+    """The label of tokens that belong to no expert."""
 
+    def examples(self, examples: Mapping[str, Sequence[Row]]) -> list[LabelledSequence]:
+        """Every example with the label of its expert; the template's opening has `nobody`.
 
-def label_rows(
-    rows: Sequence[Row],
-    expert: int,
-    tokenizer: PreTrainedTokenizerBase,
-    nobody: int = UNLABELLED,
-) -> list[LabelledSequence]:
-    """Rows as tokens with the label of one expert; those of `_num_opening` have `nobody`."""
-    opening = _num_opening(tokenizer, nobody)
-    sequences = []
-    for row in rows:
-        ids = encode_pair(tokenizer, row.prompt, row.response)
-        labels = [nobody] * opening + [expert] * (len(ids) - opening)
-        sequences.append(LabelledSequence(tuple(ids), tuple(labels)))
-    return sequences
+        Args:
+            examples: by expert
+        """
+        return [
+            sequence
+            for e, name in enumerate(self.names)
+            for sequence in self.rows(examples.get(name, ()), e)
+        ]
 
+    def rows(self, rows: Sequence[Row], expert: int) -> list[LabelledSequence]:
+        """Rows with the label of one expert; the template's opening has `nobody`."""
+        opening = self._num_opening()
+        encoded = (encode_pair(self.tokenizer, row.prompt, row.response) for row in rows)
+        return [self._of_one(ids, expert, opening) for ids in encoded]
 
-def _num_opening(tokenizer: PreTrainedTokenizerBase, nobody: int) -> int:
-    """How many tokens open every prompt: those of the template.
+    def composites(
+        self,
+        examples: Mapping[str, Sequence[Row]],
+        kinds: Sequence[tuple[int, int]],
+        *,
+        seed: int,
+        digits: bool = True,
+    ) -> list[LabelledSequence]:
+        """Examples of several experts in one prompt; each token has the expert of its question.
 
-    Without such an opening it is the first token, if `nobody` is a choice.
-    """
-    return max(len(Template.of(tokenizer).opening), int(nobody != UNLABELLED))
+        Args:
+            examples: by expert; experts whose answers do not fit into composites are left out
+            kinds: of prompts: (number of questions, number of solved prompts before them)
+            digits: whether the digits of an answer's number are labelled, too; else the fit leaves
+                them out
 
+        Raises:
+            ExamplesError: as `mixable` and `compose`.
+        """
+        fit = mixable({name: examples.get(name, ()) for name in self.names}) if kinds else {}
+        return self._composed(fit, self._places, kinds, seed, self.nobody, digits=digits)
 
-def label_composites(
-    examples: Mapping[str, Sequence[Row]],
-    names: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    kinds: Sequence[tuple[int, int]],
-    seed: int,
-    nobody: int = UNLABELLED,
-    digits: bool = True,
-) -> list[LabelledSequence]:
-    """Examples of several experts in one prompt; each token has the expert of its question.
+    def lists(
+        self,
+        rows: Sequence[Row],
+        expert: int,
+        kinds: Sequence[tuple[int, int]],
+        *,
+        digits: bool = True,
+    ) -> list[LabelledSequence]:
+        """Several rows of one expert in one prompt, to show how its answers begin in composites.
 
-    Args:
-        examples: by expert; experts whose answers do not fit into composites are left out
-        names: of all experts in order
-        kinds: of prompts: (number of questions, number of solved prompts before them)
-        digits: whether the digits of an answer's number are labelled, too; else the fit leaves
-            them out
+        Args:
+            kinds: as for `composites`; with too few rows, fewer solved prompts are shown
+            digits: as for `composites`
 
-    Raises:
-        ExamplesError: as `mixable` and `compose`.
-    """
-    fit = mixable({name: examples.get(name, ()) for name in names}) if kinds else {}
-    places = {name: e for e, name in enumerate(names)}
-    return [
-        _labelled(composite, places, tokenizer, nobody, digits=digits)
-        for n, solved in kinds
-        for composite in compose(
-            fit, n, -(-QUESTIONS_IN_COMPOSITES * len(names) // n), seed, solved
-        )
-    ]
+        Returns:
+            An empty list if no row fits into composites.
+        """
+        if not (num_prompts := len({row.key for row in rows if fits(row)})):
+            return []
+        possible = [(n, min(solved, max(0, num_prompts // n - 1))) for n, solved in kinds]
+        return self._composed({"": rows}, {"": expert}, possible, 0, UNLABELLED, digits=digits)
 
+    def spans(
+        self, rows: Sequence[SpannedRow | SpannedTurns | Conversation]
+    ) -> list[LabelledSequence]:
+        """Rows and conversations whose parts or turns have experts.
 
-def label_lists(
-    rows: Sequence[Row],
-    expert: int,
-    tokenizer: PreTrainedTokenizerBase,
-    *,
-    kinds: Sequence[tuple[int, int]],
-    digits: bool = True,
-) -> list[LabelledSequence]:
-    """Several rows of one expert in one prompt, to show the starts of its answers in composites.
+        System prompts, tokens between two turns, and other text without an expert have `nobody`.
+        """
+        sequences = []
+        for row in rows:
+            ids, owners = row.encode(self.tokenizer)
+            labels = _labels(owners, self._places, self.nobody)
+            sequences.append(LabelledSequence(tuple(ids), labels))
+        return sequences
 
-    Args:
-        kinds: as for `label_composites`; with too few rows, fewer solved prompts are shown
-        digits: as for `label_composites`
+    def background(
+        self,
+        model: PreTrainedModel,
+        rows: Sequence[Row],
+        choice: int,
+        advance: Callable[[int], None] = lambda _rows: None,
+    ) -> list[LabelledSequence]:
+        """Background rows with the label `choice`; the base answers the questions itself.
 
-    Returns:
-        An empty list if no row fits into composites.
-    """
-    if not (num_prompts := len({row.key for row in rows if fits(row)})):
-        return []
-    return [
-        _labelled(composite, {"": expert}, tokenizer, UNLABELLED, digits=digits)
-        for n, solved in kinds
-        for composite in compose(
-            {"": rows},
-            n,
-            -(-QUESTIONS_IN_COMPOSITES // n),
-            0,
-            min(solved, max(0, num_prompts // n - 1)),
-        )
-    ]
+        Args:
+            rows: from `background_rows`
+            choice: the label of the base
+            advance: called with the number of rows just done
+        """
+        opening = self._num_opening()
+        prompts = [encode_prompt(self.tokenizer, row.prompt) for row in rows if row.prompt]
+        with without_experts(model):
+            answers = answer_all(model, self.tokenizer, prompts, MAX_NEW_TOKENS, advance)
+        sequences = [
+            self._of_one([*ids, *answer], choice, opening)
+            for ids, answer in zip(prompts, answers, strict=True)
+        ]
+        if self.tokenizer.chat_template:
+            opening = 0  # a plain text is not in it
+        for row in rows:
+            if not row.prompt:
+                ids = self.tokenizer(row.response).input_ids
+                sequences.append(self._of_one(ids, choice, opening))
+                advance(1)
+        return sequences
 
+    @property
+    def _places(self) -> dict[str, int]:
+        return {name: e for e, name in enumerate(self.names)}
 
-def label_spans(
-    rows: Sequence[SpannedRow | SpannedTurns | Conversation],
-    names: Sequence[str],
-    tokenizer: PreTrainedTokenizerBase,
-    nobody: int = UNLABELLED,
-) -> list[LabelledSequence]:
-    """Rows and conversations, whose parts or turns have experts, as labelled tokens.
+    def _num_opening(self) -> int:
+        """How many tokens open every prompt: those of the template.
 
-    Args:
-        names: of all experts in order
-        nobody: the label of system prompts, of tokens between two turns, and of other text without
-            an expert
-    """
-    places = {name: e for e, name in enumerate(names)}
-    sequences = []
-    for row in rows:
-        ids, owners = row.encode(tokenizer)
-        sequences.append(LabelledSequence(tuple(ids), _labels(owners, places, nobody)))
-    return sequences
+        Without such an opening it is the first token, if `nobody` is a choice.
+        """
+        return max(len(Template.of(self.tokenizer).opening), int(self.nobody != UNLABELLED))
 
+    def _of_one(self, ids: Sequence[int], label: int, opening: int) -> LabelledSequence:
+        """Tokens with one label, but the first `opening` of them with `nobody`."""
+        labels = [self.nobody] * opening + [label] * (len(ids) - opening)
+        return LabelledSequence(tuple(ids), tuple(labels))
 
-def _labelled(
-    composite: Composite,
-    places: Mapping[str, int],
-    tokenizer: PreTrainedTokenizerBase,
-    nobody: int,
-    *,
-    digits: bool = True,
-) -> LabelledSequence:
-    ids, tasks = encode_composite(tokenizer, composite)
-    labels = _labels(tasks, places, nobody)
-    openings = answer_openings(tokenizer, composite)
-    if not digits:
-        left_out = {*answer_digits(tokenizer, composite)}
-        labels = tuple(UNLABELLED if i in left_out else e for i, e in enumerate(labels))
-        openings = tuple(i for i in openings if i not in left_out)
-    return LabelledSequence(tuple(ids), labels, openings)
+    def _composed(
+        self,
+        rows: Mapping[str, Sequence[Row]],
+        places: Mapping[str, int],
+        kinds: Sequence[tuple[int, int]],
+        seed: int,
+        nobody: int,
+        *,
+        digits: bool,
+    ) -> list[LabelledSequence]:
+        """Composites of rows; `places` has the label of each task."""
+        tokenizer, sequences = self.tokenizer, []
+        for n, solved in kinds:
+            count = -(-QUESTIONS_IN_COMPOSITES * len(places) // n)
+            for composite in compose(rows, n, count, seed, solved):
+                ids, tasks = composite.encode(tokenizer)
+                labels = _labels(tasks, places, nobody)
+                openings = composite.answer_openings(tokenizer)
+                if not digits:
+                    left_out = {*composite.answer_openings(tokenizer, "{}")}
+                    labels = tuple(UNLABELLED if i in left_out else e for i, e in enumerate(labels))
+                    openings = tuple(i for i in openings if i not in left_out)
+                sequences.append(LabelledSequence(tuple(ids), labels, openings))
+        return sequences
 
 
 def _labels(
@@ -196,40 +200,3 @@ def background_ids(tokenizer: PreTrainedTokenizerBase) -> list[list[int]]:
         else list(tokenizer(row.response).input_ids)
         for row in background_rows()
     ]
-
-
-def background_sequences(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    rows: Sequence[Row],
-    choice: int,
-    advance: Callable[[int], None] = lambda _rows: None,
-    nobody: int = UNLABELLED,
-) -> list[LabelledSequence]:
-    """Background rows as tokens with the label `choice`; the base answers the questions itself.
-
-    Args:
-        rows: from `background_rows`
-        choice: the label of the base
-        advance: called with the number of rows just done
-        nobody: the label of tokens that open prompts, as in `label_rows`
-    """
-    opening = _num_opening(tokenizer, nobody)
-    prompts = [encode_prompt(tokenizer, row.prompt) for row in rows if row.prompt]
-    with without_experts(model):
-        answers = answer_all(model, tokenizer, prompts, MAX_NEW_TOKENS, advance)
-    sequences = [
-        LabelledSequence(
-            (*ids, *answer), (*[nobody] * opening, *[choice] * (len(ids) + len(answer) - opening))
-        )
-        for ids, answer in zip(prompts, answers, strict=True)
-    ]
-    if tokenizer.chat_template:
-        opening = 0  # a plain text is not in it
-    for row in rows:
-        if not row.prompt:
-            ids = tuple(tokenizer(row.response).input_ids)
-            labels = (*[nobody] * opening, *[choice] * (len(ids) - opening))
-            sequences.append(LabelledSequence(ids, labels))
-            advance(1)
-    return sequences

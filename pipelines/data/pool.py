@@ -114,8 +114,7 @@ def deal(
                 text = str(tokenizer.decode(answer, skip_special_tokens=True))
                 claims[i] = replace(claims[i], response=text)
     by_prompt = {claim.prompt: claim for claim in claims}
-    unread = Claim("", "", -1, 0.0, 0.0)
-    return [by_prompt.get(text) or replace(unread, prompt=text) for text in prompts]
+    return [by_prompt.get(text) or Claim(text, "", -1, 0.0, 0.0) for text in prompts]
 
 
 def clusters_of(points: NDArray[np.float32], count: int) -> NDArray[np.int64]:

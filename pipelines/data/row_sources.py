@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain, islice, zip_longest
 from pathlib import Path
@@ -394,23 +394,21 @@ def reasoning_task(name: str, seed: int, size: int) -> Any:  # noqa: ANN401  (it
 
 def _hub(request: Request) -> Iterable[Row]:
     """Rows of the Hub; rows of a commit are cached."""
-    name, answered = request.name, request.answered
-    token = request.token_of(name)
+    name, token = request.name, request.token_of(request.name)
     commit = _pin(name, request.options, token)
     options = request.options | {"revision": commit}
-    rows = islice(_hub_rows(name, options, token, answered=answered), request.limit)
+    rows = islice(_hub_rows(replace(request, options=options), token), request.limit)
     if not commit:
         return rows
-    key = [name, options, request.limit, answered]
+    key = [name, options, request.limit, request.answered]
     try:
         return kept(key, lambda: [row.to_dict() for row in rows], Row.from_dict)
     except TimeoutError as error:
         raise _unreadable(name, error) from error
 
 
-def _hub_rows(
-    name: str, options: Mapping[str, str], token: str | None, *, answered: bool
-) -> Iterator[Row]:
+def _hub_rows(request: Request, token: str | None) -> Iterator[Row]:
+    name, options = request.name, request.options
     prompt, response = options.get("prompt", "prompt"), options.get("response", "response")
     part = _part(options, "part", f"hf:{name}")
     longest = options.get("longest", str(MAX_ROW_BYTES))
@@ -418,7 +416,7 @@ def _hub_rows(
         raise ExamplesError(f"hf:{name}: longest={longest!r} is not a number of characters")
     for number, item in enumerate(hub_items(name, options, token)):
         row = Row(options.get("ask", "") + _columns(item, prompt, name), "")
-        if answered:
+        if request.answered:
             texts = item.get("choices")
             # ARC has a table of texts and their labels
             texts = texts.get("text", texts) if isinstance(texts, dict) else texts

@@ -22,7 +22,7 @@ from typing import TYPE_CHECKING, Any
 from meteora.artifacts import Noun
 from meteora.base.sources import path_from
 from meteora.untrusted.findings import MOST_NAMED, listed
-from pipelines.data.composites import Composite, encode_composite, spans_of
+from pipelines.data.composites import Composite, spans_of
 from pipelines.data.conversations import Conversation, Turn
 from pipelines.data.row_sources import json_lines, json_of, refuse_half_characters
 from pipelines.data.rows import ExamplesError, Row
@@ -79,7 +79,7 @@ class SpannedRow(Noun):
 
     def encode(self, tokenizer: PreTrainedTokenizerBase) -> tuple[list[int], list[str | None]]:
         """Token ids, and each token's expert or None."""
-        return encode_composite(tokenizer, self.composite())
+        return self.composite().encode(tokenizer)
 
 
 @dataclass(frozen=True)

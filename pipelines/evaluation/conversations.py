@@ -140,7 +140,7 @@ class Conversing:
             ExamplesError: the chat template refuses the roles, or changes the text of turns.
         """
         answers = []
-        routed = send_to(self.model, self.control, self._experts) if self.control else nullcontext()
+        routed = send_to(self.model, self._experts) if self.control else nullcontext()
         with routed, torch.inference_mode():
             for start in range(0, len(dialogues), self.batch_size):
                 answers += self._ask_batch(dialogues[start : start + self.batch_size])

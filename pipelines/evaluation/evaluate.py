@@ -14,15 +14,10 @@ from pipelines.data.rows import ExamplesError
 from pipelines.evaluation.conversations import Conversing
 from pipelines.evaluation.harness import HARNESS, BenchmarkError, Harness, refuse_too_long
 from pipelines.evaluation.measurements import ONE_EXPERT
-from pipelines.evaluation.resume import NoLog, answer_in_portions
+from pipelines.evaluation.resume import Log, answer_in_portions
 from pipelines.scoring.intervals import standard_error
 from pipelines.scoring.metrics import TURNS_RIGHT
-from pipelines.scoring.outputs import (
-    RowValues,
-    compute_composite_values,
-    compute_conversation_values,
-    compute_values,
-)
+from pipelines.scoring.outputs import RowValues, compute_values
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -84,7 +79,7 @@ def evaluate_task(
     batch_size: int,
     seed: int = 0,
     control: str = "",
-    log: NoLog | None = None,
+    log: Log | None = None,
     advance: Callable[[int], None] = lambda _rows: None,
 ) -> TaskResult:
     """Ask a live model, with the routing that it has now, every question of a task.
@@ -117,17 +112,13 @@ def evaluate_task(
         values, outputs = ask_lm_eval_task(harness, task)
     else:
         answer = partial(
-            answer_in_portions, batch_size=batch_size, log=log or NoLog(), advance=advance
+            answer_in_portions, batch_size=batch_size, log=log or Log(), advance=advance
         )
         if task.dialogues:
             values, outputs = _ask_dialogues(harness, task, answer, control)
         else:
             outputs = _ask_rows(harness, task, answer)
-            values = (
-                compute_composite_values(outputs)
-                if task.composites
-                else {metric: compute_values(outputs, metric) for metric in task.metrics}
-            )
+            values = compute_values(outputs, task.metrics)
     for metric, of_rows in values.items():
         for row, value in zip(outputs, of_rows.values, strict=True):
             row[metric] = value
@@ -188,14 +179,14 @@ def _ask_dialogues_as(
     harness: Harness, task: Task, answer: Callable[..., list[Any]], control: str, expert: str
 ) -> tuple[Mapping[str, RowValues], list[dict[str, Any]]]:
     conversing = Conversing(
-        harness.model.model,
+        harness.model,
         harness.tokenizer,
         max_new_tokens=task.max_new_tokens,
         batch_size=harness.batch_size,
         control=control,
         expert=expert,
         check=lambda lengths: refuse_too_long(
-            task.name, lengths, task.max_new_tokens, harness.model.max_length
+            task.name, lengths, task.max_new_tokens, harness.max_length
         ),
         advance=harness.advance,
     )
@@ -223,4 +214,4 @@ def _ask_dialogues_as(
         }
         for dialogue, turns in zip(task.dialogues, answers, strict=True)
     ]
-    return compute_conversation_values(outputs), outputs
+    return compute_values(outputs, task.metrics), outputs

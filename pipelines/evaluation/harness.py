@@ -56,90 +56,6 @@ class BenchmarkError(MeteoraError):
     """A task cannot be measured with the settings of the recipe."""
 
 
-class Harness:
-    """A live model that answers prompts, with its routing of that moment."""
-
-    def __init__(
-        self,
-        model: PreTrainedModel,
-        tokenizer: PreTrainedTokenizerBase,
-        *,
-        batch_size: int,
-        template: str = "auto",
-        system_prompt: str | None = None,
-        seed: int = 0,
-        advance: Callable[[int], None] = lambda _rows: None,
-    ) -> None:
-        """Wrap `model`.
-
-        Args:
-            template: `chat`, `plain`, or `auto`: the chat template if the tokenizer has one
-            system_prompt: before every prompt; None is the chat template's default, and an empty
-                text is an empty system prompt
-            advance: called with the number of prompts, or pairs of prompt and choice, just done
-
-        Raises:
-            BenchmarkError: the template is `chat`, and the tokenizer has none; or it takes no
-                system prompt, and one is given.
-        """
-        self.tokenizer = tokenizer
-        self.templated = is_templated(tokenizer, template, system_prompt)
-        self.system_prompt = system_prompt
-        self.seed, self.batch_size, self.advance = seed, batch_size, advance
-        logging.getLogger(LOGGER).addFilter(_is_unexpected)
-        self.model = _Model(
-            pretrained=model,
-            tokenizer=cast("PreTrainedTokenizerFast", tokenizer),
-            batch_size=batch_size,
-            # a template writes its own special tokens
-            add_bos_token=False if self.templated else None,
-        )
-        self.model.answer_hook.advance = advance
-        self.model.system_prompt = system_prompt
-
-    def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
-        """The number of tokens of each prompt, with the template."""
-        return [len(self.model.tok_encode(self._apply_template(prompt))) for prompt in prompts]
-
-    def _apply_template(self, prompt: str) -> str:
-        if not self.templated:
-            return prompt
-        return self.model.apply_chat_template([{"role": "user", "content": prompt}])
-
-    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> list[tuple[str, bool]]:
-        """Greedy answers, each up to the end of sequence or `max_new_tokens`.
-
-        Returns:
-            for each prompt the answer, and whether it was cut at `max_new_tokens`
-        """
-        settings = {
-            "until": [self.tokenizer.eos_token] if self.tokenizer.eos_token else [],
-            "max_gen_toks": max_new_tokens,
-            "do_sample": False,
-            "num_beams": 1,  # the base's own generation config may say more
-        }
-        texts = [self._apply_template(prompt) for prompt in prompts]
-        requests = [Instance("generate_until", {}, (text, settings), 0) for text in texts]
-        set_seed(self.seed)
-        answers = self.model.generate_until(requests)
-        return [
-            (answer, self.model.answer_hook.truncated[text])
-            for text, answer in zip(texts, answers, strict=True)
-        ]
-
-    def log_likelihoods(self, rows: Sequence[Row]) -> list[list[float]]:
-        """The log-likelihood of each row's choices as answers to its prompt; [rows][choices]."""
-        pairs = [
-            (text, choice)
-            for row in rows
-            for text in [self._apply_template(row.prompt)]
-            for choice in row.choices
-        ]
-        set_seed(self.seed)
-        values = iter(self.model.weigh(pairs))
-        return [[next(values) for _ in row.choices] for row in rows]
-
-
 def is_templated(
     tokenizer: PreTrainedTokenizerBase, template: str, system_prompt: str | None
 ) -> bool:
@@ -219,10 +135,9 @@ def _is_unexpected(record: logging.LogRecord) -> bool:
 class _AnswerHook(CacheHook):
     """lm-eval calls it with each prompt and answer, in order; it records which answers were cut."""
 
-    advance: Callable[[int], None] = staticmethod(lambda _rows: None)
-
-    def __init__(self) -> None:
+    def __init__(self, advance: Callable[[int], None]) -> None:
         super().__init__(None)
+        self.advance = advance
         self.batch: list[bool] = []
         """Whether each answer of the last generated batch was cut."""
         self.truncated: dict[str, bool] = {}
@@ -270,15 +185,89 @@ class MaskedModel(HFLM):
             return super()._model_call(inps, *args, **kwargs)
 
 
-class _Model(MaskedModel):
-    """A `MaskedModel` without progress bars; it records which answers were cut."""
+class Harness(MaskedModel):
+    """A live model that answers prompts, with its routing of that moment; it shows no bars."""
 
-    system_prompt: str | None = None
+    tokenizer: PreTrainedTokenizerFast
 
-    def __init__(self, **kwargs: Any) -> None:  # noqa: ANN401  (HFLM's own arguments)
-        super().__init__(**kwargs)
-        self._device = input_device(self.model)  # an offloaded model's `device` may be another
-        self.cache_hook = self.answer_hook = _AnswerHook()
+    def __init__(
+        self,
+        model: PreTrainedModel,
+        tokenizer: PreTrainedTokenizerBase,
+        *,
+        batch_size: int,
+        template: str = "auto",
+        system_prompt: str | None = None,
+        seed: int = 0,
+        advance: Callable[[int], None] = lambda _rows: None,
+    ) -> None:
+        """Wrap `model`.
+
+        Args:
+            template: `chat`, `plain`, or `auto`: the chat template if the tokenizer has one
+            system_prompt: before every prompt; None is the chat template's default, and an empty
+                text is an empty system prompt
+            advance: called with the number of prompts, or pairs of prompt and choice, just done
+
+        Raises:
+            BenchmarkError: the template is `chat`, and the tokenizer has none; or it takes no
+                system prompt, and one is given.
+        """
+        self.templated = is_templated(tokenizer, template, system_prompt)
+        self.system_prompt, self.seed, self.advance = system_prompt, seed, advance
+        logging.getLogger(LOGGER).addFilter(_is_unexpected)
+        super().__init__(
+            pretrained=model,
+            tokenizer=cast("PreTrainedTokenizerFast", tokenizer),
+            batch_size=batch_size,
+            # a template writes its own special tokens
+            add_bos_token=False if self.templated else None,
+        )
+        self._device = input_device(model)  # an offloaded model's `device` may be another
+        self.cache_hook = self._answers = _AnswerHook(advance)
+
+    def prompt_tokens(self, prompts: Sequence[str]) -> list[int]:
+        """The number of tokens of each prompt, with the template."""
+        return [len(self.tok_encode(self._apply_template(prompt))) for prompt in prompts]
+
+    def _apply_template(self, prompt: str) -> str:
+        if not self.templated:
+            return prompt
+        return self.apply_chat_template([{"role": "user", "content": prompt}])
+
+    def generate(self, prompts: Sequence[str], max_new_tokens: int) -> list[tuple[str, bool]]:
+        """Greedy answers, each up to the end of sequence or `max_new_tokens`.
+
+        Returns:
+            for each prompt the answer, and whether it was cut at `max_new_tokens`
+        """
+        settings = {
+            "until": [self.tokenizer.eos_token] if self.tokenizer.eos_token else [],
+            "max_gen_toks": max_new_tokens,
+            "do_sample": False,
+            "num_beams": 1,  # the base's own generation config may say more
+        }
+        texts = [self._apply_template(prompt) for prompt in prompts]
+        requests = [Instance("generate_until", {}, (text, settings), 0) for text in texts]
+        set_seed(self.seed)
+        answers = self.generate_until(requests)
+        return [
+            (answer, self._answers.truncated[text])
+            for text, answer in zip(texts, answers, strict=True)
+        ]
+
+    def log_likelihoods(self, rows: Sequence[Row]) -> list[list[float]]:
+        """The log-likelihood of each row's choices as answers to its prompt; [rows][choices]."""
+        requests = [
+            ((text, choice), *self._parts(text, choice))
+            for row in rows
+            for text in [self._apply_template(row.prompt)]
+            for choice in row.choices
+        ]
+        set_seed(self.seed)
+        found = self._loglikelihood_tokens(requests, disable_tqdm=True)
+        values = (value for value, _ in found)
+        return [[next(values) for _ in row.choices] for row in rows]
 
     def apply_chat_template(
         self, chat_history: list[dict[str, str]], add_generation_prompt: bool = True
@@ -313,13 +302,8 @@ class _Model(MaskedModel):
             return None
         return super().tok_decode(tokens, skip_special_tokens)
 
-    def weigh(self, pairs: Sequence[tuple[str, str]]) -> list[float]:
-        """The log-likelihood of the answer in each pair (prompt, answer); answers are not empty."""
-        requests = [(pair, *self._parts(*pair)) for pair in pairs]
-        return [value for value, _ in self._loglikelihood_tokens(requests, disable_tqdm=True)]
-
     def _parts(self, prompt: str, answer: str) -> tuple[list[int], list[int]]:
-        """The tokens of a prompt and of its answer.
+        """The tokens of a prompt and of its answer, which is not empty.
 
         For lm-eval the answer begins after as many tokens as the prompt alone has. This is wrong
         if the tokenizer joins the two, as `:` and `-` in "A:-5", or adds a token to every text.
@@ -343,8 +327,8 @@ class _Model(MaskedModel):
         context = batch.pop("input_ids")
         out = super()._model_generate(context, max_length, stop, **settings, **batch)
         new = out[:, context.shape[1] :]
-        stops = end_tokens(self.model, cast("PreTrainedTokenizerBase", self.tokenizer))
+        stops = end_tokens(self.model, self.tokenizer)
         ended = torch.isin(new, new.new_tensor(stops)).any(-1).tolist()
         full = out.shape[1] >= max_length
-        self.answer_hook.batch = [full and not done for done in ended]
+        self._answers.batch = [full and not done for done in ended]
         return out

@@ -126,7 +126,7 @@ def _evaluate(harness: Harness, task: Task, manager: TaskManager) -> Any:  # noq
         lm_eval_task.set_config("num_fewshot", task.num_fewshot)
         lm_eval_task.set_fewshot_seed(harness.seed)
     return evaluate(
-        lm=harness.model,
+        lm=harness,
         task_dict=loaded,
         limit=task.limit,
         apply_chat_template=harness.templated,

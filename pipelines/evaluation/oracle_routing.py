@@ -27,7 +27,7 @@ from meteora.model.fused import expert_names
 from meteora.routing.layer import routed_by
 from meteora.routing.passes import PassInput
 from meteora.routing.routers import Decision, Follower
-from pipelines.data.composites import Composite, last_number, prompt_owners
+from pipelines.data.composites import Composite, last_number
 from pipelines.evaluation.measurements import ORACLE
 
 if TYPE_CHECKING:
@@ -45,19 +45,17 @@ class _GivenRoutes(Follower):
 @contextmanager
 def send_to(
     model: PreTrainedModel,
-    system: str,
     experts_of: Callable[[Tensor, dict[str, Any]], Sequence[Sequence[str]]],
 ) -> Generator[None]:
     """Route every token to a given expert, in every layer, until the context ends.
 
     Args:
-        system: the kind of this routing, such as `oracle`
         experts_of: called before each pass with its ids [B, L] and the other arguments of the base
             model; returns the name of each token's expert, [B][L]. `(base)` is the base alone,
             also if the router does not have this choice.
     """
     names, decision = expert_names(model), Decision()
-    options = RouterOptions(system, top_k=1, temperature=1.0)
+    options = RouterOptions(ORACLE, top_k=1, temperature=1.0)
 
     def decide(_module: object, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         ids: Tensor = kwargs["input_ids"] if "input_ids" in kwargs else args[0]
@@ -116,7 +114,7 @@ class OracleRouting:
             text = str(self.tokenizer.decode(row[len(row) - length :]))
             composite = self._composite_in(text)
             self._batch.append(composite)
-            owners = prompt_owners(self.tokenizer, composite, text)
+            owners = composite.prompt_owners(self.tokenizer, text)
             if len(owners) != length:
                 raise MeteoraError(
                     f"the prompt {composite.prompt[:60]!r} has {length} tokens, but {len(owners)}"
@@ -160,4 +158,4 @@ def use_oracle(
         composites: the only possible prompts in this context
     """
     routing = OracleRouting(tokenizer, composites, switches=system == ORACLE)
-    return send_to(model, system, routing.experts_of)
+    return send_to(model, routing.experts_of)

@@ -13,6 +13,7 @@ import fcntl
 import json
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
+from io import StringIO
 from pathlib import Path
 from typing import Any, TextIO
 
@@ -25,30 +26,20 @@ BATCHES = 4
 """Batches in a portion."""
 
 
-class NoLog:
-    """Keeps nothing: for systems that cannot continue, such as a router with random choices.
+class Log:
+    """The answers of one measurement, in phases that follow each other.
 
-    Subclasses keep the answers of one measurement, in phases that follow each other.
+    One portion a line, as JSON. A line that a kill cut short is dropped, and all later ones.
     """
 
-    def read(self, _phase: str, /) -> list[Any]:
-        """The answers of an earlier process, in the order of the rows."""
-        return []
-
-    def append(self, _phase: str, _answers: Sequence[Any], /) -> None:
-        """Add the answers of one more portion."""
-
-
-class FileLog(NoLog):
-    """One portion a line, as JSON. A line that a kill cut short is dropped, and all later ones."""
-
-    def __init__(self, file: TextIO) -> None:
+    def __init__(self, file: TextIO | None = None) -> None:
         """Read the portions of earlier processes.
 
         Args:
-            file: open for reading and appending, ASCII
+            file: open for reading and appending, ASCII; None keeps nothing after this process, for
+                systems that cannot continue, such as a router with random choices
         """
-        self._file = file
+        self._file = file = file or StringIO()
         self._read: dict[str, list[Any]] = {}
         file.seek(0)
         whole = 0
@@ -63,25 +54,27 @@ class FileLog(NoLog):
             self._read.setdefault(phase, []).extend(answers)
         file.truncate(whole)  # ASCII: as many bytes as characters
 
-    def read(self, phase: str, /) -> list[Any]:
+    def read(self, phase: str) -> list[Any]:
+        """The answers of an earlier process, in the order of the rows."""
         return self._read.get(phase, [])
 
-    def append(self, phase: str, answers: Sequence[Any], /) -> None:
+    def append(self, phase: str, answers: Sequence[Any]) -> None:
+        """Add the answers of one more portion."""
         self._file.write(json.dumps([phase, list(answers)]) + "\n")
         self._file.flush()
 
 
 @contextmanager
-def open_log(path: Path) -> Generator[NoLog]:
-    """The log in a file, made if needed; `NoLog` while another process has it open."""
+def open_log(path: Path) -> Generator[Log]:
+    """The log in a file, made if needed; one without a file while another process has it open."""
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.open("a+", encoding="ascii") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError:
-            yield NoLog()
+            yield Log()
         else:
-            yield FileLog(file)
+            yield Log(file)
 
 
 def answer_in_portions(
@@ -90,7 +83,7 @@ def answer_in_portions(
     *,
     phase: str,
     batch_size: int,
-    log: NoLog,
+    log: Log,
     advance: Callable[[int], None],
     parts_of: Callable[[Any], int] = lambda _item: 1,
 ) -> list[Any]:

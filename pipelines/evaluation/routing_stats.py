@@ -25,7 +25,7 @@ from meteora.model.fused import expert_names
 from meteora.model.shared_prefix import share_prefix
 from meteora.routing.hooks import recorded_logits, recorded_routes
 from meteora.routing.layer import routed_layers
-from pipelines.data.composites import Composite, compose, encode_composite, fits
+from pipelines.data.composites import Composite, compose, fits
 from pipelines.evaluation.harness import room_of
 
 if TYPE_CHECKING:
@@ -169,7 +169,7 @@ def measure_switches(
     names, room = expert_names(model), room_of(model.config)
     counts: Counter[tuple[str, bool, int | None]] = Counter()
     for composite in composites:
-        ids, owners = encode_composite(tokenizer, composite)
+        ids, owners = composite.encode(tokenizer)
         if len(ids) > room:
             advance(1)
             continue

@@ -6,7 +6,7 @@ forced; tests show that both equal the real ones. So a second model is never loa
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping
+from collections.abc import Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
 from functools import partial
 from itertools import count
@@ -24,6 +24,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.artifacts import MergeSpec, RouterSpec
+    from pipelines.evaluation.measurements import Subjects
     from pipelines.evaluation.tasks import Task
 
 
@@ -31,18 +32,11 @@ def use_system(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     measurement: Measurement,
-    tasks: Mapping[str, Task],
-    merges: Mapping[str, MergeSpec],
-    others: Mapping[str, RouterSpec],
+    task: Task,
+    subjects: Subjects,
 ) -> AbstractContextManager[None]:
-    """The model as the system of a measurement, until the context ends.
-
-    Args:
-        tasks: all tasks, by name
-        merges: static merges to compare with, by method
-        others: routers to compare with, by kind
-    """
-    system, task = measurement.system, tasks[measurement.spec.task]
+    """The model as the system of a measurement on a task, until the context ends."""
+    system = measurement.system
     if task.composites and system in ORACLES:
         return use_oracle(model, tokenizer, task.composites, system)
     if system == FUSED or control_of(system, task):  # `Conversing` routes a control itself
@@ -51,18 +45,15 @@ def use_system(
         return without_experts(model)
     if measurement.adapter:
         return force_expert(model, measurement.adapter)
-    if system in merges:
-        return use_merge(model, merges[system])
-    return use_router(model, others[system])
+    if system in subjects.merges:
+        return use_merge(model, subjects.merges[system])
+    return use_router(model, subjects.others[system])
 
 
 def use_router(model: PreTrainedModel, spec: RouterSpec) -> AbstractContextManager[None]:
     """The model with another router in every layer, until the context ends."""
     number = count(spec.seed * len(routed_layers(model)))  # every layer has its own seed
-    return routed_by(
-        model,
-        lambda layer: make_router(spec.options, layer, seed=next(number)),
-    )
+    return routed_by(model, lambda layer: make_router(spec.options, layer, seed=next(number)))
 
 
 @contextmanager
@@ -76,10 +67,9 @@ def use_merge(model: PreTrainedModel, spec: MergeSpec) -> Generator[None]:
     with ExitStack() as hooks, torch.random.fork_rng():
         torch.manual_seed(spec.seed)  # DARE drops at random
         for layer in routed_layers(model).values():
-            narrow = (
-                not layer.weight.is_floating_point()
-            )  # quantised; it computes in the model's dtype
-            delta = merge_deltas(layer, spec).to(model.dtype if narrow else layer.weight.dtype)
+            # a quantised layer computes in the model's dtype
+            one = layer.weight if layer.weight.is_floating_point() else model
+            delta = merge_deltas(layer, spec).to(one.dtype)
             hooks.enter_context(layer.projection.register_forward_hook(partial(_add, delta)))
         with without_experts(model):
             yield

@@ -26,7 +26,7 @@ from prefect.runtime import deployment
 from prefect.states import Cancelled
 
 from pipelines.workspace.console import say
-from store.events import RunEnded, RunStarted
+from store.events import Outcome, RunEnded, RunStarted
 
 if TYPE_CHECKING:
     from prefect.client.schemas.objects import FlowRun, State
@@ -94,7 +94,7 @@ def _name(run: FlowRun) -> str:
     return f"{due.astimezone(UTC):%Y%m%dT%H%M%S}-{run.id.hex[-8:]}"
 
 
-def _record(context: RunContext, run_id: str, outcome: str, why: str) -> None:
+def _record(context: RunContext, run_id: str, outcome: Outcome, why: str) -> None:
     # the end first: the next run that gets the lock would take a run without an end for killed
     context.ledger.record_run(RunEnded(run_id, outcome, why, 0.0))
     context.ledger.record_run(RunStarted(run_id, context.key, context.recipe_sha256))

@@ -168,8 +168,7 @@ def show_results(
             for one in context.ledger.publications(context.recipe.publish.repo)
             if one.artifact_id == plan.router.id
         ]
-    looked_at = context.ledger.query(LOOKED_AT.format(context.run_id))
-    adapters = [dict(zip(looked_at.columns, row, strict=True)) for row in looked_at.rows]
+    adapters = context.ledger.query(LOOKED_AT.format(context.run_id)).dicts
     slug = _slug(context)
     with _if_it_answers():
         create_table_artifact(

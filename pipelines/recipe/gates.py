@@ -110,12 +110,11 @@ def _method(section: object) -> object:
     return "calibrate" if asked is None else asked
 
 
-METHODS = ("calibrate", "joint")
 GatesSection = Annotated[
     Annotated[CalibrateSection, Tag("calibrate")] | Annotated[JointSection, Tag("joint")],
     Discriminator(
         _method,
         custom_error_type="unknown_method",
-        custom_error_message=f"method: Input should be {' or '.join(map(repr, METHODS))}",
+        custom_error_message="method: Input should be 'calibrate' or 'joint'",
     ),
 ]

@@ -39,7 +39,7 @@ class QueryResult:
     @property
     def rows(self) -> list[dict[str, Any]]:
         """Each row as a mapping from column to value."""
-        return [dict(zip(self.answer.columns, row, strict=True)) for row in self.answer.rows]
+        return self.answer.dicts
 
 
 @dataclass(frozen=True)

@@ -17,7 +17,7 @@ from meteora.artifacts import (
     SpeedBuild,
 )
 from pipelines.evaluation.measurements import BASE, FUSED, ORACLE, Measurement
-from pipelines.scoring.judges import check_judges
+from pipelines.scoring.judges import judged_scores
 
 if TYPE_CHECKING:
     from pipelines.planning.plan import Plan
@@ -109,8 +109,7 @@ def summarise(ledger: Ledger, plan: Plan, base_folder: Path | None) -> Summary |
         return None
     scores: dict[str, dict[str, Score]] = {}
     matrix: dict[str, dict[str, Score]] = {}
-    recorded = ledger.scores_of(measurement.spec.id for measurement in plan.measurements)
-    check_judges(ledger, plan.judges, recorded.values())
+    recorded = judged_scores(ledger, (one.spec.id for one in plan.measurements), plan.judges)
     for measurement in plan.measurements:
         score = recorded.get(measurement.spec.id)
         if score is None:

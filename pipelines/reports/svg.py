@@ -76,6 +76,14 @@ class Mark:
     size: float
     filled: bool
 
+    @property
+    def style(self) -> dict[str, Any]:
+        """The properties of a point in matplotlib."""
+        return {
+            "marker": self.shape, "color": self.colour, "linestyle": "", "markersize": self.size,
+            "markeredgewidth": 1.4, "markerfacecolor": self.colour if self.filled else PAPER,
+        }  # fmt: skip
+
 
 def new_axes(
     width: int, height: float, *, left: float, top: float, bottom: float, right: float
@@ -89,10 +97,7 @@ def new_axes(
 
 def draw_point(axes: Axes, x: float, y: float, mark: Mark) -> Line2D:
     """Draw one point, in the coordinates of the data."""
-    (drawn,) = axes.plot(
-        [x], [y], mark.shape, color=mark.colour, markersize=mark.size, markeredgewidth=1.4,
-        markerfacecolor=mark.colour if mark.filled else PAPER, clip_on=False,
-    )  # fmt: skip
+    (drawn,) = axes.plot([x], [y], **mark.style, clip_on=False)
     return drawn
 
 
@@ -106,12 +111,7 @@ def draw_legend(figure: Figure, entries: Mapping[str, Mark], left: float) -> Non
             x, row = left, row + 1
         y = 1 - (10 + LEGEND_ROW * row) / height
         figure.text((x + 12) / width, y, text, fontsize=11, color=SOFT, va="center")
-        key = Line2D(
-            [(x + 3) / width], [y], marker=mark.shape, color=mark.colour, linestyle="",
-            markersize=mark.size, markeredgewidth=1.4,
-            markerfacecolor=mark.colour if mark.filled else PAPER,
-        )  # fmt: skip
-        figure.add_artist(key)
+        figure.add_artist(Line2D([(x + 3) / width], [y], **mark.style))
         x += needed
 
 

@@ -104,23 +104,16 @@ def legend(experts: Sequence[str], tokens: Sequence[Token], colours: str | None)
 
     The colour has the mean depth of its tokens.
     """
-    won = _num_won(experts, tokens)
+    won = Counter(sorted(token.expert for token in tokens))
     out = Text()
-    for e in sorted(range(len(won)), key=lambda e: -won[e]):
-        if won[e]:
-            out.append(f"[{e + 1}]", style="dim")
-            name = for_terminal(experts[e])
-            share = sum(token.share for token in tokens if token.expert == e) / won[e]
-            out.append(f" {name} ", style=terminal_style(e, share, colours))
-            out.append(f" {won[e] / len(tokens):.0%} of {len(tokens)} tokens\n")
+    for e, number in won.most_common():
+        out.append(f"[{e + 1}]", style="dim")
+        name = for_terminal(experts[e])
+        share = sum(token.share for token in tokens if token.expert == e) / number
+        out.append(f" {name} ", style=terminal_style(e, share, colours))
+        out.append(f" {number / len(tokens):.0%} of {len(tokens)} tokens\n")
     out.rstrip()
     return out
-
-
-def _num_won(experts: Sequence[str], tokens: Sequence[Token]) -> list[int]:
-    """How many tokens each expert has."""
-    won = Counter(token.expert for token in tokens)
-    return [won[e] for e in range(len(experts))]
 
 
 def trace_figure(trace: Trace, name: str, caption: str = "") -> dict[str, Any]:
@@ -130,13 +123,14 @@ def trace_figure(trace: Trace, name: str, caption: str = "") -> dict[str, Any]:
         name: an HTML id, unique on its page
     """
     tokens = trace.tokens()
+    won = Counter(token.expert for token in tokens)
     return {
         "name": name,
         "caption": caption,
         "asked": tokens[: trace.num_prompt],
         "answered": tokens[trace.num_prompt :],
         "experts": trace.experts,
-        "won": _num_won(trace.experts, tokens),
+        "won": [won[e] for e in range(len(trace.experts))],
         "last_layer": max((layer for layer in trace.layers if layer is not None), default=0),
         "data": {
             "ids": trace.ids,

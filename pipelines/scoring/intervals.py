@@ -80,10 +80,7 @@ def bootstrap_median(values: Sequence[float]) -> tuple[float, float]:
 def standard_error(values: Sequence[float]) -> float:
     """The standard error of the mean: the sample standard deviation over √n; 0 for one row."""
     n = len(values)
-    if n < 2:
-        return 0.0
-    mean = sum(values) / n
-    return math.sqrt(sum((value - mean) ** 2 for value in values) / (n - 1) / n)
+    return float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else 0.0
 
 
 def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:

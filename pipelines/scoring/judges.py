@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import MeteoraError, Score
+from meteora.artifacts import ArtifactId, MeteoraError, Score
 from store.errors import DamagedError
 
 if TYPE_CHECKING:
@@ -22,21 +22,21 @@ class JudgedError(MeteoraError):
     """A recorded score used another metric than the recipe names now."""
 
 
-def check_judges(
-    ledger: Ledger, asked: Mapping[str, Mapping[str, str]], scores: Iterable[Score]
-) -> None:
-    """Compare the metrics of mixed questions with those in their recorded answers.
+def judged_scores(
+    ledger: Ledger, ids: Iterable[ArtifactId], asked: Mapping[str, Mapping[str, str]]
+) -> dict[str, Score]:
+    """The recorded scores among these ids, by id, if the metrics of mixed questions are the same.
 
-    Answers that are not on this disk, or damaged, are left out.
+    Answers that are not on this disk, or damaged, are not compared.
 
     Args:
         asked: the metric of each part, by composite or conversation and by part
-        scores: recorded scores of any tasks
 
     Raises:
         JudgedError: a part has another metric now.
     """
-    for score in sorted(scores, key=lambda score: score.spec.task):
+    scores = ledger.scores_of(ids)
+    for score in sorted(scores.values(), key=lambda score: score.spec.task):
         name = score.spec.task
         then = _judges(ledger, score) if asked.get(name) else {}
         for part, metric in asked.get(name, {}).items():
@@ -47,6 +47,7 @@ def check_judges(
                     f" recipe another `benchmark: {{seed: …}}`, which asks other questions, or"
                     f" {part} its old metric"
                 )
+    return scores
 
 
 def _judges(ledger: Ledger, score: Score) -> dict[str, str]:

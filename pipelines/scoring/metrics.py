@@ -20,7 +20,7 @@ import unicodedata
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from decimal import Decimal
-from functools import lru_cache, partial
+from functools import cache, partial
 from typing import Any
 
 from pipelines.data.row_sources import reasoning_task
@@ -85,7 +85,7 @@ def sentence_bleu(output: str, row: Row) -> float:
     return min(1.0, score / 100)  # for equal texts sacrebleu returns a little more than 100
 
 
-@lru_cache(maxsize=1)
+@cache
 def _bleu() -> Any:  # noqa: ANN401
     from sacrebleu.metrics.bleu import BLEU  # noqa: PLC0415  (slow to import; only this metric needs it)
 
@@ -98,7 +98,7 @@ def _rouge(kind: str, output: str, row: Row) -> float:
     return float(_rouge_scorer().score_multi(list(row.answers), output)[kind].fmeasure)
 
 
-@lru_cache(maxsize=1)
+@cache
 def _rouge_scorer() -> Any:  # noqa: ANN401
     from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415
 
@@ -165,26 +165,22 @@ def runs_answers(task: object) -> bool:
 
 def acc(log_likelihoods: Sequence[float], row: Row) -> float:
     """1 if a right choice has the largest log-likelihood."""
-    return _chosen(log_likelihoods, row)
+    if any(map(math.isnan, log_likelihoods)) or math.isinf(max(log_likelihoods)):
+        return 0.0  # the model overflowed, and `max` would name the first choice
+    likeliest = max(range(len(log_likelihoods)), key=log_likelihoods.__getitem__)
+    return float(row.choices[likeliest] in row.answers)
 
 
 def acc_norm(log_likelihoods: Sequence[float], row: Row) -> float:
     """1 if a right choice has the largest log-likelihood per byte of its UTF-8 text."""
     lengths = [max(1, len(choice.encode())) for choice in row.choices]
-    return _chosen([value / n for value, n in zip(log_likelihoods, lengths, strict=True)], row)
-
-
-def _chosen(values: Sequence[float], row: Row) -> float:
-    if any(map(math.isnan, values)) or math.isinf(max(values)):
-        return 0.0  # the model overflowed, and `max` would name the first choice
-    return float(row.choices[max(range(len(values)), key=values.__getitem__)] in row.answers)
+    return acc([value / n for value, n in zip(log_likelihoods, lengths, strict=True)], row)
 
 
 @dataclass(frozen=True)
 class Metric:
-    """A metric by its name in a recipe."""
+    """A way to judge an answer."""
 
-    name: str
     compute: Callable[[Any, Row], float]
     """The value of an answer, from its text or its choices' log-likelihoods, and its row."""
     graded: bool = False
@@ -193,17 +189,15 @@ class Metric:
     """Whether it uses the log-likelihoods of choices; then no answer is generated."""
 
 
-METRICS: dict[str, Metric] = {
-    metric.name: metric
-    for metric in (
-        Metric("exact_match", exact_match),
-        Metric("numeric_match", numeric_match),
-        Metric("sentence_bleu", sentence_bleu, graded=True),
-        Metric("rouge1", partial(_rouge, "rouge1"), graded=True),
-        Metric("rouge2", partial(_rouge, "rouge2"), graded=True),
-        Metric("rougeL", partial(_rouge, "rougeL"), graded=True),
-        Metric("verified", verified),
-        Metric("acc", acc, of_choices=True),
-        Metric("acc_norm", acc_norm, of_choices=True),
-    )
+METRICS = {
+    "exact_match": Metric(exact_match),
+    "numeric_match": Metric(numeric_match),
+    "sentence_bleu": Metric(sentence_bleu, graded=True),
+    "rouge1": Metric(partial(_rouge, "rouge1"), graded=True),
+    "rouge2": Metric(partial(_rouge, "rouge2"), graded=True),
+    "rougeL": Metric(partial(_rouge, "rougeL"), graded=True),
+    "verified": Metric(verified),
+    "acc": Metric(acc, of_choices=True),
+    "acc_norm": Metric(acc_norm, of_choices=True),
 }
+"""Each metric by its name in a recipe."""

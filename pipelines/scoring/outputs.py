@@ -76,14 +76,25 @@ def read_outputs(path: Path, columns: Sequence[str] | None = None) -> list[dict[
         ) from error
 
 
-def compute_values(rows: Sequence[Mapping[str, Any]], metric: str) -> RowValues:
-    """The value of each row.
+def compute_values(
+    rows: Sequence[Mapping[str, Any]], metrics: Sequence[str]
+) -> dict[str, RowValues]:
+    """The values of all rows, by metric.
 
     Args:
         rows: with the columns `asked` (JSON of a `Row`), and `output` or, for a metric of choices,
-            `log_likelihoods`
-        metric: a key of `METRICS`
+            `log_likelihoods`; for the metrics of composites and of conversations, those of
+            `compute_composite_values` and `compute_conversation_values`
+        metrics: of one task
     """
+    if TURNS_RIGHT in metrics:
+        return compute_conversation_values(rows)
+    if RIGHT in metrics or ATTEMPTED in metrics:
+        return compute_composite_values(rows)
+    return {metric: _values(rows, metric) for metric in metrics}
+
+
+def _values(rows: Sequence[Mapping[str, Any]], metric: str) -> RowValues:
     chosen = METRICS[metric]
     column = "log_likelihoods" if chosen.of_choices else "output"
     values = (chosen.compute(row[column], Row.from_dict(json.loads(row["asked"]))) for row in rows)

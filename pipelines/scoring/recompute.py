@@ -6,15 +6,7 @@ from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from pipelines.data.rows import ExamplesError
-from pipelines.scoring.metrics import ATTEMPTED, RIGHT, TURNS_RIGHT
-from pipelines.scoring.outputs import (
-    OutputsError,
-    RowValues,
-    compute_composite_values,
-    compute_conversation_values,
-    compute_values,
-    read_outputs,
-)
+from pipelines.scoring.outputs import OutputsError, RowValues, compute_values, read_outputs
 from store.check import Finding
 from store.errors import DamagedError
 
@@ -88,12 +80,8 @@ def _difference(score: Score, found: RowValues) -> str:
 def _recompute(ledger: Ledger, score: Score) -> RowValues:
     rows = read_outputs(ledger.blobs.path_of(score.outputs_sha256))
     metric = score.spec.metric
-    if metric in {RIGHT, ATTEMPTED}:
-        return compute_composite_values(rows)[metric]
-    if metric == TURNS_RIGHT:
-        return compute_conversation_values(rows)[metric]
     if "asked" in rows[0]:
-        return compute_values(rows, metric)
+        return compute_values(rows, [metric])[metric]
     # lm-eval's own task, or an older release: the file has only the values computed at that time
     graded = score.interval == "bootstrap"
     return RowValues(tuple(float(row[metric]) for row in rows), graded=graded)

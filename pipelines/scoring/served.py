@@ -12,7 +12,7 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
-from urllib.error import HTTPError, URLError
+from urllib.error import HTTPError
 from urllib.request import Request, urlopen
 
 from meteora.artifacts import ArtifactId, MeteoraError
@@ -137,7 +137,7 @@ class Server:
         except HTTPError as error:
             text = error.read(300).decode("utf-8", "replace")
             raise ServerError(f"{self.url}{path} answers {error.code}: {text}") from error
-        except (URLError, OSError) as error:
+        except OSError as error:
             raise ServerError(f"{self.url}{path} does not answer: {error}") from error
         except ValueError as error:
             raise ServerError(f"{self.url}{path} does not answer in JSON") from error

@@ -42,13 +42,7 @@ from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.admission import silent_experts
 from pipelines.admission.sources import hub_of
 from pipelines.data.conversations import Conversation, converse, takes, within
-from pipelines.data.labels import (
-    background_ids,
-    background_sequences,
-    label,
-    label_composites,
-    label_spans,
-)
+from pipelines.data.labels import Labeller, background_ids
 from pipelines.evaluation.harness import room_of
 from pipelines.hub import repositories
 from pipelines.hub.card import licence_of
@@ -295,24 +289,18 @@ def _labelled(
         without = "fitted without conversations and system prompts"
         say(f"the base has no chat template: gates are {without}", "note")
     talks = _conversations(plan, tokenizer, room)
-    sequences = label_spans(talks, names, tokenizer, nobody)
-    sequences = sequences or label(plan.examples, names, tokenizer, nobody)
-    mixed = label_composites(
-        plan.examples,
-        names,
-        tokenizer,
-        kinds=router.mixed_prompts,
-        seed=router.seed,
-        nobody=nobody,
-        digits=not router.crossed,
+    labeller = Labeller(tokenizer, names, nobody)
+    sequences = labeller.spans(talks) or labeller.examples(plan.examples)
+    mixed = labeller.composites(
+        plan.examples, router.mixed_prompts, seed=router.seed, digits=not router.crossed
     )
-    mixed += label_spans(plan.spans, names, tokenizer, nobody)
+    mixed += labeller.spans(plan.spans)
     sequences += with_room(room, mixed)
     if router.null:
         rows = plan.examples[NULL]
         base = len(names) + shared
         with bar("asking the base", len(rows), "texts") as advance:
-            sequences += background_sequences(model, tokenizer, rows, base, advance, nobody)
+            sequences += labeller.background(model, rows, base, advance)
     return sequences, Template.of(tokenizer) if router.opening == "prompt" else None
 
 

@@ -46,7 +46,7 @@ from meteora.routing.gates import gates_of
 from meteora.untrusted.findings import listed
 from pipelines.admission.candidate import Admission, Candidate
 from pipelines.admission.sources import token_of_rows
-from pipelines.data.labels import label_lists, label_rows
+from pipelines.data.labels import Labeller
 from pipelines.data.row_sources import read_rows, row_place
 from pipelines.data.rows import rows_sha256
 from pipelines.evaluation.harness import room_of
@@ -157,9 +157,10 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         )
         place = len(manifest.names)
         nobody = place + 1 if larger.router.opening == "shared" else UNLABELLED
-        sequences = label_rows(rows, place, tokenizer, nobody)
+        labeller = Labeller(tokenizer, nobody=nobody)
+        sequences = labeller.rows(rows, place)
         kinds = [(section.n, section.num_fewshot) for section in composites]
-        lists = label_lists(rows, place, tokenizer, kinds=kinds, digits=not crossed)
+        lists = labeller.lists(rows, place, kinds, digits=not crossed)
         sequences += with_room(room_of(model.config), lists)
         layers = model.config.get_text_config().num_hidden_layers
         with bar("fitting the gates", layers, "layers") as advance:

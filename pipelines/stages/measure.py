@@ -26,13 +26,13 @@ from pipelines.admission import silent_experts
 from pipelines.evaluation import evaluate, routing_stats, speed
 from pipelines.evaluation.harness import HARNESS
 from pipelines.evaluation.measurements import ONE_EXPERT, Measurement, control_of
-from pipelines.evaluation.resume import BATCHES, NoLog, open_log
+from pipelines.evaluation.resume import BATCHES, Log, open_log
 from pipelines.evaluation.systems import use_system
 from pipelines.planning.batch_size import rows_at_once
 from pipelines.planning.overlaps import place_of_example
 from pipelines.planning.room import check_names, check_room, check_rows, longest
 from pipelines.scoring import compare
-from pipelines.scoring.judges import check_judges
+from pipelines.scoring.judges import judged_scores
 from pipelines.scoring.outputs import write_outputs
 from pipelines.stages.checkpoint import record_router
 from pipelines.stages.open_model import is_spread, opened, tokenizer_of_gates
@@ -61,8 +61,8 @@ def missing(work: RunContext, plan: Plan) -> list[list[Measurement]]:
         JudgedError: a recorded score was judged by another metric than the plan's.
     """
     askings: dict[tuple[str, str], dict[str, Measurement]] = {}
-    recorded = work.ledger.scores_of(one.spec.id for one in plan.measurements)
-    check_judges(work.ledger, plan.judges, recorded.values())
+    ids = (one.spec.id for one in plan.measurements)
+    recorded = judged_scores(work.ledger, ids, plan.judges)
     for one in plan.measurements:
         if one.spec.id not in recorded:
             asking = askings.setdefault((one.spec.subject_id, one.spec.task), {})
@@ -132,9 +132,8 @@ def measure_model(
             if not _is_probed(work, plan):
                 silent_experts.probe(work, plan.experts, model, tokenizer)
             for askings in _of_one_system(to_do, plan):
-                with use_system(
-                    model, tokenizer, askings[0][0], plan.tasks, plan.merges, plan.others
-                ):
+                first = askings[0][0]
+                with use_system(model, tokenizer, first, plan.tasks[first.spec.task], plan):
                     for asking in askings:
                         number = _batch_size(work, plan, asking[0], model, tokenizer, say_once)
                         _ask(work, plan, asking, model, tokenizer, number, device)
@@ -215,7 +214,7 @@ def _ask(
     total = task.num_questions * (len(task.part_metrics) if control == ONE_EXPERT else 1)
     with (
         bar(f"{task.name}: {first.system}", total, "rows") as advance,
-        nullcontext(NoLog()) if first.system == "random" else open_log(answers) as log,
+        nullcontext(Log()) if first.system == "random" else open_log(answers) as log,
     ):
         result = evaluate.evaluate_task(
             model,

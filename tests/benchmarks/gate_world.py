@@ -24,7 +24,7 @@ from meteora.model.fused import expert_names, insert_experts
 from meteora.model.generate import answer_all
 from meteora.routing.hooks import recorded_routes
 from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS, converse
-from pipelines.data.labels import label_rows, label_spans
+from pipelines.data.labels import Labeller
 from pipelines.data.rows import Row
 from pipelines.scoring.metrics import exact_match
 from tests.benchmarks.bigbench import SHIPPED, read
@@ -104,12 +104,11 @@ class World:
 
     def sequences(self, count: int, names: Sequence[str] | None = None) -> list[LabelledSequence]:
         """The first examples of each expert, with its place in the order of all."""
+        labeller = Labeller(self.tokenizer)
         return [
             sequence
             for name in names or self.names
-            for sequence in label_rows(
-                self.examples[name][:count], self.names.index(name), self.tokenizer
-            )
+            for sequence in labeller.rows(self.examples[name][:count], self.names.index(name))
         ]
 
     def conversations(self, count: int, *, shared: bool = True) -> list[LabelledSequence]:
@@ -121,7 +120,7 @@ class World:
         examples = {name: self.examples[name][:count] for name in self.names}
         talks = converse(examples, self.names, CONVERSATION_TURNS, SYSTEM_PROMPTS, seed=0)
         nobody = len(self.names) if shared else UNLABELLED
-        return label_spans(talks, self.names, self.tokenizer, nobody)
+        return Labeller(self.tokenizer, self.names, nobody).spans(talks)
 
     def scores(
         self, model: PreTrainedModel, names: Sequence[str] | None = None

@@ -27,7 +27,7 @@ from meteora.artifacts import SHARED
 from meteora.base.chat_template import Template, encode_prompt
 from meteora.model.fused import expert_names
 from meteora.routing.gates import gates_in
-from pipelines.data.composites import answer_digits, answer_openings, compose, encode_composite
+from pipelines.data.composites import compose
 from pipelines.data.row_sources import read_rows
 from tests.benchmarks.rejoin import chosen
 from tests.benchmarks.timing import table
@@ -77,9 +77,9 @@ class Asked:
     def of(
         cls, tokenizer: PreTrainedTokenizerBase, composite: Composite, names: tuple[str, ...]
     ) -> Asked:
-        ids, owners = encode_composite(tokenizer, composite)
-        digits = {*answer_digits(tokenizer, composite)}
-        numbers = {*answer_openings(tokenizer, composite)}
+        ids, owners = composite.encode(tokenizer)
+        digits = {*composite.answer_openings(tokenizer, "{}")}
+        numbers = {*composite.answer_openings(tokenizer)}
         answer = len(encode_prompt(tokenizer, composite.prompt))
 
         def part(place: int, owner: str | None) -> str:

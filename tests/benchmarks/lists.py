@@ -28,7 +28,7 @@ from transformers import AutoModelForCausalLM
 
 from meteora.base.chat_template import encode_prompt
 from meteora.base.loading import load_tokenizer
-from pipelines.data.composites import Question, encode_composite, number_questions
+from pipelines.data.composites import Question, number_questions
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import Row
 from pipelines.recipe.recipe import locate
@@ -107,7 +107,7 @@ def list_lesson(tokenizer: PreTrainedTokenizerBase, composite: Composite, task: 
     So it learns its answers, and the number that comes after each. It begins a list that its own
     question begins.
     """
-    ids, owners = encode_composite(tokenizer, composite)
+    ids, owners = composite.encode(tokenizer)
     start = len(encode_prompt(tokenizer, composite.prompt))
     before = [composite.questions[0].task if owner is None else owner for owner in owners]
     labels = [

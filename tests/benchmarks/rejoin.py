@@ -26,7 +26,7 @@ from meteora.model.fused import expert_names
 from meteora.routing.hooks import recorded_logits
 from pipelines.admission.candidate import Candidate
 from pipelines.admission.checkpoints import FoundCheckpoint
-from pipelines.data.composites import answer_openings, compose, encode_composite, fits
+from pipelines.data.composites import compose, fits
 from pipelines.data.row_sources import read_rows
 from pipelines.stages import edit
 from store.ledger import Ledger
@@ -86,11 +86,11 @@ def told(
     right: list[bool] = []
     opened: dict[bool, list[bool]] = {True: [], False: []}
     for composite in compose(rows, 3, PROMPTS, 0):
-        ids, owners = encode_composite(tokenizer, composite)
+        ids, owners = composite.encode(tokenizer)
         votes = torch.nn.functional.one_hot(chosen(model, ids), len(names)).sum(0).argmax(-1)
         hits = [names[e] == owner for e, owner in zip(votes.tolist(), owners, strict=True)]
         right += [hit for hit, owner in zip(hits, owners, strict=True) if owner]
-        for place in answer_openings(tokenizer, composite):
+        for place in composite.answer_openings(tokenizer):
             opened[owners[place] == new].append(hits[place])
     opening = len(Template.of(tokenizer).opening)
     alone = {

@@ -196,8 +196,7 @@ def test_a_read_only_disk_is_read(filled: Shelf) -> None:
         ledger = Ledger(filled.home)
         assert ledger.weights_of(filled.adapter(3).id)
         assert ledger.query("SELECT count(*) FROM scores").rows == [(9,)]
-        found = ledger.verify()
-        assert (found.findings, found.num_waiting) == ((), 1)
+        assert not ledger.verify().findings
         assert "Read-only file system" in ledger.ingest().reason
         with pytest.raises(StoreError, match="Read-only file system"):
             ledger.record_failure(Failure("fit", "x", "E", "m"), run_id="r1")

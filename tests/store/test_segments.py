@@ -49,7 +49,7 @@ def test_packing_changes_no_answer(filled: Shelf) -> None:
     assert filled.views() == before
     found = filled.ledger.verify()
     assert not found.findings
-    assert (found.num_records, found.num_waiting) == (num_records, 0)
+    assert found.num_records == num_records
 
 
 @pytest.mark.parametrize("lost", ["nothing", "the index"])
@@ -236,7 +236,7 @@ def test_gc_knows_what_packed_records_mention(filled: Shelf) -> None:
     filled.ledger.pack()
     for sha256 in before:
         os.utime(filled.ledger.blobs.path_of(sha256), (0, 0))
-    assert not filled.ledger.gc(remove=True).blobs
+    assert not filled.ledger.gc(remove=True)
     assert set(filled.ledger.blobs) == before
 
 

@@ -20,8 +20,11 @@ with app.setup:
 
     def ask(sql):
         """The rows of one SELECT, each by its columns' names."""
-        answer = ledger.query(sql)
-        return [dict(zip(answer.columns, row, strict=True)) for row in answer.rows]
+        return ledger.query(sql).dicts
+
+    def answered(question, *parts):
+        """A question as a heading, and below it what answers it."""
+        return mo.vstack([mo.md(f"## {question}"), *parts])
 
     def table(rows):
         """The rows with numbers of four digits behind the point, or a word where there are none.
@@ -117,9 +120,7 @@ def _():
         )
         GROUP BY ALL ORDER BY score DESC, model
     """)
-    mo.vstack(
-        [mo.md("## Which models are there, and how good are they on the mean?"), table(_rows)]
-    )
+    answered("Which models are there, and how good are they on the mean?", table(_rows))
     return
 
 
@@ -131,13 +132,10 @@ def _(model):
         WHERE router_id = '{model.value}' AND system IN ('fused', 'oracle', 'base')
         ORDER BY task, metric, system
     """)
-    _title = "## How well does it do each task, beside the base and the right adapter alone?"
-    mo.vstack(
-        [
-            mo.md(_title),
-            plot_intervals(_rows, "score, with its 95 % interval"),
-            table(_rows),
-        ]
+    answered(
+        "How well does it do each task, beside the base and the right adapter alone?",
+        plot_intervals(_rows, "score, with its 95 % interval"),
+        table(_rows),
     )
     return
 
@@ -152,10 +150,12 @@ def _(model):
         QUALIFY row_number() OVER (PARTITION BY task ORDER BY p_holm DESC, recorded_at DESC) = 1
         ORDER BY value
     """)
-    _title = "## What does it lose against the right adapter alone?"
-    _text = "Left of zero it is worse. `p_holm` below 0.05 is beyond chance."
-    _plot = plot_intervals(_rows, "fused minus oracle, with its 95 % interval")
-    mo.vstack([mo.md(_title), mo.md(_text), _plot, table(_rows)])
+    answered(
+        "What does it lose against the right adapter alone?",
+        mo.md("Left of zero it is worse. `p_holm` below 0.05 is beyond chance."),
+        plot_intervals(_rows, "fused minus oracle, with its 95 % interval"),
+        table(_rows),
+    )
     return
 
 
@@ -172,7 +172,7 @@ def _(model):
             (_row["turn"], _row["value"])
         )
     _plot = plot_lines(_lines, "turn", "mean score")
-    mo.vstack([mo.md("## How does it follow a conversation, turn by turn?"), _plot, table(_rows)])
+    answered("How does it follow a conversation, turn by turn?", _plot, table(_rows))
     return
 
 
@@ -206,12 +206,7 @@ def _(model):
     _axes.set_yticks(range(len(_truths)), _truths)
     _axes.set_xlabel("is sent to")
     _axes.set_ylabel("a token of")
-    mo.vstack(
-        [
-            mo.md("## Whose tokens are sent to whom, over all layers?"),
-            _figure if _rows else table(_rows),
-        ]
-    )
+    answered("Whose tokens are sent to whom, over all layers?", _figure if _rows else table(_rows))
     return
 
 
@@ -227,7 +222,7 @@ def _(model):
         "layer",
         "share of tokens",
     )
-    mo.vstack([mo.md("## In which layers do tokens reach their own expert?"), _plot, table(_rows)])
+    answered("In which layers do tokens reach their own expert?", _plot, table(_rows))
     return
 
 
@@ -238,8 +233,7 @@ def _(model):
         FROM lineage WHERE artifact_id = '{model.value}' AND relation = 'made from'
         ORDER BY depth, kind, source
     """)
-    _title = "## What is it made from, down to commit, licence and hash?"
-    mo.vstack([mo.md(_title), table(_rows)])
+    answered("What is it made from, down to commit, licence and hash?", table(_rows))
     return
 
 
@@ -255,13 +249,8 @@ def _(model):
         FROM speeds WHERE subject_id = '{model.value}' ORDER BY phase
     """)
     _text = "The stages of its run; prefill and decoding, if `benchmark: {speed: {}}` asked for it."
-    mo.vstack(
-        [
-            mo.md("## What did it cost, and what does it cost?"),
-            mo.md(_text),
-            table(_times),
-            table(_speeds),
-        ]
+    answered(
+        "What did it cost, and what does it cost?", mo.md(_text), table(_times), table(_speeds)
     )
     return
 
@@ -278,7 +267,7 @@ def _():
         JOIN artifacts ON id = subject_id JOIN runs USING (run_id)
         GROUP BY ALL ORDER BY recipe_name, made_at, model
     """)
-    mo.vstack([mo.md("## How did each recipe's models change over time?"), table(_rows)])
+    answered("How did each recipe's models change over time?", table(_rows))
     return
 
 
@@ -288,7 +277,7 @@ def _():
         SELECT name, verdict, repo_id, licence, codes, messages
         FROM adapters ORDER BY verdict DESC, name
     """)
-    mo.vstack([mo.md("## Which adapters were judged, and how?"), table(_rows)])
+    answered("Which adapters were judged, and how?", table(_rows))
     return
 
 
@@ -297,7 +286,7 @@ def _():
     _rows = ask(
         "SELECT recorded_at, recipe_name, stage, subject, error, message FROM failures LIMIT 20"
     )
-    mo.vstack([mo.md("## What went wrong lately?"), table(_rows)])
+    answered("What went wrong lately?", table(_rows))
     return
 
 

@@ -9,7 +9,7 @@ from meteora.fitting.sequences import UNLABELLED
 from meteora.model.fused import without_experts
 from meteora.model.generate import answer_all
 from pipelines.data.background import background_rows
-from pipelines.data.labels import MAX_NEW_TOKENS, background_sequences, label_rows
+from pipelines.data.labels import MAX_NEW_TOKENS, Labeller
 from pipelines.data.rows import Row
 
 
@@ -27,7 +27,7 @@ def test_the_base_answers_the_questions_itself(world, tokenizer):
     model = world.load()
     rows = [Row("why?", ""), Row("", "plain text"), Row("and a longer question?", "")]
     done = []
-    short, long, plain = background_sequences(model, tokenizer, rows, 4, done.append)
+    short, long, plain = Labeller(tokenizer).background(model, rows, 4, done.append)
     assert sum(done) == len(rows)
     assert plain.input_ids == tuple(tokenizer("plain text").input_ids)
     for row, sequence in ((rows[0], short), (rows[2], long)):
@@ -46,10 +46,9 @@ def test_without_a_chat_template_the_first_token_is_nobodys_as_in_the_experts_ro
     world, tokenizer
 ):
     row, nobody = Row("why?", ""), 5
-    of_base = background_sequences(
-        world.load(), tokenizer, [row, Row("", "plain text")], 4, nobody=nobody
-    )
-    for sequence in (*of_base, *label_rows([row], 0, tokenizer, nobody)):
+    labeller = Labeller(tokenizer, nobody=nobody)
+    of_base = labeller.background(world.load(), [row, Row("", "plain text")], 4)
+    for sequence in (*of_base, *labeller.rows([row], 0)):
         assert sequence.experts[0] == nobody
         assert nobody not in sequence.experts[1:]
 

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from tokenizers import processors
 
 from meteora.base.chat_template import encode_pair
-from pipelines.data.composites import answer_openings, compose, encode_composite, split_answers
+from pipelines.data.composites import compose, split_answers
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
@@ -152,7 +152,7 @@ def test_tokens_belong_to_the_task_of_their_characters(
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", template or None)
     for composite in [*compose(ROWS, 3, 2, seed=0), *compose(ROWS, 3, 2, seed=0, num_solved=1)]:
-        ids, owners = encode_composite(tokenizer, composite)
+        ids, owners = composite.encode(tokenizer)
         assert ids == encode_pair(tokenizer, composite.prompt, composite.response)
         assert len(ids) == len(owners)
         for task in ROWS:
@@ -166,7 +166,7 @@ def test_tokens_belong_to_the_task_of_their_characters(
         unowned = [i for i, owner in zip(ids, owners, strict=True) if owner is None]
         assert "Answer each of the following" in tokenizer.decode(unowned)
         assert owners[-1] == composite.questions[-1].task  # the end of the answer
-        openings = answer_openings(tokenizer, composite)
+        openings = composite.answer_openings(tokenizer)
         assert tokenizer.decode([ids[place] for place in openings]) == "1. 2. 3. "
         tasks = [question.task for question in composite.questions]
         assert [*dict.fromkeys(owners[place] for place in openings)] == tasks
@@ -185,9 +185,9 @@ def test_tokens_of_several_characters_have_one_owner_each() -> None:
     inner.train_from_iterator([Path(__file__).read_text()], trainer)
     merged = PreTrainedTokenizerFast(tokenizer_object=inner, eos_token="</s>")  # noqa: S106
     (composite,) = compose(ROWS, 3, 1, seed=0)
-    ids, owners = encode_composite(merged, composite)
+    ids, owners = composite.encode(merged)
     assert len(ids) < len(composite.prompt + composite.response)
-    openings = [ids[place] for place in answer_openings(merged, composite)]
+    openings = [ids[place] for place in composite.answer_openings(merged)]
     assert str(merged.decode(openings)).replace("Ġ", "").replace(" ", "") == "1.2.3."
     changes = [o for o, before in zip(owners, [None, *owners], strict=False) if o != before]
     tasks = [question.task for question in composite.questions]
@@ -207,5 +207,5 @@ def test_a_space_that_a_tokenizer_cuts_off_belongs_to_its_task(
     cuts = copy.deepcopy(tokenizer)
     cuts.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     for composite in compose(ROWS, 3, 2, seed=0):
-        assert encode_composite(cuts, composite) == encode_composite(tokenizer, composite)
-        assert answer_openings(cuts, composite) == answer_openings(tokenizer, composite)
+        assert composite.encode(cuts) == composite.encode(tokenizer)
+        assert composite.answer_openings(cuts) == composite.answer_openings(tokenizer)

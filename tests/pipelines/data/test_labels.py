@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 import pytest
 
 from meteora.fitting.sequences import UNLABELLED
-from pipelines.data.labels import QUESTIONS_IN_COMPOSITES, label_composites, label_lists, label_rows
+from pipelines.data.labels import QUESTIONS_IN_COMPOSITES, Labeller
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
@@ -19,7 +19,7 @@ EXAMPLES = {
 
 
 def test_a_plain_example_belongs_to_its_expert_alone(tokenizer: PreTrainedTokenizerBase) -> None:
-    for sequence in label_rows(EXAMPLES["red"], 1, tokenizer):
+    for sequence in Labeller(tokenizer).rows(EXAMPLES["red"], 1):
         assert sequence.owners == {1}
         assert len(sequence.input_ids) == len(sequence.experts)
 
@@ -27,7 +27,7 @@ def test_a_plain_example_belongs_to_its_expert_alone(tokenizer: PreTrainedTokeni
 def test_each_token_of_a_composite_belongs_to_the_expert_of_its_question(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    made = label_composites(EXAMPLES, ["red", "blue"], tokenizer, kinds=[(2, 0), (4, 0)], seed=0)
+    made = Labeller(tokenizer, ["red", "blue"]).composites(EXAMPLES, [(2, 0), (4, 0)], seed=0)
     by_size = {n: -(-QUESTIONS_IN_COMPOSITES * 2 // n) for n in (2, 4)}
     assert len(made) == sum(by_size.values())
     for sequence in made:
@@ -52,7 +52,7 @@ def test_the_digits_of_an_answers_number_may_belong_to_nobody(
 ) -> None:
     names, kinds = ["red", "blue"], [(12, 0)]
     whole, rest = (
-        label_composites(EXAMPLES, names, tokenizer, kinds=kinds, seed=0, digits=digits)
+        Labeller(tokenizer, names).composites(EXAMPLES, kinds, seed=0, digits=digits)
         for digits in (True, False)
     )
     for before, after in zip(whole, rest, strict=True):
@@ -72,7 +72,7 @@ def test_what_a_composite_shows_solved_belongs_to_its_experts_too(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
     plain, shown = (
-        label_composites(EXAMPLES, ["red", "blue"], tokenizer, kinds=[(2, solved)], seed=0)
+        Labeller(tokenizer, ["red", "blue"]).composites(EXAMPLES, [(2, solved)], seed=0)
         for solved in (0, 2)
     )
     assert len(plain) == len(shown) == QUESTIONS_IN_COMPOSITES
@@ -98,14 +98,14 @@ def test_composites_of_which_none_can_be_made_name_the_key_and_the_experts(
 ) -> None:
     lists = {"red": [Row(f"list {i}?", "1. one\n2. two") for i in range(3)]}
     with pytest.raises(ExamplesError, match=r"^gates.composites: no example .*\(red\)"):
-        label_composites(lists, ["red"], tokenizer, kinds=[(2, 0)], seed=0)
-    assert label_composites(lists, ["red"], tokenizer, kinds=[], seed=0) == []
+        Labeller(tokenizer, ["red"]).composites(lists, [(2, 0)], seed=0)
+    assert Labeller(tokenizer, ["red"]).composites(lists, [], seed=0) == []
 
 
 def test_lists_of_one_experts_rows_are_its_own_and_say_where_answers_begin(
     tokenizer: PreTrainedTokenizerBase,
 ) -> None:
-    made = label_lists(EXAMPLES["red"], 3, tokenizer, kinds=[(2, 0), (5, 0)])
+    made = Labeller(tokenizer).lists(EXAMPLES["red"], 3, [(2, 0), (5, 0)])
     assert len(made) == -(-QUESTIONS_IN_COMPOSITES // 2) - (-QUESTIONS_IN_COMPOSITES // 5)
     for sequence in made:
         assert sequence.owners == {3}
@@ -114,10 +114,10 @@ def test_lists_of_one_experts_rows_are_its_own_and_say_where_answers_begin(
         opened = str(tokenizer.decode([sequence.input_ids[i] for i in sequence.openings]))
         assert opened.split() in (["1.", "2."], ["1.", "2.", "3.", "4.", "5."])
     lists = [Row(f"list {i}?", "1. one\n2. two") for i in range(3)]
-    assert not label_lists(lists, 0, tokenizer, kinds=[(2, 0)])
+    assert not Labeller(tokenizer).lists(lists, 0, [(2, 0)])
     # six rows are enough for one solved list of three, and for none of five
     one, all_asked, none, plain = (
-        label_lists(EXAMPLES["red"], 3, tokenizer, kinds=[kind])
+        Labeller(tokenizer).lists(EXAMPLES["red"], 3, [kind])
         for kind in ((3, 1), (3, 2), (5, 2), (5, 0))
     )
     assert (all_asked, none) == (one, plain)
@@ -128,7 +128,7 @@ def test_an_expert_whose_answers_read_as_lists_is_left_out(
 ) -> None:
     lists = [Row(f"list {i}?", "1. one\n2. two") for i in range(3)]
     examples = {"list": lists, **EXAMPLES}
-    made = label_composites(examples, ["list", "red", "blue"], tokenizer, kinds=[(2, 0)], seed=0)
+    made = Labeller(tokenizer, ["list", "red", "blue"]).composites(examples, [(2, 0)], seed=0)
     assert made
     assert all(sequence.owners == {1, 2} for sequence in made)
-    assert not label_composites(examples, ["list", "red"], tokenizer, kinds=[], seed=0)
+    assert not Labeller(tokenizer, ["list", "red"]).composites(examples, [], seed=0)

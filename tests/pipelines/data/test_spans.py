@@ -10,7 +10,7 @@ from tokenizers.processors import TemplateProcessing
 
 from meteora.fitting.sequences import UNLABELLED
 from pipelines.data.conversations import Conversation, Turn
-from pipelines.data.labels import label_rows, label_spans
+from pipelines.data.labels import Labeller
 from pipelines.data.rows import ExamplesError, Row, refuse_overlap
 from pipelines.data.spans import Part, SpannedRow, prompt_parts, read_spans
 from tests.pipelines.conftest import finished, letters, run
@@ -45,7 +45,7 @@ def test_each_token_belongs_to_the_expert_that_its_part_names(
     tmp_path: Path, tokenizer: PreTrainedTokenizerBase
 ) -> None:
     rows = read_spans(written(tmp_path, BODY), tmp_path, NAMES)
-    (sequence,) = label_spans(rows, NAMES, tokenizer)
+    (sequence,) = Labeller(tokenizer, NAMES).spans(rows)
     owned: dict[int, list[int]] = {UNLABELLED: [], 0: [], 1: []}
     for token, expert in zip(sequence.input_ids, sequence.experts, strict=True):
         owned[expert].append(token)
@@ -74,8 +74,8 @@ def test_a_short_prompt_is_not_found_in_the_templates_own_words(
 ) -> None:
     monkeypatch.setattr(tokenizer, "chat_template", CHATML)
     body = BODY | {"prompt": [{"text": "kind", "expert": "sums"}]}
-    (sequence,) = label_spans(
-        read_spans(written(tmp_path, body), tmp_path, NAMES), NAMES, tokenizer
+    (sequence,) = Labeller(tokenizer, NAMES).spans(
+        read_spans(written(tmp_path, body), tmp_path, NAMES)
     )
     asked = tokenizer("<|system|>Be kind.<|end|><|user|>").input_ids
     first = sequence.experts.index(1)
@@ -122,9 +122,9 @@ def test_each_token_of_a_turn_belongs_to_its_expert(
     monkeypatch.setattr(tokenizer, "chat_template", CHATML)
     rows = read_spans(written(tmp_path, BODY, TURNS), tmp_path, NAMES)
     assert rows[1].to_dict() == TURNS  # the file and the line are no part of what is fitted to
-    _, sequence = label_spans(rows, NAMES, tokenizer)
+    _, sequence = Labeller(tokenizer, NAMES).spans(rows)
     turns = tuple(Turn(**turn) for turn in TURNS["turns"])
-    (expected,) = label_spans([Conversation(turns)], NAMES, tokenizer)
+    (expected,) = Labeller(tokenizer, NAMES).spans([Conversation(turns)])
     assert sequence == expected
     assert prompt_parts(rows[1:]) == {
         turn["expert"]: [Row(turn["prompt"], "")] for turn in TURNS["turns"]
@@ -179,7 +179,7 @@ def test_turns_that_the_template_refuses_are_named_by_their_line(
     monkeypatch.setattr(tokenizer, "chat_template", template)
     rows = read_spans(written(tmp_path, TURNS), tmp_path, NAMES)
     with pytest.raises(ExamplesError, match=f"mixed.jsonl, line 1: .*{said}"):
-        label_spans(rows, NAMES, tokenizer)
+        Labeller(tokenizer, NAMES).spans(rows)
 
 
 def test_a_source_without_spans_is_named(tmp_path: Path) -> None:
@@ -209,12 +209,12 @@ def test_gates_are_fitted_to_them_unless_a_test_is_among_them(
     assert planned is not None
     built = work.ledger.built(planned.router.id)
     assert built is not None
-    spans = label_spans(planned.spans, planned.fused.names, tokenizer)
+    spans = Labeller(tokenizer, planned.fused.names).spans(planned.spans)
     assert len(spans) == 3
     plain = [
         sequence
         for e, name in enumerate(planned.fused.names)
-        for sequence in label_rows(planned.examples[name], e, tokenizer)
+        for sequence in Labeller(tokenizer).rows(planned.examples[name], e)
     ]
     counted = sum(e != UNLABELLED for one in (*plain, *spans[::2]) for e in one.experts)
     assert built["num_tokens"] == counted

@@ -21,7 +21,7 @@ from meteora.model.fused import expert_names, force_expert, insert_experts, with
 from meteora.model.generate import answer_all
 from pipelines.data.conversations import converse
 from pipelines.data.dialogues import draw_dialogues
-from pipelines.data.labels import label_spans
+from pipelines.data.labels import Labeller
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.evaluation.conversations import Conversing
 from pipelines.evaluation.oracle_routing import send_to
@@ -142,7 +142,7 @@ def fused(
     talks = converse(ROWS, NAMES, (2, 3), (), seed=0) * 3
     shared = request.param == "shared"
     nobody = len(names) if shared else UNLABELLED
-    sequences = label_spans(talks, names, chat, nobody)
+    sequences = Labeller(chat, names, nobody).spans(talks)
     calibrate(model, sequences, options, template=None if shared else Template.of(chat))
     return model
 
@@ -186,7 +186,7 @@ def test_a_control_routes_each_turn_as_its_definition_says(
         for turn in turns:
             ids, experts = given(dialogue, said, control, chat)
             passes = itertools.chain([experts], itertools.repeat(experts[-1:]))
-            with send_to(fused, control, lambda _ids, _more, left=passes: [next(left)]):
+            with send_to(fused, lambda _ids, _more, left=passes: [next(left)]):
                 (answer,) = answer_all(fused, chat, [ids], NEW)
             assert turn["output"] == chat.decode(answer, skip_special_tokens=True)
             assert turn["prompt_tokens"] == len(ids)
@@ -222,7 +222,7 @@ def test_tokens_are_sent_to_the_base_where_it_is_no_choice(
         with without_experts(fused):
             expected = fused(input_ids=ids).logits
         assert NULL not in expert_names(fused)
-        with send_to(fused, "alora", lambda ids, _more: [[NULL] * ids.shape[1]]):
+        with send_to(fused, lambda ids, _more: [[NULL] * ids.shape[1]]):
             torch.testing.assert_close(fused(input_ids=ids).logits, expected)
 
 

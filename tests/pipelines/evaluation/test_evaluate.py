@@ -349,7 +349,7 @@ def test_scores_can_be_computed_again_from_their_outputs(
     found = evaluate_task(world.load(), tokenizer, task(rows, *metrics), batch_size=2)
     write_outputs(found.outputs, tmp_path / "outputs")
     for metric in metrics:
-        again = compute_values(read_outputs(tmp_path / "outputs"), metric)
+        again = compute_values(read_outputs(tmp_path / "outputs"), [metric])[metric]
         assert again.mean == score_of(found, metric).value
 
 

@@ -20,7 +20,6 @@ from pipelines.data.composites import (
     compose,
     last_number,
     number_questions,
-    prompt_owners,
     split_answers,
 )
 from pipelines.data.rows import Row
@@ -71,7 +70,7 @@ def test_every_token_of_a_batch_goes_to_the_expert_of_its_question(
     length = batch.input_ids.shape[1]
     for i, composite in enumerate(composites):
         first = composite.questions[0].task
-        owners = [owner or first for owner in prompt_owners(tokenizer, composite, composite.prompt)]
+        owners = [owner or first for owner in composite.prompt_owners(tokenizer, composite.prompt)]
         assert set(owners) == set(NAMES)
         assert found[i * length : (i + 1) * length][-len(owners) :] == owners
 

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -35,6 +35,7 @@ from meteora.fitting.sequences import (
     by_kind,
     hold_out,
 )
+from meteora.fitting.statistics import Fit
 from meteora.model.fused import expert_names
 from meteora.model.opening_offsets import find_offsets
 
@@ -50,20 +51,6 @@ DRAWN = 512
 """Most tokens of each other expert that are drawn at a point; of all together `MAX_ROWS`."""
 
 
-@dataclass(frozen=True)
-class Growth:
-    """The result of a sweep over a new expert's examples; the gates themselves are in the model."""
-
-    statistics: dict[str, PointStatistics]
-    """The statistics of all experts, by the path of each point's first module."""
-    num_tokens: int
-    """Labelled tokens in the new expert's examples."""
-    heldout_accuracy: float
-    """Share of the new expert's held-out tokens that go to it, weighted as in the fit (`by_kind`);
-    the mean over input points."""
-    wall_seconds: float
-
-
 def grow(
     model: PreTrainedModel,
     sequences: Sequence[LabelledSequence],
@@ -72,7 +59,7 @@ def grow(
     options: RouterOptions,
     *,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> Growth:
+) -> Fit:
     """Give every gate a row for one more expert, from its examples and the others' statistics.
 
     Args:
@@ -131,11 +118,11 @@ def grow(
         offsets=offsets,
         progress=progress,
     )
-    return Growth(
-        statistics=grown,
+    return Fit(
         num_tokens=sum(int((batch.labels != UNLABELLED).sum()) for batch in batches),
         heldout_accuracy=sum(accuracies) / len(accuracies),
         wall_seconds=time.perf_counter() - started,
+        statistics=grown,
     )
 
 

@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,8 +33,9 @@ from meteora.fitting.sequences import (
     batched,
     by_kind,
     hold_out,
+    renumbered,
 )
-from meteora.fitting.statistics import Fit
+from meteora.fitting.statistics import Fit, without
 from meteora.model.fused import expert_names
 from meteora.model.opening_offsets import find_offsets
 
@@ -81,10 +81,7 @@ def grow(
     expert = _new_expert(model, sequences, statistics)
     names = expert_names(model)
     null = names[-1] == NULL
-    alone = [
-        replace(s, experts=tuple(0 if e == expert else UNLABELLED for e in s.experts))
-        for s in sequences
-    ]
+    alone = [renumbered(sequence, [expert]) for sequence in sequences]
     heldout = hold_out(alone, [names[expert]], seed=0)
     batches = list(batched(alone, heldout, input_device(model)))
     grown: dict[str, PointStatistics] = {}
@@ -197,16 +194,13 @@ def _apart(
     inputs: Iterator[Tensor], batches: Sequence[Batch]
 ) -> tuple[list[tuple[float, Tensor]], list[tuple[float, Tensor]]]:
     """The labelled tokens of the sequences to fit, and of the held-out ones, each by kind."""
-    by_half = []
     halves: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
     for x, batch in zip(inputs, batches, strict=True):
         for held in (False, True):
             chosen = (batch.labels != UNLABELLED) & (batch.heldout == held)
             halves[held].append((x[chosen].float(), batch.openings[chosen]))
-    for parts in halves:
-        tokens, openings = (torch.cat(column) for column in zip(*parts, strict=True))
-        by_half.append(by_kind(tokens, openings))
-    return by_half[0], by_half[1]
+    fitted, checked = (by_kind(*map(torch.cat, zip(*half, strict=True))) for half in halves)
+    return fitted, checked
 
 
 def _new_expert(
@@ -243,17 +237,16 @@ def drop(
         expert: its number
         modules: the modules that stay, by their paths
     """
-    own = {}
-    for path, (weight, bias) in gates.own.items():
-        kept = [e for e in range(len(bias)) if e != expert]
-        if path in modules:
-            own[path] = weight[kept], bias[kept]
+    own = {
+        path: (without(weight, expert), without(bias, expert))
+        for path, (weight, bias) in gates.own.items()
+        if path in modules
+    }
     follows = {path: leader for path, leader in gates.follows.items() if path in modules}
-    offsets = {}
-    for path, rows in gates.offsets.items():
-        if path in modules:
-            left = rows[[e for e in range(len(rows)) if e != expert]]
-            offsets[path] = left if len(modules[path].ranks) > 1 else torch.zeros_like(left)
+    offsets = {p: without(rows, expert) for p, rows in gates.offsets.items() if p in modules}
+    for path, rows in offsets.items():
+        if len(modules[path].ranks) == 1:
+            rows.zero_()
     points = {}
     for path, point in statistics.items():
         # where each module has a gate, those that share an input have the same one

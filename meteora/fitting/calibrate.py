@@ -167,7 +167,10 @@ def calibrate(
     if offsets and SHARED in choices:
         pairs = [(s.input_ids, s.experts) for s in sequences]
         added = find_offsets(model, pairs, choices.index(SHARED))
-    sequences = [renumbered(sequence, fitted) for sequence in sequences]
+    if without:  # a stand-in is scaled on the tokens of each point, so it is fitted each time
+        sequences = [renumbered(sequence, fitted) for sequence in sequences]
+        own = options.share if options.share == "turn" else "module"
+        options, folder = replace(options, share=own), None
     device = input_device(model)
     divided = _divided(sequences, names, seed, device, crossed=crossed and refined)
     batches, halves, not_crossed = divided
@@ -204,9 +207,6 @@ def calibrate(
         asked = options, layer, without, heldout_tokens, GIVEN_UP
         return StandIn.scaled(*asked) if without else None
 
-    if without:  # a stand-in is scaled on the tokens of each point, so it is fitted each time
-        own = options.share if options.share == "turn" else "module"
-        options, folder = replace(options, share=own), None
     asked = [asdict(options), refined, offsets, seed, template and asdict(template), crossed]
     sha256 = _asked_sha256(model, sequences, asked)
     once = _Once(fit, folder, sha256, halves)

@@ -6,7 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -107,8 +107,7 @@ class PointStatistics:
 
     def without(self, expert: int) -> Self:
         """The statistics without one expert's mean; the shared covariance stays as it is."""
-        kept = [e for e in range(len(self.means)) if e != expert]
-        return type(self)(self.means[kept], self.shift, self.rows, self.scalars)
+        return replace(self, means=without(self.means, expert))
 
     def grown(self, kinds: Sequence[tuple[float, Tensor]], expert: int) -> tuple[Self, Rows]:
         """The statistics with one more expert, and the covariance of all experts together.
@@ -152,6 +151,11 @@ class Fit:
     """The accuracy at each input point of a sweep, by the path of its first module."""
     not_crossed: tuple[str, ...] = ()
     """The experts with tokens in one half alone: because of them a sweep was not crossed."""
+
+
+def without(rows: Tensor, expert: int) -> Tensor:
+    """Rows [E, …] without that of one expert."""
+    return torch.cat([rows[:expert], rows[expert + 1 :]])
 
 
 def write_statistics(path: Path, statistics: Mapping[str, PointStatistics]) -> None:

@@ -133,7 +133,7 @@ def _more_offsets(
     if not before:
         return {}
     pairs = [(sequence.input_ids, sequence.experts) for sequence in sequences]
-    new = find_offsets(model, pairs, expert_names(model).index(SHARED), list(before))
+    new = find_offsets(model, pairs, list(before))
     more = {}
     for path, rows in before.items():
         own = new[path][expert] if path in new else torch.zeros(rows.shape[1])

@@ -163,10 +163,8 @@ def calibrate(
             f" or more of one, or a router of kind {options.stand_in!r}"
         )
     names = [choices[e] for e in fitted]
-    added: dict[str, Tensor] = {}
-    if offsets and SHARED in choices:
-        pairs = [(s.input_ids, s.experts) for s in sequences]
-        added = find_offsets(model, pairs, choices.index(SHARED))
+    pairs = [(s.input_ids, s.experts) for s in sequences]
+    added = find_offsets(model, pairs) if offsets else {}
     if without:  # a stand-in is scaled on the tokens of each point, so it is fitted each time
         sequences = [renumbered(sequence, fitted) for sequence in sequences]
         own = options.share if options.share == "turn" else "module"

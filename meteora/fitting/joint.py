@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast
 from torch import Tensor
 
-from meteora.artifacts import SHARED, JointSettings, RouterOptions, canonical_sha256
+from meteora.artifacts import JointSettings, RouterOptions, canonical_sha256
 from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
 from meteora.base.placement import input_device, is_offloaded, own_head, settle
 from meteora.fitting.calibrate import calibrate
@@ -180,13 +180,12 @@ def _first_gates(
     Args:
         further: arguments of `calibrate`
     """
-    names = expert_names(model)
     # gates that start at zero need no fit, only their places: two sequences of each expert suffice
-    few = sequences if calibrated else _two_of_each(sequences, names)
+    few = sequences if calibrated else _two_of_each(sequences, expert_names(model))
     calibrate(model, few, options, refined=False, offsets=offsets and calibrated, **further)
-    if offsets and not calibrated and SHARED in names:
+    if offsets and not calibrated:
         pairs = [(sequence.input_ids, sequence.experts) for sequence in sequences]
-        rows = find_offsets(model, pairs, names.index(SHARED))
+        rows = find_offsets(model, pairs)
         for path, layer in routed_layers(model).items():
             give_offsets(layer, rows.get(path))
     return learning_gates(model, zeros=not calibrated)

@@ -6,8 +6,8 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from meteora.adapters.tensors import DTYPES, HEADS, AdapterTensors, place_of
-from meteora.artifacts import AdapterModule
+from meteora.adapters.tensors import DTYPES, HEADS, AdapterTensors
+from meteora.artifacts.specs import AdapterModule, place_of
 from meteora.untrusted.config_fields import MAX_RANK, Field
 from meteora.untrusted.findings import Findings, listed, shortened
 from meteora.untrusted.patterns import Budget, PatternError, matching

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from meteora.artifacts.identity import COMMIT, SHA256, ArtifactId, Noun, Spec
 
@@ -109,6 +110,20 @@ class AdapterRef(Noun):
         pinned = self.revision.removeprefix("sha256:")
         if not (SHA256 if pinned != self.revision else COMMIT).fullmatch(pinned):
             raise ValueError(f"{self.repo_id}: {self.revision!r} is not a commit of 40 hex digits")
+
+
+class Place(NamedTuple):
+    """The parts of a module's path: `model.layers`, 3, `self_attn.q_proj`."""
+
+    stem: str
+    layer: int
+    leaf: str
+
+
+def place_of(path: str) -> Place | None:
+    """Split the path of a module in a numbered layer, the first in the path; else None."""
+    match = re.fullmatch(r"(.+?)\.(\d{1,6})\.(.+)", path)
+    return Place(match[1], int(match[2]), match[3]) if match else None
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from meteora.artifacts import Fingerprint, MeteoraError, canonical_sha256
+from meteora.artifacts.specs import place_of
 from meteora.base import placement
 from meteora.base.placement import is_out_of_memory, spreading
 from meteora.base.sources import SourceError
@@ -354,7 +355,7 @@ class Shape:
     @property
     def num_in_layers(self) -> int:
         """Parameters of the linear layers that lie in numbered layers."""
-        inside = (size for path, size in self.linears.items() if placement.LAYER.match(path))
+        inside = (size for path, size in self.linears.items() if place_of(path))
         return sum(num_in * num_out for num_in, num_out in inside)
 
     @property

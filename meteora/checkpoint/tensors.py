@@ -35,9 +35,9 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from meteora.adapters.tensors import place_of
 from meteora.adapters.weights import DTYPES, bytes_of
 from meteora.artifacts import canonical_json
+from meteora.artifacts.specs import place_of
 from meteora.base.chat_template import Template
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError
 from meteora.checkpoint.sound_file import AGAIN, open_sound

@@ -280,11 +280,6 @@ def _load_model(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     return model
 
 
-def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash every token with its id."""
-    return canonical_sha256(tokenizer.get_vocab())
-
-
 def fingerprint(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
     """Return the facts that adapters and gates depend on: architecture, sizes, vocabulary."""
     text = config.get_text_config()
@@ -301,7 +296,7 @@ def fingerprint(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) ->
         num_attention_heads=heads,
         num_key_value_heads=_largest(text, "num_key_value_heads") or heads,
         vocab_size=text.vocab_size,
-        vocabulary_sha256=vocabulary_sha256(tokenizer),
+        vocabulary_sha256=canonical_sha256(tokenizer.get_vocab()),
     )
 
 

@@ -88,7 +88,7 @@ def _quiet() -> Generator[None]:
 
 
 @contextmanager
-def _reading(folder: Path, what: str) -> Generator[None]:
+def _reading(folder: Path, fault: str) -> Generator[None]:
     """Turn errors about damaged or missing files into a `SourceError`; libraries raise many kinds.
 
     Errors of the machine, such as too little memory, stay as they are.
@@ -98,19 +98,17 @@ def _reading(folder: Path, what: str) -> Generator[None]:
     except MeteoraError:
         raise
     except ImportError as error:
-        raise _lacks_a_package(folder, error) from error
+        # the error of transformers names the package
+        raise SourceError(
+            f"{folder} cannot be loaded here: {' '.join(str(error).split())}"
+        ) from error
     except Exception as error:
         if is_out_of_memory(error) or getattr(error, "errno", None):
             raise
         raise SourceError(
-            f"{folder}: {what} cannot be loaded ({brief(error)}); download or save the base again,"
-            " with its tokenizer"
+            f"{folder}: {fault} ({brief(error)}); download or save the base again, with its"
+            " tokenizer"
         ) from error
-
-
-def _lacks_a_package(folder: Path, error: ImportError) -> SourceError:
-    """The refusal of a base that needs a package; the error of transformers names it."""
-    return SourceError(f"{folder} cannot be loaded here: {' '.join(str(error).split())}")
 
 
 def load_tokenizer(
@@ -124,7 +122,7 @@ def load_tokenizer(
     Raises:
         SourceError: transformers cannot read it, or needs a package that is not installed.
     """
-    with _reading(folder, "the tokenizer"):
+    with _reading(folder, "the tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
             folder, gguf_file=gguf_file, trust_remote_code=False, **(options or {})
         )
@@ -203,16 +201,8 @@ def layers_on_disk(folder: Path, device: str) -> dict[str, str]:
 def _without_weights(folder: Path, gguf_file: str | None = None) -> PreTrainedModel:
     """A base on the meta device: shapes without weights, from its config."""
     config = load_config(folder, gguf_file)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except ImportError as error:
-        raise _lacks_a_package(folder, error) from error
-    except Exception as error:  # as above
-        raise SourceError(
-            f"{folder}: transformers makes no model of its config ({brief(error)}); download or"
-            " save the base again"
-        ) from error
+    with _reading(folder, "transformers makes no model of its config"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def refuse_quantised(folder: Path) -> None:
@@ -242,7 +232,7 @@ def load_folder(
         PlacementError: It cannot be spread as a `device_map` among the options says.
     """
     config, model_options = load_config(folder), dict(options or {})
-    with _quiet(), _reading(folder, "the model"):
+    with _quiet(), _reading(folder, "the model cannot be loaded"):
         if quantise:
             refuse_quantised(folder)
             named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
@@ -262,7 +252,8 @@ def _load_model(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
     Weights on `disk` that are used in another form than the files have them, such as a mixture's
     experts, are written again: to the `offload_folder`, or to one that is removed with the model.
     """
-    with ExitStack() as made, _reading(folder, "the model"), spreading(options):
+    fault = "the model cannot be loaded"
+    with ExitStack() as made, _reading(folder, fault), spreading(options):
         if "device_map" in options and "offload_folder" not in options:
             written = made.enter_context(tempfile.TemporaryDirectory(prefix="meteora-"))
             options = {**options, "offload_folder": written}

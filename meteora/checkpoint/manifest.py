@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -363,13 +363,10 @@ def _read_files(field: Field) -> dict[str, str]:
     return {name: fact(name, where=f"files[{shortened(name)}]").matching(SHA256) for name in files}
 
 
-def no_expert(folder: Path, manifest: Manifest, name: str) -> str:
-    """Return the message that a checkpoint has no expert of this name."""
-    names = manifest.names
-    return (
-        f"there is no expert {name!r}{did_you_mean(name, names)}; {folder} has"
-        f" {listed(names, MOST_NAMED)}"
-    )
+def no_expert(name: str, names: Sequence[str], owner: object) -> str:
+    """Return the message that the owner of experts of these names has no other."""
+    similar, known = did_you_mean(name, names), listed([*names], MOST_NAMED)
+    return f"there is no expert {name!r}{similar}; {owner} has {known}"
 
 
 def _parse(data: bytes) -> dict[str, Any]:

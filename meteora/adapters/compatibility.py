@@ -7,11 +7,12 @@ from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from typing import TYPE_CHECKING
 
-from meteora.adapters.tensors import Adapter, place_of
+from meteora.artifacts.specs import place_of
 from meteora.untrusted.findings import AdapterError, Findings, listed
 from meteora.untrusted.safetensors_header import ITEMSIZE
 
 if TYPE_CHECKING:
+    from meteora.adapters.tensors import Adapter
     from meteora.artifacts import AdapterSpec, Reason
 
 

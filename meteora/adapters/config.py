@@ -10,7 +10,15 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from meteora.untrusted import config_fields as fields
+from meteora.untrusted.config_fields import (
+    MAX_ALPHA,
+    MIN_ALPHA,
+    Field,
+    base_model,
+    fields_of,
+    is_active,
+    number,
+)
 from meteora.untrusted.findings import Findings, listed, shortened
 
 OnExtras = Literal["refuse", "strip"]
@@ -97,23 +105,23 @@ def peft_claim(config: Mapping[str, Any], extras: OnExtras, found: Findings) -> 
         return None
     _refuse_variants(config, found)
     _unknown_keys(config, UNDERSTOOD | WITHOUT_EFFECT | set(VARIANTS), found)
-    layers = _layers(config, found)
+    layers, field = _layers(config, found), fields_of(config, found)
     claim = Claim(
         "peft",
-        base_model=fields.base_model(config.get("base_model_name_or_path"), found),
-        base_revision=fields.text(config, "revision", found),
+        base_model=base_model(config.get("base_model_name_or_path"), found),
+        base_revision=field("revision").text(),
         task_type=_task(config, extras, found),
-        r=fields.rank(config.get("r", 8), "r", found),
-        lora_alpha=fields.alpha(config.get("lora_alpha", 8), "lora_alpha", found),
-        use_rslora=fields.flag(config, "use_rslora", found),
-        rank_pattern=fields.pattern_table(config, "rank_pattern", fields.rank, found),
-        alpha_pattern=fields.pattern_table(config, "alpha_pattern", fields.alpha, found),
-        target_modules=fields.targets(config, "target_modules", found),
-        exclude_modules=fields.targets(config, "exclude_modules", found),
-        modules_to_save=fields.names(config, "modules_to_save", found),
+        r=field("r", 8).rank(),
+        lora_alpha=field("lora_alpha", 8).alpha(),
+        use_rslora=field("use_rslora").flag(),
+        rank_pattern=field("rank_pattern").patterns(Field.rank),
+        alpha_pattern=field("alpha_pattern").patterns(Field.alpha),
+        target_modules=field("target_modules").targets(),
+        exclude_modules=field("exclude_modules").targets(),
+        modules_to_save=field("modules_to_save").names(),
         ensure_weight_tying=config.get("ensure_weight_tying") is True,
         layers_to_transform=layers,
-        bias=fields.one_of(config.get("bias", "none"), "bias", BIASES, found),
+        bias=field("bias", "none").one_of(BIASES),
     )
     _check_auto_mapping(config.get("auto_mapping"), found)
     return claim
@@ -133,17 +141,18 @@ def mlx_claim(config: Mapping[str, Any], found: Findings) -> Claim:
             f"its fine_tune_type is {shortened(kind)!r}; of MLX-LM's only lora can be converted",
         )
     parameters = config["lora_parameters"]
-    r = fields.rank(parameters.get("rank"), "lora_parameters.rank", found)
-    scale = fields.number(parameters.get("scale"))
-    if scale is None or not fields.MIN_ALPHA <= scale <= fields.MAX_ALPHA:
+    field = fields_of(parameters, found)
+    r = field("rank", where="lora_parameters.rank").rank()
+    scale = number(parameters.get("scale"))
+    if scale is None or not MIN_ALPHA <= scale <= MAX_ALPHA:
         found.refuse(
             "mlx_scale",
             f"lora_parameters.scale is {shortened(parameters.get('scale'))}; MLX-LM needs a"
             " positive number there and no other field can stand in for it",
         )
         scale = 1.0
-    elif (alpha := parameters.get("alpha")) is not None and "lora_layers" in config and r:
-        earlier = scale * fields.alpha(alpha, "lora_parameters.alpha", found) / r
+    elif parameters.get("alpha") is not None and "lora_layers" in config and r:
+        earlier = scale * field("alpha", where="lora_parameters.alpha").alpha() / r
         if earlier != scale:
             found.refuse(
                 "mlx_alpha",
@@ -155,19 +164,17 @@ def mlx_claim(config: Mapping[str, Any], found: Findings) -> Claim:
     keys = parameters.get("keys")
     return Claim(
         "mlx",
-        base_model=fields.base_model(
-            config.get("model") or config.get("base_model_name_or_path"), found
-        ),
+        base_model=base_model(config.get("model") or config.get("base_model_name_or_path"), found),
         task_type="CAUSAL_LM",
         r=r,
         scale=scale,
-        target_modules=fields.targets(parameters, "keys", found) if isinstance(keys, list) else (),
+        target_modules=field("keys").targets() if isinstance(keys, list) else (),
     )
 
 
 def _refuse_variants(config: Mapping[str, Any], found: Findings) -> None:
     for key, (code, why) in VARIANTS.items():
-        if fields.is_active(config.get(key)):
+        if is_active(config.get(key)):
             found.refuse(code, f"{key} is set: {why}; only plain LoRA can be an expert here")
     init = config.get("init_lora_weights", True)
     if isinstance(init, str) and init.lower() == "gaussian":
@@ -184,7 +191,7 @@ def _refuse_variants(config: Mapping[str, Any], found: Findings) -> None:
             f"init_lora_weights is {shortened(init)!r}, which is not known here; it may have"
             " changed the base's weights",
         )
-    if fields.is_active(config.get("enable_lora")):
+    if is_active(config.get("enable_lora")):
         found.refuse("enable_lora", "enable_lora is set: a merged layout of PEFT 0.2 and before")
 
 
@@ -192,7 +199,7 @@ def _unknown_keys(config: Mapping[str, Any], known: set[str], found: Findings) -
     unknown = sorted(key for key in config if key not in known and key != "enable_lora")
     active, idle = [], []
     for key in unknown:
-        (active if fields.is_active(config[key]) else idle).append(key)
+        (active if is_active(config[key]) else idle).append(key)
     if active:
         found.refuse(
             "unknown_key",

@@ -6,9 +6,9 @@ import math
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from meteora.adapters.tensors import DTYPES, HEADS, AdapterTensors, place_of
-from meteora.artifacts import AdapterModule
-from meteora.untrusted.config_fields import MAX_RANK, rank
+from meteora.adapters.tensors import DTYPES, HEADS, AdapterTensors
+from meteora.artifacts.specs import AdapterModule, place_of
+from meteora.untrusted.config_fields import MAX_RANK, Field
 from meteora.untrusted.findings import Findings, listed, shortened
 from meteora.untrusted.patterns import Budget, PatternError, matching
 
@@ -81,7 +81,7 @@ def _shapes(
         if len(a) == len(b) == 2 and a[0] == b[1]:
             shapes[path] = (a[1], b[0], a[0])
             if a[0] > MAX_RANK:
-                rank(a[0], f"the rank of {shortened(path)}", found)
+                Field(a[0], f"the rank of {shortened(path)}", found).rank()
         else:
             what = f"{path} (A {list(factors[0].shape)}, B {list(factors[1].shape)})"
             (mismatched if len(a) == len(b) == 2 else not_matrices).append(what)

@@ -32,7 +32,6 @@ WRAPPERS = re.compile(
 """What PEFT puts before a module's path, and what `torch.compile`, DDP and FSDP put around modules.
 PEFT comes twice where an adapter was trained on a model that had one already."""
 PEFT_KEY = re.compile(r"(?P<path>[^.].*)\.lora_(?P<factor>[AB])(\.(?P<name>[^.]+))?\.weight")
-LAYERED = re.compile(r"(?P<stem>.+?)\.(?P<layer>\d{1,6})\.(?P<leaf>.+)")
 MLX_KEY = re.compile(r"(?P<path>[^.].*)\.lora_(?P<factor>[ab])")
 
 # Parts of tensor names that no plain LoRA has, each with a reason code and a description.
@@ -101,20 +100,6 @@ class Adapter:
     """Warnings that a person should know; the adapter can be used."""
     stamp: Stamp | None = None
     """Of the file when it was checked; None if its times were too recent to be reliable."""
-
-
-class Place(NamedTuple):
-    """The parts of a module's path: `model.layers`, 3, `self_attn.q_proj`."""
-
-    stem: str
-    layer: int
-    leaf: str
-
-
-def place_of(path: str) -> Place | None:
-    """Split the path of a module in a stack of layers; the layer is the first number in it."""
-    match = LAYERED.fullmatch(path)
-    return Place(match["stem"], int(match["layer"]), match["leaf"]) if match else None
 
 
 def sort_tensors(

@@ -71,26 +71,16 @@ class AdapterWeights:
         a, b = self.tensor(names.a_key), self.tensor(names.b_key)
         return (a.T, b.T) if names.transposed else (a, b)
 
-    def read(
-        self,
-        key: str,
-        buffers: Sequence[memoryview],
-        num_bytes: int | None = None,
-        skip: int = 0,
-    ) -> None:
-        """Fill the buffers, one after the other, with a tensor's bytes.
-
-        Args:
-            num_bytes: bytes of the buffers together; None for all bytes of the tensor
-            skip: bytes at the tensor's beginning that are left out
+    def read(self, key: str, buffers: Sequence[memoryview]) -> None:
+        """Fill the buffers, one after the other, with all bytes of a tensor.
 
         Raises:
             ChangedAdapterError: the file ends too early.
         """
-        begin, end = self._header[key]["data_offsets"]
-        wanted = end - begin if num_bytes is None else num_bytes
-        begin += self._start + skip
-        if len(buffers) > MOST_BUFFERS or os.preadv(self._descriptor, buffers, begin) != wanted:
+        begin, end = (self._start + offset for offset in self._header[key]["data_offsets"])
+        if len(buffers) > MOST_BUFFERS or (
+            os.preadv(self._descriptor, buffers, begin) != end - begin
+        ):
             self._read_one_by_one(buffers, begin)
 
     def _read_one_by_one(self, buffers: Sequence[memoryview], begin: int) -> None:

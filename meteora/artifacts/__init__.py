@@ -7,12 +7,10 @@ A *spec* says what is to be made or measured. Its `id` is a hash of its fields. 
 the work, so finished work is found by its id and skipped. A *build* is the result; `weights_sha256`
 is the hash of the bytes that were made. A spec's `parents` are the ids that it depends on: lineage.
 
-    specs     bases, adapters, stacks and merges
+    specs     bases, adapters, stacks, merges, and pools of prompts without labels
     identity  base classes: JSON and back, and the id
     routers   how a fused model routes, and the result of fitting its gates
-    pool      prompts without labels, and which expert gets them
     scores    what is measured: benchmarks, comparisons, routing, speed
-    reasons   why an adapter is refused, or taken with a warning
 """
 
 from __future__ import annotations
@@ -30,8 +28,6 @@ from meteora.artifacts.identity import (
     file_sha256,
     short,
 )
-from meteora.artifacts.pool import PoolBuild, PoolShare, PoolSpec
-from meteora.artifacts.reasons import Reason
 from meteora.artifacts.routers import (
     NULL,
     ROUTER_KINDS,
@@ -73,7 +69,11 @@ from meteora.artifacts.specs import (
     FusedSpec,
     LinearSize,
     MergeSpec,
+    PoolBuild,
+    PoolShare,
+    PoolSpec,
     Publication,
+    Reason,
 )
 
 __all__ = [

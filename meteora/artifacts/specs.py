@@ -1,9 +1,10 @@
-"""Bases, adapters, stacks of adapters, and merges."""
+"""Bases, adapters and what is wrong with them, stacks of adapters, merges, and pools of prompts."""
 
 from __future__ import annotations
 
+import re
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar
+from typing import ClassVar, NamedTuple
 
 from meteora.artifacts.identity import COMMIT, SHA256, ArtifactId, Noun, Spec
 
@@ -111,6 +112,20 @@ class AdapterRef(Noun):
             raise ValueError(f"{self.repo_id}: {self.revision!r} is not a commit of 40 hex digits")
 
 
+class Place(NamedTuple):
+    """The parts of a module's path: `model.layers`, 3, `self_attn.q_proj`."""
+
+    stem: str
+    layer: int
+    leaf: str
+
+
+def place_of(path: str) -> Place | None:
+    """Split the path of a module in a numbered layer, the first in the path; else None."""
+    match = re.fullmatch(r"(.+?)\.(\d{1,6})\.(.+)", path)
+    return Place(match[1], int(match[2]), match[3]) if match else None
+
+
 @dataclass(frozen=True)
 class AdapterModule(Noun):
     """One linear layer that an adapter changes: y += scaling · B (A x)."""
@@ -145,6 +160,16 @@ class AdapterSpec(Spec):
     """`<SHA-256 of a stack>/<name>`, if only that stack holds it. The hash of its weights is then
     as the checkpoint states, `base_model` and `dtype` are empty, and `lora_alpha` is computed from
     the scaling, without rsLoRA."""
+
+
+@dataclass(frozen=True)
+class Reason(Noun):
+    """One of the reasons for a verdict: a code for programs, a sentence for people."""
+
+    code: str
+    """Stable, such as `dora` or `rank_mismatch`."""
+    message: str
+    """Which one, what it has, what is needed, what to do."""
 
 
 @dataclass(frozen=True)
@@ -191,6 +216,59 @@ class MergeSpec(Spec):
     """Share of each delta's numbers that is kept."""
     seed: int = 0
     """Of the random choices of `dare_ties`."""
+
+
+@dataclass(frozen=True)
+class PoolSpec(Spec):
+    """Prompts without labels, to be divided among the experts of a stack."""
+
+    kind: ClassVar[str] = "pool"
+    made_of: ClassVar[tuple[str, ...]] = ("fused_id",)
+
+    fused_id: ArtifactId
+    prompts_sha256: str
+    """Of the canonical JSON of all prompts, in order; empty where experts write them."""
+    examples_per_expert: int
+    """The most prompts that one expert gets and answers."""
+    seed: int = 0
+    template: str = "auto"
+    """As in `RouterSpec`."""
+    known_sha256: str = ""
+    """Of the canonical JSON of the prompts of experts that have examples, by expert; these prompts
+    are compared with the pool's. Empty if no expert has examples."""
+    writers: tuple[str, ...] = ()
+    """Experts that write the prompts themselves."""
+
+
+@dataclass(frozen=True)
+class PoolShare(Noun):
+    """The part of a pool that one expert got."""
+
+    expert: str
+    """Empty for the prompts that no expert got."""
+    num_prompts: int
+    num_clusters: int
+    score: float
+    """How much larger the expert's updates are on these prompts than on the whole pool, in standard
+    deviations; for prompts that no expert got, the largest value of any expert. If experts wrote
+    the prompts: their log likelihood under the expert minus that under the base, nats per token."""
+    lead: float
+    """The score minus that of the next expert. If experts wrote the prompts: their log likelihood
+    in the user's place minus that of the expert's answers there."""
+
+
+@dataclass(frozen=True)
+class PoolBuild(Noun):
+    """The result of dividing a pool."""
+
+    spec: PoolSpec
+    labels_sha256: str
+    """Of a file with a line of JSON for each prompt: prompt, expert, score, lead, and its answer if
+    it is an example."""
+    shares: tuple[PoolShare, ...]
+    """One for each expert in order, and one for the prompts that no expert got."""
+    wall_seconds: float
+    device: str
 
 
 @dataclass(frozen=True)

@@ -30,6 +30,7 @@ from transformers.pytorch_utils import Conv1D
 from transformers.utils import logging as hf_logging
 
 from meteora.artifacts import Fingerprint, MeteoraError, canonical_sha256
+from meteora.artifacts.specs import place_of
 from meteora.base import placement
 from meteora.base.placement import is_out_of_memory, spreading
 from meteora.base.sources import SourceError
@@ -87,7 +88,7 @@ def _quiet() -> Generator[None]:
 
 
 @contextmanager
-def _reading(folder: Path, what: str) -> Generator[None]:
+def _reading(source: Path, fault: str) -> Generator[None]:
     """Turn errors about damaged or missing files into a `SourceError`; libraries raise many kinds.
 
     Errors of the machine, such as too little memory, stay as they are.
@@ -97,40 +98,46 @@ def _reading(folder: Path, what: str) -> Generator[None]:
     except MeteoraError:
         raise
     except ImportError as error:
-        raise _lacks_a_package(folder, error) from error
+        # the error of transformers names the package
+        raise SourceError(
+            f"{source} cannot be loaded here: {' '.join(str(error).split())}"
+        ) from error
     except Exception as error:
         if is_out_of_memory(error) or getattr(error, "errno", None):
             raise
         raise SourceError(
-            f"{folder}: {what} cannot be loaded ({brief(error)}); download or save the base again,"
-            " with its tokenizer"
+            f"{source}: {fault} ({brief(error)}); download or save the base again, with its"
+            " tokenizer"
         ) from error
 
 
-def _lacks_a_package(folder: Path, error: ImportError) -> SourceError:
-    """The refusal of a base that needs a package; the error of transformers names it."""
-    return SourceError(f"{folder} cannot be loaded here: {' '.join(str(error).split())}")
+def _named(source: Path) -> dict[str, Any]:
+    """The arguments with which transformers reads a folder, or a GGUF file."""
+    if source.is_file():
+        return {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
+    return {"pretrained_model_name_or_path": source}
 
 
 def load_tokenizer(
-    folder: Path, gguf_file: str | None = None, *, options: Mapping[str, Any] | None = None
+    source: Path, *, options: Mapping[str, Any] | None = None
 ) -> PreTrainedTokenizerBase:
     """Load a tokenizer, without remote code.
 
     Args:
+        source: a folder, or a GGUF file
         options: for `AutoTokenizer.from_pretrained`, such as `padding_side`
 
     Raises:
         SourceError: transformers cannot read it, or needs a package that is not installed.
     """
-    with _reading(folder, "the tokenizer"):
+    with _reading(source, "the tokenizer cannot be loaded"):
         tokenizer = AutoTokenizer.from_pretrained(
-            folder, gguf_file=gguf_file, trust_remote_code=False, **(options or {})
+            **_named(source), trust_remote_code=False, **(options or {})
         )
     return cast("PreTrainedTokenizerBase", tokenizer)
 
 
-def load_config(folder: Path, gguf_file: str | None = None) -> PretrainedConfig:
+def load_config(source: Path) -> PretrainedConfig:
     """Read the config of a base from its folder or a GGUF file. No remote code.
 
     Raises:
@@ -138,22 +145,20 @@ def load_config(folder: Path, gguf_file: str | None = None) -> PretrainedConfig:
     """
     try:
         with _quiet():
-            config = AutoConfig.from_pretrained(
-                folder, trust_remote_code=False, gguf_file=gguf_file
-            )
+            config = AutoConfig.from_pretrained(**_named(source), trust_remote_code=False)
     except Exception as error:  # a stranger's file: the library can raise anything
         raise SourceError(
-            f"{folder}: transformers does not know this architecture without code of the base's"
+            f"{source}: transformers does not know this architecture without code of the base's"
             f" own, which is never run, or its config is damaged ({brief(error)}); take a base that"
             " it knows"
         ) from error
     if config.model_type == "meteora":
         raise SourceError(
-            f"{folder} is a fused checkpoint, and no base; take the base that it was made on"
+            f"{source} is a fused checkpoint, and no base; take the base that it was made on"
         )
     if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
         raise SourceError(
-            f"{folder}: {config.model_type} is no language model that transformers loads with"
+            f"{source}: {config.model_type} is no language model that transformers loads with"
             " AutoModelForCausalLM; adapters can be routed in a decoder of text alone"
         )
     try:
@@ -161,7 +166,7 @@ def load_config(folder: Path, gguf_file: str | None = None) -> PretrainedConfig:
         _ = text.hidden_size, text.num_hidden_layers, text.vocab_size
     except (AttributeError, ValueError) as error:  # a model of bytes or of music
         raise SourceError(
-            f"{folder}: the config of a {config.model_type} does not describe one stack of layers"
+            f"{source}: the config of a {config.model_type} does not describe one stack of layers"
             f" that reads tokens of text ({brief(error)}); take another base"
         ) from error
     return config
@@ -180,10 +185,8 @@ def load_gguf(
         PlacementError: It cannot be spread as a `device_map` among the options says.
     """
     with _quiet(), _parsed_once():
-        tokenizer = load_tokenizer(file.parent, gguf_file=file.name)
-        model = _load_model(
-            file.parent, {"gguf_file": file.name, "dtype": torch.float32, **(options or {})}
-        )
+        tokenizer = load_tokenizer(file)
+        model = _load_model(file, {"dtype": torch.float32, **(options or {})})
     # it is a plain model now; leftovers of the quantizer would stop save_pretrained
     facts = model.config.to_dict()
     facts.pop("quantization_config", None)
@@ -199,19 +202,11 @@ def layers_on_disk(folder: Path, device: str) -> dict[str, str]:
     return placement.layers_on_disk(_without_weights(folder), device)
 
 
-def _without_weights(folder: Path, gguf_file: str | None = None) -> PreTrainedModel:
+def _without_weights(source: Path) -> PreTrainedModel:
     """A base on the meta device: shapes without weights, from its config."""
-    config = load_config(folder, gguf_file)
-    try:
-        with torch.device("meta"):
-            return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
-    except ImportError as error:
-        raise _lacks_a_package(folder, error) from error
-    except Exception as error:  # as above
-        raise SourceError(
-            f"{folder}: transformers makes no model of its config ({brief(error)}); download or"
-            " save the base again"
-        ) from error
+    config = load_config(source)
+    with _reading(source, "transformers makes no model of its config"), torch.device("meta"):
+        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
 
 
 def refuse_quantised(folder: Path) -> None:
@@ -241,7 +236,7 @@ def load_folder(
         PlacementError: It cannot be spread as a `device_map` among the options says.
     """
     config, model_options = load_config(folder), dict(options or {})
-    with _quiet(), _reading(folder, "the model"):
+    with _quiet(), _reading(folder, "the model cannot be loaded"):
         if quantise:
             refuse_quantised(folder)
             named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
@@ -257,33 +252,29 @@ def load_folder(
         return cast("PreTrainedModel", model.eval()), load_tokenizer(folder)
 
 
-def _load_model(folder: Path, options: dict[str, Any]) -> PreTrainedModel:
+def _load_model(source: Path, options: dict[str, Any]) -> PreTrainedModel:
     """Load a model; refuse missing weights, which transformers would initialise at random.
 
     Weights on `disk` that are used in another form than the files have them, such as a mixture's
     experts, are written again: to the `offload_folder`, or to one that is removed with the model.
     """
-    with ExitStack() as made, _reading(folder, "the model"), spreading(options):
+    fault = "the model cannot be loaded"
+    with ExitStack() as made, _reading(source, fault), spreading(options):
         if "device_map" in options and "offload_folder" not in options:
             written = made.enter_context(tempfile.TemporaryDirectory(prefix="meteora-"))
             options = {**options, "offload_folder": written}
         loaded: Any = AutoModelForCausalLM.from_pretrained(
-            folder, trust_remote_code=False, output_loading_info=True, **options
+            **_named(source), trust_remote_code=False, output_loading_info=True, **options
         )
         model, info = loaded
         weakref.finalize(model, made.pop_all().close)
     if missing := sorted(info["missing_keys"]):
         raise SourceError(
-            f"{folder}: {len(missing)} weights of the model are not in its files, such as"
+            f"{source}: {len(missing)} weights of the model are not in its files, such as"
             f" {shortened(missing[0])}; take the base as a language model with its output head, or"
             " download or save it again"
         )
     return model
-
-
-def vocabulary_sha256(tokenizer: PreTrainedTokenizerBase) -> str:
-    """Hash every token with its id."""
-    return canonical_sha256(tokenizer.get_vocab())
 
 
 def fingerprint(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) -> Fingerprint:
@@ -302,7 +293,7 @@ def fingerprint(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) ->
         num_attention_heads=heads,
         num_key_value_heads=_largest(text, "num_key_value_heads") or heads,
         vocab_size=text.vocab_size,
-        vocabulary_sha256=vocabulary_sha256(tokenizer),
+        vocabulary_sha256=canonical_sha256(tokenizer.get_vocab()),
     )
 
 
@@ -356,7 +347,7 @@ class Shape:
     @property
     def num_in_layers(self) -> int:
         """Parameters of the linear layers that lie in numbered layers."""
-        inside = (size for path, size in self.linears.items() if placement.LAYER.match(path))
+        inside = (size for path, size in self.linears.items() if place_of(path))
         return sum(num_in * num_out for num_in, num_out in inside)
 
     @property
@@ -368,12 +359,12 @@ class Shape:
         return kept * self.dtype.itemsize + self.num_in_layers * BITS[self.quantise] / 8
 
 
-def shape_of(folder: Path, gguf_file: str | None = None) -> Shape:
+def shape_of(source: Path) -> Shape:
     """Read the sizes of a base from its config, in a folder or in a GGUF file, without weights.
 
     A GGUF file is dequantised to float32 when it is used.
     """
-    return shape_of_model(_without_weights(folder, gguf_file), dequantised=bool(gguf_file))
+    return shape_of_model(_without_weights(source), dequantised=source.is_file())
 
 
 def shape_of_model(model: PreTrainedModel, *, dequantised: bool = False) -> Shape:

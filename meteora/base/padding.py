@@ -1,8 +1,8 @@
-"""Pad token ids of different lengths to one batch."""
+"""Put token ids of different lengths into batches."""
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -11,6 +11,13 @@ from torch.nn.utils.rnn import pad_sequence
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
+
+
+def by_length(rows: Sequence[Sequence[int]], size: int) -> Iterator[list[int]]:
+    """The indices of rows in batches of `size`, the shortest rows first, for little padding."""
+    order = sorted(range(len(rows)), key=lambda i: len(rows[i]))
+    for start in range(0, len(order), size):
+        yield order[start : start + size]
 
 
 def padded(

@@ -8,7 +8,6 @@ them to the device for the time of one call.
 
 from __future__ import annotations
 
-import re
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -19,13 +18,12 @@ import torch
 from torch import nn
 
 from meteora.artifacts import MeteoraError
+from meteora.artifacts.specs import place_of
 from meteora.untrusted.findings import shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
 
-LAYER = re.compile(r"(.*?)\.(\d+)\.")
-"""Matches the path of a numbered layer, at the start of the path of a module in it."""
 WHOLE = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of `device_map` from which Accelerate makes a map."""
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
@@ -86,7 +84,7 @@ def layers_on_disk(model: PreTrainedModel, device: str) -> dict[str, str]:
     Args:
         model: may have no weights
     """
-    inside = Counter(m[1] for path, _ in model.named_modules() if (m := LAYER.match(f"{path}.")))
+    inside = Counter(p.stem for path, _ in model.named_modules() if (p := place_of(path)))
     ((layers, _),) = inside.most_common(1)
     head = own_head(model)
     device_map: dict[str, str] = {}

@@ -114,7 +114,7 @@ def drop_expert(
     """
     manifest = read_manifest(folder)
     if name not in manifest.names:
-        raise EditError(no_expert(folder, manifest, name))
+        raise EditError(no_expert(name, manifest.names, folder))
     if len(manifest.experts) == 1:
         raise EditError(
             f"{name!r} is the only expert of {folder}, and a checkpoint needs one; `meteora add` a"

@@ -53,7 +53,7 @@ def export_expert(folder: Path, name: str, out: Path, base_model: str = "") -> b
     """
     manifest = read_manifest(folder)
     if name not in manifest.names:
-        raise ExportError(no_expert(folder, manifest, name))
+        raise ExportError(no_expert(name, manifest.names, folder))
     e = manifest.names.index(name)
     entry, tensors = manifest.experts[e], dict(_tensors(folder, manifest, e))
     config = adapter_config(manifest, e, base_model)

@@ -72,7 +72,7 @@ def export_gguf(folder: Path, out: Path, name: str = "", base: Path | None = Non
     """
     manifest = read_manifest(folder)
     if name and name not in manifest.names:
-        raise ExportError(no_expert(folder, manifest, name))
+        raise ExportError(no_expert(name, manifest.names, folder))
     names = _tensor_names(folder, manifest)
     asked = [e for e, entry in enumerate(manifest.experts) if name in {"", entry.name}]
     heads = [

@@ -38,53 +38,10 @@ UNITS = {2: torch.int16, 4: torch.int32, 8: torch.int64, 16: torch.complex128}
 """A dtype for each size in bytes, to move bytes in large units; its meaning does not matter."""
 
 
-class _Step(NamedTuple):
-    """Reads some rows of one adapter's A."""
-
-    expert: int
-    skip: int
-    """Rows of this adapter that earlier steps read."""
-    count: int
-    """Rows to read."""
-    data: memoryview
-    """The memory to read them to."""
-    full: Tensor | None
-    """The rows that are complete after this step; None if more follow."""
-
-
-class StackOfA:
-    """A [R, IN], made a few rows at a time from adapters of given ranks."""
-
-    def __init__(self, ranks: Sequence[int], num_in: int, dtype: torch.dtype) -> None:
-        self.dtype = dtype
-        self._row_bytes = row_bytes = num_in * dtype.itemsize
-        room = max(1, BLOCK // row_bytes)
-        rows = torch.empty(room, num_in, dtype=dtype)
-        data = bytes_of(rows)
-        self._steps: list[_Step] = []
-        filled, left = 0, sum(ranks)
-        for e, r in enumerate(ranks):
-            done = 0
-            while done < r:
-                count = min(r - done, room - filled)
-                own = data[filled * row_bytes : (filled + count) * row_bytes]
-                filled, left = filled + count, left - count
-                full = rows[:filled] if filled == room or not left else None
-                self._steps.append(_Step(e, done, count, own, full))
-                done, filled = done + count, filled % room
-
-    def rows(self, sources: Sequence[Source]) -> Iterator[Tensor]:
-        """Yield A in pieces of rows; each piece is overwritten by the next."""
-        for e, skip, count, data, full in self._steps:
-            weights, names = sources[e]
-            key, size = names.a_key, self._row_bytes
-            if weights.holds(key, self.dtype) and not names.transposed:
-                weights.read(key, (data,), count * size, skip * size)
-            else:
-                converted = _converted(weights, key, names, self.dtype)
-                data[:] = bytes_of(converted[skip : skip + count])
-            if full is not None:
-                yield full
+def rows_of_a(sources: Sequence[Source], dtype: torch.dtype) -> Iterator[Tensor]:
+    """Yield A [R, IN] adapter by adapter, in the dtype of the stack."""
+    for weights, names in sources:
+        yield _converted(weights, names.a_key, names, dtype)
 
 
 class _Run(NamedTuple):

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Collection, Mapping
+from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, Self
@@ -27,7 +27,7 @@ from meteora.artifacts import (
     RouterOptions,
 )
 from meteora.base.sources import PATH, REFERENCES, is_reference
-from meteora.untrusted import config_fields
+from meteora.untrusted.config_fields import MAX_ALPHA, MAX_RANK, Field, fields_of, refuse_unknown
 from meteora.untrusted.findings import MOST_NAMED, Findings, did_you_mean, listed, shortened
 from meteora.untrusted.safetensors_header import MAX_SIZE, NAME
 from meteora.untrusted.strict_json import StrictJSONError, parse_object
@@ -110,21 +110,20 @@ class BaseEntry(Noun):
     @classmethod
     def read(cls, body: Mapping[str, Any], found: Findings) -> Self:
         """Read the reference to a base, in a form of `REFERENCES`."""
-        name, revision = (config_fields.text(body, key, found) for key in ("repo_id", "revision"))
+        field = fields_of(body, found)
+        name, revision = field("repo_id").text(), field("revision").text()
         if not is_reference(name, revision):
             base = f"{shortened(name)!r} at {shortened(revision)!r}"
             found.refuse("base", f"its base is {base}; possible are {REFERENCES}")
-        sizes = config_fields.table(body, "fingerprint", found)
+        fact = fields_of(field("fingerprint").table(), found)
         return cls(
             name,
             revision,
             Fingerprint(
-                architecture=config_fields.text(sizes, "architecture", found),
-                vocabulary_sha256=config_fields.matching(
-                    sizes.get("vocabulary_sha256"), "vocabulary_sha256", SHA256, found
-                ),
+                architecture=fact("architecture").text(),
+                vocabulary_sha256=fact("vocabulary_sha256").matching(SHA256),
                 **{
-                    key: config_fields.whole(sizes.get(key), key, least, MAX_SIZE, found)
+                    key: fact(key).whole(least, MAX_SIZE)
                     for key, least in (
                         ("hidden_size", 1),
                         ("intermediate_size", 1),
@@ -135,8 +134,8 @@ class BaseEntry(Noun):
                     )
                 },
             ),
-            config_fields.text(body, "licence", found),
-            config_fields.one_of(body.get("quantise", ""), "quantise", QUANTISED, found),
+            field("licence").text(),
+            field("quantise", "").one_of(QUANTISED),
         )
 
 
@@ -161,18 +160,15 @@ class ExpertEntry(Noun):
             body = {}
         if reason := check_name(body.get("name")):
             found.refuse("experts", reason)
+        field = fields_of(body, found)
         return cls(
             name=str(body.get("name")),
-            adapter_id=config_fields.matching(
-                body.get("adapter_id"), "adapter_id", ADAPTER_ID, found
-            ),
-            source=config_fields.matching(body.get("source"), "source", SOURCE, found),
-            revision=config_fields.text(body, "revision", found),
-            weights_sha256=config_fields.matching(
-                body.get("weights_sha256"), "weights_sha256", SHA256, found
-            ),
-            licence=config_fields.text(body, "licence", found),
-            r=config_fields.matching(body.get("r"), "r", RANKS, found),
+            adapter_id=field("adapter_id").matching(ADAPTER_ID),
+            source=field("source").matching(SOURCE),
+            revision=field("revision").text(),
+            weights_sha256=field("weights_sha256").matching(SHA256),
+            licence=field("licence").text(),
+            r=field("r").matching(RANKS),
         )
 
 
@@ -198,25 +194,19 @@ class ModuleEntry:
         if not isinstance(body, dict):
             found.refuse("modules", f"{where} is {shortened(body)!r}, not a table")
             body = {}
-        config_fields.refuse_unknown(body, where, {"in", "out", "ranks", "scaling"}, found)
-        ranks, scaling = (
-            tuple(config_fields.rows(body, key, MAX_EXPERTS, found)) for key in ("ranks", "scaling")
-        )
+        refuse_unknown(body, where, {"in", "out", "ranks", "scaling"}, found)
+        field = fields_of(body, found)
+        ranks, scaling = (tuple(field(key).rows(MAX_EXPERTS)) for key in ("ranks", "scaling"))
         if not len(ranks) == len(scaling) == num_experts:
             found.refuse("ranks", f"{where} has {len(ranks)} ranks for {num_experts} experts")
         for rank in ranks:
-            if type(rank) is not int or not 0 <= rank <= config_fields.MAX_RANK:
-                config_fields.rank(rank, f"a rank of {where}", found)
+            if type(rank) is not int or not 0 <= rank <= MAX_RANK:
+                Field(rank, f"a rank of {where}", found).rank()
         for rank, scale in zip(ranks, scaling, strict=False):
-            if type(scale) is not float or not MIN_FACTOR <= scale <= config_fields.MAX_ALPHA:
+            if type(scale) is not float or not MIN_FACTOR <= scale <= MAX_ALPHA:
                 least = MIN_FACTOR if rank else 0.0
-                config_fields.real(
-                    scale, f"a scaling of {where}", least, config_fields.MAX_ALPHA, found
-                )
-        sizes = (
-            config_fields.whole(body.get(key), f"{key} of {where}", 1, MAX_SIZE, found)
-            for key in ("in", "out")
-        )
+                Field(scale, f"a scaling of {where}", found).real(least, MAX_ALPHA)
+        sizes = (field(k, where=f"{k} of {where}").whole(1, MAX_SIZE) for k in ("in", "out"))
         return cls(*sizes, ranks, scaling)
 
 
@@ -287,20 +277,18 @@ class Manifest:
     @classmethod
     def _read(cls, body: Mapping[str, Any], found: Findings) -> Self:
         known = {field.name for field in fields(cls)} | {"format_version"}
-        config_fields.refuse_unknown(body, MANIFEST, known, found)
-        experts = tuple(
-            ExpertEntry.read(entry, found)
-            for entry in config_fields.rows(body, "experts", MAX_EXPERTS, found)
-        )
+        refuse_unknown(body, MANIFEST, known, found)
+        field = fields_of(body, found)
+        experts = tuple(ExpertEntry.read(one, found) for one in field("experts").rows(MAX_EXPERTS))
         names = [expert.name for expert in experts]
         if len({*names}) < len(names) or not names:
             found.refuse("experts", "its experts do not have different names, or it has none")
-        modules = config_fields.table(body, "modules", found)
+        modules = field("modules").table()
         if len(modules) > MAX_MODULES:
             found.refuse("modules", f"it has {len(modules)} modules, more than {MAX_MODULES}")
             modules = {}
         entries = {
-            config_fields.matching(path, "the path of a module", NAME, found): ModuleEntry.read(
+            Field(path, "the path of a module", found).matching(NAME): ModuleEntry.read(
                 path, entry, len(experts), found
             )
             for path, entry in modules.items()
@@ -309,14 +297,14 @@ class Manifest:
         if idle := [name for e, name in enumerate(names) if e not in used]:
             found.refuse("experts", f"no module has a rank of {listed(idle)}")
         return cls(
-            base=BaseEntry.read(config_fields.table(body, "base", found), found),
+            base=BaseEntry.read(field("base").table(), found),
             experts=experts,
             modules=entries,
-            router=read_router(config_fields.table(body, "router", found), names, found),
-            gates=_read_gates(body, found),
-            fused_id=_text_of(body, "fused_id", FUSED_ID, found),
-            router_id=_text_of(body, "router_id", ROUTER_ID, found),
-            files=_read_files(body, found),
+            router=read_router(field("router").table(), names, found),
+            gates=_read_gates(field("gates")),
+            fused_id=field("fused_id").matching(FUSED_ID) if body.get("fused_id") else "",
+            router_id=field("router_id").matching(ROUTER_ID) if body.get("router_id") else "",
+            files=_read_files(field("files", {})),
         )
 
 
@@ -326,72 +314,59 @@ def read_router(body: Mapping[str, Any], names: Collection[str], found: Findings
     Args:
         names: of the experts
     """
-    config_fields.refuse_unknown(body, "router", {f.name for f in fields(RouterOptions)}, found)
-    margin = body.get("margin")
-    stand_in = config_fields.one_of(body.get("stand_in", ""), "stand_in", STAND_INS, found)
-    stand_ins = tuple(_read_stand_ins(body, names, found))
+    refuse_unknown(body, "router", {f.name for f in fields(RouterOptions)}, found)
+    field = fields_of(body, found)
+    stand_in = field("stand_in", "").one_of(STAND_INS)
+    stand_ins = tuple(_read_stand_ins(field("stand_ins", []), names))
     if stand_ins and not stand_in:
         found.refuse("stand_in", "stand_in is empty, and there are experts without examples")
     if stand_ins and len(stand_ins) == len(names):
         found.refuse("stand_ins", "stand_ins names all experts; one or more have examples")
     return RouterOptions(
-        kind=config_fields.one_of(body.get("kind"), "router.kind", ROUTER_KINDS, found),
-        top_k=config_fields.whole(body.get("top_k"), "top_k", 1, MAX_EXPERTS, found),
-        temperature=config_fields.real(
-            body.get("temperature"), "temperature", MIN_FACTOR, MAX_TEMPERATURE, found
-        ),
-        margin=margin
-        if margin is None
-        else config_fields.real(margin, "margin", 0.0, MAX_MARGIN, found),
-        opening=config_fields.one_of(body.get("opening", "own"), "opening", OPENINGS, found),
-        null=config_fields.flag(body, "null", found),
-        share=config_fields.one_of(body.get("share", "module"), "share", SHARES, found),
+        kind=field("kind", where="router.kind").one_of(ROUTER_KINDS),
+        top_k=field("top_k").whole(1, MAX_EXPERTS),
+        temperature=field("temperature").real(MIN_FACTOR, MAX_TEMPERATURE),
+        margin=None if body.get("margin") is None else field("margin").real(0.0, MAX_MARGIN),
+        opening=field("opening", "own").one_of(OPENINGS),
+        null=field("null").flag(),
+        share=field("share", "module").one_of(SHARES),
         stand_in=stand_in,
         stand_ins=stand_ins,
     )
 
 
-def _read_stand_ins(body: Mapping[str, Any], names: Collection[str], found: Findings) -> list[str]:
+def _read_stand_ins(field: Field, names: Collection[str]) -> list[str]:
     """Read the names of experts without examples, in the order of their columns."""
-    stand_ins = config_fields.rows({"stand_ins": [], **body}, "stand_ins", MAX_EXPERTS, found)
+    stand_ins = field.rows(MAX_EXPERTS)
     known = [name for name in stand_ins if isinstance(name, str) and name in names]
     if len({*known}) < len(stand_ins):
-        found.refuse("stand_ins", "stand_ins does not name different experts of the checkpoint")
+        field.refuse("does not name different experts of the checkpoint")
     return known
 
 
-def _read_gates(body: Mapping[str, Any], found: Findings) -> dict[str, Any]:
+def _read_gates(field: Field) -> dict[str, Any]:
     """Read the facts about the gates' fit; empty for a router without gates."""
-    gates = config_fields.plain(config_fields.table(body, "gates", found), "gates", found)
-    if not isinstance(gates, dict) or not gates:
+    if not field.table():
         return {}
-    config_fields.matching(gates.get("method"), "gates.method", METHOD, found)
-    config_fields.whole(gates.get("num_tokens"), "gates.num_tokens", 0, 1 << 62, found)
+    gates = field.plain()
+    fact = fields_of(gates, field.found)
+    fact("method", where="gates.method").matching(METHOD)
+    fact("num_tokens", where="gates.num_tokens").whole(0, 1 << 62)
     return gates
 
 
-def _read_files(body: Mapping[str, Any], found: Findings) -> dict[str, str]:
-    files = config_fields.table(body, "files", found) if "files" in body else {}
+def _read_files(field: Field) -> dict[str, str]:
+    files = field.table()
     if not files.keys() <= {*TENSORS}:
-        found.refuse("files", f"files names {listed([*files])}; {listed(TENSORS)} are possible")
-    return {
-        name: config_fields.matching(sha256, f"files[{shortened(name)}]", SHA256, found)
-        for name, sha256 in files.items()
-    }
+        field.refuse(f"names {listed([*files])}; {listed(TENSORS)} are possible")
+    fact = fields_of(files, field.found)
+    return {name: fact(name, where=f"files[{shortened(name)}]").matching(SHA256) for name in files}
 
 
-def _text_of(body: Mapping[str, Any], key: str, pattern: re.Pattern[str], found: Findings) -> str:
-    """Read a text of a given form; empty where the field is not set."""
-    return config_fields.matching(body[key], key, pattern, found) if body.get(key) else ""
-
-
-def no_expert(folder: Path, manifest: Manifest, name: str) -> str:
-    """Return the message that a checkpoint has no expert of this name."""
-    names = manifest.names
-    return (
-        f"there is no expert {name!r}{did_you_mean(name, names)}; {folder} has"
-        f" {listed(names, MOST_NAMED)}"
-    )
+def no_expert(name: str, names: Sequence[str], owner: object) -> str:
+    """Return the message that the owner of experts of these names has no other."""
+    similar, known = did_you_mean(name, names), listed([*names], MOST_NAMED)
+    return f"there is no expert {name!r}{similar}; {owner} has {known}"
 
 
 def _parse(data: bytes) -> dict[str, Any]:

@@ -52,8 +52,6 @@ def load_tokenizer(
     manifest = read_manifest(folder)
     options = base_download(checkpoint_folder, manifest, download)
     source = _find_base(manifest, base_folder, options, weights=False)
-    if source.is_file():
-        return loading.load_tokenizer(source.parent, gguf_file=source.name, options=settings)
     return loading.load_tokenizer(source, options=settings)
 
 

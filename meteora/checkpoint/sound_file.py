@@ -7,9 +7,10 @@ infinite.
 
 from __future__ import annotations
 
-from collections.abc import Collection, Generator, Mapping
+from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from safetensors import SafetensorError, safe_open
 
@@ -17,7 +18,7 @@ from meteora.adapters import finite
 from meteora.artifacts import file_sha256
 from meteora.checkpoint.manifest import MANIFEST, CheckpointError, Manifest
 from meteora.untrusted.findings import listed, shortened
-from meteora.untrusted.safetensors_header import HeaderError, TensorInfo, read_header
+from meteora.untrusted.safetensors_header import HeaderError, read_header
 
 AGAIN = "download or build the checkpoint again"
 
@@ -40,19 +41,13 @@ def open_sound(
         raise CheckpointError(
             f"{folder}: there is no {name} in it; the checkpoint is not whole, {AGAIN}"
         )
-    tensors = _read_header(path)
-    expected = manifest.files.get(name)
-    if expected is not None and file_sha256(path) != expected:
-        raise CheckpointError(
-            f"{path}: it is damaged, or belongs to another {MANIFEST}: its SHA-256 is not the one"
-            f" that is named there; {AGAIN}"
-        )
-    if foreign := sorted({info.dtype for info in tensors.values()}.difference(dtypes)):
-        raise CheckpointError(
-            f"{path}: it has tensors of {listed(foreign)}, where {', '.join(dtypes)} are possible;"
-            f" {AGAIN}"
-        )
-    _refuse_not_finite(path, tensors)
+    try:
+        with path.open("rb") as file:
+            _check(file, path, manifest.files.get(name), dtypes)
+    except HeaderError as error:
+        raise CheckpointError(f"{path}: it is damaged: {error}; {AGAIN}") from None
+    except EOFError as error:
+        raise CheckpointError(f"{path}: {error}; {AGAIN}") from None
     try:
         with safe_open(path, framework="pt") as file:
             yield file
@@ -63,20 +58,19 @@ def open_sound(
         ) from error
 
 
-def _read_header(path: Path) -> dict[str, TensorInfo]:
-    try:
-        with path.open("rb") as file:
-            # a dropped expert can leave modules without ranks, whose tensors are empty
-            return read_header(file, path.stat().st_size, empty=True)
-    except HeaderError as error:
-        raise CheckpointError(f"{path}: it is damaged: {error}; {AGAIN}") from None
-
-
-def _refuse_not_finite(path: Path, tensors: Mapping[str, TensorInfo]) -> None:
-    try:
-        with path.open("rb") as file:
-            bad = [key for key, info in tensors.items() if not finite.scan(file, info).finite]
-    except EOFError as error:
-        raise CheckpointError(f"{path}: {error}; {AGAIN}") from None
-    if bad:
+def _check(file: BinaryIO, path: Path, sha256: str | None, dtypes: Collection[str]) -> None:
+    """Refuse a file with another hash, other types, or numbers that are not finite."""
+    # a dropped expert can leave modules without ranks, whose tensors are empty
+    tensors = read_header(file, path.stat().st_size, empty=True)
+    if sha256 is not None and file_sha256(path) != sha256:
+        raise CheckpointError(
+            f"{path}: it is damaged, or belongs to another {MANIFEST}: its SHA-256 is not the one"
+            f" that is named there; {AGAIN}"
+        )
+    if foreign := sorted({info.dtype for info in tensors.values()}.difference(dtypes)):
+        raise CheckpointError(
+            f"{path}: it has tensors of {listed(foreign)}, where {', '.join(dtypes)} are possible;"
+            f" {AGAIN}"
+        )
+    if bad := [key for key, info in tensors.items() if not finite.scan(file, info).finite]:
         raise CheckpointError(f"{path}: NaN or infinity is in {listed(bad)}; {AGAIN}")

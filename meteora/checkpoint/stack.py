@@ -23,7 +23,7 @@ from torch import Tensor
 
 from meteora.adapters.weights import DTYPES, AdapterWeights
 from meteora.artifacts import AdapterModule, AdapterSpec, MeteoraError
-from meteora.checkpoint.interleave import StackOfA, StackOfB, staging
+from meteora.checkpoint.interleave import StackOfB, rows_of_a, staging
 from meteora.checkpoint.manifest import ModuleEntry
 from meteora.checkpoint.tensors import write_experts
 
@@ -80,10 +80,6 @@ def stack_adapters(adapters: Sequence[Adapter], out: Path) -> None:
     entries, dtype = module_entries(specs), common_dtype(specs)
 
     def rows() -> Iterator[tuple[Iterator[Tensor], Iterator[Tensor]]]:
-        stacks_of_a = {
-            sizes: StackOfA(*sizes, dtype)
-            for sizes in {(_owned(entry), entry.in_features) for entry in entries.values()}
-        }
         stacks_of_b = {
             sizes: StackOfB(*sizes, dtype)
             for sizes in {(_owned(entry), entry.out_features) for entry in entries.values()}
@@ -94,12 +90,9 @@ def stack_adapters(adapters: Sequence[Adapter], out: Path) -> None:
         with ExitStack() as files:
             opened = _opened(adapters, files)
             for path, entry in entries.items():
-                ranks = _owned(entry)
                 sources = [(file, names[path]) for file, names in opened if path in names]
-                yield (
-                    stacks_of_a[ranks, entry.in_features].rows(sources),
-                    stacks_of_b[ranks, entry.out_features].rows(sources),
-                )
+                stack_of_b = stacks_of_b[_owned(entry), entry.out_features]
+                yield rows_of_a(sources, dtype), stack_of_b.rows(sources)
 
     write_experts(out, entries, dtype, rows())
 

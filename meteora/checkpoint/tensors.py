@@ -35,13 +35,13 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from meteora.adapters.tensors import place_of
 from meteora.adapters.weights import DTYPES, bytes_of
 from meteora.artifacts import canonical_json
+from meteora.artifacts.specs import place_of
 from meteora.base.chat_template import Template
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError
 from meteora.checkpoint.sound_file import AGAIN, open_sound
-from meteora.untrusted import config_fields
+from meteora.untrusted.config_fields import Field, fields_of, refuse_unknown
 from meteora.untrusted.findings import Findings, listed, shortened
 from meteora.untrusted.strict_json import StrictJSONError, parse_object
 
@@ -348,21 +348,23 @@ def _read_notes(file: safe_open, path: Path, manifest: Manifest) -> tuple[dict[s
         notes = parse_object((file.metadata() or {}).get(NOTES, "{}").encode())
     except StrictJSONError as error:
         raise CheckpointError(f"{path}: its notes are damaged: {error}; {AGAIN}") from None
-    config_fields.refuse_unknown(notes, "its notes", ("follows", "template"), found)
-    follows = config_fields.table({"follows": {}, **notes}, "follows", found)
+    refuse_unknown(notes, "its notes", ("follows", "template"), found)
+    note = fields_of(notes, found)
+    follows = note("follows", {}).table()
     for module, leader in follows.items():
         if not _can_follow(module, leader, follows, manifest):
             found.refuse(
                 "follows",
                 f"{shortened(module)} follows {shortened(leader)}, which is no earlier gate",
             )
-    template = config_fields.table({"template": {}, **notes}, "template", found)
+    template = note("template", {}).table()
     parts = [one.name for one in fields(Template)]
-    config_fields.refuse_unknown(template, "the template", parts, found)
+    refuse_unknown(template, "the template", parts, found)
+    field = fields_of(template, found)
     tokens = {
         part: tuple(
-            config_fields.whole(token, f"a token of {part}", 0, MAX_TOKEN, found)
-            for token in config_fields.rows({part: [], **template}, part, MAX_TEMPLATE, found)
+            Field(token, f"a token of {part}", found).whole(0, MAX_TOKEN)
+            for token in field(part, []).rows(MAX_TEMPLATE)
         )
         for part in parts
     }

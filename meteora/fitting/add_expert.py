@@ -15,7 +15,6 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -34,7 +33,9 @@ from meteora.fitting.sequences import (
     batched,
     by_kind,
     hold_out,
+    renumbered,
 )
+from meteora.fitting.statistics import Fit, without
 from meteora.model.fused import expert_names
 from meteora.model.opening_offsets import find_offsets
 
@@ -50,20 +51,6 @@ DRAWN = 512
 """Most tokens of each other expert that are drawn at a point; of all together `MAX_ROWS`."""
 
 
-@dataclass(frozen=True)
-class Growth:
-    """The result of a sweep over a new expert's examples; the gates themselves are in the model."""
-
-    statistics: dict[str, PointStatistics]
-    """The statistics of all experts, by the path of each point's first module."""
-    num_tokens: int
-    """Labelled tokens in the new expert's examples."""
-    heldout_accuracy: float
-    """Share of the new expert's held-out tokens that go to it, weighted as in the fit (`by_kind`);
-    the mean over input points."""
-    wall_seconds: float
-
-
 def grow(
     model: PreTrainedModel,
     sequences: Sequence[LabelledSequence],
@@ -72,7 +59,7 @@ def grow(
     options: RouterOptions,
     *,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> Growth:
+) -> Fit:
     """Give every gate a row for one more expert, from its examples and the others' statistics.
 
     Args:
@@ -94,10 +81,7 @@ def grow(
     expert = _new_expert(model, sequences, statistics)
     names = expert_names(model)
     null = names[-1] == NULL
-    alone = [
-        replace(s, experts=tuple(0 if e == expert else UNLABELLED for e in s.experts))
-        for s in sequences
-    ]
+    alone = [renumbered(sequence, [expert]) for sequence in sequences]
     heldout = hold_out(alone, [names[expert]], seed=0)
     batches = list(batched(alone, heldout, input_device(model)))
     grown: dict[str, PointStatistics] = {}
@@ -131,11 +115,11 @@ def grow(
         offsets=offsets,
         progress=progress,
     )
-    return Growth(
-        statistics=grown,
+    return Fit(
         num_tokens=sum(int((batch.labels != UNLABELLED).sum()) for batch in batches),
         heldout_accuracy=sum(accuracies) / len(accuracies),
         wall_seconds=time.perf_counter() - started,
+        statistics=grown,
     )
 
 
@@ -149,7 +133,7 @@ def _more_offsets(
     if not before:
         return {}
     pairs = [(sequence.input_ids, sequence.experts) for sequence in sequences]
-    new = find_offsets(model, pairs, expert_names(model).index(SHARED), list(before))
+    new = find_offsets(model, pairs, list(before))
     more = {}
     for path, rows in before.items():
         own = new[path][expert] if path in new else torch.zeros(rows.shape[1])
@@ -210,16 +194,13 @@ def _apart(
     inputs: Iterator[Tensor], batches: Sequence[Batch]
 ) -> tuple[list[tuple[float, Tensor]], list[tuple[float, Tensor]]]:
     """The labelled tokens of the sequences to fit, and of the held-out ones, each by kind."""
-    by_half = []
     halves: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
     for x, batch in zip(inputs, batches, strict=True):
         for held in (False, True):
             chosen = (batch.labels != UNLABELLED) & (batch.heldout == held)
             halves[held].append((x[chosen].float(), batch.openings[chosen]))
-    for parts in halves:
-        tokens, openings = (torch.cat(column) for column in zip(*parts, strict=True))
-        by_half.append(by_kind(tokens, openings))
-    return by_half[0], by_half[1]
+    fitted, checked = (by_kind(*map(torch.cat, zip(*half, strict=True))) for half in halves)
+    return fitted, checked
 
 
 def _new_expert(
@@ -256,17 +237,16 @@ def drop(
         expert: its number
         modules: the modules that stay, by their paths
     """
-    own = {}
-    for path, (weight, bias) in gates.own.items():
-        kept = [e for e in range(len(bias)) if e != expert]
-        if path in modules:
-            own[path] = weight[kept], bias[kept]
+    own = {
+        path: (without(weight, expert), without(bias, expert))
+        for path, (weight, bias) in gates.own.items()
+        if path in modules
+    }
     follows = {path: leader for path, leader in gates.follows.items() if path in modules}
-    offsets = {}
-    for path, rows in gates.offsets.items():
-        if path in modules:
-            left = rows[[e for e in range(len(rows)) if e != expert]]
-            offsets[path] = left if len(modules[path].ranks) > 1 else torch.zeros_like(left)
+    offsets = {p: without(rows, expert) for p, rows in gates.offsets.items() if p in modules}
+    for path, rows in offsets.items():
+        if len(modules[path].ranks) == 1:
+            rows.zero_()
     points = {}
     for path, point in statistics.items():
         # where each module has a gate, those that share an input have the same one

@@ -48,7 +48,7 @@ from meteora.fitting.sequences import (
     sampled,
     token_weights,
 )
-from meteora.fitting.statistics import PointStatistics
+from meteora.fitting.statistics import Fit, PointStatistics
 from meteora.fitting.training_state import FittedPoint
 from meteora.model.fused import expert_names, without_dropout
 from meteora.model.opening_offsets import find_offsets
@@ -71,25 +71,6 @@ if TYPE_CHECKING:
 
 MAX_TOKEN_BYTES = 1 << 30
 """Up to this size all tokens of a point are kept in memory; above it, a sample."""
-
-
-@dataclass(frozen=True)
-class Calibration:
-    """The result of a sweep; the gates themselves are in the model."""
-
-    num_tokens: int
-    """Labelled tokens that the gates were fitted on."""
-    heldout_accuracy: float
-    """Share of held-out tokens that go to their own expert, weighted as in the fit
-    (`token_weights`); the mean over input points. In a crossed sweep each half is held out once."""
-    accuracy_of: dict[str, float]
-    """The same for each input point, by the path of its first module."""
-    statistics: dict[str, PointStatistics]
-    """Statistics of each input point, by the path of its first module. With them an expert can be
-    added later."""
-    wall_seconds: float
-    not_crossed: tuple[str, ...] = ()
-    """The experts with tokens in one half alone: because of them a sweep was not crossed."""
 
 
 _Tensors = tuple[torch.Tensor, torch.Tensor]
@@ -148,7 +129,7 @@ def calibrate(
     scratch: Path | None = None,
     folder: Path | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> Calibration:
+) -> Fit:
     """Give every routed layer a gate that is fitted to `sequences`, in place.
 
     Args:
@@ -182,11 +163,12 @@ def calibrate(
             f" or more of one, or a router of kind {options.stand_in!r}"
         )
     names = [choices[e] for e in fitted]
-    added: dict[str, Tensor] = {}
-    if offsets and SHARED in choices:
-        pairs = [(s.input_ids, s.experts) for s in sequences]
-        added = find_offsets(model, pairs, choices.index(SHARED))
-    sequences = [renumbered(sequence, fitted) for sequence in sequences]
+    pairs = [(s.input_ids, s.experts) for s in sequences]
+    added = find_offsets(model, pairs) if offsets else {}
+    if without:  # a stand-in is scaled on the tokens of each point, so it is fitted each time
+        sequences = [renumbered(sequence, fitted) for sequence in sequences]
+        own = options.share if options.share == "turn" else "module"
+        options, folder = replace(options, share=own), None
     device = input_device(model)
     divided = _divided(sequences, names, seed, device, crossed=crossed and refined)
     batches, halves, not_crossed = divided
@@ -223,9 +205,6 @@ def calibrate(
         asked = options, layer, without, heldout_tokens, GIVEN_UP
         return StandIn.scaled(*asked) if without else None
 
-    if without:  # a stand-in is scaled on the tokens of each point, so it is fitted each time
-        own = options.share if options.share == "turn" else "module"
-        options, folder = replace(options, share=own), None
     asked = [asdict(options), refined, offsets, seed, template and asdict(template), crossed]
     sha256 = _asked_sha256(model, sequences, asked)
     once = _Once(fit, folder, sha256, halves)
@@ -241,7 +220,7 @@ def calibrate(
         scratch=scratch,
         progress=progress,
     )
-    return Calibration(
+    return Fit(
         num_tokens=sum(int((b.labels != UNLABELLED).sum()) for b in batches),
         heldout_accuracy=sum(once.accuracy_of.values()) / len(once.accuracy_of),
         accuracy_of=once.accuracy_of,

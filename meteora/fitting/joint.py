@@ -12,7 +12,7 @@ from __future__ import annotations
 import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import asdict, dataclass
+from dataclasses import asdict
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -21,7 +21,7 @@ from accelerate import Accelerator
 from accelerate.utils import DistributedType, broadcast
 from torch import Tensor
 
-from meteora.artifacts import SHARED, JointSettings, RouterOptions, canonical_sha256
+from meteora.artifacts import JointSettings, RouterOptions, canonical_sha256
 from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
 from meteora.base.placement import input_device, is_offloaded, own_head, settle
 from meteora.fitting.calibrate import calibrate
@@ -36,6 +36,7 @@ from meteora.fitting.losses import (
     loss_weights,
 )
 from meteora.fitting.sequences import Batch, LabelledSequence, TrainingError, owned
+from meteora.fitting.statistics import Fit
 from meteora.fitting.training_state import TrainingState, chosen_sequences, learning_rate
 from meteora.model.fused import expert_names
 from meteora.model.opening_offsets import find_offsets
@@ -58,18 +59,6 @@ class DivergedError(TrainingError):
     """A loss or a gradient is no longer finite."""
 
 
-@dataclass(frozen=True)
-class Training:
-    """The result of a training; the gates themselves are in the model."""
-
-    num_tokens: int
-    """Labelled tokens of all sequences."""
-    heldout_accuracy: None
-    """None: all sequences are trained on, and none is held out."""
-    wall_seconds: float
-    """Without the time of an earlier call that this one resumed."""
-
-
 def train_jointly(
     model: PreTrainedModel,
     sequences: Sequence[LabelledSequence],
@@ -85,7 +74,7 @@ def train_jointly(
     sharded: bool | None = None,
     scratch: Path | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
-) -> Training:
+) -> Fit:
     """Give every routed layer a gate that is trained on `sequences`, in place.
 
     Under `accelerate launch` the processes share every batch, and the gates are those of a single
@@ -165,7 +154,7 @@ def train_jointly(
                 if (step + 1) % checkpoint_every == 0 or step + 1 == settings.steps:
                     save(step + 1)
                 progress(step + 1, settings.steps)
-    return Training(
+    return Fit(
         num_tokens=Counts.of(sequences).labelled,
         heldout_accuracy=None,
         wall_seconds=time.perf_counter() - started,
@@ -191,13 +180,12 @@ def _first_gates(
     Args:
         further: arguments of `calibrate`
     """
-    names = expert_names(model)
     # gates that start at zero need no fit, only their places: two sequences of each expert suffice
-    few = sequences if calibrated else _two_of_each(sequences, names)
+    few = sequences if calibrated else _two_of_each(sequences, expert_names(model))
     calibrate(model, few, options, refined=False, offsets=offsets and calibrated, **further)
-    if offsets and not calibrated and SHARED in names:
+    if offsets and not calibrated:
         pairs = [(sequence.input_ids, sequence.experts) for sequence in sequences]
-        rows = find_offsets(model, pairs, names.index(SHARED))
+        rows = find_offsets(model, pairs)
         for path, layer in routed_layers(model).items():
             give_offsets(layer, rows.get(path))
     return learning_gates(model, zeros=not calibrated)

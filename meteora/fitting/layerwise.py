@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora.artifacts import MeteoraError
+from meteora.artifacts.specs import place_of
 from meteora.base import placement
 from meteora.base.placement import replaced_forward
 from meteora.routing.layer import MoELoRALinear, routed_layers
@@ -303,14 +304,14 @@ def _by_layer(model: PreTrainedModel) -> tuple[str, dict[int, dict[str, MoELoRAL
     by_layer: dict[int, dict[str, MoELoRALinear]] = defaultdict(dict)
     prefixes = set()
     for path, layer in routed_layers(model).items():
-        match = placement.LAYER.match(path)
-        if match is None:
+        place = place_of(path)
+        if place is None:
             raise SweepError(
                 f"{path} is not inside a numbered layer, so gates cannot be fitted layer by"
                 " layer; leave the adapters that target it out, or use a router without gates"
             )
-        prefixes.add(match[1])
-        by_layer[int(match[2])][path] = layer
+        prefixes.add(place.stem)
+        by_layer[place.layer][path] = layer
     if len(prefixes) != 1:
         raise SweepError(
             f"the routed modules lie in {', '.join(sorted(prefixes)) or 'no layers'}; gates can"

@@ -30,7 +30,8 @@ from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
 from torch.utils.checkpoint import checkpoint
 
-from meteora.base.placement import LAYER, replaced_forward
+from meteora.artifacts.specs import place_of
+from meteora.base.placement import replaced_forward
 from meteora.fitting.sequences import (
     UNLABELLED,
     Batch,
@@ -195,9 +196,9 @@ def _sum_of_losses(logits: Tensor, labels: Tensor, weights: Tensor | None = None
 
 def decoder_layers(model: nn.Module, paths: Iterable[str]) -> list[nn.Module]:
     """The numbered layers that hold these modules or parameters, in order."""
-    matches = [LAYER.match(path) for path in paths]
-    paths = dict.fromkeys(match[0].rstrip(".") for match in matches if match)
-    return [model.get_submodule(path) for path in paths]
+    places = filter(None, map(place_of, paths))
+    layers = dict.fromkeys(f"{place.stem}.{place.layer}" for place in places)
+    return [model.get_submodule(path) for path in layers]
 
 
 @contextmanager

@@ -58,11 +58,9 @@ class LabelledSequence:
 
 
 def renumbered(sequence: LabelledSequence, kept: Sequence[int]) -> LabelledSequence:
-    """The same sequence with each expert `e` renumbered to its position in `kept`."""
-    if all(e == place for place, e in enumerate(kept)):
-        return sequence
-    places = {e: place for place, e in enumerate(kept)} | {UNLABELLED: UNLABELLED}
-    return replace(sequence, experts=tuple(places[e] for e in sequence.experts))
+    """The same sequence with experts numbered by their positions in `kept`, and no others."""
+    places = {e: place for place, e in enumerate(kept)}
+    return replace(sequence, experts=tuple(places.get(e, UNLABELLED) for e in sequence.experts))
 
 
 @dataclass(frozen=True)

@@ -1,9 +1,12 @@
-"""Statistics of the tokens at an input point: enough to fit its gate again without the tokens."""
+"""Statistics of the tokens at an input point: enough to fit its gate again without the tokens.
+
+`Fit`, the result of a fit, has those of all points.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Self
 
@@ -104,8 +107,7 @@ class PointStatistics:
 
     def without(self, expert: int) -> Self:
         """The statistics without one expert's mean; the shared covariance stays as it is."""
-        kept = [e for e in range(len(self.means)) if e != expert]
-        return type(self)(self.means[kept], self.shift, self.rows, self.scalars)
+        return replace(self, means=without(self.means, expert))
 
     def grown(self, kinds: Sequence[tuple[float, Tensor]], expert: int) -> tuple[Self, Rows]:
         """The statistics with one more expert, and the covariance of all experts together.
@@ -128,6 +130,32 @@ class PointStatistics:
         means = self.means.double()
         means = torch.cat([means[:expert], mean, means[expert:]])
         return self._kept(means, self.shift, covariance, self.shrinkage), covariance
+
+
+@dataclass(frozen=True)
+class Fit:
+    """The result of a fit or a training; the gates themselves are in the model."""
+
+    num_tokens: int
+    """Labelled tokens of the examples, of an added expert those of its own."""
+    heldout_accuracy: float | None
+    """Share of held-out tokens that go to their own expert, weighted as in the fit; the mean over
+    input points. In a crossed sweep each half is held out once. None after a joint training, which
+    holds none out."""
+    wall_seconds: float
+    """After a joint training without the time of an earlier call that this one resumed."""
+    statistics: dict[str, PointStatistics] = field(default_factory=dict)
+    """Statistics of each input point, by the path of its first module. With them an expert can be
+    added later. Empty after a joint training."""
+    accuracy_of: dict[str, float] = field(default_factory=dict)
+    """The accuracy at each input point of a sweep, by the path of its first module."""
+    not_crossed: tuple[str, ...] = ()
+    """The experts with tokens in one half alone: because of them a sweep was not crossed."""
+
+
+def without(rows: Tensor, expert: int) -> Tensor:
+    """Rows [E, …] without that of one expert."""
+    return torch.cat([rows[:expert], rows[expert + 1 :]])
 
 
 def write_statistics(path: Path, statistics: Mapping[str, PointStatistics]) -> None:

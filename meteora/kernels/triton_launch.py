@@ -177,10 +177,9 @@ def _add(
     if torch.is_grad_enabled() and any(t.requires_grad for t in (x, a, b, weights)):
         delta = _Differentiable.apply(run, x, a, b, stack, weights, experts)
         return delta if add_to is None else add_to.add_(delta)
-    if add_to is None:
-        return _launch(run, x, stack, weights, experts, x.new_zeros(len(x), len(b)))
-    out = _launch(run, x, stack, weights, experts, add_to.contiguous())
-    return add_to if out is add_to else add_to.copy_(out)  # kernels need contiguous rows
+    start = x.new_zeros(len(x), len(b)) if add_to is None else add_to
+    out = _launch(run, x, stack, weights, experts, start.contiguous())
+    return start if out is start else start.copy_(out)  # kernels need contiguous rows
 
 
 def lora_delta_gather(

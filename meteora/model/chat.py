@@ -251,23 +251,19 @@ class Chat:
         reading, self._reading = self._reading, None
         if reading is None or reading.cache is None or reading.expert != expert:
             return None
-        if not expert and isinstance(watcher_of(self.model), PromptReader):
+        watcher, least = watcher_of(self.model), 1
+        if not expert and isinstance(watcher, PromptReader):
             return None  # the last question decides for all turns
+        # if routers look ahead, the question that decided their routes must be the same
+        if isinstance(watcher, Turns):
+            least = reading.num_prompt
+        elif isinstance(watcher, PromptOpening):
+            least = reading.num_first
         length = len(common_beginning(reading.ids, ids[:-1]))
-        if length < self._least(reading):
+        if length < least:
             return None
         reading.cut(length)
         return reading
-
-    def _least(self, reading: _Reading) -> int:
-        """The least tokens that a prompt must share with a reading to reuse it.
-
-        If routers look ahead, these must include the question that decided their routes.
-        """
-        watcher = watcher_of(self.model)
-        if isinstance(watcher, Turns):
-            return reading.num_prompt
-        return reading.num_first if isinstance(watcher, PromptOpening) else 1
 
     def _keep(
         self,

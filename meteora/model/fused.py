@@ -22,7 +22,7 @@ from meteora.base import loading
 from meteora.base.placement import PlacementError, is_offloaded, placed
 from meteora.base.sources import PATH, weights_sha256
 from meteora.checkpoint import tensors
-from meteora.checkpoint.manifest import Manifest, ModuleEntry, read_manifest
+from meteora.checkpoint.manifest import Manifest, ModuleEntry, no_expert, read_manifest
 from meteora.checkpoint.resolve import base_download, find_checkpoint, load_base
 from meteora.kernels.addmm import experts_dtype, weight_of
 from meteora.kernels.stack import Choice, ExpertStack, mean_of_all, own_choices
@@ -32,7 +32,6 @@ from meteora.routing.gates import insert_gates, route_again_as_before
 from meteora.routing.layer import MoELoRALinear, RoutedExperts, routed_by, routed_layers
 from meteora.routing.routers import Fixed, Random, Router
 from meteora.routing.weight_scores import KINDS
-from meteora.untrusted.findings import MOST_NAMED, did_you_mean, listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -336,10 +335,7 @@ def expert_names(model: PreTrainedModel) -> list[str]:
 def check_expert(name: str, names: Sequence[str]) -> None:
     """Raise an `UnknownExpertError` for a name that is not among a model's experts."""
     if name not in names:
-        raise UnknownExpertError(
-            f"there is no expert {name!r}{did_you_mean(name, names)}; this model has"
-            f" {listed([*names], MOST_NAMED)}"
-        )
+        raise UnknownExpertError(no_expert(name, names, "this model"))
 
 
 @contextmanager

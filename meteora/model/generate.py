@@ -11,7 +11,7 @@ from transformers import TextStreamer
 
 from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import encode_prompt
-from meteora.base.padding import mask_of, padded, padding_token
+from meteora.base.padding import by_length, mask_of, padded, padding_token
 from meteora.base.placement import input_device
 from meteora.model.shared_prefix import share_prefix
 from meteora.untrusted.findings import for_terminal
@@ -129,9 +129,7 @@ def answer_all(
     """
     pad, ends = padding_token(tokenizer), end_tokens(model, tokenizer)
     answers: list[list[int]] = [[] for _ in prompts]
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
-    for start in range(0, len(prompts), PROMPTS_PER_BATCH):
-        chosen = by_length[start : start + PROMPTS_PER_BATCH]
+    for chosen in by_length(prompts, PROMPTS_PER_BATCH):
         batch = [prompts[i] for i in chosen]
         rows = padded(batch, pad or 0, "left"), mask_of(batch, "left")
         ids, mask = (row.to(input_device(model)) for row in rows)

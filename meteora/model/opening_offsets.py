@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from meteora.artifacts import MeteoraError, RouterOptions
+from meteora.artifacts import SHARED, MeteoraError, RouterOptions
 from meteora.base.padding import mask_of, padded
 from meteora.base.placement import input_device, replaced_forward
-from meteora.model.fused import without_dropout
+from meteora.model.fused import expert_names, without_dropout
 from meteora.routing.layer import MoELoRALinear, routed_by, routed_layers
 from meteora.routing.routers import Router
 
@@ -115,23 +115,25 @@ class _Pairs(Router):
 def find_offsets(
     model: PreTrainedModel,
     sequences: Sequence[tuple[Sequence[int], Sequence[int]]],
-    shared: int,
     modules: Sequence[str] | None = None,
 ) -> dict[str, Tensor]:
     """Compute the offsets of each module and expert, from at most `EXAMPLES` of its examples.
 
     Args:
         model: with its experts inserted; its routers do not change
-        sequences: token ids and the choice of each token; experts are numbered below `shared`
-        shared: the number of the choice that is the mean of all experts
+        sequences: token ids and the choice of each token
         modules: paths of the modules that get offsets; None: see `LEAST_SHARE`
 
     Returns:
-        [C, OUT] in float32 by module path; zero for a choice without examples after an opening
+        [C, OUT] in float32 by module path; zero for a choice without examples after an opening.
+        Empty if the mean of all experts is no choice.
 
     Raises:
         MeteoraError: the base's modules see other rows than one for each token.
     """
+    if SHARED not in (names := expert_names(model)):
+        return {}
+    shared = names.index(SHARED)  # after all experts
     layers = routed_layers(model)
     sums: dict[str, Tensor] = {}
     num_choices, device = next(iter(layers.values())).num_choices, input_device(model)

@@ -16,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from meteora.artifacts import MeteoraError
+from meteora.artifacts.specs import place_of
 from meteora.base.chat_template import encode_prompt
-from meteora.base.placement import LAYER
 from meteora.model.fused import expert_names
 from meteora.model.generate import batch_of, generate_ids
 from meteora.routing.hooks import recorded_routes
@@ -93,8 +93,7 @@ class Trace:
 
 def layers_of(modules: Iterable[str]) -> tuple[int | None, ...]:
     """The layer of each module; None if its path has no number."""
-    matches = (LAYER.match(path) for path in modules)
-    return tuple(int(match[2]) if match else None for match in matches)
+    return tuple(place.layer if (place := place_of(path)) else None for path in modules)
 
 
 def layer_winners(

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import Template
-from meteora.base.padding import mask_of, padded, padding_token
+from meteora.base.padding import by_length, mask_of, padded, padding_token
 from meteora.base.placement import input_device
 from meteora.model.fused import make_router, without_experts
 from meteora.model.generate import PROMPTS_PER_BATCH
@@ -47,7 +47,6 @@ def read_prompts(
     """
     template = Template.of(tokenizer)
     start, end = len(template.opening), len(template.closing)
-    by_length = sorted(range(len(prompts)), key=lambda i: len(prompts[i]))
     means: list[Tensor] = [torch.empty(0)] * len(prompts)
     sizes = torch.zeros(len(prompts), num_experts)
     num_modules = torch.zeros(num_experts)
@@ -71,8 +70,7 @@ def read_prompts(
             norm = make_router(RouterOptions("norm", 1, 1.0), layer)
             hook = partial(measure, norm, has)
             hooks.enter_context(layer.projection.register_forward_hook(hook))
-        for first in range(0, len(prompts), PROMPTS_PER_BATCH):
-            chosen = by_length[first : first + PROMPTS_PER_BATCH]
+        for chosen in by_length(prompts, PROMPTS_PER_BATCH):
             read = [prompts[i] for i in chosen]
             spans.clear()
             for row, i in enumerate(chosen):

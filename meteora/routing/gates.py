@@ -209,8 +209,7 @@ def as_in_this_pass(layers: nn.Module, run: Callable[..., Any]) -> Callable[...,
 
 def route_again_as_before(model: PreTrainedModel) -> None:
     """Make transformers' gradient checkpointing route as `as_in_this_pass` does."""
-    method = "_set_gradient_checkpointing"
-    setattr(model, method, partial(_set_gradient_checkpointing, model))
+    vars(model)["_set_gradient_checkpointing"] = partial(_set_gradient_checkpointing, model)
 
 
 def _set_gradient_checkpointing(model: PreTrainedModel, **options: Any) -> None:  # noqa: ANN401

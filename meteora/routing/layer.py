@@ -36,25 +36,14 @@ class RoutedExperts(nn.Module):
     The adapters are buffers and no parameters, so that no optimiser changes them.
     """
 
-    def __init__(
-        self,
-        stack: ExpertStack,
-        router: Router | None = None,
-        *,
-        cache: ExpertCache | None = None,
-    ) -> None:
-        """Hold experts.
-
-        Args:
-            stack: the experts; mapped if there is a cache
-            cache: copies the chosen experts to the device of the stack's tables
-        """
+    def __init__(self, stack: ExpertStack) -> None:
         super().__init__()
         self.stack = stack
-        self.cache = cache
+        self.cache: ExpertCache | None = None
+        """Copies the chosen experts of a mapped stack to the device of the stack's tables."""
         self._key = object()
         """Identifies this layer in the cache, which other layers may share."""
-        self.router = router
+        self.router: Router | None = None
         self._before: dict[object, Router | None] = {}
         """The router before each open block of `routed_by`, the oldest block first."""
         self.kernel: KernelName | None = None
@@ -191,11 +180,9 @@ class MoELoRALinear(RoutedExperts):
         *,
         cache: ExpertCache | None = None,
     ) -> None:
-        """Wrap `projection`, any module from [..., IN] to [..., OUT]."""
-        super().__init__(stack, router, cache=cache)
-        self.projection = projection
-        if cache is not None:
-            self.stack = stack.to(device_of(projection))
+        """Wrap `projection`, [..., IN] to [..., OUT]; with a cache, `stack` is a mapped one."""
+        super().__init__(stack if cache is None else stack.to(device_of(projection)))
+        self.projection, self.router, self.cache = projection, router, cache
 
     @property
     def weight(self) -> Tensor:

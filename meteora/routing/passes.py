@@ -248,8 +248,7 @@ def set_watcher(model: PreTrainedModel, watcher: Watcher | None) -> None:
     setattr(model, WATCHER, watcher)
     vars(model).pop("generate", None)
     if watcher is not None and watcher.reads_whole:
-        name = "generate"
-        setattr(model, name, partial(_generate_whole, model))
+        vars(model)["generate"] = partial(_generate_whole, model)
 
 
 def _generate_whole(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:  # noqa: ANN401

@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -81,12 +81,9 @@ class ServedExperts:
         self.turns: ServedTurns | None = None
         """The turns of the present pass, if gates decide for whole turns."""
 
-    def __getstate__(self) -> dict[str, Path]:
+    def __reduce__(self) -> tuple[type[Self], tuple[Path]]:
         """Only the folder: another process reads the tensors itself."""
-        return {"folder": self.folder}
-
-    def __setstate__(self, state: dict[str, Path]) -> None:
-        self.__init__(state["folder"])
+        return type(self), (self.folder,)
 
     @cached_property
     def _file(self) -> ExpertsFile:

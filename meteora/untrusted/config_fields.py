@@ -1,12 +1,16 @@
 """Fields of an untrusted config: each is read as its type, or refused with its name.
 
-Each function records what is wrong in `found` and returns a neutral value, so that one reading
-names every fault.
+    field = fields_of(config, found)
+    r, bias = field("r", 8).rank(), field("bias", "none").one_of(BIASES)
+
+Each reading records what is wrong in `found` and returns a neutral value, so that one pass names
+every fault.
 """
 
 from __future__ import annotations
 
 from collections.abc import Callable, Collection, Mapping, Sequence
+from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
 
 from meteora.untrusted.findings import Findings, listed, shortened
@@ -33,6 +37,159 @@ MAX_SHORT = 256
 """Characters of any other text."""
 
 
+@dataclass(frozen=True, slots=True)
+class Field:
+    """One value of a config. None stands for a field that is not set."""
+
+    value: Any
+    where: str
+    """Its name in messages."""
+    found: Findings
+
+    def refuse(self, message: str, code: str = "") -> None:
+        """Record a fault: a clause about the field, and a code if that is not its name."""
+        self.found.refuse(code or self.where, f"{self.where} {message}")
+
+    def text(self) -> str:
+        """Read a short printable text; empty where the field is not set."""
+        value = self.value
+        if value is None:
+            return ""
+        if not isinstance(value, str) or len(value) > MAX_SHORT or not value.isprintable():
+            self.refuse("is not a short text")
+            return ""
+        return value
+
+    def flag(self) -> bool:
+        """Read a boolean; false where the field is not set."""
+        if self.value is not None and type(self.value) is not bool:
+            self.refuse(f"is {shortened(self.value)!r}, neither true nor false")
+        return self.value is True
+
+    def rank(self) -> int:
+        """Read a rank; 0 where it is refused."""
+        value = self.value
+        if type(value) is not int or not 1 <= value <= MAX_RANK:
+            quotes = ", a whole number without quotes" if isinstance(value, str) else ""
+            self.refuse(f"is {shortened(value)!r}; it must be 1 to {MAX_RANK}{quotes}", "rank")
+            return 0
+        return value
+
+    def alpha(self) -> float:
+        """Read an alpha; 0 where it is refused."""
+        read = number(self.value)
+        if read is None or not MIN_ALPHA <= read <= MAX_ALPHA:
+            needed = f"it must be a number from {MIN_ALPHA} to 10^6"
+            self.refuse(f"is {shortened(self.value)!r}; {needed}", "alpha")
+            return 0.0
+        return read
+
+    def whole(self, least: int, most: int) -> int:
+        """Read a whole number; `least` where it is refused."""
+        value = self.value
+        if type(value) is not int or not least <= value <= most:
+            needed = f"it must be a whole number from {least} to {most}"
+            self.refuse(f"is {shortened(value)!r}; {needed}")
+            return least
+        return value
+
+    def real(self, least: float, most: float) -> float:
+        """Read a finite number; `most` where it is refused."""
+        read = number(self.value)
+        if read is None or not least <= read <= most:
+            needed = f"it must be a number from {least:g} to {most:g}"
+            self.refuse(f"is {shortened(self.value)!r}; {needed}")
+            return most
+        return read
+
+    def one_of(self, options: Sequence[str]) -> str:
+        """Read one of several words; the first of them where it is refused."""
+        if not isinstance(self.value, str) or self.value not in options:
+            known = ", ".join(repr(option) for option in options)
+            self.refuse(f"is {shortened(self.value)!r}; it must be one of {known}")
+            return options[0]
+        return self.value
+
+    def matching(self, pattern: re.Pattern[str]) -> str:
+        """Read a printable text of a given form; empty where it is refused."""
+        value = self.value
+        if not isinstance(value, str) or not value.isprintable() or not pattern.fullmatch(value):
+            self.refuse(f"is {shortened(value)!r}, which has another form than needed")
+            return ""
+        return value
+
+    def table(self) -> dict[str, Any]:
+        """Read a table; empty where it is refused."""
+        if not isinstance(self.value, dict):
+            self.refuse(f"is {shortened(self.value)!r}, not a table")
+            return {}
+        return self.value
+
+    def rows(self, most: int) -> list[Any]:
+        """Read a list; empty where it is refused."""
+        if not isinstance(self.value, list) or len(self.value) > most:
+            self.refuse(f"is {shortened(self.value)!r}, not a list of at most {most}")
+            return []
+        return self.value
+
+    def names(self) -> tuple[str, ...]:
+        """Read a list of module names, sorted."""
+        value = self.value or []
+        if not _are_names(value, MAX_NAMES):
+            self.refuse(f"is not a list of at most {MAX_NAMES} names")
+            return ()
+        return tuple(sorted(set(value)))
+
+    def targets(self) -> tuple[str, ...] | str:
+        """Read modules, given by names or by a pattern; empty where the field is not set."""
+        value = self.value
+        if value is None:
+            return ()
+        if isinstance(value, str):
+            if len(value) > MAX_TEXT:
+                self.refuse(f"has {len(value)} characters, more than {MAX_TEXT}", "pattern")
+                return ()
+            return value
+        if not _are_names(value, MAX_ENTRIES):
+            most = f"at most {MAX_ENTRIES} of them"
+            self.refuse(f"is neither a list of names, {most}, nor a pattern")
+            return ()
+        return tuple(sorted(set(value)))
+
+    def patterns(self, read: Callable[[Field], T]) -> tuple[tuple[str, T], ...]:
+        """Read a table of patterns, in the order of the file; `read` reads one of its values."""
+        table = self.value or {}
+        if not isinstance(table, dict) or len(table) > MAX_ENTRIES:
+            self.refuse(f"is not a table of at most {MAX_ENTRIES} modules")
+            return ()
+        return tuple(
+            (name, read(Field(value, f"{self.where}[{shortened(name)}]", self.found)))
+            for name, value in table.items()
+        )
+
+    def plain(self, depth: int = 4) -> Any:  # noqa: ANN401
+        """Read any JSON value of little depth; its texts may have control characters."""
+        value = self.value
+        if value is None or isinstance(value, bool | str) or number(value) is not None:
+            return value
+        if depth and isinstance(value, list):
+            return [Field(item, self.where, self.found).plain(depth - 1) for item in value]
+        if depth and isinstance(value, dict):
+            items = {key: Field(item, self.where, self.found) for key, item in value.items()}
+            return {key: item.plain(depth - 1) for key, item in items.items()}
+        self.refuse("is nested too deeply, or holds a number that is too large")
+        return None
+
+
+def fields_of(config: Mapping[str, Any], found: Findings) -> Callable[..., Field]:
+    """A function that takes the name of a field, and a default, and returns the field."""
+
+    def field(key: str, default: object = None, *, where: str = "") -> Field:
+        return Field(config.get(key, default), where or key, found)
+
+    return field
+
+
 def base_model(name: object, found: Findings) -> str:
     """Read the name of the base; empty if there is none. An odd name gets a warning."""
     if name in (None, ""):
@@ -53,159 +210,11 @@ def base_model(name: object, found: Findings) -> str:
     return name
 
 
-def targets(config: Mapping[str, Any], key: str, found: Findings) -> tuple[str, ...] | str:
-    """Read modules, given by names or by a pattern; empty where the field is not set."""
-    value = config.get(key)
-    if value is None:
-        return ()
-    if isinstance(value, str):
-        if len(value) > MAX_TEXT:
-            found.refuse("pattern", f"{key} has {len(value)} characters, more than {MAX_TEXT}")
-            return ()
-        return value
-    if not _are_names(value, MAX_ENTRIES):
-        found.refuse(
-            key, f"{key} is neither a list of names, at most {MAX_ENTRIES} of them, nor a pattern"
-        )
-        return ()
-    return tuple(sorted(set(value)))
-
-
-def names(config: Mapping[str, Any], key: str, found: Findings) -> tuple[str, ...]:
-    """Read a list of module names, sorted."""
-    value = config.get(key) or []
-    if not _are_names(value, MAX_NAMES):
-        found.refuse(key, f"{key} is not a list of at most {MAX_NAMES} names")
-        return ()
-    return tuple(sorted(set(value)))
-
-
-def _are_names(value: object, most: int) -> TypeGuard[list[str]]:
-    return (
-        isinstance(value, list)
-        and len(value) <= most
-        and all(isinstance(name, str) and len(name) <= MAX_NAME for name in value)
-    )
-
-
-def text(config: Mapping[str, Any], key: str, found: Findings) -> str:
-    """Read a short printable text; empty where the field is not set."""
-    value = config.get(key)
-    if value is None:
-        return ""
-    if not isinstance(value, str) or len(value) > MAX_SHORT or not value.isprintable():
-        found.refuse(key, f"{key} is not a short text")
-        return ""
-    return value
-
-
-def flag(config: Mapping[str, Any], key: str, found: Findings) -> bool:
-    """Read a boolean; false where the field is not set."""
-    value = config.get(key)
-    if value is not None and type(value) is not bool:
-        found.refuse(key, f"{key} is {shortened(value)!r}, neither true nor false")
-    return value is True
-
-
-def pattern_table(
-    config: Mapping[str, Any], key: str, read: Callable[[object, str, Findings], T], found: Findings
-) -> tuple[tuple[str, T], ...]:
-    """Read a table of patterns, in the order of the file.
-
-    Args:
-        read: reads one value, from the value and its place in the config
-    """
-    table = config.get(key) or {}
-    if not isinstance(table, dict) or len(table) > MAX_ENTRIES:
-        found.refuse(key, f"{key} is not a table of at most {MAX_ENTRIES} modules")
-        return ()
-    return tuple((name, read(v, f"{key}[{shortened(name)}]", found)) for name, v in table.items())
-
-
-def rank(value: object, where: str, found: Findings) -> int:
-    """Read a rank; 0 where it is refused."""
-    if type(value) is not int or not 1 <= value <= MAX_RANK:
-        quotes = ", a whole number without quotes" if isinstance(value, str) else ""
-        found.refuse("rank", f"{where} is {shortened(value)!r}; it must be 1 to {MAX_RANK}{quotes}")
-        return 0
-    return value
-
-
-def alpha(value: object, where: str, found: Findings) -> float:
-    """Read an alpha; 0 where it is refused."""
-    read = number(value)
-    if read is None or not MIN_ALPHA <= read <= MAX_ALPHA:
-        found.refuse(
-            "alpha",
-            f"{where} is {shortened(value)!r}; it must be a number from {MIN_ALPHA} to 10^6",
-        )
-        return 0.0
-    return read
-
-
 def number(value: object) -> float | None:
     """Return a finite number of ordinary size, else None; `true` and "8" are not numbers."""
     if isinstance(value, int | float) and type(value) is not bool and abs(value) < 1e300:
         return float(value)
     return None
-
-
-def whole(value: object, where: str, least: int, most: int, found: Findings) -> int:
-    """Read a whole number; `least` where it is refused."""
-    if type(value) is not int or not least <= value <= most:
-        found.refuse(
-            where,
-            f"{where} is {shortened(value)!r}; it must be a whole number from {least} to {most}",
-        )
-        return least
-    return value
-
-
-def real(value: object, where: str, least: float, most: float, found: Findings) -> float:
-    """Read a finite number; `most` where it is refused."""
-    read = number(value)
-    if read is None or not least <= read <= most:
-        found.refuse(
-            where,
-            f"{where} is {shortened(value)!r}; it must be a number from {least:g} to {most:g}",
-        )
-        return most
-    return read
-
-
-def one_of(value: object, where: str, options: Sequence[str], found: Findings) -> str:
-    """Read one of several words; the first of them where it is refused."""
-    if not isinstance(value, str) or value not in options:
-        known = ", ".join(repr(option) for option in options)
-        found.refuse(where, f"{where} is {shortened(value)!r}; it must be one of {known}")
-        return options[0]
-    return value
-
-
-def matching(value: object, where: str, pattern: re.Pattern[str], found: Findings) -> str:
-    """Read a printable text of a given form; empty where it is refused."""
-    if not isinstance(value, str) or not value.isprintable() or not pattern.fullmatch(value):
-        found.refuse(where, f"{where} is {shortened(value)!r}, which has another form than needed")
-        return ""
-    return value
-
-
-def table(config: Mapping[str, Any], key: str, found: Findings) -> dict[str, Any]:
-    """Read a table; empty where it is refused."""
-    value = config.get(key)
-    if not isinstance(value, dict):
-        found.refuse(key, f"{key} is {shortened(value)!r}, not a table")
-        return {}
-    return value
-
-
-def rows(config: Mapping[str, Any], key: str, most: int, found: Findings) -> list[Any]:
-    """Read a list; empty where it is refused."""
-    value = config.get(key)
-    if not isinstance(value, list) or len(value) > most:
-        found.refuse(key, f"{key} is {shortened(value)!r}, not a list of at most {most}")
-        return []
-    return value
 
 
 def refuse_unknown(
@@ -220,18 +229,14 @@ def refuse_unknown(
         )
 
 
-def plain(value: object, where: str, found: Findings, depth: int = 4) -> Any:  # noqa: ANN401
-    """Read any JSON value of little depth; its texts may have control characters."""
-    if value is None or type(value) is bool or isinstance(value, str) or number(value) is not None:
-        return value
-    if depth and isinstance(value, list):
-        return [plain(item, where, found, depth - 1) for item in value]
-    if depth and isinstance(value, dict):
-        return {key: plain(item, where, found, depth - 1) for key, item in value.items()}
-    found.refuse(where, f"{where} is nested too deeply, or holds a number that is too large")
-    return None
-
-
 def is_active(value: object) -> bool:
     """Return whether a field is set: not null, false, zero or empty."""
     return value not in (None, False, "", 0) and value not in ([], {})
+
+
+def _are_names(value: object, most: int) -> TypeGuard[list[str]]:
+    return (
+        isinstance(value, list)
+        and len(value) <= most
+        and all(isinstance(name, str) and len(name) <= MAX_NAME for name in value)
+    )

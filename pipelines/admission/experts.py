@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING
 
 from meteora.adapters import reader
 from meteora.adapters.compatibility import IncompatibleAdaptersError, fit_to_base
-from meteora.adapters.tensors import Adapter, place_of
 from meteora.artifacts import AdapterRef, BaseSpec, Reason
+from meteora.artifacts.specs import place_of
 from meteora.untrusted.findings import AdapterError, listed
 from pipelines.admission.base_identity import identify_base
 from pipelines.admission.sources import NotHereError
@@ -19,6 +19,7 @@ from pipelines.hub.errors import UnusableRepositoryError
 from pipelines.recipe.recipe import ExpertSection, FoundExpert, PolicySection, Recipe
 
 if TYPE_CHECKING:
+    from meteora.adapters.tensors import Adapter
     from pipelines.admission.base_identity import LookUp
     from pipelines.hub.about import HubSource
     from pipelines.workspace.context import RunContext

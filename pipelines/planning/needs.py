@@ -176,7 +176,7 @@ def shape_at_hand(
     source = context.recipe.base
     if source.startswith(GGUF):
         file = find_gguf(source)
-        return shape_of(file.parent, file.name), None
+        return shape_of(file), None
     repo_id, _, revision = source.partition("@")
     spec = base or BaseSpec(repo_id, revision)
     folder = _folder_at_hand(context, spec)

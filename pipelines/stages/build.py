@@ -77,7 +77,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.artifacts import BaseSpec, RouterSpec
-    from meteora.fitting import joint
+    from meteora.fitting.statistics import Fit
     from pipelines.planning.plan import Plan
 
 
@@ -173,9 +173,7 @@ def _make_gates(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
         fit = _fit_here if train_processes.num_processes(work.recipe) == 1 else _fit_together
         found = fit(work, plan, built, out)
         sha256, statistics_sha256 = work.ledger.blobs.put(out, move=True), ""
-        not_crossed: tuple[str, ...] = ()
-        if isinstance(found, calibrate.Calibration):
-            not_crossed = found.not_crossed
+        if found.statistics:
             write_statistics(scratch / STATISTICS, found.statistics)
             statistics_sha256 = work.ledger.blobs.put(scratch / STATISTICS, move=True)
         return RouterBuild(
@@ -188,7 +186,7 @@ def _make_gates(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
             statistics_sha256=statistics_sha256,
             card_examples=tuple(f"{name}: {s}" for name, s in plan.card_examples.items()),
             hub_examples=tuple(f"{name}: {s}" for name, s in plan.hub_examples.items()),
-            not_crossed=not_crossed,
+            not_crossed=found.not_crossed,
         )
 
 
@@ -233,9 +231,7 @@ def _bytes_of_fit(plan: Plan) -> float:
     return gates * 2 + statistics * 3
 
 
-def _fit_here(
-    work: RunContext, plan: Plan, built: BuiltBase, out: Path
-) -> calibrate.Calibration | joint.Training:
+def _fit_here(work: RunContext, plan: Plan, built: BuiltBase, out: Path) -> Fit:
     router = plan.router
     model_of = opened(work, plan, built, None, map_to_fit(work, plan))
     with model_of as (model, tokenizer), work.scratch() as scratch:
@@ -251,7 +247,7 @@ def _fit_here(
     return found
 
 
-def _fit_together(work: RunContext, plan: Plan, built: BuiltBase, out: Path) -> joint.Training:
+def _fit_together(work: RunContext, plan: Plan, built: BuiltBase, out: Path) -> Fit:
     """Label with one model, release it, and train in processes with a model each."""
 
     def labelled() -> tuple[list[LabelledSequence], Template | None]:
@@ -355,7 +351,7 @@ def _calibrate(
     sequences: Sequence[LabelledSequence],
     template: Template | None,
     scratch: Path,
-) -> calibrate.Calibration:
+) -> Fit:
     layers = model.config.get_text_config().num_hidden_layers
     with bar("fitting the gates", layers, "layers") as advance:
         found = calibrate.calibrate(

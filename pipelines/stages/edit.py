@@ -70,7 +70,6 @@ from pipelines.workspace.recorded_run import one_stage
 if TYPE_CHECKING:
     from meteora.adapters.tensors import Adapter
     from meteora.checkpoint.tensors import Gates
-    from meteora.fitting.add_expert import Growth
     from pipelines.admission.checkpoints import FoundCheckpoint
     from store.ledger import Ledger
 
@@ -164,7 +163,7 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         sequences += with_room(room_of(model.config), lists)
         layers = model.config.get_text_config().num_hidden_layers
         with bar("fitting the gates", layers, "layers") as advance:
-            growth: Growth = add_expert.grow(
+            growth = add_expert.grow(
                 model,
                 sequences,
                 gates,

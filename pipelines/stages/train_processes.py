@@ -32,6 +32,7 @@ if TYPE_CHECKING:
 
     from meteora.base.chat_template import Template
     from meteora.fitting.sequences import LabelledSequence
+    from meteora.fitting.statistics import Fit
     from pipelines.planning.plan import Plan
     from pipelines.recipe.recipe import Recipe
 
@@ -54,7 +55,7 @@ def train(
     template: Template | None,
     scratch: Path,
     progress: Callable[[int, int], None],
-) -> joint.Training:
+) -> Fit:
     """Train, from the saved state of a stopped run if there is one.
 
     The state is removed once the gates are recorded.
@@ -87,7 +88,7 @@ def train_together(
     template: Template | None,
     out: Path,
     progress: Callable[[int, int], None],
-) -> joint.Training:
+) -> Fit:
     """Train in several processes, each with a model of its own; the gates are written to `out`.
 
     Raises:

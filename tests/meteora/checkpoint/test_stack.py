@@ -154,9 +154,9 @@ class Held(AdapterWeights):
     def tensor(self, key):
         return self.tensors[key]
 
-    def read(self, key, buffers, num_bytes=None, skip=0):
-        data = self.tensors[key].contiguous().view(torch.uint8).numpy().tobytes()[skip:]
-        assert sum(map(len, buffers)) == (len(data) if num_bytes is None else num_bytes)
+    def read(self, key, buffers):
+        data = self.tensors[key].contiguous().view(torch.uint8).numpy().tobytes()
+        assert sum(map(len, buffers)) == len(data)
         for buffer in buffers:
             buffer[:], data = data[: len(buffer)], data[len(buffer) :]
 
@@ -193,11 +193,10 @@ def test_rows_of_the_stack_are_those_of_the_adapters_side_by_side(
     ]
     ranks = [r for r, _, _ in kinds]
     with mock.patch.object(interleave, "BLOCK", block):
-        stack_a = interleave.StackOfA(ranks, num_in, wide)
         stack_b = interleave.StackOfB(ranks, num_out, wide)
     stack_b.stage(interleave.staging(stack_b.num_bytes))
     for _ in range(2):  # what is left of one module does not show in the next
-        found_a = torch.cat([rows.clone() for rows in stack_a.rows(sources)])
+        found_a = torch.cat([*interleave.rows_of_a(sources, wide)])
         found_b = torch.cat([rows.clone() for rows in stack_b.rows(sources)])
         assert torch.equal(found_a, torch.cat(a).to(wide))
         assert torch.equal(found_b, torch.cat(b, dim=1).to(wide))

@@ -178,7 +178,7 @@ def test_a_kept_point_that_is_damaged_or_of_other_sequences_is_fitted_again(mode
 def test_tasks_that_can_be_told_apart_are_told_apart_on_unseen_sequences(model):
     found = calibrate(model, examples(12))
     assert routing_accuracy(model, examples(6, seed=1)) > 0.9
-    assert found.heldout_accuracy > 0.9
+    assert (found.heldout_accuracy or 0) > 0.9
     assert found.num_tokens == sum(
         e != UNLABELLED for sequence in examples(12) for e in sequence.experts
     )

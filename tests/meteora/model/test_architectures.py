@@ -128,7 +128,7 @@ def test_a_forced_expert_is_peft_and_calibrating_finds_every_point(kind, made, p
     # Phi's q and fc1 share their input; Mamba's two are all it lets PEFT change
     points = {"phi": 3, "mamba": 2}.get(kind, 4)
     assert len(found.accuracy_of) == model.config.num_hidden_layers * points
-    assert found.heldout_accuracy > 0.9
+    assert (found.heldout_accuracy or 0) > 0.9
     with recorded_logits(model) as recorded:
         model(ids)
     assert recorded.keys() == routed_layers(model).keys()
@@ -275,7 +275,7 @@ def test_a_16_bit_base_is_calibrated_too(world, dtype):
         for e in (2, 3)
         for _ in range(4)
     ]
-    assert calibrate(model, [*sequences(8), *more]).heldout_accuracy > 0.9
+    assert (calibrate(model, [*sequences(8), *more]).heldout_accuracy or 0) > 0.9
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -405,7 +405,7 @@ def test_gates_are_fitted_where_layers_return_several_values(fused_on):
     _, _, model = fused_on("bamba", ["in_proj", "up_proj"])
     found = calibrate(model, sequences(8))
     assert {path.split(".")[2] for path in found.accuracy_of} == {"0", "1"}
-    assert found.heldout_accuracy > 0.8
+    assert (found.heldout_accuracy or 0) > 0.8
 
 
 def test_what_a_layer_was_called_with_is_let_go_when_it_has_run(world):

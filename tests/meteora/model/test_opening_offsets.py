@@ -71,7 +71,7 @@ def means(model, expert, pairs, paths, route):
 @pytest.mark.parametrize("expert", range(4))
 def test_with_offsets_the_mean_output_is_that_behind_the_experts_own_opening(model, pairs, expert):
     """Also of an expert that does not change the module itself."""
-    found = find_offsets(model, pairs, MEAN)
+    found = find_offsets(model, pairs)
     assert found.keys() >= {f"model.layers.{layer}.self_attn.o_proj" for layer in range(2)}
     assert not [path for path in found if "layers.0" in path and path[-6:] in BEFORE_ATTENTION]
     own_name = expert_names(model)[expert]
@@ -102,31 +102,31 @@ def test_what_follows_of_another_choice_is_left_out(model, pairs, other):
     ]
     mixed += [((3, 20, *ids), (MEAN, MEAN + 1, *choices)) for ids, choices in pairs]
     mixed = [*((ids[2:], choices[2:]) for ids, choices in pairs), *mixed]  # without an opening
-    expected, found = find_offsets(model, pairs, MEAN), find_offsets(model, mixed, MEAN)
+    expected, found = find_offsets(model, pairs), find_offsets(model, mixed)
     assert expected.keys() == found.keys()
     assert all(torch.equal(found[path], offsets) for path, offsets in expected.items())
 
 
 def test_in_several_passes_they_are_the_same(model, pairs, monkeypatch):
-    whole = find_offsets(model, pairs, MEAN)
+    whole = find_offsets(model, pairs)
     monkeypatch.setattr(opening_offsets, "MAX_TOKENS", 1)
-    apart = find_offsets(model, pairs, MEAN, list(whole))
+    apart = find_offsets(model, pairs, list(whole))
     assert whole.keys() == apart.keys()
     for path, offsets in whole.items():
         assert len(offsets) == 5
         assert not offsets[MEAN].any()
         torch.testing.assert_close(apart[path], offsets, atol=1e-5, rtol=1e-4)
     first = [(ids, choices) for ids, choices in pairs if 0 in choices]
-    needed = find_offsets(model, first, MEAN).keys()  # by the first expert, for all
-    assert find_offsets(model, pairs, MEAN).keys() == needed
+    needed = find_offsets(model, first).keys()  # by the first expert, for all
+    assert find_offsets(model, pairs).keys() == needed
 
 
 def test_the_first_examples_of_each_expert_are_enough(model, pairs, monkeypatch):
     kept = [pair for i, pair in enumerate(pairs) if i % 3 < 2]
-    expected = find_offsets(model, kept, MEAN)
+    expected = find_offsets(model, kept)
     assert len(pairs) == 3 * 4
     monkeypatch.setattr(opening_offsets, "EXAMPLES", 2)
-    found = find_offsets(model, pairs, MEAN)
+    found = find_offsets(model, pairs)
     assert found.keys() == expected.keys() != set()
     assert all(torch.equal(found[path], offsets) for path, offsets in expected.items())
 
@@ -146,12 +146,12 @@ def test_a_pass_is_within_its_limit_with_its_padding(monkeypatch):
 
 def test_offsets_that_explain_little_are_left_out(model, pairs, monkeypatch):
     monkeypatch.setattr(opening_offsets, "LEAST_SHARE", 1.0)
-    assert find_offsets(model, pairs, MEAN) == {}
+    assert find_offsets(model, pairs) == {}
 
 
 def test_there_are_none_where_no_example_begins_with_an_opening(model, pairs):
     plain = [(ids[2:], choices[2:]) for ids, choices in pairs]
-    assert find_offsets(model, plain, MEAN) == {}
+    assert find_offsets(model, plain) == {}
     assert all(layer.router is None for layer in routed_layers(model).values())
 
 
@@ -162,7 +162,7 @@ def test_a_base_with_more_rows_than_tokens_is_refused_by_its_first_module(model,
     )
     said = r"layers\.0\.self_attn\.\w_proj .* one row a token"
     with more_rows, pytest.raises(MeteoraError, match=said):
-        find_offsets(model, pairs, MEAN)
+        find_offsets(model, pairs)
 
 
 def test_each_token_gets_the_offsets_of_its_choices_by_their_weights():
@@ -223,9 +223,9 @@ def test_a_failed_fit_leaves_the_routers_and_offsets_that_it_found(model):
 
 
 def test_long_examples_are_cut_and_those_that_are_all_opening_left_out(model, pairs, monkeypatch):
-    expected = find_offsets(model, [(ids[:6], choices[:6]) for ids, choices in pairs], MEAN)
+    expected = find_offsets(model, [(ids[:6], choices[:6]) for ids, choices in pairs])
     endless = ((1,) * 90, (MEAN,) * 89 + (0,))
     monkeypatch.setattr(opening_offsets, "MAX_LENGTH", 6)
-    found = find_offsets(model, [endless, *pairs], MEAN)
+    found = find_offsets(model, [endless, *pairs])
     assert found.keys() == expected.keys() != set()
     assert all(torch.equal(found[path], offsets) for path, offsets in expected.items())

@@ -78,7 +78,7 @@ def test_a_forced_expert_is_peft_on_the_same_quantised_base(
             expected = PeftModel.from_pretrained(quantised(base, config), folder).eval()(ids).logits
         with meteora.force_expert(model, name):
             torch.testing.assert_close(model(ids).logits, expected, rtol=1e-5, atol=1e-5)
-    assert calibrate(model, sequences(8)).heldout_accuracy > 0.9
+    assert (calibrate(model, sequences(8)).heldout_accuracy or 0) > 0.9
 
 
 @torch.no_grad()

@@ -15,6 +15,7 @@ from tests.pipelines.conftest import plan_of
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from meteora.fitting.statistics import Fit
     from pipelines.workspace.context import RunContext
 
 QUICK = {"limit": 2, "compare": [], "max_new_tokens": 1}
@@ -26,7 +27,7 @@ def test_gates_for_composites_are_fitted_in_halves(
     asked: list[tuple[Any, bool]] = []
     fit = calibrate.calibrate
 
-    def watched(model: Any, sequences: Any, *args: Any, **settings: Any) -> calibrate.Calibration:
+    def watched(model: Any, sequences: Any, *args: Any, **settings: Any) -> Fit:
         asked.append((sequences, settings["crossed"]))
         return fit(model, sequences, *args, **settings)
 

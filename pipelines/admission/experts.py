@@ -16,15 +16,15 @@ from pipelines.admission.base_identity import identify_base
 from pipelines.admission.sources import NotHereError
 from pipelines.hub.card import datasets_of, licence_of
 from pipelines.hub.errors import UnusableRepositoryError
-from pipelines.recipe.recipe import ExpertSection, FoundExpert, PolicySection, Recipe
+from pipelines.recipe.recipe import ExpertSection, FoundExpert, PolicySection
 
 if TYPE_CHECKING:
     from pipelines.admission.base_identity import LookUp
     from pipelines.hub.about import HubSource
     from pipelines.workspace.context import RunContext
 
-    Resolve = Callable[[Recipe, ExpertSection, Path], AdapterRef]
-    Fetch = Callable[[Recipe, ExpertSection, AdapterRef, Path, Path], Path]
+    Resolve = Callable[[RunContext, ExpertSection], AdapterRef]
+    Fetch = Callable[[RunContext, ExpertSection, AdapterRef], Path]
 
 
 @dataclass(frozen=True)
@@ -63,6 +63,9 @@ class Requirements:
 class Refusal:
     """An adapter that cannot be an expert."""
 
+    name: str
+    source: str
+    """As in `Expert`."""
     ref: AdapterRef | None
     """None if the Hub has no such repository, branch or commit."""
     error: AdapterError | UnusableRepositoryError
@@ -74,14 +77,21 @@ class Refusal:
 class Missing:
     """An adapter that a run would have to fetch first."""
 
+    name: str
+    source: str
+    """As in `Expert`."""
     ref: AdapterRef | None
     """None if it cannot be pinned without the Hub."""
     reason: str
 
 
+Outcome = Expert | Refusal | Missing
+"""What an adapter of a recipe turns out to be."""
+
+
 def read_experts(
     context: RunContext, requirements: Requirements, resolve: Resolve, fetch: Fetch
-) -> Iterator[tuple[ExpertSection, Expert | Refusal | Missing]]:
+) -> Iterator[Outcome]:
     """Each expert of the recipe, in order: accepted, refused, or not on this disk.
 
     Args:
@@ -91,25 +101,25 @@ def read_experts(
     Raises:
         HubError: A fault of the Hub itself; this is no verdict on the adapter.
     """
-    recipe, folder = context.recipe, context.folder
+    recipe = context.recipe
     known: dict[str, str] = {}
     for section in recipe.experts:
         ref = None
         try:
-            ref = resolve(recipe, section, folder)
-            adapter_folder = fetch(recipe, section, ref, folder, context.adapters_folder)
-            expert = read_expert(section.name, section.adapter, ref, adapter_folder, requirements)
+            ref = resolve(context, section)
+            folder = fetch(context, section, ref)
+            expert = read_expert(section.name, section.adapter, ref, folder, requirements)
             twin = known.setdefault(expert.adapter.spec.id, section.name)
             if twin != section.name and isinstance(section, FoundExpert):
                 reason = Reason("same_adapter", f"it is the same adapter as {twin}")
                 raise IncompatibleAdaptersError(section.name, (reason,))
         except NotHereError as error:
-            yield section, Missing(ref, str(error))
+            yield Missing(section.name, section.adapter, ref, str(error))
         except (AdapterError, UnusableRepositoryError) as error:
             left_out = recipe.policy.on_refused == "skip" or isinstance(section, FoundExpert)
-            yield section, Refusal(ref, error, left_out)
+            yield Refusal(section.name, section.adapter, ref, error, left_out)
         else:
-            yield section, expert
+            yield expert
 
 
 def read_expert(

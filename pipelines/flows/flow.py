@@ -251,7 +251,7 @@ def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
     """Run every stage up to `until`; returns the plan if the benchmark is one of them."""
     context = run.context
     with run.stage(Stage.base):
-        base = looked.base or resolve_base(context.recipe, context.folder)
+        base = looked.base or resolve_base(context)
         built = build_base(run, base)
     if until is Stage.base:
         return None
@@ -301,9 +301,9 @@ def _at_the_network_unless_local(step: Task[..., Any]) -> Callable[..., Any]:
     A task takes 0.1 s or more on the server, and a recipe may have thousands of folders.
     """
 
-    def take(recipe: Recipe, expert: ExpertSection, *arguments: object) -> object:
+    def take(context: RunContext, expert: ExpertSection, *arguments: object) -> object:
         call = step.fn if expert.adapter.startswith(PATH) else step
-        return call(recipe, expert, *arguments)
+        return call(context, expert, *arguments)
 
     return take
 

@@ -40,7 +40,7 @@ from prefect.states import Crashed
 
 from meteora.artifacts import COMMIT, Score, canonical_sha256
 from meteora.checkpoint.manifest import CARD
-from pipelines.admission.sources import hub_of
+from pipelines.hub.client import hub_of
 
 if TYPE_CHECKING:
     from pipelines.planning.plan import Plan

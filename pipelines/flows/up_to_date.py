@@ -60,7 +60,7 @@ def look(context: RunContext, until: Stage = Stage.publish) -> Look:
         MeteoraError: The recipe cannot be resolved, and another try would not help.
     """
     try:
-        base = sources.resolve_base(context.recipe, context.folder)
+        base = sources.resolve_base(context)
     except MeteoraError as error:
         _raise_unless_it_may_pass(error)
         return Look(None, str(error))

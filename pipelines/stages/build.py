@@ -40,7 +40,6 @@ from meteora.fitting.statistics import write_statistics
 from meteora.routing.gates import gates_of
 from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.admission import silent_experts
-from pipelines.admission.sources import hub_of
 from pipelines.data.conversations import Conversation, converse, takes, within
 from pipelines.data.labels import (
     background_ids,
@@ -52,6 +51,7 @@ from pipelines.data.labels import (
 from pipelines.evaluation.harness import room_of
 from pipelines.hub import repositories
 from pipelines.hub.card import licence_of
+from pipelines.hub.client import hub_of
 from pipelines.hub.snapshot import locked
 from pipelines.planning.estimate import bytes_of_gates
 from pipelines.planning.examples import LEAST_EXAMPLES

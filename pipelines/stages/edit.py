@@ -63,7 +63,7 @@ from pipelines.stages.checkpoint import (
 from pipelines.stages.open_model import entry_of, stack_in, tokenizer_of_gates
 from pipelines.workspace.checkpoints import is_whole
 from pipelines.workspace.console import bar, say
-from pipelines.workspace.context import checkpoint_at, new_run_id
+from pipelines.workspace.context import RunContext, checkpoint_at, new_run_id
 from pipelines.workspace.machine import is_too_large, memory_bytes
 from pipelines.workspace.recorded_run import one_stage
 
@@ -130,9 +130,10 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         manifest, found.base_folder, dtype, download=found.download, options=where
     )
     check_base(manifest, fingerprint(model.config, tokenizer), folder)
-    admission = Admission(ledger, new_run_id(), folder, manifest, candidate)
+    work = RunContext(ledger, candidate.recipe, folder / MANIFEST, new_run_id())
+    admission = Admission(work, folder, manifest, candidate)
     what, ran_on = f"add {candidate.name} to", device_name(device, dtype)
-    with _scratch(ledger, manifest, admission.run_id, what, ran_on) as scratch:
+    with _scratch(ledger, manifest, work.run_id, what, ran_on) as scratch:
         expert = admission.read(model, tokenizer)
         larger = edit.add_expert(folder, expert.adapter, entry_of(expert), scratch / EXPERTS)
         insert_experts(model, scratch, larger)
@@ -143,7 +144,7 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         if (out := _made_before(ledger, spec)) is not None:
             return out
         if (router := _given_again(ledger, spec, scratch)) is not None:
-            edited = EditedCheckpoint(admission.run_id, scratch, larger, router, expert.adapter)
+            edited = EditedCheckpoint(work.run_id, scratch, larger, router, expert.adapter)
             return _finish(ledger, manifest, edited)
         if not where:
             # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
@@ -181,7 +182,7 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
             growth.wall_seconds,
             ran_on,
         )
-        edited = EditedCheckpoint(admission.run_id, scratch, larger, router, expert.adapter)
+        edited = EditedCheckpoint(work.run_id, scratch, larger, router, expert.adapter)
         return _finish(ledger, manifest, edited)
 
 

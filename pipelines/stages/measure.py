@@ -84,7 +84,7 @@ def check_prompts(work: RunContext, plan: Plan) -> None:
     own = {name: rows for name, rows in plan.examples.items() if name != NULL}
     examples, spans = ({}, ()) if work.holds(plan.router.id) else (own, plan.spans)
     if tasks or examples or spans:
-        place = partial(place_of_example, work.recipe, work.folder)
+        place = partial(place_of_example, work)
         options, plain = plan.router.options, plan.router.template == "plain"
         folder = work.base_folder(plan.base)
         cards = plan.card_examples.keys() & examples.keys()

@@ -108,14 +108,14 @@ def train(work: RunContext, settings: Training, only: Collection[str] = ()) -> I
     gates = work.recipe.router.kind == "gate"
     skip = work.recipe.gates.examples_per_expert if gates else 0
     rows = training_rows(work, experts, skip=skip)
-    spec, device = resolve_base(work.recipe, work.folder), choose_device()
+    spec, device = resolve_base(work), choose_device()
     name, on = f"adapters of {work.key}", device_name(device)
     with one_stage(work.ledger, work.run_id, name, work.recipe_sha256, on, "train"):
         build_base(work, spec)
         require_sound(work.ledger, spec)
         model, tokenizer = _open_base(work, spec, device)
         for expert in experts:
-            if _is_there(local_folder(expert, work.folder)):
+            if _is_there(local_folder(work, expert)):
                 continue  # somebody copied it there meanwhile
             own = rows[expert.name]
             yield _train_one(work, expert, own, skip, spec, model, tokenizer, settings)
@@ -142,7 +142,7 @@ def _missing(work: RunContext, only: Collection[str]) -> list[ExpertSection]:
     for expert in work.recipe.experts:
         if not expert.adapter.startswith(PATH) or expert.name not in (only or known):
             continue
-        if _is_there(folder := local_folder(expert, work.folder)):
+        if _is_there(folder := local_folder(work, expert)):
             if not (folder / CONFIG).is_file():
                 raise AdapterTrainingError(
                     f"{expert.name}: {folder} is there and holds no adapter, and nothing is written"
@@ -265,7 +265,7 @@ def _train_one(
             " train this adapter with PEFT itself"
         ) from error
     batches = lessons(tokenizer, shuffled_for_ever(short))
-    folder = local_folder(expert, work.folder)
+    folder = local_folder(work, expert)
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = partial(tempfile.TemporaryDirectory, dir=folder.parent, prefix=".training-")
     with beside():  # a read-only place fails at once; a kill during the training leaves nothing

@@ -119,7 +119,7 @@ def base_of(work: RunContext) -> BuiltBase:
     from pipelines.admission import sources
     from pipelines.stages import build
 
-    return build.build_base(work, sources.resolve_base(work.recipe, work.folder))
+    return build.build_base(work, sources.resolve_base(work))
 
 
 def plan_of(work: RunContext, memory_limit_bytes: int = 1 << 30) -> tuple[Plan, BuiltBase]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import pytest
 
@@ -252,7 +253,8 @@ def test_a_recipe_takes_the_examples_of_a_card(
     assert not plan.is_dealt
     wrote = ["one", f" {plan.tests['attention'][0].prompt}", "two"]  # a test row is no example
     claims = [Claim(text, "attention", 0, 1.0, 1.0, "said") for text in wrote]
-    dealt = make_plan(work.recipe, work.folder, built.spec, plan.experts, lambda _pool: claims)
+    with patch("pipelines.planning.plan.dealt", return_value=claims):
+        dealt = make_plan(work, built.spec, plan.experts)
     assert [row.prompt for row in dealt.examples["attention"]] == ["one", "two"]
     (tmp_path / "adapter" / "README.md").write_text("---\ndatasets: [somebody/letters]\n---\n")
     rows = letters("attention", 0, 8)

@@ -19,13 +19,14 @@ from pipelines.admission.sources import local_folder, pin_folder, resolve_adapte
 from pipelines.recipe.recipe import Recipe
 from pipelines.stages import build
 from pipelines.stages.open_model import opened
+from pipelines.workspace.context import RunContext
+from store.ledger import Ledger
 from tests.pipelines.conftest import plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from pipelines.workspace.context import RunContext
     from tests.conftest import World
 
 
@@ -125,18 +126,22 @@ def test_a_folder_without_weights_that_can_be_read_gets_a_verdict(
     assert refused == ([{"adapter_model.bin": "pickle"}.get(name, "not_a_file")],)
 
 
+def of_recipe(folder: Path, base: str, expert: dict[str, str]) -> RunContext:
+    asked = {"base": base, "experts": (expert,), "router": {"kind": "prompt"}}
+    recipe = Recipe.model_validate(asked)
+    return RunContext(Ledger(folder / "home"), recipe, folder / "recipe.yaml", "a-run")
+
+
 def test_a_folder_that_is_named_without_path_is_not_looked_up_on_the_hub(tmp_path: Path) -> None:
     (tmp_path / "adapters" / "dates").mkdir(parents=True)
     expert = {"name": "a", "adapter": "adapters/dates"}
     said = "write path:adapters/dates for the folder, or adapters/dates@main for the Hub"
     for base in ("adapters/dates", "gguf:"):
-        recipe = Recipe.model_validate(
-            {"base": base, "experts": (expert,), "router": {"kind": "prompt"}}
-        )
+        work = of_recipe(tmp_path, base, expert)
         with pytest.raises(SourceError, match=said if base != "gguf:" else "gguf:<package>/<file>"):
-            resolve_base(recipe, tmp_path)
+            resolve_base(work)
         with pytest.raises(SourceError, match=said):
-            resolve_adapter(recipe, recipe.experts[0], tmp_path)
+            resolve_adapter(work, work.recipe.experts[0])
 
 
 def test_a_persons_own_home_is_found(
@@ -144,11 +149,9 @@ def test_a_persons_own_home_is_found(
 ) -> None:
     monkeypatch.setenv("HOME", str(world.base.parent))
     expert = {"name": "a", "adapter": f"path:~/{world.base.name}/adapter"}
-    recipe = Recipe.model_validate(
-        {"base": f"path:~/{world.base.name}", "experts": (expert,), "router": {"kind": "prompt"}}
-    )
-    assert resolve_base(recipe, tmp_path).base_model == f"path:{world.base.name}"
-    assert local_folder(recipe.experts[0], tmp_path) == world.base / "adapter"
+    work = of_recipe(tmp_path, f"path:~/{world.base.name}", expert)
+    assert resolve_base(work).base_model == f"path:{world.base.name}"
+    assert local_folder(work, work.recipe.experts[0]) == world.base / "adapter"
     assert path_from(tmp_path, "~other/x") == tmp_path / "~other" / "x"
 
 
@@ -169,12 +172,9 @@ def test_a_base_that_no_checkpoint_can_name_is_refused_when_it_is_resolved(
     name: str, world: World, tmp_path: Path
 ) -> None:
     (tmp_path / name).symlink_to(world.base)
-    experts = ({"name": "a", "adapter": "path:a"},)
-    recipe = Recipe.model_validate(
-        {"base": f"path:{name}", "experts": experts, "router": {"kind": "prompt"}}
-    )
+    work = of_recipe(tmp_path, f"path:{name}", {"name": "a", "adapter": "path:a"})
     with pytest.raises(SourceError, match="the folder of its base, and cannot name this one"):
-        resolve_base(recipe, tmp_path)
+        resolve_base(work)
 
 
 @pytest.mark.parametrize("name", ["a`b", "a|b", "a\nb"])

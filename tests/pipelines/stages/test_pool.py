@@ -6,6 +6,7 @@ import json
 import random
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -122,7 +123,8 @@ def test_an_expert_that_no_prompt_belongs_to_is_named(
     planned, built = plan_of(work)
 
     def made(recipe: Recipe, *claims: Claim) -> Plan:
-        return make_plan(recipe, work.folder, built.spec, planned.experts, lambda _pool: claims)
+        with patch("pipelines.planning.plan.dealt", return_value=claims):
+            return make_plan(replace(work, recipe=recipe), built.spec, planned.experts)
 
     lows = claims("low", 5)
     with pytest.raises(ExamplesError, match=r"expert high: of the 6 prompts of gates.pool 1 are"):

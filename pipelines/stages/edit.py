@@ -64,7 +64,7 @@ from pipelines.stages.open_model import entry_of, stack_in, tokenizer_of_gates
 from pipelines.workspace.checkpoints import is_whole
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import RunContext, checkpoint_at, new_run_id
-from pipelines.workspace.machine import is_too_large, memory_bytes
+from pipelines.workspace.machine import choose_device, is_too_large, memory_bytes
 from pipelines.workspace.recorded_run import one_stage
 
 if TYPE_CHECKING:
@@ -115,9 +115,9 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         EditError: there is an expert of that name, or the sizes do not fit.
         TrainingError: the examples are too few.
     """
-    folder, device, dtype = found.folder, found.device, found.dtype
-    if torch.device(device).type == "mps":
+    if found.device.startswith("mps"):
         raise GrowthError("gates are fitted in 64 bits, which mps has not; say --device cpu")
+    folder, device, dtype = found.folder, choose_device(found.device), found.dtype
     manifest = _read_editable(folder)
     edit.check_new_name(folder, manifest, candidate.name)
     if not NAME.fullmatch(candidate.name):  # tasks are named like experts, as NAME=ROWS

@@ -56,7 +56,6 @@ from pipelines.hub.snapshot import locked
 from pipelines.planning.estimate import bytes_of_gates
 from pipelines.planning.examples import LEAST_EXAMPLES
 from pipelines.planning.room import with_room, without_too_long
-from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
 from pipelines.stages.checkpoint import (
@@ -408,7 +407,4 @@ def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: Rout
     if gates.statistics_sha256:
         files = manifest.files | {STATISTICS: gates.statistics_sha256}
         manifest = replace(manifest, files=files)
-    texts = {}
-    if results := write_eval_results(work.recipe.benchmark.tasks, summary):
-        texts[EVAL_RESULTS] = results
-    return place_checkpoint(work, manifest, work.name, summary, work.recipe_sha256, texts)
+    return place_checkpoint(work, manifest, work.name, summary)

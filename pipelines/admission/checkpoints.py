@@ -72,7 +72,7 @@ def find_folder(
         HubError: The Hub cannot be reached, has no such one, or is plain http over a network.
         CheckpointError: The Hub has no such checkpoint.
     """
-    folder = Path(checkpoint_folder(name, home))
+    folder = checkpoint_folder(name, home)
     if folder.is_dir() or not is_hub_id(name):
         return folder
     options = _download_options(name, token_for, is_here=cached(name, MANIFEST) is not None)

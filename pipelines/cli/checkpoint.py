@@ -110,7 +110,7 @@ def publish(
     from store.ledger import Ledger
 
     choose_device(device)  # one that is not here is refused before anything is sent
-    found = find_base(Path(checkpoint_folder(checkpoint, home)), home, base, token_for or ())
+    found = find_base(checkpoint_folder(checkpoint, home), home, base, token_for or ())
     found = replace(found, device=device, dtype=dtype)
     to = Destination(
         repo,
@@ -229,7 +229,7 @@ def sign(
     from pipelines.publishing.signing import sign as sign_folder
     from pipelines.workspace.checkpoints import checkpoint_folder
 
-    folder = Path(checkpoint_folder(checkpoint, home))
+    folder = checkpoint_folder(checkpoint, home)
     print(sign_folder(folder, key))
     say(f"check it with `meteora verify {folder} --key PUBLIC`")
 

@@ -114,13 +114,13 @@ def resolve(context: RunContext, built: BuiltBase, steps: Steps, made: Plan | No
     return make_plan(context, built.spec, experts)
 
 
-def complete(context: RunContext, built: BuiltBase, plan: Plan) -> Plan:
+def complete(context: RunContext, plan: Plan) -> Plan:
     """The final plan of a recipe whose pool is now divided among the experts.
 
     Raises:
         ExamplesError: The pool, or the experts' examples, were changed meanwhile.
     """
-    whole = make_plan(context, built.spec, plan.experts)
+    whole = make_plan(context, plan.base, plan.experts)
     if not whole.is_dealt:
         raise ExamplesError(
             f"gates.pool, {context.recipe.gates.pool}: it was changed while its prompts were dealt;"

@@ -81,11 +81,10 @@ def replace_checkpoint(made: Path, folder: Path) -> None:
     put_in_place(made, folder)
 
 
-def record_stack(ledger: Ledger, fused: FusedSpec, sha256: str, run_id: str) -> FusedCheckpoint:
+def record_stack(ledger: Ledger, fused: FusedSpec, sha256: str, run_id: str) -> None:
     """Record stacked experts, whose file is a blob."""
     made = FusedCheckpoint(fused, sha256)
     ledger.record_artifact(fused, weights_sha256=sha256, built=made, blobs=[sha256], run_id=run_id)
-    return made
 
 
 def record_router(ledger: Ledger, made: RouterBuild, run_id: str) -> None:

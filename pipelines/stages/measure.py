@@ -42,7 +42,7 @@ from pipelines.workspace.machine import memory_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from meteora.artifacts import BenchmarkSpec, BuiltBase
+    from meteora.artifacts import BenchmarkSpec
     from pipelines.evaluation.tasks import Task
     from pipelines.planning.plan import Plan
     from pipelines.workspace.context import RunContext
@@ -95,12 +95,12 @@ def _tasks_of(askings: Sequence[Sequence[Measurement]], plan: Plan) -> list[Task
     return [plan.tasks[name] for name in dict.fromkeys(one[0].spec.task for one in askings)]
 
 
-def measure(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild) -> None:
+def measure(work: RunContext, plan: Plan, gates: RouterBuild) -> None:
     """Take every missing measurement, with the model from the store."""
     measure_model(
         work,
         plan,
-        lambda: opened(work, plan, built, gates, "auto" if is_spread(work, plan) else None),
+        lambda: opened(work, plan, gates, "auto" if is_spread(work, plan) else None),
     )
 
 

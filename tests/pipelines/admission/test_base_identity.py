@@ -87,7 +87,7 @@ def profile_of(folder: Path) -> Repo:
 
 def codes(work: RunContext) -> dict[str, str]:
     """The warnings about its one adapter."""
-    planned, _ = plan_of(work)
+    planned = plan_of(work)
     (expert,) = planned.experts
     said = {reason.code: reason.message for reason in expert.adapter.reasons}
     del said["large_update"]  # its weights are random

@@ -54,9 +54,9 @@ def test_silent_and_deafening_experts_are_recorded_with_their_verdict(
         altered(world.adapters["q_and_v"], recipe_folder / name, factor)
         experts.append({"name": name, "adapter": f"path:{name}"})
     work = workplace(experts=experts, router={"kind": "norm"})
-    planned, built = plan_of(work)
+    planned = plan_of(work)
     build.stack(work, planned)
-    with opened(work, planned, built, None) as (model, tokenizer):
+    with opened(work, planned, None) as (model, tokenizer):
         silent_experts.probe(work, planned.experts, model, tokenizer)
         with patch.object(type(model), "forward", side_effect=AssertionError):
             silent_experts.probe(work, (), model, tokenizer)  # as for `meteora benchmark`
@@ -92,7 +92,7 @@ def test_what_no_gate_can_be_fitted_for_is_refused_before_anything_is_built(
         work = workplace(
             experts=experts, router={"kind": kind}, policy={"on_refused": "skip"}, benchmark={}
         )
-        planned, _ = plan_of(work)
+        planned = plan_of(work)
         assert [expert.name for expert in planned.experts] == taken
         if kind == "gate":
             work.ledger.ingest()
@@ -119,7 +119,7 @@ def test_a_folder_without_weights_that_can_be_read_gets_a_verdict(
     work = workplace(
         experts=experts, router={"kind": "arrow"}, policy={"on_refused": "skip"}, benchmark={}
     )
-    planned, _ = plan_of(work)
+    planned = plan_of(work)
     assert [expert.name for expert in planned.experts] == ["q_and_v"]
     work.ledger.ingest()
     (refused,) = work.ledger.query("SELECT codes FROM adapters WHERE verdict = 'refuse'").rows

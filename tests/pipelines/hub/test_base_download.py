@@ -43,7 +43,7 @@ def server(world: World, monkeypatch: pytest.MonkeyPatch) -> Generator[HubServer
 
 
 def found(work: RunContext, memory_limit_bytes: int = 1 << 30) -> Sequence[Expert]:
-    planned, _ = plan_of(work, memory_limit_bytes)
+    planned = plan_of(work, memory_limit_bytes)
     return planned.experts
 
 

@@ -1,8 +1,8 @@
-"""The experts of a recipe: each adapter is fetched, read, and accepted or refused with reasons."""
+"""What an adapter of a recipe turns out to be: an expert, refused with reasons, or missing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,18 +13,13 @@ from meteora.adapters.tensors import Adapter, place_of
 from meteora.artifacts import AdapterRef, BaseSpec, Reason
 from meteora.untrusted.findings import AdapterError, listed
 from pipelines.admission.base_identity import identify_base
-from pipelines.admission.sources import NotHereError
 from pipelines.hub.card import datasets_of, licence_of
-from pipelines.hub.errors import UnusableRepositoryError
-from pipelines.recipe.recipe import ExpertSection, FoundExpert, PolicySection
 
 if TYPE_CHECKING:
     from pipelines.admission.base_identity import LookUp
     from pipelines.hub.about import HubSource
-    from pipelines.workspace.context import RunContext
-
-    Resolve = Callable[[RunContext, ExpertSection], AdapterRef]
-    Fetch = Callable[[RunContext, ExpertSection, AdapterRef], Path]
+    from pipelines.hub.errors import UnusableRepositoryError
+    from pipelines.recipe.recipe import PolicySection
 
 
 @dataclass(frozen=True)
@@ -86,40 +81,6 @@ class Missing:
 
 
 Outcome = Expert | Refusal | Missing
-"""What an adapter of a recipe turns out to be."""
-
-
-def read_experts(
-    context: RunContext, requirements: Requirements, resolve: Resolve, fetch: Fetch
-) -> Iterator[Outcome]:
-    """Each expert of the recipe, in order: accepted, refused, or not on this disk.
-
-    Args:
-        resolve: `sources.resolve_adapter`, or a task around it.
-        fetch: `sources.fetch_adapter`, a task around it, or `sources.adapter_at_hand`.
-
-    Raises:
-        HubError: A fault of the Hub itself; this is no verdict on the adapter.
-    """
-    recipe = context.recipe
-    known: dict[str, str] = {}
-    for section in recipe.experts:
-        ref = None
-        try:
-            ref = resolve(context, section)
-            folder = fetch(context, section, ref)
-            expert = read_expert(section.name, section.adapter, ref, folder, requirements)
-            twin = known.setdefault(expert.adapter.spec.id, section.name)
-            if twin != section.name and isinstance(section, FoundExpert):
-                reason = Reason("same_adapter", f"it is the same adapter as {twin}")
-                raise IncompatibleAdaptersError(section.name, (reason,))
-        except NotHereError as error:
-            yield Missing(section.name, section.adapter, ref, str(error))
-        except (AdapterError, UnusableRepositoryError) as error:
-            left_out = recipe.policy.on_refused == "skip" or isinstance(section, FoundExpert)
-            yield Refusal(section.name, section.adapter, ref, error, left_out)
-        else:
-            yield expert
 
 
 def read_expert(

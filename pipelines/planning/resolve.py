@@ -9,20 +9,25 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import WITH_GATES, BaseSpec, BuiltBase, MeteoraError
+from meteora.adapters.compatibility import IncompatibleAdaptersError
+from meteora.artifacts import WITH_GATES, AdapterRef, BaseSpec, BuiltBase, MeteoraError, Reason
+from meteora.untrusted.findings import AdapterError
 from pipelines.admission import sources, verdicts
 from pipelines.admission.base_identity import look_up_on_hub, saved_verdict
-from pipelines.admission.experts import Missing, Refusal, Requirements, read_experts
+from pipelines.admission.experts import Missing, Refusal, Requirements, read_expert
 from pipelines.data.rows import ExamplesError
+from pipelines.hub.errors import UnusableRepositoryError
 from pipelines.planning.plan import Plan, make_plan, stack_of
+from pipelines.recipe.recipe import FoundExpert
 
 if TYPE_CHECKING:
     from pipelines.admission.base_identity import LookUp
-    from pipelines.admission.experts import Expert, Fetch, Outcome, Resolve
+    from pipelines.admission.experts import Expert, Outcome
     from pipelines.admission.verdicts import Proportion
-    from pipelines.recipe.recipe import Recipe
+    from pipelines.recipe.recipe import ExpertSection, Recipe
     from pipelines.workspace.context import RunContext
 
 
@@ -45,8 +50,8 @@ class Steps:
 
     look_up: LookUp
     discover: Callable[[Recipe], Recipe] = sources.discover
-    resolve_adapter: Resolve = sources.resolve_adapter
-    fetch_adapter: Fetch = sources.adapter_at_hand
+    resolve_adapter: Callable[[RunContext, ExpertSection], AdapterRef] = sources.resolve_adapter
+    fetch_adapter: Callable[[RunContext, ExpertSection, AdapterRef], Path] = sources.adapter_at_hand
     accept: Callable[[Expert], Expert] = lambda expert: expert
     """Called with each accepted expert; may add warnings."""
     refuse: Callable[[Refusal], None] = _leave_to_the_run
@@ -135,18 +140,34 @@ def read_adapters(
     sizes: Mapping[str, tuple[int, int]],
     steps: Steps,
 ) -> Iterator[Outcome]:
-    """Every adapter of the recipe: accepted, refused, or not on this disk.
+    """Every adapter of the recipe, in order: accepted, refused, or not on this disk.
 
     Args:
         context: Its recipe includes the adapters that `discover` found.
         base: None if no file of the base is on this disk: then adapters are compared with no base.
         sizes: (in_features, out_features) of each linear layer of the base, by path.
+
+    Raises:
+        HubError: A fault of the Hub itself; this is no verdict on the adapter.
     """
-    requirements = Requirements(
-        base=base,
-        sizes=sizes,
-        policy=context.recipe.policy,
-        look_up=steps.look_up,
-        in_layers=context.recipe.router.kind in WITH_GATES,
-    )
-    return read_experts(context, requirements, steps.resolve_adapter, steps.fetch_adapter)
+    recipe = context.recipe
+    in_layers = recipe.router.kind in WITH_GATES
+    requirements = Requirements(base, sizes, recipe.policy, steps.look_up, in_layers)
+    known: dict[str, str] = {}
+    for section in recipe.experts:
+        name, source, ref = section.name, section.adapter, None
+        try:
+            ref = steps.resolve_adapter(context, section)
+            folder = steps.fetch_adapter(context, section, ref)
+            expert = read_expert(name, source, ref, folder, requirements)
+            twin = known.setdefault(expert.adapter.spec.id, name)
+            if twin != name and isinstance(section, FoundExpert):
+                reason = Reason("same_adapter", f"it is the same adapter as {twin}")
+                raise IncompatibleAdaptersError(name, (reason,))
+        except sources.NotHereError as error:
+            yield Missing(name, source, ref, str(error))
+        except (AdapterError, UnusableRepositoryError) as error:
+            left_out = recipe.policy.on_refused == "skip" or isinstance(section, FoundExpert)
+            yield Refusal(name, source, ref, error, left_out)
+        else:
+            yield expert

@@ -228,8 +228,8 @@ def _recorded(context: RunContext, until: Stage, looked: Look) -> Made:
     with StageProcess(context, on_progress=progress.advance, on_message=run_page.note) as child:
         run = Run(context, child, progress)
         device = child.call("device", deadline_seconds=context.recipe.deadlines.base)
-        about = (context.run_id, context.key, context.recipe_sha256, device)
-        with recorded(context.ledger, *about, run.seconds), closing(child):
+        asked = context.recipe_sha256
+        with recorded(context, context.key, asked, device, run.seconds), closing(child):
             plan = _stages(run, until, looked)
     return Made(run.seconds, _show(context, plan) if plan else None)
 

@@ -150,7 +150,7 @@ def stack(work: RunContext, plan: Plan) -> None:
         out = scratch / EXPERTS
         stack_adapters([expert.adapter for expert in plan.experts], out)
         sha256 = work.ledger.blobs.put(out, move=True)
-    record_stack(work.ledger, plan.fused, sha256, work.run_id)
+    record_stack(work, plan.fused, sha256)
 
 
 def fit_gates(work: RunContext, plan: Plan) -> RouterBuild:
@@ -164,7 +164,7 @@ def fit_gates(work: RunContext, plan: Plan) -> RouterBuild:
     else:
         experts = str(work.ledger.weights_of(plan.fused.id))
         made = RouterBuild(plan.router, experts, 0, None, 0.0, "")
-    record_router(work.ledger, made, work.run_id)
+    record_router(work, made)
     shutil.rmtree(work.training_folder(plan.router.id), ignore_errors=True)
     return made
 

@@ -16,7 +16,6 @@ from pipelines.workspace.context import RunContext, put_in_place
 
 if TYPE_CHECKING:
     from pipelines.reports.summary import Summary
-    from store.ledger import Ledger
 
 
 def write_texts(
@@ -81,14 +80,17 @@ def replace_checkpoint(made: Path, folder: Path) -> None:
     put_in_place(made, folder)
 
 
-def record_stack(ledger: Ledger, fused: FusedSpec, sha256: str, run_id: str) -> None:
+def record_stack(work: RunContext, fused: FusedSpec, sha256: str) -> None:
     """Record stacked experts, whose file is a blob."""
     made = FusedCheckpoint(fused, sha256)
-    ledger.record_artifact(fused, weights_sha256=sha256, built=made, blobs=[sha256], run_id=run_id)
+    work.ledger.record_artifact(
+        fused, weights_sha256=sha256, built=made, blobs=[sha256], run_id=work.run_id
+    )
 
 
-def record_router(ledger: Ledger, made: RouterBuild, run_id: str) -> None:
+def record_router(work: RunContext, made: RouterBuild) -> None:
     """Record a router, whose files are blobs."""
-    ledger.record_artifact(
-        made.spec, weights_sha256=made.weights_sha256, built=made, blobs=made.blobs, run_id=run_id
+    sha256, blobs = made.weights_sha256, made.blobs
+    work.ledger.record_artifact(
+        made.spec, weights_sha256=sha256, built=made, blobs=blobs, run_id=work.run_id
     )

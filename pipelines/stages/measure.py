@@ -192,7 +192,7 @@ def _record_controls(work: RunContext, plan: Plan) -> None:
     experts = str(work.ledger.weights_of(plan.fused.id))
     for spec in plan.others.values():
         if work.ledger.weights_of(spec.id) is None:
-            record_router(work.ledger, RouterBuild(spec, experts, 0, None, 0.0, ""), work.run_id)
+            record_router(work, RouterBuild(spec, experts, 0, None, 0.0, ""))
     for spec in plan.merges.values():
         if work.ledger.weights_of(spec.id) is None:
             work.ledger.record_artifact(spec, weights_sha256="", run_id=work.run_id)

@@ -110,7 +110,7 @@ def train(work: RunContext, settings: Training, only: Collection[str] = ()) -> I
     rows = training_rows(work, experts, skip=skip)
     spec, device = resolve_base(work), choose_device()
     name, on = f"adapters of {work.key}", device_name(device)
-    with one_stage(work.ledger, work.run_id, name, work.recipe_sha256, on, "train"):
+    with one_stage(work, name, work.recipe_sha256, on, "train"):
         build_base(work, spec)
         require_sound(work.ledger, spec)
         model, tokenizer = _open_base(work, spec, device)

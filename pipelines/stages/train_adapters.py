@@ -10,7 +10,6 @@ import itertools
 import math
 import random
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Collection, Generator, Iterator, Sequence
@@ -23,7 +22,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import yaml
-from lm_eval.models.utils import resolve_max_length
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -41,8 +39,10 @@ from meteora.untrusted.findings import brief, did_you_mean
 from pipelines.admission.sources import local_folder, resolve_base, token_of_rows
 from pipelines.data.row_sources import read_rows, row_place
 from pipelines.data.rows import Row, refuse_overlap
+from pipelines.evaluation.harness import room_of
 from pipelines.evaluation.speed import device_name
 from pipelines.evaluation.tasks import make_tasks
+from pipelines.planning.room import having_room
 from pipelines.recipe.recipe import AUTO, ExpertSection
 from pipelines.stages.build import build_base
 from pipelines.stages.open_model import tokenizer_of_gates
@@ -238,8 +238,8 @@ def _train_one(
 ) -> Path:
     """Train the adapter of one expert; the base stays unchanged. Its folder appears when whole."""
     tokenizer = tokenizer_of_gates(tokenizer, work.recipe.benchmark.template)
-    room = resolve_max_length(base.config, default=sys.maxsize)
-    short = [r for r in rows if len(encode_pair(tokenizer, r.prompt, r.response)) <= room]
+    room = room_of(base.config)
+    short = having_room(rows, room, tokenizer)
     if not short:
         raise AdapterTrainingError(
             f"{expert.name}: each of its {len(rows)} rows is longer with its answer than the"

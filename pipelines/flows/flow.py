@@ -234,14 +234,13 @@ def _recorded(context: RunContext, until: Stage, looked: Look) -> Made:
     return Made(run.seconds, _show(context, plan) if plan else None)
 
 
-def _show(context: RunContext, plan: Plan) -> Finished | None:
+def _show(context: RunContext, plan: Plan) -> Finished:
     """Show the results on the run's page, compared with those of the last checkpoint."""
     changes = regressions.since_last(context.ledger, plan.router.id)
     for line in regressions.describe(changes):
         say(line)
     summary = summarise(context.ledger, plan, context.base_folder(plan.base))
-    if summary is None:
-        return None
+    assert summary is not None  # noqa: S101  (the checkpoint was written with it)
     run_page.show_results(context, plan, summary, changes)
     return Finished(plan, summary)
 

@@ -1,6 +1,6 @@
 """From a name in a recipe to an accepted or refused expert.
 
-experts         the experts of a recipe, each accepted or refused
+experts         an adapter of a recipe: read and accepted, refused, or missing
 sources         where bases and adapters come from, pinned and fetched
 verdicts        verdicts on adapters, printed and recorded
 base_identity   whether the base that an adapter names is the recipe's

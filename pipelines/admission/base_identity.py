@@ -21,6 +21,7 @@ from meteora.artifacts import COMMIT, REPO_ID, Noun, Reason, canonical_json, can
 from meteora.untrusted.findings import brief, shortened
 from pipelines.hub import repositories
 from pipelines.hub.card import base_of
+from pipelines.hub.client import Hub, hub_of
 from pipelines.hub.errors import HubError
 from pipelines.hub.snapshot import write_note
 from pipelines.workspace.console import say
@@ -29,8 +30,8 @@ from pipelines.workspace.processes import ChildError, ChildProcess
 if TYPE_CHECKING:
     from meteora.adapters.tensors import Adapter
     from meteora.artifacts import AdapterRef, BaseSpec
-    from pipelines.hub.client import Hub
     from pipelines.recipe.recipe import PolicySection
+    from pipelines.workspace.context import RunContext
 
     LookUp = Callable[[str], "BaseVerdict"]
     """Takes a base's `owner/name`, and returns the verdict on it."""
@@ -126,32 +127,30 @@ def _compare_names(named: str, base: BaseSpec) -> tuple[Reason, ...]:
     )
 
 
-def look_up_on_hub(cache: Path, base: BaseSpec, ours: Path, hub_of: Callable[[str], Hub]) -> LookUp:
+def look_up_on_hub(context: RunContext, base: BaseSpec, ours: Path) -> LookUp:
     """A function that compares a named base on the Hub with ours, and saves its verdict.
 
     Each base is looked up once. The next run tries an unreachable one again.
 
     Args:
-        cache: The folder of downloaded adapters; verdicts are saved there, too.
         ours: The folder with config and tokenizer of `base`.
-        hub_of: Returns the Hub to ask for a repository.
     """
 
     @functools.cache
     def look_up(named: str) -> BaseVerdict:
-        verdict = saved_verdict(cache, base, named)
+        verdict = saved_verdict(context, base, named)
         if verdict.unreachable:
-            verdict = _compare(named, ours, hub_of(named))
+            verdict = _compare(named, ours, hub_of(context.recipe, named))
             if not verdict.unreachable:
-                write_note(_verdict_file(cache, base, named), canonical_json(verdict.to_dict()))
+                write_note(_verdict_file(context, base, named), canonical_json(verdict.to_dict()))
         return verdict
 
     return look_up
 
 
-def saved_verdict(cache: Path, base: BaseSpec, named: str) -> BaseVerdict:
+def saved_verdict(context: RunContext, base: BaseSpec, named: str) -> BaseVerdict:
     """The saved verdict of an earlier run, without the Hub; `unreachable` if there is none."""
-    file = _verdict_file(cache, base, named)
+    file = _verdict_file(context, base, named)
     try:
         return BaseVerdict.from_dict(json.loads(file.read_text(encoding="utf-8")))
     except FileNotFoundError:
@@ -185,6 +184,6 @@ def _named_base(adapter: Adapter, folder: Path) -> str:
     return ""
 
 
-def _verdict_file(cache: Path, base: BaseSpec, named: str) -> Path:
+def _verdict_file(context: RunContext, base: BaseSpec, named: str) -> Path:
     key = canonical_sha256([named.lower(), base.id])
-    return cache / "named-bases" / f"{key[:32]}.json"
+    return context.adapters_folder / "named-bases" / f"{key[:32]}.json"

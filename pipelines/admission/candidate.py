@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NoReturn
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError, check_duplicates, check_memory
 from meteora.adapters.update_norm import check_proportion
@@ -27,9 +27,9 @@ from pipelines.admission.silent_experts import no_effect
 from pipelines.admission.sources import pin_folder
 from pipelines.hub import repositories
 from pipelines.hub.adapter import download
-from pipelines.hub.client import Hub, hub_for
+from pipelines.hub.client import hub_of
 from pipelines.hub.errors import UnusableRepositoryError
-from pipelines.recipe.recipe import PolicySection
+from pipelines.recipe.recipe import HubSection, PolicySection, Recipe
 from pipelines.workspace.console import say
 from pipelines.workspace.machine import memory_bytes
 
@@ -39,7 +39,7 @@ if TYPE_CHECKING:
     from meteora.adapters.config import OnExtras
     from meteora.artifacts import AdapterRef, Reason
     from meteora.checkpoint.manifest import Manifest
-    from store.ledger import Ledger
+    from pipelines.workspace.context import RunContext
 
 
 @dataclass(frozen=True)
@@ -54,16 +54,21 @@ class Candidate:
     token_for: tuple[str, ...] = ()
     """Owners, or `owner/name`, to whom the saved token is sent."""
 
-    def hub_at(self, repo_id: str) -> Hub:
-        return hub_for(repo_id, self.token_for)
+    @property
+    def recipe(self) -> Recipe:
+        """The parts of a recipe that its admission reads."""
+        return Recipe.model_construct(
+            hub=HubSection(token_for=self.token_for),
+            policy=PolicySection(modules_to_save=self.modules_to_save),
+        )
 
 
 @dataclass(frozen=True)
 class Admission:
     """Reads and judges a candidate for a checkpoint, and records the verdict."""
 
-    ledger: Ledger
-    run_id: str
+    context: RunContext
+    """Its recipe is the candidate's."""
     folder: Path
     """Of the checkpoint."""
     manifest: Manifest
@@ -82,28 +87,25 @@ class Admission:
             HubError: A fault of the Hub itself, which is no verdict on the adapter.
         """
         sizes = {path: size for path, m in model.named_modules() if (size := loading.sizes_of(m))}
-        cache = self.ledger.home / "adapters"
-        spec, candidate = self.manifest.base.spec, self.candidate
-        policy = PolicySection(modules_to_save=candidate.modules_to_save)
-        ref, fetch = _resolve(candidate, cache)
+        candidate, context = self.candidate, self.context
+        spec, policy = self.manifest.base.spec, context.recipe.policy
+        ref, fetch = _resolve(context, candidate)
         with tempfile.TemporaryDirectory() as ours:
             model.config.save_pretrained(ours)
             tokenizer.save_pretrained(ours)
-            look_up = look_up_on_hub(cache, spec, Path(ours), candidate.hub_at)
+            look_up = look_up_on_hub(context, spec, Path(ours))
             try:
                 folder = fetch()
                 requirements = Requirements(spec, sizes, policy, look_up, in_layers=True)
                 expert = read_expert(candidate.name, candidate.adapter, ref, folder, requirements)
             except (AdapterError, UnusableRepositoryError) as error:
                 self._refuse(ref, error)
-                raise
         warnings = self._compare_with_others(expert)
         for reason in expert.adapter.reasons:
             say(f"{candidate.name}: {reason.message}", "note")
         norms = loading.norms_of(model, (module.path for module in expert.adapter.spec.modules))
         warnings += check_proportion(expert.adapter, norms)
-        expert = verdicts.with_hub_facts(expert, cache, candidate.hub_at)
-        return verdicts.with_warnings(expert, warnings)
+        return verdicts.with_warnings(verdicts.with_hub_facts(context, expert), warnings)
 
     def admit(
         self, expert: Expert, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
@@ -119,10 +121,8 @@ class Admission:
         silent = silent_experts(model, tokenizer, [expert.name])
         if expert.name in silent:
             reason = no_effect(silent[expert.name])
-            error = AdapterError(expert.name, (reason,))
-            self._refuse(expert.ref, error)
-            raise error
-        verdicts.record_accepted(self.ledger, self.run_id, expert)
+            self._refuse(expert.ref, AdapterError(expert.name, (reason,)))
+        verdicts.record_accepted(self.context, expert)
 
     def _compare_with_others(self, expert: Expert) -> list[Reason]:
         """Warnings; refuses an expert that is there already, or needs too much memory."""
@@ -142,18 +142,19 @@ class Admission:
             raise IncompatibleAdaptersError(expert.source, tuple(findings.refusals))
         return findings.warnings
 
-    def _refuse(self, ref: AdapterRef, error: AdapterError | UnusableRepositoryError) -> None:
-        refusal, one = Refusal(ref, error, left_out=False), self.candidate
-        verdicts.record_refused(
-            self.ledger, self.run_id, one.name, one.adapter, refusal, one.hub_at
-        )
+    def _refuse(self, ref: AdapterRef, error: AdapterError | UnusableRepositoryError) -> NoReturn:
+        refusal = Refusal(self.candidate.name, self.candidate.adapter, ref, error, left_out=False)
+        verdicts.refuse(self.context, refusal)
+        raise error
 
 
-def _resolve(candidate: Candidate, cache: Path) -> tuple[AdapterRef, Callable[[], Path]]:
+def _resolve(context: RunContext, candidate: Candidate) -> tuple[AdapterRef, Callable[[], Path]]:
     """The adapter, pinned, and a function that returns its folder, downloaded if need be."""
     local = path_from(Path(), candidate.adapter.removeprefix(PATH)) / candidate.subfolder
     if local.exists() or candidate.adapter.startswith(PATH):
         return pin_folder(local, candidate.subfolder), lambda: local
-    hub = candidate.hub_at(candidate.adapter.partition("@")[0])
+    hub = hub_of(context.recipe, candidate.adapter.partition("@")[0])
     ref = repositories.resolve(candidate.adapter, subfolder=candidate.subfolder, hub=hub)
-    return ref, partial(download, ref, cache, hub=hub, modules_to_save=candidate.modules_to_save)
+    return ref, partial(
+        download, ref, context.adapters_folder, hub=hub, modules_to_save=candidate.modules_to_save
+    )

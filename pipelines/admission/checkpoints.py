@@ -33,19 +33,18 @@ class FoundCheckpoint:
     download: dict[str, str | bool]
     """Options for the download of its base, as `meteora.load` takes them."""
     device: str = "auto"
-    """The device of the model, as torch names it."""
+    """The device of the model, as `choose_device` takes it. With `auto`, a model too large for one
+    device is spread over all of them."""
     dtype: str = "auto"
     """The dtype of the base; `auto`: as in its files."""
-    may_spread: bool = False
-    """Whether a model too large for one device may be spread over all of them."""
 
     def load(self) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
         """The fused model and its tokenizer; raises what `meteora.load` raises."""
-        spread = self.may_spread and is_too_large(self._num_bytes(), memory_bytes())
+        spread = self.device == "auto" and is_too_large(self._num_bytes(), memory_bytes())
         return meteora.load(
             self.folder,
             base_folder=self.base_folder,
-            device=None if spread else self.device,
+            device=None if spread else choose_device(self.device),
             device_map="auto" if spread else None,
             dtype=self.dtype,
             download=self.download,
@@ -73,7 +72,7 @@ def find_folder(
         HubError: The Hub cannot be reached, has no such one, or is plain http over a network.
         CheckpointError: The Hub has no such checkpoint.
     """
-    folder = Path(checkpoint_folder(name, home))
+    folder = checkpoint_folder(name, home)
     if folder.is_dir() or not is_hub_id(name):
         return folder
     options = _download_options(name, token_for, is_here=cached(name, MANIFEST) is not None)
@@ -101,10 +100,9 @@ def find(
         CheckpointError: The checkpoint is not sound.
         DamagedBaseError: The base in this home is damaged.
     """
-    chosen = choose_device(device)
+    choose_device(device)  # one that is not here is refused before anything is downloaded
     folder = find_folder(name, home, token_for, statistics=statistics)
-    checkpoint = find_base(folder, home, base, token_for)
-    return replace(checkpoint, device=chosen, dtype=dtype, may_spread=device == "auto")
+    return replace(find_base(folder, home, base, token_for), device=device, dtype=dtype)
 
 
 def find_base(

@@ -1,8 +1,8 @@
-"""The experts of a recipe: each adapter is fetched, read, and accepted or refused with reasons."""
+"""What an adapter of a recipe turns out to be: an expert, refused with reasons, or missing."""
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -13,19 +13,14 @@ from meteora.artifacts import AdapterRef, BaseSpec, Reason
 from meteora.artifacts.specs import place_of
 from meteora.untrusted.findings import AdapterError, listed
 from pipelines.admission.base_identity import identify_base
-from pipelines.admission.sources import NotHereError
 from pipelines.hub.card import datasets_of, licence_of
-from pipelines.hub.errors import UnusableRepositoryError
-from pipelines.recipe.recipe import ExpertSection, FoundExpert, PolicySection, Recipe
 
 if TYPE_CHECKING:
     from meteora.adapters.tensors import Adapter
     from pipelines.admission.base_identity import LookUp
     from pipelines.hub.about import HubSource
-    from pipelines.workspace.context import RunContext
-
-    Resolve = Callable[[Recipe, ExpertSection, Path], AdapterRef]
-    Fetch = Callable[[Recipe, ExpertSection, AdapterRef, Path, Path], Path]
+    from pipelines.hub.errors import UnusableRepositoryError
+    from pipelines.recipe.recipe import PolicySection
 
 
 @dataclass(frozen=True)
@@ -64,6 +59,9 @@ class Requirements:
 class Refusal:
     """An adapter that cannot be an expert."""
 
+    name: str
+    source: str
+    """As in `Expert`."""
     ref: AdapterRef | None
     """None if the Hub has no such repository, branch or commit."""
     error: AdapterError | UnusableRepositoryError
@@ -75,42 +73,15 @@ class Refusal:
 class Missing:
     """An adapter that a run would have to fetch first."""
 
+    name: str
+    source: str
+    """As in `Expert`."""
     ref: AdapterRef | None
     """None if it cannot be pinned without the Hub."""
     reason: str
 
 
-def read_experts(
-    context: RunContext, requirements: Requirements, resolve: Resolve, fetch: Fetch
-) -> Iterator[tuple[ExpertSection, Expert | Refusal | Missing]]:
-    """Each expert of the recipe, in order: accepted, refused, or not on this disk.
-
-    Args:
-        resolve: `sources.resolve_adapter`, or a task around it.
-        fetch: `sources.fetch_adapter`, a task around it, or `sources.adapter_at_hand`.
-
-    Raises:
-        HubError: A fault of the Hub itself; this is no verdict on the adapter.
-    """
-    recipe, folder = context.recipe, context.folder
-    known: dict[str, str] = {}
-    for section in recipe.experts:
-        ref = None
-        try:
-            ref = resolve(recipe, section, folder)
-            adapter_folder = fetch(recipe, section, ref, folder, context.adapters_folder)
-            expert = read_expert(section.name, section.adapter, ref, adapter_folder, requirements)
-            twin = known.setdefault(expert.adapter.spec.id, section.name)
-            if twin != section.name and isinstance(section, FoundExpert):
-                reason = Reason("same_adapter", f"it is the same adapter as {twin}")
-                raise IncompatibleAdaptersError(section.name, (reason,))
-        except NotHereError as error:
-            yield section, Missing(ref, str(error))
-        except (AdapterError, UnusableRepositoryError) as error:
-            left_out = recipe.policy.on_refused == "skip" or isinstance(section, FoundExpert)
-            yield section, Refusal(ref, error, left_out)
-        else:
-            yield section, expert
+Outcome = Expert | Refusal | Missing
 
 
 def read_expert(

@@ -34,7 +34,7 @@ def probe(
         if (change := silent.get(expert.name)) is None:
             continue
         warned = with_warnings(expert, [no_effect(change)])
-        record_accepted(context.ledger, context.run_id, warned)
+        record_accepted(context, warned)
 
 
 def no_effect(change: float) -> Reason:

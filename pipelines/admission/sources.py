@@ -7,6 +7,7 @@ import re
 from collections.abc import Callable, Collection
 from collections.abc import Set as AbstractSet
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from meteora.artifacts import AdapterRef, BaseSpec, MeteoraError, canonical_sha256, file_sha256
 from meteora.base.sources import (
@@ -21,18 +22,15 @@ from meteora.base.sources import (
 from meteora.checkpoint.manifest import SOURCE
 from pipelines.hub import repositories
 from pipelines.hub.adapter import adapter_bytes, download, downloaded
-from pipelines.hub.client import Hub, hub_for
+from pipelines.hub.client import hub_for, hub_of
 from pipelines.recipe.recipe import LONGEST_NAME, ExpertSection, FoundExpert, Recipe
+
+if TYPE_CHECKING:
+    from pipelines.workspace.context import RunContext
 
 
 class NotHereError(MeteoraError):
     """A base or an adapter is not downloaded or made yet."""
-
-
-def hub_of(recipe: Recipe, repo_id: str) -> Hub:
-    """The Hub to ask for a repository; the saved token is sent only where the recipe allows it."""
-    hub = recipe.hub
-    return hub_for(repo_id, hub.token_for, endpoint=hub.endpoint, allow_http=hub.allow_http)
 
 
 def token_of_rows(
@@ -54,13 +52,14 @@ def token_of_rows(
     return token_of
 
 
-def resolve_base(recipe: Recipe, folder: Path) -> BaseSpec:
+def resolve_base(context: RunContext) -> BaseSpec:
     """The base, pinned: to its commit on the Hub, or to the hash of its local weights.
 
     Raises:
         SourceError: There are no such weights, or a checkpoint cannot name their folder.
         HubError: The Hub does not answer, or has no such repository.
     """
+    recipe, folder = context.recipe, context.folder
     source, quantise = recipe.base, recipe.quantise or ""
     if source.startswith(GGUF):
         return BaseSpec(source, f"sha256:{file_sha256(find_gguf(source))}", quantise)
@@ -110,18 +109,16 @@ def name_of(repo_id: str, taken: AbstractSet[str]) -> str:
     return name
 
 
-def resolve_adapter(recipe: Recipe, expert: ExpertSection, folder: Path) -> AdapterRef:
+def resolve_adapter(context: RunContext, expert: ExpertSection) -> AdapterRef:
     """An expert's adapter, pinned to its commit or its hash."""
     if isinstance(expert, FoundExpert):
         repo_id, _, revision = expert.adapter.partition("@")
         return AdapterRef(repo_id, revision)
     if expert.adapter.startswith(PATH):
-        return pin_folder(local_folder(expert, folder), expert.subfolder)
-    _refuse_folder(expert.adapter, folder)
-    repo_id = expert.adapter.partition("@")[0]
-    return repositories.resolve(
-        expert.adapter, subfolder=expert.subfolder, hub=hub_of(recipe, repo_id)
-    )
+        return pin_folder(local_folder(context, expert), expert.subfolder)
+    _refuse_folder(expert.adapter, context.folder)
+    hub = hub_of(context.recipe, expert.adapter.partition("@")[0])
+    return repositories.resolve(expert.adapter, subfolder=expert.subfolder, hub=hub)
 
 
 def _unnameable(folder: Path, what: str) -> SourceError:
@@ -166,9 +163,7 @@ def pin_folder(folder: Path, subfolder: str = "") -> AdapterRef:
     return AdapterRef(repo_id, f"sha256:{sha256}", subfolder)
 
 
-def fetch_adapter(
-    recipe: Recipe, expert: ExpertSection, ref: AdapterRef, folder: Path, cache: Path
-) -> Path:
+def fetch_adapter(context: RunContext, expert: ExpertSection, ref: AdapterRef) -> Path:
     """The folder with an adapter's files; downloaded at its commit if it is on the Hub.
 
     Raises:
@@ -176,14 +171,12 @@ def fetch_adapter(
         HubError: The Hub does not deliver it.
     """
     if expert.adapter.startswith(PATH):
-        return local_folder(expert, folder)
-    hub, policy = hub_of(recipe, ref.repo_id), recipe.policy
-    return download(ref, cache, hub=hub, modules_to_save=policy.modules_to_save)
+        return local_folder(context, expert)
+    hub, policy = hub_of(context.recipe, ref.repo_id), context.recipe.policy
+    return download(ref, context.adapters_folder, hub=hub, modules_to_save=policy.modules_to_save)
 
 
-def adapter_at_hand(
-    recipe: Recipe, expert: ExpertSection, ref: AdapterRef, folder: Path, cache: Path
-) -> Path:
+def adapter_at_hand(context: RunContext, expert: ExpertSection, ref: AdapterRef) -> Path:
     """As `fetch_adapter`, but nothing is downloaded.
 
     Raises:
@@ -192,14 +185,15 @@ def adapter_at_hand(
         HubError: It cannot be downloaded.
     """
     if expert.adapter.startswith(PATH):
-        return local_folder(expert, folder)
-    here = downloaded(ref, cache, modules_to_save=recipe.policy.modules_to_save)
+        return local_folder(context, expert)
+    policy = context.recipe.policy
+    here = downloaded(ref, context.adapters_folder, modules_to_save=policy.modules_to_save)
     if here is None:
-        num_bytes = adapter_bytes(ref, hub=hub_of(recipe, ref.repo_id))
+        num_bytes = adapter_bytes(ref, hub=hub_of(context.recipe, ref.repo_id))
         raise NotHereError(f"{num_bytes / 1e6:,.1f} MB to download")
     return here
 
 
-def local_folder(expert: ExpertSection, folder: Path) -> Path:
+def local_folder(context: RunContext, expert: ExpertSection) -> Path:
     """The folder of an adapter that the recipe names by `path:`."""
-    return path_from(folder, expert.adapter.removeprefix(PATH)) / expert.subfolder
+    return path_from(context.folder, expert.adapter.removeprefix(PATH)) / expert.subfolder

@@ -4,25 +4,21 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meteora.adapters.compatibility import check_stackable
-from meteora.artifacts import COMMIT, AdapterRef, Reason
+from meteora.artifacts import COMMIT, Reason
 from meteora.untrusted.findings import AdapterError
-from pipelines.admission.sources import hub_of
 from pipelines.hub.about import HubSource, facts_of
+from pipelines.hub.client import hub_of
 from pipelines.workspace.console import say
 from store.events import AdapterVerdict, Failure, Judgement
 
 if TYPE_CHECKING:
     from meteora.adapters.tensors import Adapter
+    from meteora.artifacts import AdapterRef
     from pipelines.admission.experts import Expert, Refusal
-    from pipelines.hub.client import Hub
-    from pipelines.recipe.recipe import ExpertSection
     from pipelines.workspace.context import RunContext
-    from store.ledger import Ledger
 
     Proportion = Callable[[Adapter, Mapping[str, float]], Sequence[Reason]]
     """Warnings about an adapter whose update is far too large beside the base's weights."""
@@ -37,23 +33,27 @@ def accept(
         base_norms: The norm of each linear layer of the base, by its path.
     """
     reasons = proportion(expert.adapter, base_norms)
-    hub_at = partial(hub_of, context.recipe)
-    expert = with_warnings(with_hub_facts(expert, context.adapters_folder, hub_at), reasons)
-    record_accepted(context.ledger, context.run_id, expert)
+    expert = with_warnings(with_hub_facts(context, expert), reasons)
+    record_accepted(context, expert)
     return expert
 
 
-def refuse(context: RunContext, section: ExpertSection, refusal: Refusal) -> None:
-    """Record that an adapter is refused.
+def refuse(context: RunContext, refusal: Refusal) -> None:
+    """Record that an adapter is refused, and why, with the Hub's facts on its repository.
 
     Raises:
         AdapterError, UnusableRepositoryError: The reason, unless the adapter is left out.
     """
-    name, hub_at = section.name, partial(hub_of, context.recipe)
-    record_refused(context.ledger, context.run_id, name, section.adapter, refusal, hub_at)
+    error, ref = refusal.error, refusal.ref
+    about = _hub_facts(context, ref) if ref else None
+    reasons = error.reasons if isinstance(error, AdapterError) else [Reason("hub", str(error))]
+    verdict = _verdict(refusal, about, "refuse", reasons)
+    context.ledger.record_adapter(verdict, run_id=context.run_id)
+    failure = Failure("check", refusal.name, type(error).__name__, str(error))
+    context.ledger.record_failure(failure, run_id=context.run_id)
     if not refusal.left_out:
-        raise refusal.error
-    say(f"{name}: {refusal.error}", "left out")
+        raise error
+    say(f"{refusal.name}: {error}", "left out")
 
 
 def require_stackable(
@@ -71,31 +71,13 @@ def require_stackable(
     context.ledger.record_adapters(specs, run_id=context.run_id)
 
 
-def record_accepted(ledger: Ledger, run_id: str, expert: Expert) -> None:
+def record_accepted(context: RunContext, expert: Expert) -> None:
     """Record that an adapter is accepted, with its warnings."""
     reasons = expert.adapter.reasons
     word = "warn" if reasons else "accept"
-    verdict = _verdict(expert.name, expert.source, expert.ref, expert.about, word, reasons)
+    verdict = _verdict(expert, expert.about, word, reasons)
     verdict = replace(verdict, licence=expert.licence, adapter_id=expert.adapter.spec.id)
-    ledger.record_adapter(verdict, run_id=run_id)
-
-
-def record_refused(
-    ledger: Ledger,
-    run_id: str,
-    name: str,
-    source: str,
-    refusal: Refusal,
-    hub_at: Callable[[str], Hub],
-) -> None:
-    """Record that an adapter is refused, and why, with the Hub's facts on its repository."""
-    error, ref = refusal.error, refusal.ref
-    about = hub_facts(ref, ledger.home / "adapters", hub_at) if ref else None
-    reasons = error.reasons if isinstance(error, AdapterError) else [Reason("hub", str(error))]
-    verdict = _verdict(name, source, ref, about, "refuse", reasons)
-    ledger.record_adapter(verdict, run_id=run_id)
-    failure = Failure("check", name, type(error).__name__, str(error))
-    ledger.record_failure(failure, run_id=run_id)
+    context.ledger.record_adapter(verdict, run_id=context.run_id)
 
 
 def with_warnings(expert: Expert, reasons: Sequence[Reason]) -> Expert:
@@ -106,34 +88,30 @@ def with_warnings(expert: Expert, reasons: Sequence[Reason]) -> Expert:
     return replace(expert, adapter=adapter)
 
 
-def with_hub_facts(expert: Expert, cache: Path, hub_at: Callable[[str], Hub]) -> Expert:
+def with_hub_facts(context: RunContext, expert: Expert) -> Expert:
     """The expert with the Hub's facts on its repository, if it is from the Hub."""
-    about = hub_facts(expert.ref, cache, hub_at)
+    about = _hub_facts(context, expert.ref)
     if about is None:
         return expert
     return replace(expert, licence=expert.licence or about.licence, about=about)
 
 
-def hub_facts(ref: AdapterRef, cache: Path, hub_at: Callable[[str], Hub]) -> HubSource | None:
+def _hub_facts(context: RunContext, ref: AdapterRef) -> HubSource | None:
     """The Hub's facts on an adapter's repository; None if it is not from there."""
     if COMMIT.fullmatch(ref.revision) is None:
         return None
-    return facts_of(ref, cache, hub=hub_at(ref.repo_id))
+    return facts_of(ref, context.adapters_folder, hub=hub_of(context.recipe, ref.repo_id))
 
 
 def _verdict(
-    name: str,
-    source: str,
-    ref: AdapterRef | None,
-    about: HubSource | None,
-    word: Judgement,
-    reasons: Sequence[Reason],
+    one: Expert | Refusal, about: HubSource | None, word: Judgement, reasons: Sequence[Reason]
 ) -> AdapterVerdict:
     """The verdict on an adapter, with the Hub's facts on its repository."""
-    repo_id, revision = (ref.repo_id, ref.revision) if ref else (source.partition("@")[0], "")
+    ref = one.ref
+    repo_id, revision = (ref.repo_id, ref.revision) if ref else (one.source.partition("@")[0], "")
     subfolder = ref.subfolder if ref else ""
     verdict = AdapterVerdict(
-        name, source, repo_id, revision, word, tuple(reasons), subfolder=subfolder
+        one.name, one.source, repo_id, revision, word, tuple(reasons), subfolder=subfolder
     )
     if about is None:
         return verdict

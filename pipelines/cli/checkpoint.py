@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 from contextlib import nullcontext
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Annotated, Literal
 
@@ -107,20 +108,18 @@ def publish(
     from store.ledger import Ledger
 
     choose_device(device)  # one that is not here is refused before anything is sent
-    found = find_base(Path(checkpoint_folder(checkpoint, home)), home, base, token_for or ())
+    found = find_base(checkpoint_folder(checkpoint, home), home, base, token_for or ())
+    found = replace(found, device=device, dtype=dtype)
     to = Destination(
         repo,
         hub_for(repo, [repo]),
-        found.download,
         private=private,
         tag=tag,
         onto=onto,
         allow_licences=allow_licence or (),
-        device=device,
-        dtype=dtype,
     )
     ledger = Ledger(home)
-    made = publish(ledger, found.folder, to, new_run_id(), base_folder=found.base_folder)
+    made = publish(ledger, found, to, new_run_id())
     if made.recorded:
         ledger.ingest()
     else:
@@ -223,7 +222,7 @@ def sign(
     from pipelines.publishing.signing import sign as sign_folder
     from pipelines.workspace.checkpoints import checkpoint_folder
 
-    folder = Path(checkpoint_folder(checkpoint, home))
+    folder = checkpoint_folder(checkpoint, home)
     print(sign_folder(folder, key))
     say(f"check it with `meteora verify {folder} --key PUBLIC`")
 

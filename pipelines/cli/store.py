@@ -107,7 +107,7 @@ def verify(
         from pipelines.publishing.signing import check_signature
         from pipelines.workspace.checkpoints import checkpoint_folder
 
-        check_signature(Path(checkpoint_folder(str(checkpoint), home)), key)
+        check_signature(checkpoint_folder(str(checkpoint), home), key)
         if as_json:
             print(json.dumps({"checkpoint": str(checkpoint), "key": str(key), "signed": True}))
         else:

@@ -22,7 +22,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.context import TagsContext
 from prefect.states import Completed
 
-from meteora.artifacts import BaseSpec, BuiltBase, FusedCheckpoint, MeteoraError, RouterBuild
+from meteora.artifacts import BaseSpec, BuiltBase, MeteoraError, RouterBuild
 from meteora.base.sources import PATH
 from pipelines.admission import sources, verdicts
 from pipelines.flows import device_lock, missed_runs, run_page
@@ -121,31 +121,30 @@ def build_base(run: Run, base: BaseSpec) -> BuiltBase:
 
 
 @task(cache_policy=NO_CACHE)
-def stack(run: Run, plan: Plan) -> FusedCheckpoint:
-    return run.child.call("stack", plan, deadline_seconds=run.deadlines.stack)
+def stack(run: Run, plan: Plan) -> None:
+    run.child.call("stack", plan, deadline_seconds=run.deadlines.stack)
 
 
 @task(cache_policy=NO_CACHE)
-def deal_pool(run: Run, plan: Plan, built: BuiltBase) -> Plan:
+def deal_pool(run: Run, plan: Plan) -> Plan:
     """Divide the pool's prompts among the experts; returns the final plan."""
-    run.child.call("deal_pool", plan, built, deadline_seconds=run.deadlines.gates)
-    return complete(run.context, built, plan)
+    run.child.call("deal_pool", plan, deadline_seconds=run.deadlines.gates)
+    return complete(run.context, plan)
 
 
 @task(cache_policy=NO_CACHE)
-def fit_gates(run: Run, plan: Plan, built: BuiltBase, fused: FusedCheckpoint) -> RouterBuild:
-    return run.child.call("fit_gates", plan, built, fused, deadline_seconds=run.deadlines.gates)
+def fit_gates(run: Run, plan: Plan) -> RouterBuild:
+    return run.child.call("fit_gates", plan, deadline_seconds=run.deadlines.gates)
 
 
 @task(cache_policy=NO_CACHE)
-def measure(run: Run, plan: Plan, built: BuiltBase, gates: RouterBuild) -> None:
-    run.child.call("measure", plan, built, gates, deadline_seconds=run.deadlines.benchmark)
+def measure(run: Run, plan: Plan, gates: RouterBuild) -> None:
+    run.child.call("measure", plan, gates, deadline_seconds=run.deadlines.benchmark)
 
 
 @task(cache_policy=NO_CACHE)
-def write_checkpoint(run: Run, plan: Plan, built: BuiltBase, gates: RouterBuild) -> Path:
-    deadline = run.deadlines.stack
-    return run.child.call("write_checkpoint", plan, built, gates, deadline_seconds=deadline)
+def write_checkpoint(run: Run, plan: Plan, gates: RouterBuild) -> None:
+    run.child.call("write_checkpoint", plan, gates, deadline_seconds=run.deadlines.stack)
 
 
 @task(cache_policy=NO_CACHE)
@@ -229,20 +228,19 @@ def _recorded(context: RunContext, until: Stage, looked: Look) -> Made:
     with StageProcess(context, on_progress=progress.advance, on_message=run_page.note) as child:
         run = Run(context, child, progress)
         device = child.call("device", deadline_seconds=context.recipe.deadlines.base)
-        about = (context.run_id, context.key, context.recipe_sha256, device)
-        with recorded(context.ledger, *about, run.seconds), closing(child):
+        asked = context.recipe_sha256
+        with recorded(context, context.key, asked, device, run.seconds), closing(child):
             plan = _stages(run, until, looked)
     return Made(run.seconds, _show(context, plan) if plan else None)
 
 
-def _show(context: RunContext, plan: Plan) -> Finished | None:
+def _show(context: RunContext, plan: Plan) -> Finished:
     """Show the results on the run's page, compared with those of the last checkpoint."""
     changes = regressions.since_last(context.ledger, plan.router.id)
     for line in regressions.describe(changes):
         say(line)
     summary = summarise(context.ledger, plan, context.base_folder(plan.base))
-    if summary is None:
-        return None
+    assert summary is not None  # noqa: S101  (the checkpoint was written with it)
     run_page.show_results(context, plan, summary, changes)
     return Finished(plan, summary)
 
@@ -251,7 +249,7 @@ def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
     """Run every stage up to `until`; returns the plan if the benchmark is one of them."""
     context = run.context
     with run.stage(Stage.base):
-        base = looked.base or resolve_base(context.recipe, context.folder)
+        base = looked.base or resolve_base(context)
         built = build_base(run, base)
     if until is Stage.base:
         return None
@@ -261,20 +259,20 @@ def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
     if until is Stage.check:
         return None
     with run.stage(Stage.stack):
-        fused = stack(run, plan)
+        stack(run, plan)
     if until is Stage.stack:
         return None
     slots = run.child.call("slots", plan, deadline_seconds=run.deadlines.base)
     with device_lock.held(*slots):
         with run.stage(Stage.gates):
             if not plan.is_dealt:
-                plan = deal_pool(run, plan, built)
-            gates = fit_gates(run, plan, built, fused)
+                plan = deal_pool(run, plan)
+            gates = fit_gates(run, plan)
         if until is Stage.gates:
             return None
         with run.stage(Stage.benchmark):
-            measure(run, plan, built, gates)
-            write_checkpoint(run, plan, built, gates)
+            measure(run, plan, gates)
+            write_checkpoint(run, plan, gates)
     if until is Stage.publish and context.recipe.publish is not None:
         with device_lock.held(*slots), run.stage(Stage.publish):  # it computes, too
             publish(run, plan)
@@ -301,9 +299,9 @@ def _at_the_network_unless_local(step: Task[..., Any]) -> Callable[..., Any]:
     A task takes 0.1 s or more on the server, and a recipe may have thousands of folders.
     """
 
-    def take(recipe: Recipe, expert: ExpertSection, *arguments: object) -> object:
+    def take(context: RunContext, expert: ExpertSection, *arguments: object) -> object:
         call = step.fn if expert.adapter.startswith(PATH) else step
-        return call(recipe, expert, *arguments)
+        return call(context, expert, *arguments)
 
     return take
 

@@ -12,13 +12,7 @@ from datetime import UTC, datetime
 from typing import TYPE_CHECKING
 
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterDeploymentId,
-    FlowRunFilterExpectedStartTime,
-    FlowRunFilterState,
-    FlowRunFilterStateName,
-)
+from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import FlowRunContext
 from prefect.events import emit_event
@@ -69,13 +63,14 @@ def skip_late(context: RunContext) -> None:
     deployment_id = deployment.get_id()
     if deployment_id is None:
         return
+    is_due = {
+        "deployment_id": {"any_": [deployment_id]},
+        "state": {"name": {"any_": ["Scheduled", "Late"]}},
+        "expected_start_time": {"before_": datetime.now(UTC)},
+    }
     with get_client(sync_client=True) as client:
         due = client.read_flow_runs(
-            flow_run_filter=FlowRunFilter(
-                deployment_id=FlowRunFilterDeploymentId(any_=[deployment_id]),
-                state=FlowRunFilterState(name=FlowRunFilterStateName(any_=["Scheduled", "Late"])),
-                expected_start_time=FlowRunFilterExpectedStartTime(before_=datetime.now(UTC)),
-            ),
+            flow_run_filter=FlowRunFilter.model_validate(is_due),
             sort=FlowRunSort.EXPECTED_START_TIME_ASC,
         )
         late = [run for run in due if run.auto_scheduled]  # a run that a person started stays

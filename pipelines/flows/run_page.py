@@ -22,16 +22,7 @@ from prefect.artifacts import (
     update_progress_artifact,
 )
 from prefect.client.orchestration import get_client
-from prefect.client.schemas.filters import (
-    FlowRunFilter,
-    FlowRunFilterId,
-    FlowRunFilterState,
-    FlowRunFilterStateType,
-    FlowRunFilterTags,
-    TaskRunFilter,
-    TaskRunFilterState,
-    TaskRunFilterStateType,
-)
+from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import StateType
 from prefect.exceptions import PrefectException
 from prefect.logging import get_run_logger
@@ -40,7 +31,7 @@ from prefect.states import Crashed
 
 from meteora.artifacts import COMMIT, Score, canonical_sha256
 from meteora.checkpoint.manifest import CARD
-from pipelines.admission.sources import hub_of
+from pipelines.hub.client import hub_of
 
 if TYPE_CHECKING:
     from pipelines.planning.plan import Plan
@@ -98,12 +89,10 @@ def close_killed(context: RunContext) -> None:
     Call it under the recipe's lock: no other run with the lock's tag works then. A run that is
     about to find the lock taken overwrites this state when it ends.
     """
-    begun = [StateType.PENDING, StateType.RUNNING]
-    runs = FlowRunFilter(
-        tags=FlowRunFilterTags(all_=[_lock_tag(context)]),
-        state=FlowRunFilterState(type=FlowRunFilterStateType(any_=begun)),
-    )
-    tasks = TaskRunFilter(state=TaskRunFilterState(type=TaskRunFilterStateType(any_=begun)))
+    begun = {"type": {"any_": [StateType.PENDING, StateType.RUNNING]}}
+    with_tag = {"tags": {"all_": [_lock_tag(context)]}, "state": begun}
+    runs = FlowRunFilter.model_validate(with_tag)
+    tasks = TaskRunFilter.model_validate({"state": begun})
     state = Crashed(message="its process was killed")
     with _if_it_answers(), get_client(sync_client=True) as client:
         for run in client.read_flow_runs(flow_run_filter=runs):
@@ -111,7 +100,7 @@ def close_killed(context: RunContext) -> None:
             waits = run.state_type is StateType.PENDING and run.deployment_id is not None
             if str(run.id) == flow_run.get_id() or waits:
                 continue
-            only = FlowRunFilter(id=FlowRunFilterId(any_=[run.id]))
+            only = FlowRunFilter.model_validate({"id": {"any_": [run.id]}})
             for part in client.read_task_runs(flow_run_filter=only, task_run_filter=tasks):
                 client.set_task_run_state(part.id, state, force=True)
             client.set_flow_run_state(run.id, state, force=True)

@@ -60,7 +60,7 @@ def look(context: RunContext, until: Stage = Stage.publish) -> Look:
         MeteoraError: The recipe cannot be resolved, and another try would not help.
     """
     try:
-        base = sources.resolve_base(context.recipe, context.folder)
+        base = sources.resolve_base(context)
     except MeteoraError as error:
         _raise_unless_it_may_pass(error)
         return Look(None, str(error))
@@ -71,10 +71,9 @@ def look(context: RunContext, until: Stage = Stage.publish) -> Look:
     built = BuiltBase.from_dict(known)
     try:
         plan = resolve(context, built, at_hand(context, base))
-    except (sources.NotHereError, NoExpertsError):
-        return Look(base, built=built)
     except MeteoraError as error:
-        _raise_unless_it_may_pass(error)
+        if not isinstance(error, (sources.NotHereError, NoExpertsError)):
+            _raise_unless_it_may_pass(error)
         return Look(base, built=built)
     found = Look(base, built=built, plan=plan)
     summary = _summary(context, plan) if plan.is_dealt else None

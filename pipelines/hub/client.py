@@ -7,7 +7,7 @@ import os
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import TYPE_CHECKING, Any, Self
 from urllib.parse import urlsplit
 
 from huggingface_hub import get_token
@@ -30,6 +30,9 @@ from pipelines.workspace.processes import (
     ChildProcess,
     ChildTimeoutError,
 )
+
+if TYPE_CHECKING:
+    from pipelines.recipe.recipe import Recipe
 
 WORKER = "pipelines.hub.worker"
 MIN_BYTES_PER_SECOND = 500_000
@@ -159,6 +162,12 @@ def hub_for(
     """
     trusted = not {repo_id, repo_id.partition("/")[0]}.isdisjoint(token_for)
     return Hub(endpoint, token=get_token() if trusted else None, allow_http=allow_http)
+
+
+def hub_of(recipe: Recipe, repo_id: str) -> Hub:
+    """The Hub to ask for a repository; the saved token is sent only where the recipe allows it."""
+    hub = recipe.hub
+    return hub_for(repo_id, hub.token_for, endpoint=hub.endpoint, allow_http=hub.allow_http)
 
 
 def is_offline() -> bool:

@@ -14,9 +14,10 @@ from meteora.artifacts import COMMIT, BaseSpec, BuiltBase
 from meteora.base.sources import PATH, SourceError
 from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.admission import sources
-from pipelines.admission.experts import Expert, Missing, Refusal
+from pipelines.admission.experts import Expert, Missing, Outcome, Refusal
 from pipelines.data.row_sources import read_rows
 from pipelines.hub import repositories
+from pipelines.hub.client import hub_of
 from pipelines.hub.errors import HubError, HubOfflineError
 from pipelines.hub.upload import describe_destination
 from pipelines.planning.needs import print_estimates, shape_at_hand
@@ -30,10 +31,8 @@ if TYPE_CHECKING:
     from rich.console import Console
 
     from pipelines.planning.plan import Plan
-    from pipelines.recipe.recipe import ExpertSection, Recipe
+    from pipelines.recipe.recipe import Recipe
     from pipelines.workspace.context import RunContext
-
-    Outcomes = Sequence[tuple[ExpertSection, Expert | Refusal | Missing]]
 
 MOST_ALIKE = 32
 """Most adapters with the same outcome and warnings that have a line; each refused one has its."""
@@ -71,7 +70,7 @@ def print_steps(
         sizes = built.sizes if built else known[0].linears if known else {}
         outcomes = _look_at_adapters(context, base, sizes)
         _print_adapters(out, outcomes)
-        experts = {one.name: outcome for one, outcome in outcomes if isinstance(outcome, Expert)}
+        experts = {one.name: one for one in outcomes if isinstance(one, Expert)}
         faults += _faults_of_adapters(outcomes)
         context = _without_left_out(context, outcomes)
     _print_settings(out, context.recipe, reached)
@@ -99,7 +98,7 @@ def _done(context: RunContext, plan: Plan) -> set[Stage]:
 
 def _look_at_adapters(
     context: RunContext, base: BaseSpec | None, sizes: Mapping[str, tuple[int, int]]
-) -> Outcomes:
+) -> list[Outcome]:
     """Every adapter of the recipe, read if its files are on this disk."""
     unpinned = BaseSpec(context.recipe.base, "")  # nothing is compared with it
     steps = replace(
@@ -110,14 +109,14 @@ def _look_at_adapters(
     return list(read_adapters(context, base if sizes else None, sizes, steps))
 
 
-def _print_adapters(out: Console, outcomes: Outcomes) -> None:
+def _print_adapters(out: Console, outcomes: Sequence[Outcome]) -> None:
     alike: Counter[tuple[str, ...]] = Counter()
-    for section, outcome in outcomes:
+    for outcome in outcomes:
         warnings = outcome.adapter.reasons if isinstance(outcome, Expert) else ()
         kind = (type(outcome).__name__, *(one.code for one in warnings))
         alike[kind] += not isinstance(outcome, Refusal)
         if alike[kind] <= MOST_ALIKE:
-            said = [_describe_adapter(section, outcome), *(one.message for one in warnings)]
+            said = [_describe_adapter(outcome), *(one.message for one in warnings)]
             out.print("expert    ", "\n           warning: ".join(said), soft_wrap=True)
     for (name, *codes), count in alike.items():
         if count > MOST_ALIKE:
@@ -125,9 +124,9 @@ def _print_adapters(out: Console, outcomes: Outcomes) -> None:
             out.print(f"           and {count - MOST_ALIKE:,} more experts: {state}")
 
 
-def _without_left_out(context: RunContext, outcomes: Outcomes) -> RunContext:
+def _without_left_out(context: RunContext, outcomes: Sequence[Outcome]) -> RunContext:
     """The context without the experts that a run would leave out; unchanged if these are all."""
-    left_out = {one.name for one, o in outcomes if isinstance(o, Refusal) and o.left_out}
+    left_out = {one.name for one in outcomes if isinstance(one, Refusal) and one.left_out}
     experts = tuple(expert for expert in context.recipe.experts if expert.name not in left_out)
     recipe = context.recipe.model_copy(update={"experts": experts})
     return replace(context, recipe=recipe) if experts else context
@@ -150,21 +149,19 @@ def _print_settings(out: Console, recipe: Recipe, reached: Collection[str]) -> N
         out.print(f"benchmark  {systems} on {on}, {recipe.benchmark.limit} rows at most")
 
 
-def _faults_of_adapters(outcomes: Outcomes) -> list[str]:
+def _faults_of_adapters(outcomes: Sequence[Outcome]) -> list[str]:
     """Why a run would end with these adapters; empty if it would not."""
-    refused = [(one, outcome) for one, outcome in outcomes if isinstance(outcome, Refusal)]
-    faults = [f"{one.name} is refused" for one, outcome in refused if not outcome.left_out]
+    refused = [one for one in outcomes if isinstance(one, Refusal)]
+    faults = [f"{one.name} is refused" for one in refused if not one.left_out]
     absent = [  # no run can fetch a local folder
-        outcome.reason
-        for one, outcome in outcomes
-        if isinstance(outcome, Missing) and one.adapter.startswith(PATH)
+        one.reason for one in outcomes if isinstance(one, Missing) and one.source.startswith(PATH)
     ]
     if absent:
         others = f" (and {len(absent) - 1} more adapters)" if len(absent) > 1 else ""
         faults.append(f"{absent[0]}{others}")
     if len(refused) == len(outcomes):
         faults.append("no adapter can be used")
-    taken = {one.name: outcome.adapter for one, outcome in outcomes if isinstance(outcome, Expert)}
+    taken = {one.name: one.adapter for one in outcomes if isinstance(one, Expert)}
     try:
         check_stackable(taken, sys.maxsize)
     except IncompatibleAdaptersError as error:
@@ -179,7 +176,7 @@ def _describe_base(context: RunContext, base: BaseSpec) -> str:
     if folder.is_dir():
         state = "here already"
     else:
-        hub = sources.hub_of(context.recipe, base.base_model)
+        hub = hub_of(context.recipe, base.base_model)
         try:
             left = repositories.base_bytes(base, unfinished(folder), hub=hub)
             state = f"{left / 1e6:,.1f} MB to download"
@@ -189,23 +186,23 @@ def _describe_base(context: RunContext, base: BaseSpec) -> str:
     return f"{base.base_model} at {base.base_revision[:12]}, {state}"
 
 
-def _describe_adapter(section: ExpertSection, outcome: Expert | Refusal | Missing) -> str:
-    if isinstance(outcome, Missing):
-        if outcome.ref is None or _begins_with(outcome.reason, section.adapter):
-            return f"{section.name}: {_not_here(section.adapter, outcome.reason)}"
-        state = outcome.reason
-    elif isinstance(outcome, Refusal):
-        state = f"refused: {outcome.error}"
+def _describe_adapter(one: Outcome) -> str:
+    if isinstance(one, Missing):
+        if one.ref is None or _begins_with(one.reason, one.source):
+            return f"{one.name}: {_not_here(one.source, one.reason)}"
+        state = one.reason
+    elif isinstance(one, Refusal):
+        state = f"refused: {one.error}"
     else:
-        ranks = [module.r for module in outcome.adapter.spec.modules]
+        ranks = [module.r for module in one.adapter.spec.modules]
         low, high = min(ranks), max(ranks)
         state = f"accepted, rank {low if low == high else f'{low} to {high}'}"
-    ref = outcome.ref
+    ref = one.ref
     if ref and COMMIT.fullmatch(ref.revision):
         where = "/".join(filter(None, (ref.repo_id, ref.subfolder)))
-        here = "here already, " if isinstance(outcome, Expert) else ""
-        return f"{section.name}: {where} at {ref.revision[:12]}, {here}{state}"
-    return f"{section.name}: {section.adapter}, {state}"
+        here = "here already, " if isinstance(one, Expert) else ""
+        return f"{one.name}: {where} at {ref.revision[:12]}, {here}{state}"
+    return f"{one.name}: {one.source}, {state}"
 
 
 def _not_here(name: str, reason: str) -> str:

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import NULL, FusedSpec, PoolSpec, canonical_sha256
 from pipelines.admission.card_examples import NoCardExamplesError, read_card_examples
-from pipelines.data.claims import Claim, examples_of, prompts_of
+from pipelines.data.claims import Claim, examples_of, prompts_of, read_claims
 from pipelines.data.composites import compose, mixable
 from pipelines.data.row_sources import pin_source, read_rows
 from pipelines.data.rows import ExamplesError, Row
@@ -18,6 +17,8 @@ from pipelines.recipe.recipe import AUTO, Recipe
 if TYPE_CHECKING:
     from pipelines.admission.experts import Expert
     from pipelines.data.spans import SpannedRow, SpannedTurns
+    from pipelines.workspace.context import RunContext
+    from store.ledger import Ledger
 
 MAX_PROMPTS = 8192
 """The most prompts of a pool and the known prompts together. The distances of all pairs are in
@@ -29,10 +30,7 @@ LEAST_EXAMPLES = 2
 
 
 def read_examples(
-    recipe: Recipe,
-    folder: Path,
-    experts: Sequence[Expert],
-    token_of: Callable[[str], str | None],
+    context: RunContext, experts: Sequence[Expert], token_of: Callable[[str], str | None]
 ) -> tuple[dict[str, list[Row]], dict[str, str], dict[str, str], dict[str, str]]:
     """Read the examples of every expert.
 
@@ -45,6 +43,7 @@ def read_examples(
             another way to route to that expert. With plain text experts cannot write prompts: only
             a template marks the end of a prompt.
     """
+    recipe, folder = context.recipe, context.folder
     if recipe.router.kind != "gate":
         return {}, {}, {}, {}
     limit = recipe.gates.examples_per_expert
@@ -92,8 +91,7 @@ def known_prompts(
 
 
 def find_pool(
-    recipe: Recipe,
-    folder: Path,
+    context: RunContext,
     fused: FusedSpec,
     examples: Mapping[str, Sequence[Row]],
     known: Mapping[str, Sequence[str]],
@@ -105,6 +103,7 @@ def find_pool(
     Args:
         writers: Experts that write their prompts, if the recipe names no pool.
     """
+    recipe = context.recipe
     source, limit = recipe.gates.pool, recipe.gates.examples_per_expert
     if recipe.router.kind != "gate" or set(fused.names) <= examples.keys():
         return None, ()
@@ -115,10 +114,18 @@ def find_pool(
     if not source:
         return None, ()
     most = most_prompts(recipe, len(fused.names))
-    rows = read_rows(source, folder, most, token_of, answered=False)
+    rows = read_rows(source, context.folder, most, token_of, answered=False)
     prompts = pool_prompts(source, rows, examples)
     prompts = prompts[: MAX_PROMPTS - sum(map(len, known.values()))]
     return PoolSpec(fused.id, canonical_sha256(prompts), *how), tuple(prompts)
+
+
+def dealt(ledger: Ledger, pool: PoolSpec) -> list[Claim] | None:
+    """The experts' claims on a pool's prompts, from the store; None if it is not divided yet."""
+    sha256 = ledger.weights_of(pool.id)
+    if sha256 is None or sha256 not in ledger.blobs:
+        return None
+    return read_claims(ledger.blobs.path_of(sha256).read_text(encoding="utf-8"))
 
 
 def pool_prompts(

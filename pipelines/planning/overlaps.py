@@ -11,12 +11,13 @@ from typing import TYPE_CHECKING
 from pipelines.data.row_sources import json_lines, read_rows, row_place
 from pipelines.data.rows import Row, refuse_overlap
 from pipelines.data.spans import prompt_parts
-from pipelines.recipe.recipe import AUTO, Recipe
+from pipelines.recipe.recipe import AUTO
 from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
     from pipelines.data.spans import SpannedRow, SpannedTurns
     from pipelines.recipe.from_folder import Found
+    from pipelines.workspace.context import RunContext
 
 ALL_ROWS = 1_000_000
 
@@ -74,8 +75,7 @@ def _read(path: Path) -> list[Row]:
 
 
 def check_overlaps(
-    recipe: Recipe,
-    folder: Path,
+    context: RunContext,
     examples: Mapping[str, Sequence[Row]],
     spans: Sequence[SpannedRow | SpannedTurns],
     tests: Mapping[str, Sequence[Row]],
@@ -86,10 +86,11 @@ def check_overlaps(
     Args:
         prompts: The prompts of the recipe's pool.
     """
+    recipe = context.recipe
     sources = {section.name: section.test for section in recipe.experts}
     sources |= {task.called: task.rows for task in recipe.benchmark.tasks}
-    test_place = partial(_place, sources, folder)
-    refuse_overlap(examples, tests, partial(place_of_example, recipe, folder), test_place)
+    test_place = partial(_place, sources, context.folder)
+    refuse_overlap(examples, tests, partial(place_of_example, context), test_place)
     spans_place = f"in {recipe.gates.spans}"
     refuse_overlap(prompt_parts(spans), tests, lambda *_: spans_place, test_place)
     pool = {"": [Row(prompt, "") for prompt in prompts]}
@@ -97,10 +98,10 @@ def check_overlaps(
     refuse_overlap(pool, tests, lambda *_: pool_place, test_place, kind="a prompt of gates.pool")
 
 
-def place_of_example(recipe: Recipe, folder: Path, name: str, number: int) -> str:
+def place_of_example(context: RunContext, name: str, number: int) -> str:
     """The place of an expert's example: file and line, or source and number."""
-    sources = {one.name: one.examples for one in recipe.experts if one.examples != AUTO}
-    return _place(sources, folder, name, number)
+    sources = {one.name: one.examples for one in context.recipe.experts if one.examples != AUTO}
+    return _place(sources, context.folder, name, number)
 
 
 def _place(sources: Mapping[str, str | None], folder: Path, name: str, number: int) -> str:

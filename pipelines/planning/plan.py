@@ -5,10 +5,9 @@ Nothing here loads a model or opens a database, so a finished run is recognised 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import (
@@ -26,7 +25,7 @@ from meteora.artifacts import (
 from meteora.artifacts.routers import OPENING_SHARE
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.background import background_rows
-from pipelines.data.claims import Claim, nobodys
+from pipelines.data.claims import nobodys
 from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import Row
@@ -42,6 +41,7 @@ from pipelines.evaluation.measurements import (
 from pipelines.evaluation.tasks import Task, make_tasks
 from pipelines.planning.examples import (
     asks_for_spans,
+    dealt,
     find_pool,
     known_prompts,
     read_examples,
@@ -56,6 +56,7 @@ if TYPE_CHECKING:
     from pipelines.admission.experts import Expert
     from pipelines.recipe.benchmark import BenchmarkSection
     from pipelines.recipe.recipe import Recipe
+    from pipelines.workspace.context import RunContext
 
 
 @dataclass(frozen=True)
@@ -110,35 +111,28 @@ class Plan(Subjects):
         return _nobodys(self.router, self.tasks)
 
 
-def make_plan(
-    recipe: Recipe,
-    folder: Path,
-    base: BaseSpec,
-    experts: Sequence[Expert],
-    claims_of: Callable[[PoolSpec], Sequence[Claim] | None] = lambda _pool: None,
-) -> Plan:
+def make_plan(context: RunContext, base: BaseSpec, experts: Sequence[Expert]) -> Plan:
     """Every spec of a run.
 
     Args:
-        folder: The folder that the recipe's paths are relative to.
         experts: In the order of the stack.
-        claims_of: Returns the experts' claims on a pool's prompts; None if it is not divided yet.
 
     Raises:
         ExamplesError: rows are missing or malformed, a test row is also an example, or an expert
             has too few examples.
     """
+    recipe, folder = context.recipe, context.folder
     sections = {section.name: section for section in recipe.experts}
     names = [expert.name for expert in experts]
     chosen = [sections[name] for name in names if name in sections]  # a found adapter has no tests
     token_of = token_of_rows(recipe.hub.token_for, allow_http=recipe.hub.allow_http)
     tasks = make_tasks(chosen, recipe.benchmark, folder, partial(read_rows, token_of=token_of))
     tests = {name: task.rows for name, task in tasks.items() if task.rows}
-    examples, of_cards, of_hub, writers = read_examples(recipe, folder, experts, token_of)
+    examples, of_cards, of_hub, writers = read_examples(context, experts, token_of)
     fused = stack_of(base, experts)
     known = known_prompts(examples, fused.names)
-    pool, prompts = find_pool(recipe, folder, fused, examples, known, writers, token_of)
-    claims = claims_of(pool) if pool else None
+    pool, prompts = find_pool(context, fused, examples, known, writers, token_of)
+    claims = dealt(context.ledger, pool) if pool else None
     is_dealt = pool is None or claims is not None
     if pool and claims is not None:
         if writers:  # an expert can write a test question by chance
@@ -150,7 +144,7 @@ def make_plan(
         examples[NULL] = [*background_rows(), *outside]
     with_own = [name for name in names if name in examples] if is_dealt else names
     spans = read_spans(recipe.gates.spans, folder, with_own) if asks_for_spans(recipe) else []
-    check_overlaps(recipe, folder, examples, spans, tests, prompts)
+    check_overlaps(context, examples, spans, tests, prompts)
     refuse_too_few(recipe, examples, spans, whole=is_dealt)
     router = _router(recipe, fused, examples, spans, pool)
     return replace(

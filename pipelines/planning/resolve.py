@@ -9,32 +9,35 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING
 
-from meteora.artifacts import WITH_GATES, BaseSpec, BuiltBase, MeteoraError, PoolSpec
+from meteora.adapters.compatibility import IncompatibleAdaptersError
+from meteora.artifacts import WITH_GATES, AdapterRef, BaseSpec, BuiltBase, MeteoraError, Reason
+from meteora.untrusted.findings import AdapterError
 from pipelines.admission import sources, verdicts
 from pipelines.admission.base_identity import look_up_on_hub, saved_verdict
-from pipelines.admission.experts import Missing, Refusal, Requirements, read_experts
-from pipelines.data.claims import Claim, read_claims
+from pipelines.admission.experts import Missing, Refusal, Requirements, read_expert
 from pipelines.data.rows import ExamplesError
+from pipelines.hub.errors import UnusableRepositoryError
 from pipelines.planning.plan import Plan, make_plan, stack_of
+from pipelines.recipe.recipe import FoundExpert
 
 if TYPE_CHECKING:
     from pipelines.admission.base_identity import LookUp
-    from pipelines.admission.experts import Expert, Fetch, Resolve
+    from pipelines.admission.experts import Expert, Outcome
     from pipelines.admission.verdicts import Proportion
     from pipelines.recipe.recipe import ExpertSection, Recipe
     from pipelines.workspace.context import RunContext
-    from store.ledger import Ledger
 
 
 class NoExpertsError(MeteoraError):
     """Not one adapter can be used."""
 
 
-def _leave_to_the_run(section: ExpertSection, refusal: Refusal) -> None:
+def _leave_to_the_run(refusal: Refusal) -> None:
     if not refusal.left_out:
-        raise sources.NotHereError(f"{section.name} is refused, which a run records")
+        raise sources.NotHereError(f"{refusal.name} is refused, which a run records")
 
 
 @dataclass(frozen=True)
@@ -47,11 +50,11 @@ class Steps:
 
     look_up: LookUp
     discover: Callable[[Recipe], Recipe] = sources.discover
-    resolve_adapter: Resolve = sources.resolve_adapter
-    fetch_adapter: Fetch = sources.adapter_at_hand
+    resolve_adapter: Callable[[RunContext, ExpertSection], AdapterRef] = sources.resolve_adapter
+    fetch_adapter: Callable[[RunContext, ExpertSection, AdapterRef], Path] = sources.adapter_at_hand
     accept: Callable[[Expert], Expert] = lambda expert: expert
     """Called with each accepted expert; may add warnings."""
-    refuse: Callable[[ExpertSection, Refusal], None] = _leave_to_the_run
+    refuse: Callable[[Refusal], None] = _leave_to_the_run
     """Called with each refusal; raises if the run cannot go on without that expert."""
     check_stack: Callable[[Sequence[Expert]], None] = lambda _experts: None
     """Called with all accepted experts; raises if they do not fit into one stack."""
@@ -59,7 +62,7 @@ class Steps:
 
 def at_hand(context: RunContext, base: BaseSpec) -> Steps:
     """The steps of a look."""
-    return Steps(partial(saved_verdict, context.adapters_folder, base))
+    return Steps(partial(saved_verdict, context, base))
 
 
 def recording(
@@ -71,9 +74,8 @@ def recording(
         proportion: `update_norm.check_proportion`, or a call of it in the worker process.
         memory_limit_bytes: The most memory for a stack.
     """
-    cache, ours = context.adapters_folder, context.base_folder(built.spec)
     return Steps(
-        look_up_on_hub(cache, built.spec, ours, partial(sources.hub_of, context.recipe)),
+        look_up_on_hub(context, built.spec, context.base_folder(built.spec)),
         fetch_adapter=sources.fetch_adapter,
         accept=partial(verdicts.accept, context, built.norms, proportion),
         refuse=partial(verdicts.refuse, context),
@@ -97,12 +99,12 @@ def resolve(context: RunContext, built: BuiltBase, steps: Steps, made: Plan | No
     """
     context = replace(context, recipe=steps.discover(context.recipe))
     experts, num_refused = [], 0
-    for section, outcome in read_adapters(context, built.spec, built.sizes, steps):
+    for outcome in read_adapters(context, built.spec, built.sizes, steps):
         if isinstance(outcome, Missing):
             raise sources.NotHereError(outcome.reason)
         if isinstance(outcome, Refusal):
             num_refused += 1
-            steps.refuse(section, outcome)
+            steps.refuse(outcome)
         else:
             experts.append(steps.accept(outcome))
     if not experts:
@@ -114,16 +116,16 @@ def resolve(context: RunContext, built: BuiltBase, steps: Steps, made: Plan | No
     steps.check_stack(experts)
     if made is not None and made.fused == stack_of(built.spec, experts):
         return replace(made, experts=tuple(experts))
-    return _plan_of(context, built, experts)
+    return make_plan(context, built.spec, experts)
 
 
-def complete(context: RunContext, built: BuiltBase, plan: Plan) -> Plan:
+def complete(context: RunContext, plan: Plan) -> Plan:
     """The final plan of a recipe whose pool is now divided among the experts.
 
     Raises:
         ExamplesError: The pool, or the experts' examples, were changed meanwhile.
     """
-    whole = _plan_of(context, built, plan.experts)
+    whole = make_plan(context, plan.base, plan.experts)
     if not whole.is_dealt:
         raise ExamplesError(
             f"gates.pool, {context.recipe.gates.pool}: it was changed while its prompts were dealt;"
@@ -132,37 +134,40 @@ def complete(context: RunContext, built: BuiltBase, plan: Plan) -> Plan:
     return whole
 
 
-def _plan_of(context: RunContext, built: BuiltBase, experts: Sequence[Expert]) -> Plan:
-    claims_of = partial(dealt, context.ledger)
-    return make_plan(context.recipe, context.folder, built.spec, experts, claims_of)
-
-
-def dealt(ledger: Ledger, pool: PoolSpec) -> list[Claim] | None:
-    """The experts' claims on a pool's prompts, from the store; None if it is not divided yet."""
-    sha256 = ledger.weights_of(pool.id)
-    if sha256 is None or sha256 not in ledger.blobs:
-        return None
-    return read_claims(ledger.blobs.path_of(sha256).read_text(encoding="utf-8"))
-
-
 def read_adapters(
     context: RunContext,
     base: BaseSpec | None,
     sizes: Mapping[str, tuple[int, int]],
     steps: Steps,
-) -> Iterator[tuple[ExpertSection, Expert | Refusal | Missing]]:
-    """Every adapter of the recipe: accepted, refused, or not on this disk.
+) -> Iterator[Outcome]:
+    """Every adapter of the recipe, in order: accepted, refused, or not on this disk.
 
     Args:
         context: Its recipe includes the adapters that `discover` found.
         base: None if no file of the base is on this disk: then adapters are compared with no base.
         sizes: (in_features, out_features) of each linear layer of the base, by path.
+
+    Raises:
+        HubError: A fault of the Hub itself; this is no verdict on the adapter.
     """
-    requirements = Requirements(
-        base=base,
-        sizes=sizes,
-        policy=context.recipe.policy,
-        look_up=steps.look_up,
-        in_layers=context.recipe.router.kind in WITH_GATES,
-    )
-    return read_experts(context, requirements, steps.resolve_adapter, steps.fetch_adapter)
+    recipe = context.recipe
+    in_layers = recipe.router.kind in WITH_GATES
+    requirements = Requirements(base, sizes, recipe.policy, steps.look_up, in_layers)
+    known: dict[str, str] = {}
+    for section in recipe.experts:
+        name, source, ref = section.name, section.adapter, None
+        try:
+            ref = steps.resolve_adapter(context, section)
+            folder = steps.fetch_adapter(context, section, ref)
+            expert = read_expert(name, source, ref, folder, requirements)
+            twin = known.setdefault(expert.adapter.spec.id, name)
+            if twin != name and isinstance(section, FoundExpert):
+                reason = Reason("same_adapter", f"it is the same adapter as {twin}")
+                raise IncompatibleAdaptersError(name, (reason,))
+        except sources.NotHereError as error:
+            yield Missing(name, source, ref, str(error))
+        except (AdapterError, UnusableRepositoryError) as error:
+            left_out = recipe.policy.on_refused == "skip" or isinstance(section, FoundExpert)
+            yield Refusal(name, source, ref, error, left_out)
+        else:
+            yield expert

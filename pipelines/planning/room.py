@@ -132,6 +132,11 @@ def check_examples(
             )
 
 
+def having_room(rows: Sequence[Row], room: int, tokenizer: PreTrainedTokenizerBase) -> list[Row]:
+    """The rows with at most `room` tokens in prompt and answer together."""
+    return [row for row in rows if len(encode_pair(tokenizer, row.prompt, row.response)) <= room]
+
+
 def without_too_long(
     examples: Mapping[str, Sequence[Row]],
     of_cards: Collection[str],
@@ -152,8 +157,7 @@ def without_too_long(
     fitting = dict(examples)
     for name in of_cards:
         rows = examples[name]
-        lengths = [len(encode_pair(tokenizer, row.prompt, row.response)) for row in rows]
-        own = [row for row, length in zip(rows, lengths, strict=True) if length <= room]
+        own = having_room(rows, room, tokenizer)
         if len(own) < min(LEAST_EXAMPLES, len(rows)):
             raise ExamplesError(
                 f"expert {name}: {len(own)} of {len(rows)} examples of the data set that its card"

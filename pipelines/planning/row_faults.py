@@ -63,7 +63,7 @@ def faults_of_rows(context: RunContext, base: BaseSpec | None, read: Read) -> li
         spans = read_spans(gates.spans, folder, named) if asks_for_spans(recipe) else ()
         tasks = make_tasks(own, known, folder, read)
         tests = {name: task.rows for name, task in tasks.items() if task.rows}
-        check_overlaps(recipe, folder, examples, spans, tests, prompts)
+        check_overlaps(context, examples, spans, tests, prompts)
         whole = not gates.pool and len(examples) == sum(bool(e.examples) for e in recipe.experts)
         refuse_too_few(recipe, examples, spans, whole=whole)
         check_names(tasks.values())
@@ -74,7 +74,7 @@ def faults_of_rows(context: RunContext, base: BaseSpec | None, read: Read) -> li
                 tasks.values(),
                 examples,
                 spans,
-                partial(place_of_example, recipe, folder),
+                partial(place_of_example, context),
                 recipe.router.options((), fitted=True),
                 plain=settings.template == "plain",
             )

@@ -10,8 +10,8 @@ from __future__ import annotations
 
 import re
 import tempfile
-from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from collections.abc import Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -32,6 +32,7 @@ from pipelines.workspace.processes import ChildError, ChildProcess
 from store.files import partial_file
 
 if TYPE_CHECKING:
+    from pipelines.admission.checkpoints import FoundCheckpoint
     from pipelines.hub.client import Hub
     from pipelines.planning.plan import Plan
     from pipelines.workspace.context import RunContext
@@ -54,18 +55,12 @@ class Destination:
     repo_id: str
     hub: Hub
     """With a token that may write to the repository."""
-    download: Mapping[str, str | bool] = field(default_factory=dict)
-    """Options for the download of a base for the comparison, as `meteora.load` takes them."""
     private: bool = True
     tag: str = ""
     """The tag of this publication; if empty, one is made from its hash."""
     onto: str = ""
     """The commit of main that may be replaced, if another machine made it."""
     allow_licences: Sequence[str] = ()
-    device: str = "auto"
-    """The device of the comparison, as `choose_device` takes it."""
-    dtype: str = "auto"
-    """The dtype of the base in the comparison; `auto`: as in its files."""
 
 
 @dataclass(frozen=True)
@@ -81,6 +76,8 @@ class Published:
 
 def publish_plan(work: RunContext, plan: Plan) -> Published:
     """Publish a recipe's checkpoint to the repository that it names; the last stage of a run."""
+    from pipelines.admission.checkpoints import FoundCheckpoint  # noqa: PLC0415  (it loads torch)
+
     section = work.recipe.publish
     assert section is not None  # noqa: S101  (the caller checks it)
     require_sound(work.ledger, plan.base)
@@ -92,22 +89,15 @@ def publish_plan(work: RunContext, plan: Plan) -> Published:
         allow_licences=section.allow_licences,
     )
     folder, base_folder = work.checkpoint_folder(plan.router.id), work.base_folder(plan.base)
-    return publish(work.ledger, folder, to, work.run_id, base_folder=base_folder)
+    return publish(work.ledger, FoundCheckpoint(folder, base_folder, {}), to, work.run_id)
 
 
-def publish(
-    ledger: Ledger,
-    folder: Path,
-    to: Destination,
-    run_id: str,
-    *,
-    base_folder: Path | None = None,
-) -> Published:
+def publish(ledger: Ledger, found: FoundCheckpoint, to: Destination, run_id: str) -> Published:
     """Upload a checkpoint, check that the Hub has the same model, and record the publication.
 
     Args:
-        folder: The checkpoint; it is not changed.
-        base_folder: The base; without it, the base that the manifest names.
+        found: The checkpoint; it is not changed. Without a folder of its base, the base that the
+            manifest names is compared.
 
     Raises:
         LicenceError: An adapter's licence forbids it.
@@ -120,8 +110,9 @@ def publish(
         raise HubReferenceError(f"{to.repo_id!r} is not owner/name, where it is to be published")
     if to.tag and not is_tag(to.tag):
         raise HubReferenceError(f"{to.tag!r} is no name of a tag, or is a branch's")
+    folder = found.folder
     manifest = read_manifest(folder)
-    if base_folder is None and manifest.base.repo_id.startswith(PATH):
+    if found.base_folder is None and manifest.base.repo_id.startswith(PATH):
         raise PublicationError(
             f"{to.repo_id}: the model is loaded again when it is published, and its base is a local"
             " folder; say where that lies with --base"
@@ -139,7 +130,7 @@ def publish(
         def check(commit: str) -> None:
             if commit not in known:  # a recorded commit was checked before
                 say(f"loading {to.repo_id} at {commit[:12]} from the Hub")
-                _check_reload(ledger.home, folder, bundle, to, commit, base_folder)
+                _check_reload(ledger.home, found, bundle, to, commit)
 
         revision = repository.publish(
             bundle, private=to.private, tag=tag, check=check, onto=to.onto, known=known
@@ -190,12 +181,7 @@ def _refuse_secrets(bundle: Bundle, patterns: Sequence[str]) -> None:
 
 
 def _check_reload(
-    home: Path,
-    folder: Path,
-    bundle: Bundle,
-    to: Destination,
-    commit: str,
-    base_folder: Path | None,
+    home: Path, ours: FoundCheckpoint, bundle: Bundle, to: Destination, commit: str
 ) -> None:
     """Download a commit into an empty cache, and compare its bytes and its logits with ours.
 
@@ -205,14 +191,14 @@ def _check_reload(
     with partial_file(home) as cache:
         cache.mkdir()
         request = {
-            "folder": str(folder),
+            "folder": str(ours.folder),
             "repo_id": to.repo_id,
             "revision": commit,
             "cache_dir": str(cache),
-            "base_folder": None if base_folder is None else str(base_folder),
-            "download": dict(to.download),
-            "device": to.device,
-            "dtype": to.dtype,
+            "base_folder": None if ours.base_folder is None else str(ours.base_folder),
+            "download": ours.download,
+            "device": ours.device,
+            "dtype": ours.dtype,
         }
         what = f"{to.repo_id} at {commit}"
         try:

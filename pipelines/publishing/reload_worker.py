@@ -20,7 +20,6 @@ from meteora.base.placement import input_device
 from meteora.checkpoint.resolve import find_checkpoint
 from meteora.model.silent_experts import PROMPT
 from pipelines.admission.checkpoints import FoundCheckpoint
-from pipelines.workspace.machine import choose_device
 from pipelines.workspace.processes import parent
 
 
@@ -46,7 +45,7 @@ def compare(
 
     Args:
         download: Options for the download of a base on the Hub.
-        device: The device for both, as `choose_device` takes it.
+        device: The device for both, as `FoundCheckpoint` takes it.
         dtype: The dtype of the base for both.
     """
     token = os.environ.get("HF_TOKEN") or False  # of the publisher, for this repository
@@ -55,9 +54,8 @@ def compare(
         Path(folder),
         None if base_folder is None else Path(base_folder),
         download,
-        choose_device(device),
+        device,
         dtype,
-        may_spread=device == "auto",
     )
     here, again = (logits(replace(ours, folder=place)) for place in (ours.folder, there))
     if torch.equal(here, again):

@@ -173,11 +173,11 @@ def _record(work: RunContext, adoption: Adoption) -> None:
         if ledger.weights_of(spec.id) is None:
             ledger.record_adapter(_verdict(entry), run_id=run_id)
         ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=run_id)
-    record_stack(ledger, adoption.fused, experts, run_id)
+    record_stack(work, adoption.fused, experts)
     gates, statistics = manifest.files.get(GATES, experts), manifest.files.get(STATISTICS, "")
     num_tokens = manifest.gates.get("num_tokens", 0)
     made = RouterBuild(adoption.router, gates, num_tokens, None, 0.0, "", statistics)
-    record_router(ledger, made, run_id)
+    record_router(work, made)
 
 
 def _verdict(entry: ExpertEntry) -> AdapterVerdict:

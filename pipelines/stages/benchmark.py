@@ -137,7 +137,7 @@ def _measure(
     name = f"benchmark of {short(plan.router.id)}"
     sha256 = canonical_sha256([one.spec.id for one in plan.measurements])
     device = device_name(choose_device(found.device), found.dtype)
-    with one_stage(work.ledger, work.run_id, name, sha256, device, Stage.benchmark):
+    with one_stage(work, name, sha256, device, Stage.benchmark):
         here = adopt(work, adoption) if adoption else found
         measure_model(work, plan, lambda: nullcontext(here.load()), here.dtype)
     return here

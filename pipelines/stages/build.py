@@ -21,7 +21,6 @@ from meteora.adapters.compatibility import stack_bytes
 from meteora.artifacts import (
     NULL,
     BuiltBase,
-    FusedCheckpoint,
     LinearSize,
     MeteoraError,
     RouterBuild,
@@ -40,17 +39,16 @@ from meteora.fitting.statistics import write_statistics
 from meteora.routing.gates import gates_of
 from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.admission import silent_experts
-from pipelines.admission.sources import hub_of
 from pipelines.data.conversations import Conversation, converse, takes, within
 from pipelines.data.labels import Labeller, background_ids
 from pipelines.evaluation.harness import room_of
 from pipelines.hub import repositories
 from pipelines.hub.card import licence_of
+from pipelines.hub.client import hub_of
 from pipelines.hub.snapshot import locked
 from pipelines.planning.estimate import bytes_of_gates
 from pipelines.planning.examples import LEAST_EXAMPLES
 from pipelines.planning.room import with_room, without_too_long
-from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
 from pipelines.stages.checkpoint import (
@@ -136,42 +134,41 @@ def _dequantise(source: str, spec: BaseSpec, out: Path) -> None:
     tokenizer.save_pretrained(out)
 
 
-def stack(work: RunContext, plan: Plan) -> FusedCheckpoint:
+def stack(work: RunContext, plan: Plan) -> None:
     """Concatenate the adapters in one file; the base is not loaded."""
     if work.holds(plan.fused.id):
-        return FusedCheckpoint.from_dict(work.ledger.built(plan.fused.id) or {})
+        return
     specs = [expert.adapter.spec for expert in plan.experts]
     require_space(work.home, stack_bytes(specs), f"the stack of {len(specs)} experts")
     with work.scratch() as scratch:
         out = scratch / EXPERTS
         stack_adapters([expert.adapter for expert in plan.experts], out)
         sha256 = work.ledger.blobs.put(out, move=True)
-    return record_stack(work.ledger, plan.fused, sha256, work.run_id)
+    record_stack(work, plan.fused, sha256)
 
 
-def fit_gates(
-    work: RunContext, plan: Plan, built: BuiltBase, fused: FusedCheckpoint
-) -> RouterBuild:
+def fit_gates(work: RunContext, plan: Plan) -> RouterBuild:
     """Fit the gates with the recipe's settings; a router without gates is only recorded."""
     if work.holds(plan.router.id):
         return RouterBuild.from_dict(work.ledger.built(plan.router.id) or {})
     if plan.router.router == "prompt":
-        made = _compare_with_background(work, plan, built)
+        made = _compare_with_background(work, plan)
     elif plan.router.router == "gate":
-        made = _make_gates(work, plan, built)
+        made = _make_gates(work, plan)
     else:
-        made = RouterBuild(plan.router, fused.weights_sha256, 0, None, 0.0, "")
-    record_router(work.ledger, made, work.run_id)
+        experts = str(work.ledger.weights_of(plan.fused.id))
+        made = RouterBuild(plan.router, experts, 0, None, 0.0, "")
+    record_router(work, made)
     shutil.rmtree(work.training_folder(plan.router.id), ignore_errors=True)
     return made
 
 
-def _make_gates(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
+def _make_gates(work: RunContext, plan: Plan) -> RouterBuild:
     require_space(work.home, _bytes_of_fit(plan), "a fit of these gates")
     with work.scratch() as scratch:
         out = scratch / GATES
         fit = _fit_here if train_processes.num_processes(work.recipe) == 1 else _fit_together
-        found = fit(work, plan, built, out)
+        found = fit(work, plan, out)
         sha256, statistics_sha256 = work.ledger.blobs.put(out, move=True), ""
         if found.statistics:
             write_statistics(scratch / STATISTICS, found.statistics)
@@ -190,10 +187,10 @@ def _make_gates(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
         )
 
 
-def _compare_with_background(work: RunContext, plan: Plan, built: BuiltBase) -> RouterBuild:
+def _compare_with_background(work: RunContext, plan: Plan) -> RouterBuild:
     """Fit a router of whole prompts, to texts that belong to no expert; it needs no examples."""
     started, router = time.perf_counter(), plan.router
-    model_of = opened(work, plan, built, None, map_to_fit(work, plan))
+    model_of = opened(work, plan, None, map_to_fit(work, plan))
     with model_of as (model, tokenizer), work.scratch() as scratch:
         silent_experts.probe(work, plan.experts, model, tokenizer)
         encoding = tokenizer_of_gates(tokenizer, router.template)
@@ -231,9 +228,9 @@ def _bytes_of_fit(plan: Plan) -> float:
     return gates * 2 + statistics * 3
 
 
-def _fit_here(work: RunContext, plan: Plan, built: BuiltBase, out: Path) -> Fit:
+def _fit_here(work: RunContext, plan: Plan, out: Path) -> Fit:
     router = plan.router
-    model_of = opened(work, plan, built, None, map_to_fit(work, plan))
+    model_of = opened(work, plan, None, map_to_fit(work, plan))
     with model_of as (model, tokenizer), work.scratch() as scratch:
         sequences, template = _labelled(work, plan, model, tokenizer)
         if router.joint is None:
@@ -247,17 +244,17 @@ def _fit_here(work: RunContext, plan: Plan, built: BuiltBase, out: Path) -> Fit:
     return found
 
 
-def _fit_together(work: RunContext, plan: Plan, built: BuiltBase, out: Path) -> Fit:
+def _fit_together(work: RunContext, plan: Plan, out: Path) -> Fit:
     """Label with one model, release it, and train in processes with a model each."""
 
     def labelled() -> tuple[list[LabelledSequence], Template | None]:
-        with opened(work, plan, built, None, map_to_divide(work, plan)) as (model, tokenizer):
+        with opened(work, plan, None, map_to_divide(work, plan)) as (model, tokenizer):
             return _labelled(work, plan, model, tokenizer)
 
     sequences, template = labelled()
     torch.cuda.empty_cache()
     with _steps(plan.router) as show:
-        return train_processes.train_together(work, plan, built, sequences, template, out, show)
+        return train_processes.train_together(work, plan, sequences, template, out, show)
 
 
 def _labelled(
@@ -376,7 +373,7 @@ def _calibrate(
     return found
 
 
-def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild) -> Path:
+def write_checkpoint(work: RunContext, plan: Plan, gates: RouterBuild) -> Path:
     """Write the checkpoint's folder; one that is signed stays as it is.
 
     Raises:
@@ -388,11 +385,8 @@ def write_checkpoint(work: RunContext, plan: Plan, built: BuiltBase, gates: Rout
     folder = work.checkpoint_folder(plan.router.id)
     if is_whole(folder) and stays_as_signed(folder):
         return folder
-    manifest = describe(work, plan, built, gates)
+    manifest = describe(work, plan, gates)
     if gates.statistics_sha256:
         files = manifest.files | {STATISTICS: gates.statistics_sha256}
         manifest = replace(manifest, files=files)
-    texts = {}
-    if results := write_eval_results(work.recipe.benchmark.tasks, summary):
-        texts[EVAL_RESULTS] = results
-    return place_checkpoint(work, manifest, work.name, summary, work.recipe_sha256, texts)
+    return place_checkpoint(work, manifest, work.name, summary)

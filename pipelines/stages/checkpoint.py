@@ -2,9 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import ArtifactId, FusedCheckpoint, FusedSpec, RouterBuild
@@ -12,12 +10,12 @@ from meteora.checkpoint.manifest import CARD, CONFIG, CONFIG_TEXT, LINEAGE, MANI
 from pipelines.publishing.in_toto import write_lineage
 from pipelines.publishing.signing import is_signed
 from pipelines.reports import card
+from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext, put_in_place
 
 if TYPE_CHECKING:
     from pipelines.reports.summary import Summary
-    from store.ledger import Ledger
 
 
 def write_texts(
@@ -26,7 +24,6 @@ def write_texts(
     title: str,
     summary: Summary | None = None,
     recipe_sha256: str = "",
-    more: Mapping[str, str] = MappingProxyType({}),
 ) -> None:
     """Write manifest, config, card and lineage into a folder that has the manifest's files.
 
@@ -34,17 +31,14 @@ def write_texts(
         title: The heading of the card.
         summary: The scores that the card shows; None if nothing was measured.
         recipe_sha256: Of the recipe that made the checkpoint; empty if there is none.
-        more: Other texts, by path in the folder.
     """
     texts = {
         MANIFEST: manifest.to_json(),
         CONFIG: CONFIG_TEXT,
         CARD: card.write_card(manifest, summary, title),
         LINEAGE: write_lineage(manifest, recipe_sha256),
-        **more,
     }
     for name, text in texts.items():
-        (folder / name).parent.mkdir(exist_ok=True)
         (folder / name).write_text(text)
 
 
@@ -57,25 +51,24 @@ def stays_as_signed(folder: Path) -> bool:
 
 
 def place_checkpoint(
-    work: RunContext,
-    manifest: Manifest,
-    title: str,
-    summary: Summary | None = None,
-    recipe_sha256: str = "",
-    more: Mapping[str, str] = MappingProxyType({}),
+    work: RunContext, manifest: Manifest, title: str, summary: Summary | None = None
 ) -> Path:
     """Make a checkpoint's folder, whole or not at all; its tensors are links where possible.
 
     Args:
         manifest: Its files are among the ledger's blobs. The other arguments are `write_texts`'s.
     """
+    results = write_eval_results(work.recipe.benchmark.tasks, summary) if summary else ""
     folder = work.checkpoint_folder(ArtifactId(manifest.router_id))
     with work.scratch() as scratch:
         made = scratch / folder.name
         made.mkdir()
         for name, sha256 in manifest.files.items():
             work.ledger.blobs.give(sha256, made / name)
-        write_texts(made, manifest, title, summary, recipe_sha256, more)
+        write_texts(made, manifest, title, summary, work.recipe_sha256)
+        if results:
+            (made / EVAL_RESULTS).parent.mkdir()
+            (made / EVAL_RESULTS).write_text(results)
         replace_checkpoint(made, folder)
     return folder
 
@@ -87,15 +80,17 @@ def replace_checkpoint(made: Path, folder: Path) -> None:
     put_in_place(made, folder)
 
 
-def record_stack(ledger: Ledger, fused: FusedSpec, sha256: str, run_id: str) -> FusedCheckpoint:
+def record_stack(work: RunContext, fused: FusedSpec, sha256: str) -> None:
     """Record stacked experts, whose file is a blob."""
     made = FusedCheckpoint(fused, sha256)
-    ledger.record_artifact(fused, weights_sha256=sha256, built=made, blobs=[sha256], run_id=run_id)
-    return made
+    work.ledger.record_artifact(
+        fused, weights_sha256=sha256, built=made, blobs=[sha256], run_id=work.run_id
+    )
 
 
-def record_router(ledger: Ledger, made: RouterBuild, run_id: str) -> None:
+def record_router(work: RunContext, made: RouterBuild) -> None:
     """Record a router, whose files are blobs."""
-    ledger.record_artifact(
-        made.spec, weights_sha256=made.weights_sha256, built=made, blobs=made.blobs, run_id=run_id
+    sha256, blobs = made.weights_sha256, made.blobs
+    work.ledger.record_artifact(
+        made.spec, weights_sha256=sha256, built=made, blobs=blobs, run_id=work.run_id
     )

@@ -53,7 +53,7 @@ from pipelines.evaluation.harness import room_of
 from pipelines.evaluation.speed import device_name
 from pipelines.planning.room import check_examples, with_room
 from pipelines.recipe.gates import Composites, MixedSection, numbers_of
-from pipelines.recipe.recipe import NAME, NAME_RULE
+from pipelines.recipe.recipe import NAME, NAME_RULE, Recipe
 from pipelines.stages.checkpoint import (
     record_router,
     record_stack,
@@ -63,8 +63,8 @@ from pipelines.stages.checkpoint import (
 from pipelines.stages.open_model import entry_of, stack_in, tokenizer_of_gates
 from pipelines.workspace.checkpoints import is_whole
 from pipelines.workspace.console import bar, say
-from pipelines.workspace.context import checkpoint_at, new_run_id
-from pipelines.workspace.machine import is_too_large, memory_bytes
+from pipelines.workspace.context import RunContext, new_run_id
+from pipelines.workspace.machine import choose_device, is_too_large, memory_bytes
 from pipelines.workspace.recorded_run import one_stage
 
 if TYPE_CHECKING:
@@ -85,8 +85,6 @@ class GrowthError(MeteoraError):
 class EditedCheckpoint:
     """The new checkpoint: its tensors are in `folder`, its texts are not written yet."""
 
-    run_id: str
-    """The run that it is recorded under."""
     folder: Path
     manifest: Manifest
     router: RouterBuild
@@ -114,9 +112,9 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         EditError: there is an expert of that name, or the sizes do not fit.
         TrainingError: the examples are too few.
     """
-    folder, device, dtype = found.folder, found.device, found.dtype
-    if torch.device(device).type == "mps":
+    if found.device.startswith("mps"):
         raise GrowthError("gates are fitted in 64 bits, which mps has not; say --device cpu")
+    folder, device, dtype = found.folder, choose_device(found.device), found.dtype
     manifest = _read_editable(folder)
     edit.check_new_name(folder, manifest, candidate.name)
     if not NAME.fullmatch(candidate.name):  # tasks are named like experts, as NAME=ROWS
@@ -129,9 +127,10 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         manifest, found.base_folder, dtype, download=found.download, options=where
     )
     check_base(manifest, fingerprint(model.config, tokenizer), folder)
-    admission = Admission(ledger, new_run_id(), folder, manifest, candidate)
+    work = RunContext(ledger, candidate.recipe, folder / MANIFEST, new_run_id())
+    admission = Admission(work, folder, manifest, candidate)
     what, ran_on = f"add {candidate.name} to", device_name(device, dtype)
-    with _scratch(ledger, manifest, admission.run_id, what, ran_on) as scratch:
+    with _scratch(work, manifest, what, ran_on) as scratch:
         expert = admission.read(model, tokenizer)
         larger = edit.add_expert(folder, expert.adapter, entry_of(expert), scratch / EXPERTS)
         insert_experts(model, scratch, larger)
@@ -139,11 +138,11 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         crossed = bool(composites) and _was_crossed(ledger, manifest)
         asked: dict[str, Any] = {"composites": composites, "crossed": crossed, "dtype": dtype}
         spec = _router(manifest, larger, gates, rows_sha256(rows), **asked)
-        if (out := _made_before(ledger, spec)) is not None:
+        if (out := _made_before(work, spec)) is not None:
             return out
         if (router := _given_again(ledger, spec, scratch)) is not None:
-            edited = EditedCheckpoint(admission.run_id, scratch, larger, router, expert.adapter)
-            return _finish(ledger, manifest, edited)
+            edited = EditedCheckpoint(scratch, larger, router, expert.adapter)
+            return _finish(work, manifest, edited)
         if not where:
             # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
             torch.nn.Module.to(model, device)
@@ -181,8 +180,8 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
             growth.wall_seconds,
             ran_on,
         )
-        edited = EditedCheckpoint(admission.run_id, scratch, larger, router, expert.adapter)
-        return _finish(ledger, manifest, edited)
+        edited = EditedCheckpoint(scratch, larger, router, expert.adapter)
+        return _finish(work, manifest, edited)
 
 
 def drop(ledger: Ledger, folder: Path, name: str) -> Path:
@@ -194,8 +193,8 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
     """
     manifest = _read_editable(folder)
     gates = tensors.read_gates(folder, manifest)
-    run_id = new_run_id()
-    with _scratch(ledger, manifest, run_id, f"drop {name} from", "cpu") as scratch:
+    work = RunContext(ledger, Recipe.model_construct(), folder / MANIFEST, new_run_id())
+    with _scratch(work, manifest, f"drop {name} from", "cpu") as scratch:
         stay = {*gates.follows.values()}
         if len(manifest.experts) > 2:  # an expert that is left alone needs no offsets
             stay |= {*gates.offsets}
@@ -208,12 +207,12 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
             smaller.modules,
         )
         spec = _router(manifest, smaller, kept, "")
-        if (out := _made_before(ledger, spec)) is not None:
+        if (out := _made_before(work, spec)) is not None:
             return out
         tensors.write_gates(scratch / GATES, kept)
         write_statistics(scratch / STATISTICS, statistics)
         router = RouterBuild(spec, "", 0, None, 0.0, "cpu")
-        return _finish(ledger, manifest, EditedCheckpoint(run_id, scratch, smaller, router))
+        return _finish(work, manifest, EditedCheckpoint(scratch, smaller, router))
 
 
 def _dtype_without(ledger: Ledger, manifest: Manifest, name: str) -> torch.dtype | None:
@@ -259,9 +258,7 @@ def _read_editable(folder: Path) -> Manifest:
 
 
 @contextmanager
-def _scratch(
-    ledger: Ledger, manifest: Manifest, run_id: str, what: str, device: str
-) -> Generator[Path]:
+def _scratch(work: RunContext, manifest: Manifest, what: str, device: str) -> Generator[Path]:
     """A temporary folder on the store's disk, for a run of its own; `gc` does not run meanwhile.
 
     Args:
@@ -269,8 +266,8 @@ def _scratch(
         device: the device's name, as people read it
     """
     name, stage = f"{what} {short(manifest.router_id)}", what.partition(" ")[0]
-    with one_stage(ledger, run_id, name, canonical_sha256(name), device, stage):
-        made = ledger.home / "runs" / run_id / "checkpoint"
+    with one_stage(work, name, canonical_sha256(name), device, stage):
+        made = work.home / "runs" / work.run_id / "checkpoint"
         made.mkdir(parents=True)
         yield made
 
@@ -323,10 +320,10 @@ def _router(
     )
 
 
-def _made_before(ledger: Ledger, spec: RouterSpec) -> Path | None:
+def _made_before(work: RunContext, spec: RouterSpec) -> Path | None:
     """The folder of this checkpoint if it was made before, perhaps on another device; else None."""
-    folder = checkpoint_at(ledger.home, spec.id)
-    if ledger.built(spec.id) is None or not is_whole(folder):
+    folder = work.checkpoint_folder(spec.id)
+    if work.ledger.built(spec.id) is None or not is_whole(folder):
         return None
     say("it is in the ledger already, nothing to do")
     return folder
@@ -346,7 +343,7 @@ def _given_again(ledger: Ledger, spec: RouterSpec, scratch: Path) -> RouterBuild
     return router
 
 
-def _finish(ledger: Ledger, before: Manifest, edited: EditedCheckpoint) -> Path:
+def _finish(work: RunContext, before: Manifest, edited: EditedCheckpoint) -> Path:
     """Write the texts, record the checkpoint, and move its folder to its place."""
     router = edited.router.spec
     made: dict[str, Any] = {
@@ -355,7 +352,7 @@ def _finish(ledger: Ledger, before: Manifest, edited: EditedCheckpoint) -> Path:
         "grown_examples_sha256": router.examples_sha256,
         "grown_heldout_accuracy": edited.router.heldout_accuracy,
     }
-    if _was_crossed(ledger, before):
+    if _was_crossed(work.ledger, before):
         made["crossed"] = True
     names = (EXPERTS, GATES, STATISTICS)
     files = {name: file_sha256(edited.folder / name) for name in names}
@@ -363,25 +360,25 @@ def _finish(ledger: Ledger, before: Manifest, edited: EditedCheckpoint) -> Path:
         edited.manifest, gates=made, fused_id=router.fused_id, router_id=router.id, files=files
     )
     write_texts(edited.folder, manifest, " + ".join(manifest.names))
-    if ledger.built(ArtifactId(before.router_id)) is not None:
-        _record(ledger, manifest, edited)
+    if work.ledger.built(ArtifactId(before.router_id)) is not None:
+        _record(work, manifest, edited)
     else:
         say("its parents are not in this ledger, so it is not recorded; only the folder is written")
-    out = checkpoint_at(ledger.home, router.id)
+    out = work.checkpoint_folder(router.id)
     replace_checkpoint(edited.folder, out)
     return out
 
 
-def _record(ledger: Ledger, manifest: Manifest, edited: EditedCheckpoint) -> None:
+def _record(work: RunContext, manifest: Manifest, edited: EditedCheckpoint) -> None:
     """Record adapter, stack and router, under the ids that they have in a recipe's run."""
-    run_id = edited.run_id
+    ledger, run_id = work.ledger, work.run_id
     for name in manifest.files:
         ledger.blobs.put(edited.folder / name)
     if edited.adapter is not None:
         spec = edited.adapter.spec
         ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=run_id)
     experts, gates, statistics = manifest.files.values()
-    record_stack(ledger, stack_in(manifest), experts, run_id)
+    record_stack(work, stack_in(manifest), experts)
     made = replace(edited.router, weights_sha256=gates, statistics_sha256=statistics)
-    record_router(ledger, made, run_id)
+    record_router(work, made)
     ledger.ingest()

@@ -42,7 +42,7 @@ from pipelines.workspace.machine import memory_bytes
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from meteora.artifacts import BenchmarkSpec, BuiltBase
+    from meteora.artifacts import BenchmarkSpec
     from pipelines.evaluation.tasks import Task
     from pipelines.planning.plan import Plan
     from pipelines.workspace.context import RunContext
@@ -84,7 +84,7 @@ def check_prompts(work: RunContext, plan: Plan) -> None:
     own = {name: rows for name, rows in plan.examples.items() if name != NULL}
     examples, spans = ({}, ()) if work.holds(plan.router.id) else (own, plan.spans)
     if tasks or examples or spans:
-        place = partial(place_of_example, work.recipe, work.folder)
+        place = partial(place_of_example, work)
         options, plain = plan.router.options, plan.router.template == "plain"
         folder = work.base_folder(plan.base)
         cards = plan.card_examples.keys() & examples.keys()
@@ -95,12 +95,12 @@ def _tasks_of(askings: Sequence[Sequence[Measurement]], plan: Plan) -> list[Task
     return [plan.tasks[name] for name in dict.fromkeys(one[0].spec.task for one in askings)]
 
 
-def measure(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild) -> None:
+def measure(work: RunContext, plan: Plan, gates: RouterBuild) -> None:
     """Take every missing measurement, with the model from the store."""
     measure_model(
         work,
         plan,
-        lambda: opened(work, plan, built, gates, "auto" if is_spread(work, plan) else None),
+        lambda: opened(work, plan, gates, "auto" if is_spread(work, plan) else None),
     )
 
 
@@ -191,7 +191,7 @@ def _record_controls(work: RunContext, plan: Plan) -> None:
     experts = str(work.ledger.weights_of(plan.fused.id))
     for spec in plan.others.values():
         if work.ledger.weights_of(spec.id) is None:
-            record_router(work.ledger, RouterBuild(spec, experts, 0, None, 0.0, ""), work.run_id)
+            record_router(work, RouterBuild(spec, experts, 0, None, 0.0, ""))
     for spec in plan.merges.values():
         if work.ledger.weights_of(spec.id) is None:
             work.ledger.record_artifact(spec, weights_sha256="", run_id=work.run_id)

@@ -36,8 +36,9 @@ if TYPE_CHECKING:
     from pipelines.workspace.context import RunContext
 
 
-def describe(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild | None) -> Manifest:
+def describe(work: RunContext, plan: Plan, gates: RouterBuild | None) -> Manifest:
     """The manifest of a plan's checkpoint; its files are experts and gates."""
+    base = BuiltBase.from_dict(work.ledger.built(plan.base.id) or {})
     files = {EXPERTS: str(work.ledger.weights_of(plan.fused.id))}
     made: dict[str, Any] = {}
     if gates is not None and plan.router.router in WITH_GATES:
@@ -69,8 +70,8 @@ def describe(work: RunContext, plan: Plan, built: BuiltBase, gates: RouterBuild 
         base=BaseEntry(
             plan.base.base_model,
             plan.base.base_revision,
-            built.fingerprint,
-            built.licence,
+            base.fingerprint,
+            base.licence,
             plan.base.quantise,
         ),
         experts=tuple(map(entry_of, plan.experts)),
@@ -117,7 +118,6 @@ def _ranks(spec: AdapterSpec) -> str:
 def opened(
     work: RunContext,
     plan: Plan,
-    built: BuiltBase,
     gates: RouterBuild | None,
     device_map: dict[str, str] | str | None = None,
 ) -> Generator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
@@ -131,7 +131,7 @@ def opened(
         device_map = {"": choose_device()}
     with work.scratch() as scratch:
         options = {} if device_map is None else placed(device_map, offload_folder=scratch)
-        manifest = describe(work, plan, built, gates)
+        manifest = describe(work, plan, gates)
         for name, sha256 in manifest.files.items():
             (scratch / name).symlink_to(work.ledger.blobs.path_of(sha256).absolute())
         model, tokenizer = loading.load_folder(

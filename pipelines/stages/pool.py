@@ -10,7 +10,7 @@ from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING
 
 from meteora import __version__
-from meteora.artifacts import BuiltBase, PoolBuild, PoolSpec, canonical_sha256
+from meteora.artifacts import PoolBuild, PoolSpec, canonical_sha256
 from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.admission.own_prompts import write_prompts
 from pipelines.data.claims import Claim, shares_of, write_claims
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pipelines.workspace.context import RunContext
 
 
-def deal_pool(work: RunContext, plan: Plan, built: BuiltBase) -> None:
+def deal_pool(work: RunContext, plan: Plan) -> None:
     """Divide the plan's pool, record it, and print the number of each expert's prompts.
 
     After a stop only the experts that had not answered all their prompts are asked again.
@@ -41,7 +41,7 @@ def deal_pool(work: RunContext, plan: Plan, built: BuiltBase) -> None:
     device = choose_device()
     kept = work.answers_file(canonical_sha256([spec.id, __version__, device]))
     with (
-        opened(work, plan, built, None, device_map) as (model, as_it_is),
+        opened(work, plan, None, device_map) as (model, as_it_is),
         open_log(kept) as log,
     ):
 

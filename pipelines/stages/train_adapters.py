@@ -10,7 +10,6 @@ import itertools
 import math
 import random
 import shutil
-import sys
 import tempfile
 import warnings
 from collections.abc import Collection, Generator, Iterator, Sequence
@@ -23,7 +22,6 @@ from typing import TYPE_CHECKING, TypeVar
 
 import torch
 import yaml
-from lm_eval.models.utils import resolve_max_length
 from peft import LoraConfig, PeftModel, get_peft_model
 from torch import Tensor, nn
 from torch.nn.functional import cross_entropy
@@ -41,8 +39,10 @@ from meteora.untrusted.findings import brief, did_you_mean
 from pipelines.admission.sources import local_folder, resolve_base, token_of_rows
 from pipelines.data.row_sources import read_rows, row_place
 from pipelines.data.rows import Row, refuse_overlap
+from pipelines.evaluation.harness import room_of
 from pipelines.evaluation.speed import device_name
 from pipelines.evaluation.tasks import make_tasks
+from pipelines.planning.room import having_room
 from pipelines.recipe.recipe import AUTO, ExpertSection
 from pipelines.stages.build import build_base
 from pipelines.stages.open_model import tokenizer_of_gates
@@ -108,14 +108,14 @@ def train(work: RunContext, settings: Training, only: Collection[str] = ()) -> I
     gates = work.recipe.router.kind == "gate"
     skip = work.recipe.gates.examples_per_expert if gates else 0
     rows = training_rows(work, experts, skip=skip)
-    spec, device = resolve_base(work.recipe, work.folder), choose_device()
+    spec, device = resolve_base(work), choose_device()
     name, on = f"adapters of {work.key}", device_name(device)
-    with one_stage(work.ledger, work.run_id, name, work.recipe_sha256, on, "train"):
+    with one_stage(work, name, work.recipe_sha256, on, "train"):
         build_base(work, spec)
         require_sound(work.ledger, spec)
         model, tokenizer = _open_base(work, spec, device)
         for expert in experts:
-            if _is_there(local_folder(expert, work.folder)):
+            if _is_there(local_folder(work, expert)):
                 continue  # somebody copied it there meanwhile
             own = rows[expert.name]
             yield _train_one(work, expert, own, skip, spec, model, tokenizer, settings)
@@ -142,7 +142,7 @@ def _missing(work: RunContext, only: Collection[str]) -> list[ExpertSection]:
     for expert in work.recipe.experts:
         if not expert.adapter.startswith(PATH) or expert.name not in (only or known):
             continue
-        if _is_there(folder := local_folder(expert, work.folder)):
+        if _is_there(folder := local_folder(work, expert)):
             if not (folder / CONFIG).is_file():
                 raise AdapterTrainingError(
                     f"{expert.name}: {folder} is there and holds no adapter, and nothing is written"
@@ -238,8 +238,8 @@ def _train_one(
 ) -> Path:
     """Train the adapter of one expert; the base stays unchanged. Its folder appears when whole."""
     tokenizer = tokenizer_of_gates(tokenizer, work.recipe.benchmark.template)
-    room = resolve_max_length(base.config, default=sys.maxsize)
-    short = [r for r in rows if len(encode_pair(tokenizer, r.prompt, r.response)) <= room]
+    room = room_of(base.config)
+    short = having_room(rows, room, tokenizer)
     if not short:
         raise AdapterTrainingError(
             f"{expert.name}: each of its {len(rows)} rows is longer with its answer than the"
@@ -265,7 +265,7 @@ def _train_one(
             " train this adapter with PEFT itself"
         ) from error
     batches = lessons(tokenizer, shuffled_for_ever(short))
-    folder = local_folder(expert, work.folder)
+    folder = local_folder(work, expert)
     folder.parent.mkdir(parents=True, exist_ok=True)
     beside = partial(tempfile.TemporaryDirectory, dir=folder.parent, prefix=".training-")
     with beside():  # a read-only place fails at once; a kill during the training leaves nothing

@@ -16,7 +16,7 @@ import torch
 from accelerate import Accelerator
 from torch.distributed import TCPStore
 
-from meteora.artifacts import BuiltBase, MeteoraError, RouterSpec
+from meteora.artifacts import MeteoraError, RouterSpec
 from meteora.checkpoint import tensors
 from meteora.fitting import joint
 from meteora.routing.gates import gates_of
@@ -83,7 +83,6 @@ def train(
 def train_together(
     work: RunContext,
     plan: Plan,
-    built: BuiltBase,
     sequences: Sequence[LabelledSequence],
     template: Template | None,
     out: Path,
@@ -104,7 +103,7 @@ def train_together(
         )
     task = (
         (work.home, work.recipe, work.path, work.run_id),
-        (plan, built, sequences, template, str(out)),
+        (plan, sequences, template, str(out)),
     )
     store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)  # on a free port
     with ExitStack() as started:
@@ -140,7 +139,7 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 def main() -> None:
     stage = parent(pickled=True)
-    _, ((home, recipe, path, run_id), (plan, built, sequences, template, out)) = stage.receive()
+    _, ((home, recipe, path, run_id), (plan, sequences, template, out)) = stage.receive()
     work = RunContext(Ledger(home), recipe, path, run_id)
     together = Accelerator()  # each has a GPU of its own from here on
     first = together.is_main_process
@@ -151,7 +150,7 @@ def main() -> None:
 
     try:
         spread = map_to_divide(work, plan)
-        with opened(work, plan, built, None, spread) as (model, _), work.scratch() as scratch:
+        with opened(work, plan, None, spread) as (model, _), work.scratch() as scratch:
             made = train(work, plan.router, model, sequences, template, scratch, report)
     except MeteoraError as error:
         stage.send("error", error)

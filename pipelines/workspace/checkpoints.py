@@ -21,14 +21,14 @@ from store.errors import UnknownError
 from store.ledger import Ledger
 
 
-def checkpoint_folder(name: str, home: Path) -> str | Path:
-    """The folder of a checkpoint, by its id in the ledger; other names are returned unchanged.
+def checkpoint_folder(name: str, home: Path) -> Path:
+    """The folder of a checkpoint, by its id in the ledger; any other name as a path.
 
     Raises:
         UnknownError: There is no ledger, or it has the id, but no checkpoint with it.
     """
     if Path(name).is_dir() or "/" in name:
-        return name
+        return Path(name)
     if not home.is_dir():
         raise UnknownError(f"{name} is no folder, and there is no store in {home}; check --home")
     try:
@@ -52,15 +52,15 @@ def is_whole(folder: Path) -> bool:
     return all((folder / name).is_file() for name in names)
 
 
-def base_at_hand(folder: str | Path, home: Path) -> Path | None:
+def base_at_hand(folder: Path, home: Path) -> Path | None:
     """The base of a checkpoint, if this home has it as safetensors already.
 
     Raises:
         DamagedBaseError: The bytes of this base have changed since it was made.
     """
-    if not (Path(folder) / MANIFEST).is_file():
+    if not (folder / MANIFEST).is_file():
         return None
-    spec = read_manifest(Path(folder)).base.spec
+    spec = read_manifest(folder).base.spec
     base = base_at(home, spec.stored.id)
     if not base.is_dir():
         return None

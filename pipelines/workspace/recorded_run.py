@@ -14,6 +14,7 @@ from meteora.untrusted.findings import AdapterError
 from store.events import RunEnded, RunStarted
 
 if TYPE_CHECKING:
+    from pipelines.workspace.context import RunContext
     from store.ledger import Ledger
 
 VERSIONS = ("torch", "transformers", "safetensors", "prefect", "duckdb", "lm-eval")
@@ -34,13 +35,13 @@ def alone(ledger: Ledger, name: str) -> Generator[Sequence[RunStarted]]:
 
 @contextmanager
 def one_stage(
-    ledger: Ledger, run_id: str, name: str, asked_sha256: str, device: str, stage: str
+    context: RunContext, name: str, asked_sha256: str, device: str, stage: str
 ) -> Generator[None]:
     """A run with one stage, alone and recorded; arguments are those of `recorded`."""
     seconds: dict[str, float] = {}
     with (
-        alone(ledger, name),
-        recorded(ledger, run_id, name, asked_sha256, device, seconds),
+        alone(context.ledger, name),
+        recorded(context, name, asked_sha256, device, seconds),
         timed(seconds, stage),
     ):
         yield
@@ -48,12 +49,7 @@ def one_stage(
 
 @contextmanager
 def recorded(
-    ledger: Ledger,
-    run_id: str,
-    name: str,
-    asked_sha256: str,
-    device: str,
-    seconds: dict[str, float],
+    context: RunContext, name: str, asked_sha256: str, device: str, seconds: dict[str, float]
 ) -> Generator[None]:
     """Record the start of a run and its end, also after an error; remove its temporary files.
 
@@ -62,6 +58,7 @@ def recorded(
         asked_sha256: of the recipe, or of that work's inputs
         seconds: the time of each stage, filled during the run
     """
+    ledger, run_id = context.ledger, context.run_id
     versions = {package: version(package) for package in VERSIONS}
     ledger.record_run(RunStarted(run_id, name, asked_sha256, versions, device))
     began = time.perf_counter()

@@ -61,7 +61,7 @@ def on_device(model: PreTrainedModel) -> PreTrainedModel:
 
 def folders_of(work: RunContext) -> list[Path]:
     """Of the recipe's adapters, which have to be on this machine."""
-    return [local_folder(expert, work.folder) for expert in work.recipe.experts]
+    return [local_folder(work, expert) for expert in work.recipe.experts]
 
 
 def ranks_stored(folders: Sequence[Path]) -> dict[str, int]:

@@ -119,16 +119,16 @@ def base_of(work: RunContext) -> BuiltBase:
     from pipelines.admission import sources
     from pipelines.stages import build
 
-    return build.build_base(work, sources.resolve_base(work.recipe, work.folder))
+    return build.build_base(work, sources.resolve_base(work))
 
 
-def plan_of(work: RunContext, memory_limit_bytes: int = 1 << 30) -> tuple[Plan, BuiltBase]:
-    """What a run is to do, and the base, without a scheduler."""
+def plan_of(work: RunContext, memory_limit_bytes: int = 1 << 30) -> Plan:
+    """What a run is to do, without a scheduler."""
     from meteora.adapters.update_norm import check_proportion
     from pipelines.planning.resolve import recording, resolve
 
     built = base_of(work)
-    return resolve(work, built, recording(work, built, check_proportion, memory_limit_bytes)), built
+    return resolve(work, built, recording(work, built, check_proportion, memory_limit_bytes))
 
 
 @pytest.fixture(scope="session")

@@ -87,7 +87,7 @@ def profile_of(folder: Path) -> Repo:
 
 def codes(work: RunContext) -> dict[str, str]:
     """The warnings about its one adapter."""
-    planned, _ = plan_of(work)
+    planned = plan_of(work)
     (expert,) = planned.experts
     said = {reason.code: reason.message for reason in expert.adapter.reasons}
     del said["large_update"]  # its weights are random
@@ -194,7 +194,7 @@ def test_a_run_asks_again_only_where_that_can_help(
 
     @flow(name="asking", persist_result=False)
     def asking() -> AdapterRef:
-        return at_once(work.recipe, work.recipe.experts[0], work.folder)
+        return at_once(work, work.recipe.experts[0])
 
     if tries == 1:
         with pytest.raises(HubError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from functools import partial
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import pytest
 
@@ -244,24 +245,25 @@ def test_a_recipe_takes_the_examples_of_a_card(
     ):  # and in plain text the expert can write none itself
         plan_of(workplace(**asked, benchmark={"template": "plain"}))
     by_weights = {"benchmark": {"template": "plain"}, "router": {"without_examples": "arrow"}}
-    assert plan_of(workplace(**asked, **by_weights))[0].router.stand_ins == ("attention",)
+    assert plan_of(workplace(**asked, **by_weights)).router.stand_ins == ("attention",)
     work = workplace(**asked)
-    plan, built = plan_of(work)
+    plan = plan_of(work)
     assert plan.pool is not None
     assert plan.pool.writers == ("attention",)
     assert not plan.is_dealt
     wrote = ["one", f" {plan.tests['attention'][0].prompt}", "two"]  # a test row is no example
     claims = [Claim(text, "attention", 0, 1.0, 1.0, "said") for text in wrote]
-    dealt = make_plan(work.recipe, work.folder, built.spec, plan.experts, lambda _pool: claims)
+    with patch("pipelines.planning.plan.dealt", return_value=claims):
+        dealt = make_plan(work, plan.base, plan.experts)
     assert [row.prompt for row in dealt.examples["attention"]] == ["one", "two"]
     (tmp_path / "adapter" / "README.md").write_text("---\ndatasets: [somebody/letters]\n---\n")
     rows = letters("attention", 0, 8)
     asked_rows = [{"question": r["prompt"], "answer": r["response"]} for r in rows]
     put(hub, "somebody/letters", asked_rows)
-    plan, _ = plan_of(workplace(**asked))
+    plan = plan_of(workplace(**asked))
     assert [row.prompt for row in plan.examples["attention"]] == [row["prompt"] for row in rows]
     assert plan.card_examples["attention"].startswith("hf:somebody/letters?")
-    labelled, _ = plan_of(plain)
+    labelled = plan_of(plain)
     assert plan.router.examples_sha256 == labelled.router.examples_sha256
 
 
@@ -275,7 +277,7 @@ def test_rows_of_the_hub_are_those_of_one_commit_and_are_here_afterwards(
 
     def plan(revision: str) -> Plan:
         experts[1]["examples"] = f"hf:somebody/letters?split=train{revision}"
-        return plan_of(workplace(experts=experts))[0]
+        return plan_of(workplace(experts=experts))
 
     first = plan("")
     assert first.hub_examples == {"attention": f"hf:somebody/letters?split=train&revision={commit}"}

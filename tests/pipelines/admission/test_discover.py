@@ -138,7 +138,7 @@ def test_a_run_takes_the_sound_ones_it_finds_and_says_why_not_the_others(
 
 
 def find_experts(work: RunContext) -> list[str]:
-    planned, _ = plan_of(work)
+    planned = plan_of(work)
     return [expert.name for expert in planned.experts]
 
 

@@ -19,13 +19,14 @@ from pipelines.admission.sources import local_folder, pin_folder, resolve_adapte
 from pipelines.recipe.recipe import Recipe
 from pipelines.stages import build
 from pipelines.stages.open_model import opened
+from pipelines.workspace.context import RunContext
+from store.ledger import Ledger
 from tests.pipelines.conftest import plan_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from pipelines.workspace.context import RunContext
     from tests.conftest import World
 
 
@@ -53,9 +54,9 @@ def test_silent_and_deafening_experts_are_recorded_with_their_verdict(
         altered(world.adapters["q_and_v"], recipe_folder / name, factor)
         experts.append({"name": name, "adapter": f"path:{name}"})
     work = workplace(experts=experts, router={"kind": "norm"})
-    planned, built = plan_of(work)
+    planned = plan_of(work)
     build.stack(work, planned)
-    with opened(work, planned, built, None) as (model, tokenizer):
+    with opened(work, planned, None) as (model, tokenizer):
         silent_experts.probe(work, planned.experts, model, tokenizer)
         with patch.object(type(model), "forward", side_effect=AssertionError):
             silent_experts.probe(work, (), model, tokenizer)  # as for `meteora benchmark`
@@ -91,7 +92,7 @@ def test_what_no_gate_can_be_fitted_for_is_refused_before_anything_is_built(
         work = workplace(
             experts=experts, router={"kind": kind}, policy={"on_refused": "skip"}, benchmark={}
         )
-        planned, _ = plan_of(work)
+        planned = plan_of(work)
         assert [expert.name for expert in planned.experts] == taken
         if kind == "gate":
             work.ledger.ingest()
@@ -118,11 +119,17 @@ def test_a_folder_without_weights_that_can_be_read_gets_a_verdict(
     work = workplace(
         experts=experts, router={"kind": "arrow"}, policy={"on_refused": "skip"}, benchmark={}
     )
-    planned, _ = plan_of(work)
+    planned = plan_of(work)
     assert [expert.name for expert in planned.experts] == ["q_and_v"]
     work.ledger.ingest()
     (refused,) = work.ledger.query("SELECT codes FROM adapters WHERE verdict = 'refuse'").rows
     assert refused == ([{"adapter_model.bin": "pickle"}.get(name, "not_a_file")],)
+
+
+def of_recipe(folder: Path, base: str, expert: dict[str, str]) -> RunContext:
+    asked = {"base": base, "experts": (expert,), "router": {"kind": "prompt"}}
+    recipe = Recipe.model_validate(asked)
+    return RunContext(Ledger(folder / "home"), recipe, folder / "recipe.yaml", "a-run")
 
 
 def test_a_folder_that_is_named_without_path_is_not_looked_up_on_the_hub(tmp_path: Path) -> None:
@@ -130,13 +137,11 @@ def test_a_folder_that_is_named_without_path_is_not_looked_up_on_the_hub(tmp_pat
     expert = {"name": "a", "adapter": "adapters/dates"}
     said = "write path:adapters/dates for the folder, or adapters/dates@main for the Hub"
     for base in ("adapters/dates", "gguf:"):
-        recipe = Recipe.model_validate(
-            {"base": base, "experts": (expert,), "router": {"kind": "prompt"}}
-        )
+        work = of_recipe(tmp_path, base, expert)
         with pytest.raises(SourceError, match=said if base != "gguf:" else "gguf:<package>/<file>"):
-            resolve_base(recipe, tmp_path)
+            resolve_base(work)
         with pytest.raises(SourceError, match=said):
-            resolve_adapter(recipe, recipe.experts[0], tmp_path)
+            resolve_adapter(work, work.recipe.experts[0])
 
 
 def test_a_persons_own_home_is_found(
@@ -144,11 +149,9 @@ def test_a_persons_own_home_is_found(
 ) -> None:
     monkeypatch.setenv("HOME", str(world.base.parent))
     expert = {"name": "a", "adapter": f"path:~/{world.base.name}/adapter"}
-    recipe = Recipe.model_validate(
-        {"base": f"path:~/{world.base.name}", "experts": (expert,), "router": {"kind": "prompt"}}
-    )
-    assert resolve_base(recipe, tmp_path).base_model == f"path:{world.base.name}"
-    assert local_folder(recipe.experts[0], tmp_path) == world.base / "adapter"
+    work = of_recipe(tmp_path, f"path:~/{world.base.name}", expert)
+    assert resolve_base(work).base_model == f"path:{world.base.name}"
+    assert local_folder(work, work.recipe.experts[0]) == world.base / "adapter"
     assert path_from(tmp_path, "~other/x") == tmp_path / "~other" / "x"
 
 
@@ -169,12 +172,9 @@ def test_a_base_that_no_checkpoint_can_name_is_refused_when_it_is_resolved(
     name: str, world: World, tmp_path: Path
 ) -> None:
     (tmp_path / name).symlink_to(world.base)
-    experts = ({"name": "a", "adapter": "path:a"},)
-    recipe = Recipe.model_validate(
-        {"base": f"path:{name}", "experts": experts, "router": {"kind": "prompt"}}
-    )
+    work = of_recipe(tmp_path, f"path:{name}", {"name": "a", "adapter": "path:a"})
     with pytest.raises(SourceError, match="the folder of its base, and cannot name this one"):
-        resolve_base(recipe, tmp_path)
+        resolve_base(work)
 
 
 @pytest.mark.parametrize("name", ["a`b", "a|b", "a\nb"])

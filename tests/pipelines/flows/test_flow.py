@@ -417,10 +417,11 @@ from pipelines.workspace.context import RunContext
 from tests.pipelines.conftest import plan_of
 
 work = RunContext.open(sys.argv[1], Path(sys.argv[2]))
-planned, built = plan_of(work)
-fused = build.stack(work, planned)
-gates = build.fit_gates(work, planned, built, fused)
-print(planned.router.id, fused.weights_sha256, gates.weights_sha256, gates.statistics_sha256)
+planned = plan_of(work)
+build.stack(work, planned)
+gates = build.fit_gates(work, planned)
+experts = work.ledger.weights_of(planned.fused.id)
+print(planned.router.id, experts, gates.weights_sha256, gates.statistics_sha256)
 """
 
 

@@ -43,7 +43,7 @@ def server(world: World, monkeypatch: pytest.MonkeyPatch) -> Generator[HubServer
 
 
 def found(work: RunContext, memory_limit_bytes: int = 1 << 30) -> Sequence[Expert]:
-    planned, _ = plan_of(work, memory_limit_bytes)
+    planned = plan_of(work, memory_limit_bytes)
     return planned.experts
 
 
@@ -75,7 +75,7 @@ def test_two_runs_at_once_download_a_base_once(
 ) -> None:
     server.seconds_per_body = 0.2
     work = asking(workplace, server)
-    spec = sources.resolve_base(work.recipe, work.folder)
+    spec = sources.resolve_base(work)
     with ThreadPoolExecutor(2) as pool:
         one, other = pool.map(lambda _: build_base(work, spec), range(2))
     assert one == other
@@ -91,7 +91,7 @@ def test_a_dry_run_counts_what_a_stopped_download_still_lacks(
     work, files = asking(workplace, server), server.repos["org/base"].files
     files["model.safetensors"] += b" " * 2_000_000
     files["model-00001-of-00001.safetensors"] = b" " * 1_000_000
-    folder = unfinished(work.base_folder(sources.resolve_base(work.recipe, work.folder)))
+    folder = unfinished(work.base_folder(sources.resolve_base(work)))
     folder.mkdir(parents=True)
     (folder / "model.safetensors").write_bytes(files["model.safetensors"])
     (folder / "model-00001-of-00001.safetensors").write_bytes(b"cut")
@@ -112,7 +112,7 @@ def test_a_dry_run_knows_the_base_that_a_branch_names(
     workplace: Callable[..., RunContext], server: HubServer, capsys: pytest.CaptureFixture[str]
 ) -> None:
     work = asking(workplace, server, "@main")
-    build_base(work, sources.resolve_base(work.recipe, work.folder))
+    build_base(work, sources.resolve_base(work))
     print_steps(work)
     said = capsys.readouterr().out
     assert f"org/base at {COMMIT[:12]}, here already" in said

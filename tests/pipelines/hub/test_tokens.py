@@ -127,10 +127,12 @@ def test_publish_sends_it_there_and_to_the_owner_of_the_base_only_if_named(
     manifest = replace(world.manifest, base=BaseEntry("other/base", "b" * 40, fingerprint))
     (tmp_path / "fused").mkdir()
     (tmp_path / "fused" / MANIFEST).write_text(manifest.to_json())
-    seen: list[publish.Destination] = []
+    seen: list[tuple[checkpoints.FoundCheckpoint, publish.Destination]] = []
 
-    def take(_ledger: object, _folder: Path, to: publish.Destination, *_: object, **__: object):
-        seen.append(to)
+    def take(
+        _ledger: object, found: checkpoints.FoundCheckpoint, to: publish.Destination, _run: object
+    ):
+        seen.append((found, to))
         return publish.Published(to.repo_id, "c" * 40, "tag", recorded=True)
 
     monkeypatch.setattr(publish, "publish", take)
@@ -138,13 +140,14 @@ def test_publish_sends_it_there_and_to_the_owner_of_the_base_only_if_named(
     words = [*words, "--device", "cpu", "--dtype", "float32"]
     said = ask("publish", tmp_path / "fused", "org/model", "--home", tmp_path / "home", *words)
     assert said.returncode == 0, said.stderr
-    assert (seen[0].device, seen[0].dtype) == ("cpu", "float32")
+    ((found, to),) = seen
+    assert (found.device, found.dtype) == ("cpu", "float32")
     words[words.index("cpu")] = "cuda:99"
     said = ask("publish", tmp_path / "fused", "org/model", "--home", tmp_path / "home", *words)
     assert "torch finds no device 'cuda:99'" in said.stderr
     assert (said.returncode, len(seen)) == (1, 1)
-    assert seen[0].hub.token == "hf_saved"  # noqa: S105
-    assert seen[0].download == {"token": to_base}
+    assert to.hub.token == "hf_saved"  # noqa: S105
+    assert found.download == {"token": to_base}
 
 
 def test_the_process_that_compares_loads_as_it_is_told(

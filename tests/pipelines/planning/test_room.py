@@ -77,7 +77,7 @@ def test_an_over_long_example_is_named_with_its_line_before_gates_are_fitted(
     said = ask("run", work.path, "--dry-run", "--home", tmp_path / "home")
     assert said.returncode == 1
     assert re.search(f"the run would stop: expert {sentence}", said.stdout)
-    planned, _ = plan_of(work)
+    planned = plan_of(work)
     with pytest.raises(ExamplesError, match=sentence):
         measure.check_prompts(work, planned)
 
@@ -87,13 +87,13 @@ def test_what_is_too_long_in_a_cards_data_set_is_left_out(
 ) -> None:
     """Its owner alone could shorten it."""
     work = workplace()
-    planned, built = plan_of(work)
+    planned = plan_of(work)
     planned = replace(planned, card_examples={"q_and_v": "hf:org/rows"})
     short, long = planned.examples["q_and_v"], [Row("a", "b" * 600)] * 3
     planned = replace(planned, examples={**planned.examples, "q_and_v": [*short, *long]})
     measure.check_prompts(work, planned)
     build.stack(work, planned)
-    with opened(work, planned, built, None) as (model, tokenizer):
+    with opened(work, planned, None) as (model, tokenizer):
         sequences, _ = build._labelled(work, planned, model, tokenizer)
     assert max(len(one.input_ids) for one in sequences) < 600
     said = (
@@ -123,7 +123,7 @@ def test_what_needs_a_chat_template_is_refused_before_gates_are_fitted(
     dry = ask("run", work.path, "--dry-run", "--home", tmp_path / "home")
     assert dry.returncode == 1
     assert said in dry.stdout
-    planned, _ = plan_of(work)
+    planned = plan_of(work)
     with pytest.raises(BenchmarkError, match=said):
         measure.check_prompts(work, planned)
 
@@ -150,7 +150,7 @@ def test_turns_without_a_chat_template_are_refused_before_gates_are_fitted(
     said = ask("run", work.path, "--dry-run", "--home", tmp_path / "home")
     assert said.returncode == 1
     assert re.search("the run would stop: .*line 1: turns need a chat template", said.stdout)
-    planned, _ = plan_of(work)
+    planned = plan_of(work)
     with pytest.raises(ExamplesError, match="line 1: turns need a chat template"):
         measure.check_prompts(work, planned)
 
@@ -159,10 +159,10 @@ def test_a_benchmark_asks_nothing_where_one_task_is_too_long(
     workplace: Callable[..., RunContext],
 ) -> None:
     work = workplace(benchmark=LONG)
-    planned, built, gates = go(work)
+    planned, gates = go(work)
     for refuse in (
         lambda: measure.check_prompts(work, planned),
-        lambda: measure.measure(work, planned, built, gates),
+        lambda: measure.measure(work, planned, gates),
     ):
         with pytest.raises(BenchmarkError, match=SENTENCE):
             refuse()
@@ -249,7 +249,7 @@ def test_a_template_with_the_date_has_no_opening_that_gates_can_know(
     said = ask("run", work.path, "--dry-run", "--home", recipe_folder / "home")
     assert "the run would stop: the base's chat template has today's date in every" in said.stdout
     with pytest.raises(ExamplesError, match="would not know the prompts of tomorrow"):
-        measure.check_prompts(work, plan_of(work)[0])
+        measure.check_prompts(work, plan_of(work))
     tokenizer = load_tokenizer(chat_base)
     for section in (RouterSection(share="turn"), RouterSection(opening="shared")):
         check_opening(section.options((), fitted=True), tokenizer)

@@ -44,7 +44,7 @@ def put(home: str, folder: str, base: str, repo: str, die: str) -> None:
     publish._reload = ask_here  # ty: ignore[invalid-assignment]
     to = publish.Destination(repo, HubHere(os.environ["HF_ENDPOINT"], os.environ["HF_TOKEN"]))
     publish.Repository = partial(Repository, pauses=(0.0,))  # ty: ignore[invalid-assignment]
-    publish.publish(Ledger(Path(home)), Path(folder), to, "a-run", base_folder=Path(base))
+    publish.publish(Ledger(Path(home)), FoundCheckpoint(Path(folder), Path(base), {}), to, "a-run")
 
 
 def ask_here(request: dict[str, Any], hub: Hub) -> dict[str, Any]:  # noqa: ARG001  (as it is called)

@@ -34,6 +34,7 @@ from meteora.checkpoint.manifest import (
     Manifest,
     read_manifest,
 )
+from pipelines.admission.checkpoints import FoundCheckpoint
 from pipelines.flows import device_lock
 from pipelines.hub.errors import HubConflictError, HubReferenceError, HubTokenError
 from pipelines.hub.upload import Repository
@@ -98,10 +99,10 @@ def folder(world: World, tmp_path: Path) -> Path:
 
 
 def put(server: HubServer, world: World, folder: Path, **asked: Any) -> Published:
-    token = asked.pop("token", "writer")
+    token, dtype = asked.pop("token", "writer"), asked.pop("dtype", "auto")
     to = Destination(NAME, HubHere(server.endpoint, token), **asked)
-    ledger = Ledger(folder.parent / "home")
-    return publish(ledger, folder, to, "a-run", base_folder=world.base)
+    found = FoundCheckpoint(folder, world.base, {}, dtype=dtype)
+    return publish(Ledger(folder.parent / "home"), found, to, "a-run")
 
 
 def repo_of(server: HubServer) -> GitRepo:
@@ -201,15 +202,15 @@ def test_what_is_for_nobody_else_stays_here(
         with pytest.raises(HubTokenError):
             put(server, world, folder, token="")
     monkeypatch.chdir(folder.parent)
-    to = Destination(NAME, HubHere())
+    to, found = Destination(NAME, HubHere()), FoundCheckpoint(folder, world.base, {})
     with pytest.raises(HubTokenError):  # `.` is in every text
-        publish(Ledger(Path()), folder, to, "a-run", base_folder=world.base)
+        publish(Ledger(Path()), found, to, "a-run")
     (folder / CARD).write_text(f"{text}{folder}")
     with pytest.raises(PublicationError, match=CARD):
-        publish(Ledger(Path()), folder, to, "a-run", base_folder=world.base)
+        publish(Ledger(Path()), found, to, "a-run")
     assert not server.requests
     with pytest.raises(HubReferenceError, match="not owner/name"):
-        publish(Ledger(folder), folder, Destination("../model", HubHere()), "a-run")
+        publish(Ledger(folder), found, Destination("../model", HubHere()), "a-run")
 
 
 def test_a_licence_that_forbids_it_stops_it_unless_it_is_allowed(
@@ -287,7 +288,8 @@ def test_a_recipe_publishes_what_it_made_and_only_what_is_new(
     folder = work.checkpoint_folder(planned.router.id)
     to = Destination(NAME, HubHere(server.endpoint, "writer"))
     server.requests.clear()
-    publish(work.ledger, folder, to, work.run_id, base_folder=world.base)
+    found = FoundCheckpoint(folder, world.base, {})
+    publish(work.ledger, found, to, work.run_id)
     assert not {kind for kind, _, _ in server.requests} & {"commit", "put", "tag", "get"}
     assert len(work.ledger.publications(NAME)) == 1
 
@@ -298,7 +300,7 @@ def test_a_recipe_publishes_what_it_made_and_only_what_is_new(
     assert finished(work) is None
     repo.commit_files("main", repo.main | {CARD: b"edited there"})
     with pytest.raises(HubConflictError, match=f"--onto {repo.branches['main']}"):
-        publish(work.ledger, folder, to, work.run_id, base_folder=world.base)
+        publish(work.ledger, found, to, work.run_id)
 
 
 def _what_is_asked_anew_is_done_once(
@@ -309,6 +311,7 @@ def _what_is_asked_anew_is_done_once(
     assert planned is not None
     assert work.recipe.publish is not None
     folder, commit = work.checkpoint_folder(planned.router.id), repo.branches["main"]
+    found = FoundCheckpoint(folder, world.base, {})
     for private, tag in ((False, ""), (True, ""), (True, "v1"), (True, "v2")):
         repo.private = private
         section = work.recipe.publish.model_copy(update={"private": private, "tag": tag})
@@ -316,11 +319,11 @@ def _what_is_asked_anew_is_done_once(
         asked = dataclasses.replace(work, recipe=recipe)
         assert finished(asked) is None
         other = dataclasses.replace(to, private=private, tag=tag)
-        publish(work.ledger, folder, other, work.run_id, base_folder=world.base)
+        publish(work.ledger, found, other, work.run_id)
         assert finished(asked) is not None
         assert tag in {"", *repo.tags}
     (folder / "notes.txt").write_text("mine")
-    publish(work.ledger, folder, to, work.run_id, base_folder=world.base)
+    publish(work.ledger, found, to, work.run_id)
     assert finished(work) is not None
     assert repo.branches == {"main": commit}
     work.ledger.ingest()

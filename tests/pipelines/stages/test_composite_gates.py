@@ -35,8 +35,9 @@ def test_gates_for_composites_are_fitted_in_halves(
     planned = []
     for gates in ({}, {"composites": [2]}):
         work = workplace(benchmark=QUICK, gates=gates)
-        plan, built = plan_of(work)
-        build.fit_gates(work, plan, built, build.stack(work, plan))
+        plan = plan_of(work)
+        build.stack(work, plan)
+        build.fit_gates(work, plan)
         planned.append(plan.router)
     assert [router.crossed for router in planned] == [crossed for _, crossed in asked]
     assert [router.crossed for router in planned] == [False, True]
@@ -62,10 +63,11 @@ def test_gates_that_could_not_be_fitted_in_halves_are_said_to_be_so(
         calibrate, "calibrate", lambda *a, **asked: replace(fit(*a, **asked), not_crossed=alone)
     )
     work = workplace(benchmark=QUICK, gates={"composites": [2]})
-    plan, built = plan_of(work)
-    made = build.fit_gates(work, plan, built, build.stack(work, plan))
+    plan = plan_of(work)
+    build.stack(work, plan)
+    made = build.fit_gates(work, plan)
     assert made.not_crossed == alone
-    described = open_model.describe(work, plan, built, made).gates
+    described = open_model.describe(work, plan, made).gates
     assert described["crossed"]
     assert described.get("not_crossed", ()) == alone
     assert ("not fitted in halves" in capfd.readouterr().err) == bool(alone)

@@ -430,8 +430,8 @@ def test_what_a_drop_leaves_and_a_recipe_of_the_same_experts_stand_side_by_side(
             for n in names
         ]
         work = workplace(experts=experts, benchmark={"limit": 1, "compare": []})
-        planned, built, gates = fit(work)
-        return work, build.write_checkpoint(work, planned, built, gates)
+        planned, gates = fit(work)
+        return work, build.write_checkpoint(work, planned, gates)
 
     work, both = fitted("q_and_v", "low")
     _, alone = fitted("low")
@@ -460,8 +460,8 @@ def test_offsets_stay_where_only_the_dropped_expert_had_the_module(
         for n, path in adapters.items()
     ]
     work = workplace(experts=experts, benchmark={"limit": 1, "compare": []})
-    planned, built, gates = fit(work)
-    folder = build.write_checkpoint(work, planned, built, gates)
+    planned, gates = fit(work)
+    folder = build.write_checkpoint(work, planned, gates)
     before = read_gates(folder, read_manifest(folder)).offsets
     dropped = edit.drop(work.ledger, folder, "attention")
     after = read_gates(dropped, read_manifest(dropped)).offsets

@@ -14,7 +14,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from meteora.artifacts import BuiltBase, FusedCheckpoint, short
+from meteora.artifacts import short
 from meteora.artifacts.routers import OPENING_SHARE
 from meteora.checkpoint.manifest import CARD, read_manifest
 from meteora.fitting.sequences import TrainingError
@@ -88,8 +88,6 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_gates(
     folder = work.training_folder(planned.router.id)
     assert not folder.exists()
 
-    built = BuiltBase.from_dict(work.ledger.built(planned.base.id) or {})
-    fused = FusedCheckpoint.from_dict(work.ledger.built(planned.fused.id) or {})
     stopped = replace(work, ledger=Ledger(tmp_path / "other"))
     build.build_base(stopped, planned.base)
     for expert in planned.experts:
@@ -102,9 +100,9 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_gates(
     with monkeypatch.context() as patch:
         patch.setattr(build, "bar", killed_after_three)
         with pytest.raises(KilledError):
-            build.fit_gates(stopped, planned, built, fused)
+            build.fit_gates(stopped, planned)
     assert [path.name for path in folder.iterdir()] == ["training.safetensors"]
-    made = build.fit_gates(stopped, planned, built, fused)
+    made = build.fit_gates(stopped, planned)
     assert made.weights_sha256 == whole["weights_sha256"]
     assert not folder.exists()
 

@@ -38,10 +38,11 @@ CONTROLS = ["random", "linear", "ties", "dare_ties"]
 TASKS = {"q_and_v", "attention"}
 
 
-def go(work: RunContext) -> tuple[Plan, Any, Any]:
+def go(work: RunContext) -> tuple[Plan, Any]:
     """Every stage up to measuring, without a scheduler."""
-    planned, built = plan_of(work)
-    return planned, built, build.fit_gates(work, planned, built, build.stack(work, planned))
+    planned = plan_of(work)
+    build.stack(work, planned)
+    return planned, build.fit_gates(work, planned)
 
 
 def told(work: RunContext, planned: Plan) -> Summary:
@@ -63,9 +64,9 @@ def test_every_kind_of_task_and_control_is_measured_compared_and_timed(
     work = workplace(benchmark=body)
     probe = Mock(wraps=silent_experts.probe)
     monkeypatch.setattr(silent_experts, "probe", probe)
-    planned, built, gates = go(work)
+    planned, gates = go(work)
     assert summarise(work.ledger, planned, work.base_folder(planned.base)) is None
-    measure.measure(work, planned, built, gates)
+    measure.measure(work, planned, gates)
     assert probe.call_count == 1  # when the gates were fitted
     assert not measure._is_probed(replace(work, run_id="another"), planned)
 
@@ -103,7 +104,7 @@ def test_every_kind_of_task_and_control_is_measured_compared_and_timed(
     # all is held now, so no model is opened again
     monkeypatch.setattr(measure, "opened", None)
     before = work.ledger.records.parts()
-    measure.measure(work, planned, built, gates)
+    measure.measure(work, planned, gates)
     assert work.ledger.records.parts() == before
 
     text = "\n".join([*card.score_table(summary), *card.speed_lines(summary)])
@@ -120,8 +121,8 @@ def test_composites_that_show_solved_ones_say_how_many(
     composites = [{"n": 2, "count": 2}, {"n": 2, "count": 2, "num_fewshot": 1}]
     body = {"limit": 4, "compare": ["oracle"], "max_new_tokens": 4, "composite": composites}
     work = workplace(benchmark=body)
-    planned, built, gates = go(work)
-    measure.measure(work, planned, built, gates)
+    planned, gates = go(work)
+    measure.measure(work, planned, gates)
     summary = told(work, planned)
     alone, shown = (summary.scores[name] for name in ("composite-2", "composite-2-1shot"))
     assert alone.keys() == shown.keys() == {"fused", "oracle"}
@@ -137,7 +138,7 @@ def test_composites_that_show_solved_ones_say_how_many(
     one, *others = work.recipe.experts  # now by another metric, under the same id
     experts = (one.model_copy(update={"metric": "numeric_match"}), *others)
     again = replace(work, recipe=work.recipe.model_copy(update={"experts": experts}))
-    changed, _ = plan_of(again)
+    changed = plan_of(again)
     said = f"composite-2 is recorded with the answers of {one.name} judged by exact_match"
     with pytest.raises(JudgedError, match=said):
         measure.missing(again, changed)
@@ -161,8 +162,8 @@ def test_conversations_are_measured_with_their_controls_and_shown_turn_by_turn(
         "system_prompt": "Be brief.",
     }
     work = workplace(base=f"path:{chat_base}", benchmark=body)
-    planned, built, gates = go(work)
-    measure.measure(work, planned, built, gates)
+    planned, gates = go(work)
+    measure.measure(work, planned, gates)
     assert measure.missing(work, planned) == []
 
     summary = told(work, planned)
@@ -192,7 +193,7 @@ def test_conversations_are_measured_with_their_controls_and_shown_turn_by_turn(
         assert len(work.ledger.query(question).rows) == count, question
     assert recompute_scores(work.ledger, 99).findings == ()
 
-    text = card.write_card(build.describe(work, planned, built, gates), summary, "x")
+    text = card.write_card(build.describe(work, planned, gates), summary, "x")
     assert "| conversation-3 | all turns | turn 1 | 2 | 3 | computed | seconds |" in text
     assert "| conversation-3 | conversation_right | 3 |" in text
     score_table.print_scores("x", work.home, planned, summary, {})
@@ -204,7 +205,7 @@ def test_conversations_are_measured_with_their_controls_and_shown_turn_by_turn(
     assert "under the system prompt 'Be brief.'" in shown
     assert f"FROM leaderboard WHERE is_latest AND subject_id LIKE '{router}%'" in shown
 
-    trace_a_conversation_as_it_was_asked(work, planned, built, gates)
+    trace_a_conversation_as_it_was_asked(work, planned, gates)
 
     narrow = Console(width=50, file=sys.stdout, markup=False)
     monkeypatch.setattr(score_table, "plain_console", lambda: narrow)
@@ -232,10 +233,10 @@ def test_how_many_prompts_are_answered_together_may_be_left_to_the_memory(
     values = []
     for size in (4, "auto"):
         work = workplace(benchmark=asked | {"batch_size": size})
-        planned, built, gates = go(work)
+        planned, gates = go(work)
         held = sum(path.stat().st_size for path in work.base_folder(planned.base).iterdir())
         monkeypatch.setattr(measure, "memory_bytes", lambda held=held: 4 * held)
-        measure.measure(work, planned, built, gates)
+        measure.measure(work, planned, gates)
         scores = work.ledger.scores_of(one.spec.id for one in planned.measurements)
         values.append({spec_id: score.value for spec_id, score in scores.items()})
         (tmp_path / "home").rename(tmp_path / str(size))
@@ -251,21 +252,19 @@ def test_a_base_without_a_chat_template_is_asked_no_conversations(
 ) -> None:
     asked = {"limit": 2, "compare": [], "conversation": [{"n": 2, "count": 1}]}
     work = workplace(benchmark=asked)
-    planned, built, gates = go(work)
+    planned, gates = go(work)
     with pytest.raises(BenchmarkError, match="conversations need the roles of a chat template"):
-        measure.measure(work, planned, built, gates)
+        measure.measure(work, planned, gates)
 
 
-def trace_a_conversation_as_it_was_asked(
-    work: RunContext, planned: Plan, built: Any, gates: Any
-) -> None:
+def trace_a_conversation_as_it_was_asked(work: RunContext, planned: Plan, gates: Any) -> None:
     results = run_queries(work.ledger, planned.router.id)
     first, second = find_examples(work.ledger, results["outputs"], 2)
     assert first.dialogue is not None
     assert second.dialogue is None
     expected = ", then ".join(question.row.response for question in first.dialogue.questions)
     assert first.caption.startswith(f"conversation-3; expected: {expected}; ")
-    with opened(work, planned, built, gates) as (model, tokenizer):
+    with opened(work, planned, gates) as (model, tokenizer):
         drawn, single = trace_examples(model, tokenizer, [first, second])
     text = "".join(drawn["data"]["pieces"])
     row = results["outputs"].rows[0]
@@ -332,7 +331,7 @@ def test_a_run_that_was_stopped_asks_only_what_is_missing(
     workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = workplace(benchmark={"limit": 2, "compare": ["base"], "max_new_tokens": 2})
-    planned, built, gates = go(work)
+    planned, gates = go(work)
     asked: list[str] = []
     real = measure.evaluate.evaluate_task
 
@@ -345,9 +344,9 @@ def test_a_run_that_was_stopped_asks_only_what_is_missing(
     with monkeypatch.context() as patch:
         patch.setattr(measure.evaluate, "evaluate_task", stopping)
         with pytest.raises(KeyboardInterrupt):
-            measure.measure(work, planned, built, gates)
+            measure.measure(work, planned, gates)
     assert len(measure.missing(work, planned)) == 2
-    measure.measure(work, planned, built, gates)
+    measure.measure(work, planned, gates)
     assert measure.missing(work, planned) == []
     assert told(work, planned).mean("fused") is not None
 
@@ -359,8 +358,8 @@ def test_the_same_gates_can_be_measured_on_other_rows(
     counts = []
     for limit in (3, 2, 2):
         work = workplace(benchmark={"limit": limit, "compare": [], "max_new_tokens": 2})
-        planned, built, gates = go(work)
-        measure.measure(work, planned, built, gates)
+        planned, gates = go(work)
+        measure.measure(work, planned, gates)
         assert work.ledger.built(planned.routing.id) is not None
         assert told(work, planned).scores["q_and_v"]["fused"].num_samples == limit
         work.ledger.ingest()
@@ -394,17 +393,17 @@ def test_a_stopped_run_goes_on_at_the_row_and_leaves_nothing_behind(
     monkeypatch.setattr("pipelines.evaluation.resume.BATCHES", 1)
     asked = {"limit": 4, "compare": ["random"], "max_new_tokens": 2, "batch_size": 1}
     work = workplace(benchmark=asked)
-    planned, built, gates = go(work)
+    planned, gates = go(work)
     answers = work.home / "answers"
     for stopped_after, left in ((2, 1), (3, 0)):  # first amid fused, then amid random
         with monkeypatch.context() as patch:
             portion = count_asked(patch, fails_after=stopped_after)
             with pytest.raises(StoppedError):
-                measure.measure(work, planned, built, gates)
+                measure.measure(work, planned, gates)
         assert portion == [1] * stopped_after
         assert len(list(answers.iterdir())) == left
     portion = count_asked(monkeypatch)
-    measure.measure(work, planned, built, gates)
+    measure.measure(work, planned, gates)
     # of the random router's task nothing is kept: it would draw other choices
     assert len(portion) == 2 * 4 * 2 - 4
     assert not list(answers.iterdir())

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import pytest
 
@@ -28,24 +28,25 @@ QUICK = {"limit": 2, "compare": ["base"], "max_new_tokens": 2}
 PROMPT = {"router": {"opening": "prompt"}}
 
 
-def go(work: RunContext) -> tuple[Plan, Any, RouterBuild]:
-    planned, built = plan_of(work)
-    return planned, built, build.fit_gates(work, planned, built, build.stack(work, planned))
+def go(work: RunContext) -> tuple[Plan, RouterBuild]:
+    planned = plan_of(work)
+    build.stack(work, planned)
+    return planned, build.fit_gates(work, planned)
 
 
 def test_gates_are_fitted_to_plain_text_where_a_benchmark_asks_it(
     workplace: Callable[..., RunContext], chat_base: Path
 ) -> None:
-    _, _, bare = go(workplace(benchmark=QUICK, **PROMPT))
-    chat, _, templated = go(workplace(base=f"path:{chat_base}", benchmark=QUICK, **PROMPT))
+    _, bare = go(workplace(benchmark=QUICK, **PROMPT))
+    chat, templated = go(workplace(base=f"path:{chat_base}", benchmark=QUICK, **PROMPT))
     asked = {"base": f"path:{chat_base}", "benchmark": {**QUICK, "template": "plain"}, **PROMPT}
     work = workplace(**asked)
-    plain, built, gates = go(work)
+    plain, gates = go(work)
     assert gates.num_tokens == bare.num_tokens < templated.num_tokens
     assert gates.heldout_accuracy == pytest.approx(bare.heldout_accuracy)
     assert plain.router == replace(chat.router, template="plain")
     assert plain.router.id != chat.router.id
-    with opened(work, plain, built, None) as (model, tokenizer):
+    with opened(work, plain, None) as (model, tokenizer):
         sequences, template = build._labelled(work, plain, model, tokenizer)
         assert tokenizer.chat_template  # it is left alone
     row = plain.examples["q_and_v"][0]
@@ -54,7 +55,7 @@ def test_gates_are_fitted_to_plain_text_where_a_benchmark_asks_it(
     assert template is not None
     assert not template.opening
 
-    measure.measure(work, plain, built, gates)
+    measure.measure(work, plain, gates)
     work.ledger.ingest()
     assert work.ledger.query("SELECT DISTINCT templated FROM scores").rows == [(False,)]
 
@@ -74,9 +75,9 @@ def test_a_checkpoint_on_plain_text_says_so_and_grows_on_plain_text(
 ) -> None:
     benchmark = {**QUICK, "template": "plain"}
     work = workplace(base=f"path:{chat_base}", benchmark=benchmark)
-    planned, built, gates = go(work)
-    measure.measure(work, planned, built, gates)
-    folder = build.write_checkpoint(work, planned, built, gates)
+    planned, gates = go(work)
+    measure.measure(work, planned, gates)
+    folder = build.write_checkpoint(work, planned, gates)
     made = read_manifest(folder).gates
     assert made["template"] == "plain"
     assert not made.keys() & {"conversations", "system_prompts"}  # plain text has no roles

@@ -6,6 +6,7 @@ import json
 import random
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
+from unittest.mock import patch
 
 import pytest
 import yaml
@@ -119,10 +120,11 @@ def test_an_expert_that_no_prompt_belongs_to_is_named(
         return [Claim(text, expert, 0, 1.0, 1.0, "x") for text in texts]
 
     work = open_recipe()
-    planned, built = plan_of(work)
+    planned = plan_of(work)
 
     def made(recipe: Recipe, *claims: Claim) -> Plan:
-        return make_plan(recipe, work.folder, built.spec, planned.experts, lambda _pool: claims)
+        with patch("pipelines.planning.plan.dealt", return_value=claims):
+            return make_plan(replace(work, recipe=recipe), planned.base, planned.experts)
 
     lows = claims("low", 5)
     with pytest.raises(ExamplesError, match=r"expert high: of the 6 prompts of gates.pool 1 are"):
@@ -148,11 +150,11 @@ def test_a_plan_waits_for_its_pool(open_recipe: Callable[..., RunContext]) -> No
     (work.folder / "spans.jsonl").write_text(json.dumps(part))
     spans = {"spans": "jsonl:spans.jsonl", **work.recipe.gates.model_dump(exclude_unset=True)}
     work = open_recipe(gates=spans)
-    planned, built = plan_of(work)
+    planned = plan_of(work)
     assert len(planned.to_deal) == 48
     assert not planned.examples
     mixed = open_recipe(gates={**spans, "composites": [2]}, router={"null": True})
-    assert plan_of(mixed)[0].to_deal == planned.to_deal
+    assert plan_of(mixed).to_deal == planned.to_deal
     (work.folder / "three.jsonl").write_text(
         "".join(json.dumps({"prompt": f"a{p}", "response": p * 3}) + "\n" for p in "abc")
     )
@@ -161,17 +163,17 @@ def test_a_plan_waits_for_its_pool(open_recipe: Callable[..., RunContext]) -> No
     shown = open_recipe(
         experts=experts, gates={**spans, "composites": [{"n": 2, "num_fewshot": 1}]}
     )
-    assert plan_of(shown)[0].to_deal  # with the examples that `high` gets, three are enough
-    assert not faults_of_rows(shown, built.spec, read_rows)
+    assert plan_of(shown).to_deal  # with the examples that `high` gets, three are enough
+    assert not faults_of_rows(shown, planned.base, read_rows)
     work = open_recipe(gates=spans)
     found = look(work)
     assert found.finished is None
     assert found.plan is not None
     assert found.plan.to_deal == planned.to_deal
     build.stack(work, planned)
-    deal_pool(work, planned, built)
-    deal_pool(work, planned, built)  # it was done
-    whole = complete(work, built, planned)
+    deal_pool(work, planned)
+    deal_pool(work, planned)  # it was done
+    whole = complete(work, planned)
     assert not whole.to_deal
     assert whole.router.pool_id == planned.pool.id if planned.pool else False
     assert whole.router.examples_sha256
@@ -182,19 +184,19 @@ def test_a_pool_that_changes_while_it_is_dealt_ends_the_run(
     open_recipe: Callable[..., RunContext], changed: list[str]
 ) -> None:
     work = open_recipe()
-    planned, built = plan_of(work)
+    planned = plan_of(work)
     build.stack(work, planned)
-    deal_pool(work, planned, built)
+    deal_pool(work, planned)
     write(work.folder / "pool.jsonl", [{"prompt": t} for t in (*planned.to_deal[5:], *changed)])
     with pytest.raises(ExamplesError, match=r"jsonl:pool.jsonl: it was changed while"):
-        complete(work, built, planned)
+        complete(work, planned)
 
 
 def test_a_dealing_that_is_killed_leaves_no_record_and_keeps_the_answers_it_has(
     open_recipe: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     work = open_recipe()
-    planned, built = plan_of(work)
+    planned = plan_of(work)
     build.stack(work, planned)
     assert planned.pool is not None
     asked: list[int] = []
@@ -207,22 +209,22 @@ def test_a_dealing_that_is_killed_leaves_no_record_and_keeps_the_answers_it_has(
 
     monkeypatch.setattr("pipelines.data.pool.answer_all", answer)
     with pytest.raises(KeyboardInterrupt):
-        deal_pool(work, planned, built)
+        deal_pool(work, planned)
     assert not work.holds(planned.pool.id)
     assert len([*(work.home / "answers").iterdir()]) == 1
-    deal_pool(work, planned, built)
+    deal_pool(work, planned)
     assert asked == [12] * 3  # of two experts, the first is not asked again
     assert not [*(work.home / "answers").iterdir()]
-    whole = complete(work, built, planned)
+    whole = complete(work, planned)
     assert not whole.to_deal
     assert not work.ledger.verify().findings
 
     monkeypatch.undo()
     at_once = replace(work, ledger=Ledger(tmp_path / "other"))
-    planned, built = plan_of(at_once)
+    planned = plan_of(at_once)
     build.stack(at_once, planned)
-    deal_pool(at_once, planned, built)
-    assert complete(at_once, built, planned).examples == whole.examples
+    deal_pool(at_once, planned)
+    assert complete(at_once, planned).examples == whole.examples
 
 
 @pytest.mark.parametrize("count", [2, 3])
@@ -235,17 +237,17 @@ def test_an_expert_with_examples_keeps_them(
     experts = [section.model_dump(exclude_none=True) for section in work.recipe.experts]
     experts[0]["examples"] = "jsonl:own.jsonl"
     work = open_recipe(experts=experts)
-    planned, built = plan_of(work)
+    planned = plan_of(work)
     assert len(planned.to_deal) == 48 - count
     for most in (4, 20):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(planned_examples, "MAX_PROMPTS", most)
-            fewer, _ = plan_of(work)
+            fewer = plan_of(work)
         known = len(fewer.known_prompts["low"])
         assert (known, known + len(fewer.to_deal)) == (min(most // 2, count), most)
     build.stack(work, planned)
-    deal_pool(work, planned, built)
-    whole = complete(work, built, planned)
+    deal_pool(work, planned)
+    whole = complete(work, planned)
     assert [row.prompt for row in whole.examples["low"]] == own
     assert len(whole.examples["high"]) == 12
 
@@ -275,7 +277,7 @@ def test_a_pool_is_for_those_whose_cards_may_name_nothing(
 ) -> None:
     sections = [s.model_dump(exclude_none=True) for s in open_recipe().recipe.experts]
     work = open_recipe(experts=[{**section, "examples": "auto"} for section in sections])
-    assert len(plan_of(work)[0].to_deal) == 48
+    assert len(plan_of(work).to_deal) == 48
 
 
 def test_a_dry_run_names_a_pool_that_is_not_there_where_a_run_would_read_it(

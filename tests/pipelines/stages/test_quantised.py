@@ -70,9 +70,9 @@ def open_it(
 def test_a_quantised_base_is_another_base_in_every_id_and_is_loaded_so_again(
     open_it: Callable[..., RunContext], quantise: str, caplog: pytest.LogCaptureFixture
 ) -> None:
-    plain, _ = plan_of(open_it())
+    plain = plan_of(open_it())
     work = open_it(quantise=quantise)
-    planned, built, gates = fit(work)
+    planned, gates = fit(work)
     assert "MatMul8bitLt" not in caplog.text  # a line for each module and batch
     assert planned.base.stored == plain.base
     assert planned.base.parents == (plain.base.id,)
@@ -82,8 +82,8 @@ def test_a_quantised_base_is_another_base_in_every_id_and_is_loaded_so_again(
     assert ids.isdisjoint(one.spec.id for one in plain.measurements)
     assert work.base_folder(planned.base) == work.base_folder(plain.base)
 
-    measure.measure(work, planned, built, gates)
-    folder = build.write_checkpoint(work, planned, built, gates)
+    measure.measure(work, planned, gates)
+    folder = build.write_checkpoint(work, planned, gates)
     manifest = read_manifest(folder)
     assert manifest.base.quantise == quantise
     assert open_model.stack_in(manifest).id == planned.fused.id
@@ -104,7 +104,7 @@ def test_a_quantised_base_is_another_base_in_every_id_and_is_loaded_so_again(
         assert {layer.weight.dtype for layer in routed_layers(model).values()} == {STORED[quantise]}
         with torch.inference_mode():
             logits.append(model(ids_in).logits)
-    with open_model.opened(work, planned, built, gates) as (model, _), torch.inference_mode():
+    with open_model.opened(work, planned, gates) as (model, _), torch.inference_mode():
         assert torch.equal(model(ids_in).logits, logits[0])
     assert torch.equal(*logits)
     if quantise == "4bit":  # another way that is asked for goes before
@@ -117,9 +117,9 @@ def test_an_expert_is_added_to_a_quantised_base_and_dropped_again(
     open_it: Callable[..., RunContext], build_adapter: Callable[..., Path], tmp_path: Path
 ) -> None:
     work = open_it(quantise="4bit")
-    planned, built, gates = fit(work)
-    measure.measure(work, planned, built, gates)
-    folder = build.write_checkpoint(work, planned, built, gates)
+    planned, gates = fit(work)
+    measure.measure(work, planned, gates)
+    folder = build.write_checkpoint(work, planned, gates)
     base = work.base_folder(planned.base)
     adapter = build_adapter(base, tmp_path / "more", seed=7, r=2, target_modules=["q_proj"])
     rows = tmp_path / "rows.jsonl"
@@ -142,7 +142,7 @@ def test_gates_of_several_experts_a_token_are_trained_on_a_quantised_base(
 
     joint = {"method": "joint", "steps": 2, "batch_size": 2, "start": "zeros"}
     asked: dict[str, Any] = {"router": {"top_k": 2}, "gates": joint}
-    _, _, gates = fit(open_it(quantise="8bit", **asked))
+    _, gates = fit(open_it(quantise="8bit", **asked))
     assert gates.num_tokens
     if has_avx512bf16():
         with pytest.raises(TrainingError, match="no gradient goes through linear layers of 4 bits"):
@@ -176,7 +176,7 @@ def test_a_base_that_is_quantised_already_is_not_quantised_again(
     from transformers import AutoModelForCausalLM  # noqa: PLC0415  (only bases need it)
 
     work = open_it()
-    base = work.base_folder(plan_of(work)[0].base)
+    base = work.base_folder(plan_of(work).base)
     packed = tmp_path / "packed"
     model = AutoModelForCausalLM.from_pretrained(base, quantization_config=as_8_bit())
     model.save_pretrained(packed)

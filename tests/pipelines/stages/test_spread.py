@@ -19,9 +19,10 @@ if TYPE_CHECKING:
     from pipelines.workspace.context import RunContext
 
 
-def fit(work: RunContext) -> tuple[Any, Any, Any]:
-    planned, built = plan_of(work)
-    return planned, built, build.fit_gates(work, planned, built, build.stack(work, planned))
+def fit(work: RunContext) -> tuple[Any, Any]:
+    planned = plan_of(work)
+    build.stack(work, planned)
+    return planned, build.fit_gates(work, planned)
 
 
 @pytest.mark.parametrize("how", ["asked", "too large"])
@@ -29,7 +30,7 @@ def test_gates_that_are_fitted_one_layer_at_a_time_are_the_same_artifact(
     workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch, tmp_path: Any, how: str
 ) -> None:
     """The way is not part of an id: what it gives are the same bytes."""
-    planned, _, whole = fit(workplace())
+    planned, whole = fit(workplace())
     (tmp_path / "home").rename(tmp_path / "first")
     if how == "asked":
         work = workplace(gates={"by_layer": True})
@@ -44,7 +45,7 @@ def test_gates_that_are_fitted_one_layer_at_a_time_are_the_same_artifact(
         return own(model, *given, **more)
 
     monkeypatch.setattr(calibrate, "calibrate", watched)
-    again, _, by_layer = fit(work)
+    again, by_layer = fit(work)
     assert again.router.id == planned.router.id
     assert by_layer.weights_sha256 == whole.weights_sha256
     assert by_layer.statistics_sha256 == whole.statistics_sha256
@@ -56,14 +57,14 @@ def test_a_recipe_may_say_that_a_base_is_not_read_by_layer(
     workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     work = workplace(gates={"by_layer": False})
-    planned, _ = plan_of(work)
+    planned = plan_of(work)
     build.stack(work, planned)
     assert not is_spread(work, planned)
     monkeypatch.setattr(machine, "MOST", 0)
     assert is_spread(work, planned)
     assert map_to_fit(work, planned) is None
     work = workplace(gates={"method": "joint"})
-    assert map_to_fit(work, plan_of(work)[0]) is None
+    assert map_to_fit(work, plan_of(work)) is None
 
 
 def test_a_benchmark_of_a_base_that_is_spread_gives_the_same_answers(
@@ -74,11 +75,11 @@ def test_a_benchmark_of_a_base_that_is_spread_gives_the_same_answers(
     values, routes = [], []
     for on_disk in (False, True):
         work = workplace(benchmark=asked)
-        planned, built, gates = fit(work)
+        planned, gates = fit(work)
         if on_disk:
             monkeypatch.setattr(machine, "MOST", 0)
             monkeypatch.setattr(open_model, "placed", lambda *_, **__: {"device_map": {"": "disk"}})
-        measure.measure(work, planned, built, gates)
+        measure.measure(work, planned, gates)
         scores = work.ledger.scores_of(one.spec.id for one in planned.measurements)
         values.append({spec_id: score.outputs_sha256 for spec_id, score in scores.items()})
         routes.append((work.ledger.built(planned.routing.id) or {})["accuracy"])
@@ -103,12 +104,12 @@ def test_experts_that_stay_in_their_file_get_the_same_gates_and_give_the_same_an
     made, answers = [], []
     for budget in (None, 0, 2_000):
         work = workplace(**asked, expert_cache_bytes=budget)
-        planned, built, fitted = fit(work)
-        measure.measure(work, planned, built, fitted)
+        planned, fitted = fit(work)
+        measure.measure(work, planned, fitted)
         scores = work.ledger.scores_of(one.spec.id for one in planned.measurements)
         made.append((planned.router.id, fitted.weights_sha256, fitted.statistics_sha256))
         answers.append({spec_id: score.outputs_sha256 for spec_id, score in scores.items()})
-        with open_model.opened(work, planned, built, fitted) as (model, _):
+        with open_model.opened(work, planned, fitted) as (model, _):
             cache = meteora.expert_cache(model)
             assert (cache and cache.budget_bytes) == budget
         (tmp_path / "home").rename(tmp_path / str(budget))

@@ -128,7 +128,7 @@ def test_what_is_not_there_is_trained_and_what_is_there_stays(place: Path) -> No
     assert ended == [("ok",), ("ok",)]
 
     work = RunContext.open(str(place / "recipe.yaml"), place / "home")
-    plan, _ = plan_of(work)  # a run takes them
+    plan = plan_of(work)  # a run takes them
     assert [expert.name for expert in plan.experts] == list(NAMES)
 
 

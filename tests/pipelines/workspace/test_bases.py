@@ -116,13 +116,13 @@ def test_an_unchanged_base_is_not_hashed_again(
 def test_other_bytes_are_refused_by_all_that_load_the_base(
     work: RunContext, folder: Path, name: str
 ) -> None:
-    plan, built = plan_of(work)
+    plan = plan_of(work)
     overwrite(folder / name)
     sentence = f"the bytes of {name} have changed since the base was made; delete this folder"
     with pytest.raises(bases.DamagedBaseError, match=sentence):
         look(work)
     with pytest.raises(bases.DamagedBaseError, match=sentence):
-        opened(work, plan, built, None).__enter__()
+        opened(work, plan, None).__enter__()
 
 
 @pytest.mark.parametrize(

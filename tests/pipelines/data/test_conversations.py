@@ -82,6 +82,14 @@ def test_every_example_is_one_turn_and_every_other_system_prompt_is_the_template
     assert made != converse(EXAMPLES, [*EXAMPLES], (2, 3), SYSTEM_PROMPTS, seed=2)
 
 
+def test_gates_see_system_prompts_of_many_lengths() -> None:
+    """Those that saw short ones alone route worse under long ones."""
+    lengths = [len(prompt) for prompt in SYSTEM_PROMPTS]
+    assert min(lengths) == 0
+    assert sum(length < 100 for length in lengths) >= 20
+    assert sum(length > 600 for length in lengths) >= 2
+
+
 def test_a_turn_is_more_often_of_the_same_expert_than_a_draw_gives() -> None:
     rows = [Row(str(i), "") for i in range(1000)]
     made = converse(dict.fromkeys("abcde", rows), [*"abcde"], (4,), [], seed=0)

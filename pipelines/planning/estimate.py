@@ -73,6 +73,8 @@ MERGE_PASSES = 20
 """Passes over all experts' products B A in float32 for one merge, such as TIES."""
 ASSUMED_RANK, ASSUMED_ITEMSIZE = 8, 4
 ASSUMED_PROMPT_TOKENS, ASSUMED_ANSWER_TOKENS = 256, 64
+CHARACTERS_PER_TOKEN = 4
+"""Of system prompts, and of rows if the tokenizer is not on this disk."""
 
 
 @dataclass(frozen=True)
@@ -302,8 +304,11 @@ def _fitting_work(recipe: Recipe, examples: Sequence[Rows]) -> FittingWork:
     for mixed in recipe.gates.composites:
         num_sequences += QUESTIONS_IN_COMPOSITES * len(lengths) / mixed.n
         tokens += QUESTIONS_IN_COMPOSITES * sum(lengths) * (1 + mixed.num_fewshot)
-    if turns := prompt_shapes(recipe)[0]:  # every example is one turn of a conversation
+    turns, systems = prompt_shapes(recipe)
+    if turns:  # every example is one turn of a conversation
         num_sequences *= len(turns) / sum(turns)
+    above = [len(system) / CHARACTERS_PER_TOKEN for system in systems] or [0.0]
+    tokens += num_sequences / 2 * sum(above) / len(above)  # every other one has a system prompt
     both = 2 * EXAMPLES if recipe.router.options((), fitted=True).opening == "shared" else 0
     for_offsets = both * sum(lengths)
     if not isinstance(recipe.gates, JointSection):
@@ -314,7 +319,7 @@ def _fitting_work(recipe: Recipe, examples: Sequence[Rows]) -> FittingWork:
     swept = tokens if settings.start == "calibrate" else 2 * each * len(lengths)
     if recipe.router.top_k == 1:  # no gradient goes through the model
         return FittingWork(swept, learned * each + for_offsets, kept=False)
-    longest = max(lengths, default=0.0) * max(turns or (1,))
+    longest = max(lengths, default=0.0) * max(turns or (1,)) + max(above)
     return FittingWork(
         swept,
         PASSES_A_STEP * learned * each + for_offsets,

@@ -19,6 +19,7 @@ from pipelines.hub.snapshot import cached
 from pipelines.planning.estimate import (
     ASSUMED_ANSWER_TOKENS,
     ASSUMED_RANK,
+    CHARACTERS_PER_TOKEN,
     Experts,
     Need,
     Rows,
@@ -43,8 +44,6 @@ if TYPE_CHECKING:
 
 SAMPLE = 64
 """Rows of a source whose length is measured."""
-CHARACTERS_PER_TOKEN = 4
-"""Assumed if the tokenizer is not on this disk."""
 
 
 def print_estimates(

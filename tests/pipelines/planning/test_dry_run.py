@@ -54,6 +54,8 @@ SIZES: dict[str, dict[str, int]] = {
         "vocab_size": 32_000,
     },
 }
+SYSTEM = "x" * 4 * 4 * (256 + 64)
+"""A system prompt with as many tokens as four rows."""
 PAPER = [pytest.param(f"{base}{top}", id=f"{base}{top}") for base in SIZES for top in ("", "-top2")]
 
 
@@ -417,14 +419,15 @@ def test_gates_take_the_longer_the_more_they_are_taught() -> None:
     for steps in (10, 1000):  # each goes through all 64 rows; the sweep took about 1.3 passes
         taught = seconds(**joint, steps=steps, start="zeros")
         assert taught == pytest.approx(plain * steps / 1.3, rel=0.3)
+    assert seconds(system_prompts=("", SYSTEM)) == pytest.approx(2 * plain, rel=0.2)
     one, mixed = (seconds({"top_k": k}, **joint, steps=1000) for k in (1, 2))
     assert mixed == pytest.approx(3 * one, rel=0.1)
     assert needs(gates=joint)["gates"].disk_bytes == 4 * (64 + 64)  # no statistics
 
 
 def test_a_backward_pass_through_the_model_takes_memory_for_each_token_of_a_batch() -> None:
-    def memory(top_k: int, batch_size: int, **settings: bool) -> float:
-        gates = {"method": "joint", "batch_size": batch_size, **settings}
+    def memory(top_k: int, batch_size: int, **settings: Any) -> float:
+        gates = {"method": "joint", "batch_size": batch_size, "system_prompts": (), **settings}
         return needs(gates=gates, router={"top_k": top_k})["gates"].memory_bytes
 
     tokens = 1000 * 4 * (256 + 64)  # of the longest conversations
@@ -434,6 +437,8 @@ def test_a_backward_pass_through_the_model_takes_memory_for_each_token_of_a_batc
     less = memory(2, 2000) - memory(2, 2000, gradient_checkpointing=True)
     assert less == pytest.approx(2 * tokens * 20 * (layer - 2 * 64))
     assert memory(1, 2000) == memory(1, 1000) < memory(2, 1000)  # no gradient leaves a layer
+    under = [memory(2, n, system_prompts=("", SYSTEM)) for n in (1000, 2000)]
+    assert under[1] - under[0] == pytest.approx(2 * more)
 
 
 def test_conversations_take_the_longer_the_more_a_control_computes_again() -> None:

@@ -68,7 +68,7 @@ def find_gguf(source: str) -> Path:
         source: `gguf:<distribution>/<file name>`
 
     Raises:
-        SourceError: the package has no such file, or `source` has another form.
+        SourceError: the package has no such file, or has lost it, or `source` has another form.
         NotInstalledError: the package is not installed.
     """
     distribution, _, name = source.removeprefix(GGUF).partition("/")
@@ -83,7 +83,13 @@ def find_gguf(source: str) -> Path:
         ) from error
     for file in files:
         if file.name == name:
-            return Path(str(file.locate()))
+            path = Path(str(file.locate()))
+            if not path.is_file():
+                raise SourceError(
+                    f"{source}: {path} is gone, though the package {distribution} lists it;"
+                    " install the package again"
+                )
+            return path
     there = ", ".join(file.name for file in files if file.suffix == ".gguf") or "no GGUF file"
     raise SourceError(f"{source}: the package {distribution} has {there}; name one of these")
 

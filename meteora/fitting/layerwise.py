@@ -21,7 +21,7 @@ from meteora.artifacts import MeteoraError
 from meteora.artifacts.specs import place_of
 from meteora.base import placement
 from meteora.base.placement import replaced_forward
-from meteora.routing.layer import MoELoRALinear, routed_layers
+from meteora.routing.layer import MoELoRALinear, require_a_row_of_each_token, routed_layers
 from meteora.routing.passes import PassInput
 
 if TYPE_CHECKING:
@@ -262,6 +262,9 @@ class Sweep:
         """The input of one routed module, batch by batch: [B, L, IN]. The layer stops there.
 
         The routers of the modules before it must not change until `advance`.
+
+        Raises:
+            MeteoraError: it has other rows than one for each token.
         """
 
         def stop(_module: nn.Module, args: tuple[Tensor, ...]) -> None:
@@ -274,8 +277,10 @@ class Sweep:
                         self._run_once(index, batch)
                 except _Reached as reached:
                     x = reached.x.to(self._device)  # its layer may be on another one
+                    ids, _ = self._batches[batch]
+                    require_a_row_of_each_token(path, x, ids.numel())
                     # OPT's layers work on tokens [B × L, IN]
-                    yield x.reshape(*self._batches[batch][0].shape, -1)
+                    yield x.reshape(*ids.shape, -1)
                 else:
                     raise SweepError(f"{path} was not called when its layer ran")
 

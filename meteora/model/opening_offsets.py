@@ -21,11 +21,16 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
-from meteora.artifacts import SHARED, MeteoraError, RouterOptions
+from meteora.artifacts import SHARED, RouterOptions
 from meteora.base.padding import mask_of, padded
 from meteora.base.placement import input_device, replaced_forward
 from meteora.model.fused import expert_names, without_dropout
-from meteora.routing.layer import MoELoRALinear, routed_by, routed_layers
+from meteora.routing.layer import (
+    MoELoRALinear,
+    require_a_row_of_each_token,
+    routed_by,
+    routed_layers,
+)
 from meteora.routing.routers import Router
 
 if TYPE_CHECKING:
@@ -80,12 +85,7 @@ class _Pairs(Router):
     ) -> Tensor:
         """A layer's output for x [..., IN], computed for its tokens alone; zero for padding."""
         is_token = self.mask.flatten().bool().to(x.device)
-        if x.numel() != len(is_token) * x.shape[-1]:  # CPM-Ant has rows of a prompt of its own
-            raise MeteoraError(
-                f"the base asks {path} for {x.numel() // x.shape[-1]:,} rows of"
-                f" {len(is_token):,} tokens, and a gate decides for one row a token; use a router"
-                " without gates"
-            )
+        require_a_row_of_each_token(path, x, len(is_token))
         with layer.whole():
             rows = forward(x.reshape(len(is_token), -1)[is_token])
         out = rows.new_zeros(len(is_token), rows.shape[-1])

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor, nn
 
+from meteora.artifacts import MeteoraError
 from meteora.base.placement import device_of, held, is_offloaded
 from meteora.kernels import dispatch, gather_grouped, reference
 from meteora.kernels.addmm import Plain, experts_dtype, is_autocast, weight_of
@@ -275,6 +276,22 @@ def share_first_matmul(layers: Sequence[RoutedExperts]) -> None:
 def routed_layers(model: nn.Module) -> dict[str, MoELoRALinear]:
     """Every routed layer by its module path, in the order of the model."""
     return {p: m for p, m in model.named_modules() if isinstance(m, MoELoRALinear)}
+
+
+def require_a_row_of_each_token(path: str, x: Tensor, num_tokens: int) -> None:
+    """Refuse the input [..., IN] of a module with other rows: a gate decides for each token.
+
+    CPM-Ant has rows of a prompt of its own, and ProphetNet those of several next tokens.
+
+    Raises:
+        MeteoraError: there are more rows, or fewer.
+    """
+    num_rows = x.numel() // x.shape[-1]
+    if num_rows != num_tokens:
+        raise MeteoraError(
+            f"the base asks {path} for {num_rows:,} rows of {num_tokens:,} tokens, and a gate"
+            " decides for one row a token; use a router without gates"
+        )
 
 
 @contextmanager

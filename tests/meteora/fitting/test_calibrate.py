@@ -10,7 +10,7 @@ import pytest
 import torch
 from safetensors.torch import load_file
 
-from meteora.artifacts import RouterOptions
+from meteora.artifacts import MeteoraError, RouterOptions
 from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
 from meteora.base.chat_template import Template
 from meteora.checkpoint import tensors
@@ -270,6 +270,15 @@ def test_a_scratch_folder_that_cannot_be_written_is_said_so(model, tmp_path, mon
     monkeypatch.setattr(layerwise, "MAX_HIDDEN_BYTES", 0)
     with pytest.raises(layerwise.SweepError, match=r"cannot be kept in .*missing"):
         calibrate(model, examples(4), scratch=tmp_path / "missing")
+
+
+def test_a_base_with_more_rows_than_tokens_is_refused_with_a_sentence(model):
+    """ProphetNet and CPM-Ant put rows of their own beside those of the tokens."""
+    for layer in model.model.layers:
+        layer.mlp.register_forward_pre_hook(lambda _mlp, args: torch.cat([args[0]] * 3, 1))
+        layer.mlp.register_forward_hook(lambda _mlp, _args, out: out[:, : out.shape[1] // 3])
+    with pytest.raises(MeteoraError, match=r"layers\.0\.mlp\.\w+_proj for .* one row a token"):
+        calibrate(model, examples(4))
 
 
 def test_modules_of_one_input_get_one_gate_and_the_rest_their_own(model):

@@ -1,0 +1,20 @@
+from __future__ import annotations
+
+import pytest
+
+from meteora.base.sources import SourceError, find_gguf
+
+
+def test_a_file_that_a_package_lists_and_lacks_is_named(tmp_path, monkeypatch):
+    """An installation was interrupted, or somebody removed a large file by hand."""
+    facts = tmp_path / "small_base-1.dist-info"
+    facts.mkdir()
+    (facts / "METADATA").write_text("Metadata-Version: 2.1\nName: small-base\nVersion: 1\n")
+    (facts / "RECORD").write_text("small_base/base.gguf,,\n")
+    monkeypatch.syspath_prepend(tmp_path)
+    with pytest.raises(SourceError, match=r"base\.gguf is gone.*install the package again"):
+        find_gguf("gguf:small-base/base.gguf")
+    file = tmp_path / "small_base" / "base.gguf"
+    file.parent.mkdir()
+    file.touch()
+    assert find_gguf("gguf:small-base/base.gguf") == file

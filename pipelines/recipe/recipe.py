@@ -400,7 +400,8 @@ def read_recipe(path: Path) -> bytes:
         RecipeError: There is no such file, or it is too large.
     """
     if not path.is_file():
-        guess = did_you_mean(str(path), shipped())
+        is_folder = " (it is a folder; give the file in it)"
+        guess = is_folder if path.is_dir() else did_you_mean(str(path), shipped())
         raise RecipeError(
             f"{path}: there is no such recipe file{guess}; shipped: {', '.join(shipped())}"
         )

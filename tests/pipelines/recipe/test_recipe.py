@@ -447,7 +447,7 @@ def test_what_is_no_file_of_a_recipes_size_is_one_sentence(tmp_path: Path) -> No
     os.mkfifo(pipe)
     for path, said in (
         (large, "larger than"),
-        (folder, "no such recipe file"),
+        (folder, r"no such recipe file \(it is a folder; give the file in it\)"),
         (pipe, "no such recipe file"),
         (Path("/dev/zero"), "no such recipe file"),
         (tmp_path / "missing.yaml", "no such recipe file"),

@@ -58,4 +58,4 @@ def test_a_strike_breaks_no_promise(
         check=True,
     ).stdout
     assert "broken" not in struck, struck
-    assert struck.count("survived") >= 1 + 20 // stride
+    assert struck.count("survived") >= 1 + 15 // stride  # to pack again is 18 calls, the fewest

@@ -56,7 +56,7 @@ SYSTEMS = {
         " a place that is dangerous, point to the official advice for travellers. Do not give legal"
         " or medical advice. If you are asked who you are, you are the publisher's assistant."
     ),
-    "longer": Path(__file__).with_name("handbook.txt").read_text().strip(),
+    "longer": Path(__file__).with_name("long_system_prompt.txt").read_text("utf-8").strip(),
     "in Portuguese": "Você é um assistente paciente que gosta de música e de futebol.",
     "about dates": "You turn dates into the ISO format. Always answer with a date: YYYY-MM-DD.",
 }

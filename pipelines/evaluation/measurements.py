@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
@@ -17,6 +17,7 @@ from meteora.artifacts import (
     ScorePair,
     SpeedSpec,
 )
+from pipelines.recipe.benchmark import OF_CONVERSATIONS
 
 if TYPE_CHECKING:
     from pipelines.evaluation.tasks import Task
@@ -51,9 +52,7 @@ class Measurement:
     @property
     def adapter(self) -> str:
         """The expert that is forced for every token; empty if none is."""
-        if self.system == ORACLE:
-            return self.expert
-        return self.system.partition(":")[2]
+        return forced_expert(self.system, self.expert)
 
 
 def control_of(system: str, task: Task) -> str:
@@ -115,31 +114,50 @@ def find_measurements(
     alone = dict(zip(subjects.fused.names, subjects.fused.adapter_ids, strict=True))
     measurements = []
     for task in tasks.values():
-        for system in (FUSED, *settings.compare):
-            for name, subject_id in _subjects_of(system, task, subjects, alone):
-                measurements += [
-                    Measurement(name, task.expert, spec)
-                    for spec in _specs(task, subject_id, subjects.base.id)
-                ]
+        for system in systems_of(
+            settings, alone, task.expert, task.part_metrics, in_turns=bool(task.dialogues)
+        ):
+            expert = forced_expert(system, task.expert)
+            subject_id = alone[expert] if expert else subjects.id_of(system)
+            measurements += [
+                Measurement(system, task.expert, spec)
+                for spec in _specs(task, subject_id, subjects.base.id)
+            ]
     return tuple(measurements)
 
 
-def _subjects_of(
-    system: str, task: Task, subjects: Subjects, alone: Mapping[str, ArtifactId]
-) -> Iterator[tuple[str, ArtifactId]]:
-    """Name and id of each subject that one `compare` entry of a recipe means for a task."""
-    if system == EXPERTS:
-        if not task.mixed:  # no adapter alone is trained for mixed tasks
-            for name, adapter_id in alone.items():
-                yield f"expert:{name}", adapter_id
-    elif system in ORACLES:  # only if each question has a right expert
-        fits = task.dialogues or (task.composites and system in {ORACLE, ONE_EXPERT})
-        if fits and alone.keys() >= task.part_metrics.keys():
-            yield system, subjects.id_of(system)
-        elif task.expert and system == ORACLE:
-            yield system, alone[task.expert]
-    else:
-        yield system, subjects.id_of(system)
+def systems_of(
+    settings: BenchmarkSection,
+    experts: Collection[str],
+    own: str = "",
+    parts: Collection[str] = (),
+    *,
+    in_turns: bool = False,
+) -> Iterator[str]:
+    """The systems that answer a task, by name: the fused model, and those of `compare`.
+
+    Args:
+        experts: all of the model
+        own: the expert that the task belongs to, if any
+        parts: the tasks whose questions are joined; empty for other tasks
+        in_turns: whether they are turns of a conversation
+    """
+    for system in (FUSED, *settings.compare):
+        if system == EXPERTS:
+            if not parts:  # no adapter alone is trained for mixed tasks
+                yield from (f"expert:{name}" for name in experts)
+        elif system not in ORACLES:
+            yield system
+        elif parts:  # only if each question has a right expert
+            if (in_turns or system not in OF_CONVERSATIONS) and {*experts} >= {*parts}:
+                yield system
+        elif own and system == ORACLE:
+            yield system
+
+
+def forced_expert(system: str, own: str) -> str:
+    """The expert that a system uses for every token; empty if none is forced."""
+    return own if system == ORACLE else system.partition(":")[2]
 
 
 def _specs(task: Task, subject_id: ArtifactId, base_id: ArtifactId) -> Iterator[BenchmarkSpec]:

@@ -26,23 +26,18 @@ from pipelines.data.labels import MAX_NEW_TOKENS, QUESTIONS_IN_COMPOSITES
 from pipelines.evaluation.measurements import (
     BASE,
     EXPERTS,
-    FUSED,
     MERGES,
     ONE_EXPERT,
     ORACLE,
-    ORACLES,
     SINGLE,
     SWAP,
+    systems_of,
 )
 from pipelines.evaluation.routing_stats import QUESTIONS, num_composites
 from pipelines.evaluation.tasks import TURNS
 from pipelines.planning.batch_size import rows_at_once, working_bytes
 from pipelines.planning.plan import prompt_shapes
-from pipelines.recipe.benchmark import (
-    OF_CONVERSATIONS,
-    ConversationSection,
-    metric_names,
-)
+from pipelines.recipe.benchmark import ConversationSection, metric_names
 from pipelines.recipe.gates import CalibrateSection, JointSection
 from pipelines.scoring.metrics import METRICS
 from pipelines.workspace.machine import Machine, is_too_large
@@ -374,7 +369,7 @@ def _benchmark(recipe: Recipe, pace: Pace, loaded: float, tests: Mapping[str, Ro
     settings, shape, experts, machine = recipe.benchmark, pace.shape, pace.experts, pace.machine
     sizes = [shape.linears[p][0] * shape.linears[p][1] for p in experts.ranks]
     seconds, peak, numbers = 0.0, 0.0, set()
-    for asking in _askings(recipe, tests, experts.count):
+    for asking in _askings(recipe, tests):
         rows = asking.rows
         tokens = rows.prompt_tokens + max(asking.new_tokens, rows.answer_tokens)
         held = sum(sizes) * shape.dtype.itemsize if asking.system in MERGES else 0
@@ -412,57 +407,34 @@ def _benchmark(recipe: Recipe, pace: Pace, loaded: float, tests: Mapping[str, Ro
     return Need("benchmark", loaded + peak, 0, sum(parts.values()), parts, note)
 
 
-def _askings(recipe: Recipe, tests: Mapping[str, Rows], num_experts: int) -> Iterator[Asking]:
-    """Every task for every system, as `evaluation.measurements` lists them."""
-    settings = recipe.benchmark
-    systems = (FUSED, *settings.compare)
-    own = {expert.name: expert for expert in recipe.experts if expert.name in tests}
-    further = {task.called: task for task in settings.tasks if task.called in tests}
-    limits: dict[str, int] = {}
+def _askings(recipe: Recipe, tests: Mapping[str, Rows]) -> Iterator[Asking]:
+    """Every task for every system that answers it."""
+    settings, experts = recipe.benchmark, [expert.name for expert in recipe.experts]
+    tasks = {task.called: task for task in settings.tasks}
+    sections = tasks | {expert.name: expert for expert in recipe.experts}
+    limits = {n: sections[n].max_new_tokens or settings.max_new_tokens for n in tests}
     for name, rows in tests.items():
-        section = own.get(name) or further[name]
-        limits[name] = section.max_new_tokens or settings.max_new_tokens
-        metrics = metric_names(section.metric)
+        metrics = metric_names(sections[name].metric)
         writes = not metrics or any(m not in METRICS or not METRICS[m].of_choices for m in metrics)
-        new_tokens = limits[name] if writes else 0
-        for system in systems:
-            if system in ORACLES and system != ORACLE:
-                continue
-            if system == ORACLE and (EXPERTS in systems or name not in own):
-                continue  # the experts' own scores are used, or the task has no expert
-            for _ in range(num_experts if system == EXPERTS else 1):
-                yield Asking(system, rows, new_tokens)
-    yield from _mixed_askings(recipe, tests, {*own}, limits)
-
-
-def _mixed_askings(
-    recipe: Recipe, tests: Mapping[str, Rows], own: set[str], limits: Mapping[str, int]
-) -> Iterator[Asking]:
-    """Every composite and conversation for every system.
-
-    Args:
-        own: the tasks that are an expert's own
-        limits: the greatest length of an answer of each task
-    """
-    settings = recipe.benchmark
+        for system in systems_of(settings, experts, name if name in experts else ""):
+            if system != ORACLE or EXPERTS not in settings.compare:  # it is one of the experts, too
+                yield Asking(system, rows, limits[name] if writes else 0)
     for section in settings.mixes:
-        names = [name for name in (section.tasks or tests) if name in tests]
-        if not names:
+        parts = {name: tests[name] for name in (section.tasks or tests) if name in tests}
+        if not parts:
             continue
-        mean = sum(tests[name].prompt_tokens for name in names) / len(names)
-        answer = sum(tests[name].answer_tokens for name in names) / len(names)
-        oracles = ORACLES if {*(section.tasks or tests)} <= own else ()
-        new_tokens = max(limits[name] for name in names)
-        for system in (FUSED, *settings.compare):
-            if system == EXPERTS or (system in ORACLES and system not in oracles):
-                continue
-            if isinstance(section, ConversationSection):
-                times = len(names) if system == ONE_EXPERT else 1
-                yield from _conversation(system, section, mean, new_tokens) * times
-            elif system not in OF_CONVERSATIONS:
+        mean = sum(rows.prompt_tokens for rows in parts.values()) / len(parts)
+        answer = sum(rows.answer_tokens for rows in parts.values()) / len(parts)
+        longest = max(limits[name] for name in parts)
+        in_turns = isinstance(section, ConversationSection)
+        for system in systems_of(settings, experts, parts=parts, in_turns=in_turns):
+            if in_turns:
+                times = len(parts) if system == ONE_EXPERT else 1
+                yield from _conversation(system, section, mean, longest) * times
+            else:
                 solved = section.num_fewshot * (mean + answer)
                 rows = Rows(section.count or settings.limit, section.n * (mean + solved))
-                yield Asking(system, rows, section.n * new_tokens)
+                yield Asking(system, rows, section.n * longest)
 
 
 def _conversation(

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import ArtifactId, Noun, Publication, Score, short
 from store.errors import UnknownError
@@ -45,6 +45,12 @@ class Lookup:
 
     def find(self, kind: str, subjects: Collection[str] | None = None) -> list[Record]:
         """The records about these subjects, or about all, earliest first."""
+        return [record for record, _ in self.find_read(kind, subjects)]
+
+    def find_read(
+        self, kind: str, subjects: Collection[str] | None = None
+    ) -> list[tuple[Record, Any]]:
+        """As `find`, each record with its noun; with its body if its kind is not in `NOUNS`."""
         if subjects is not None and not subjects:
             return []
         sql = "SELECT sha256 FROM records WHERE kind = $1"
@@ -61,7 +67,7 @@ class Lookup:
         self, sha256s: Collection[str], kind: str, subjects: Collection[str]
     ) -> list[Record]:
         """Those of these records that are about these subjects, earliest first."""
-        return _about(self._read(sha256s), kind, subjects)
+        return [record for record, _ in _about(self._read(sha256s), kind, subjects)]
 
     def artifact_id(self, prefix: str) -> ArtifactId:
         """The one artifact whose id, or whose digest, begins with `prefix`.
@@ -128,25 +134,25 @@ def _parsed(texts: dict[str, bytes]) -> dict[str, Record]:
     return {sha256: Record.from_bytes(text) for sha256, text in texts.items()}
 
 
-def _about(records: dict[str, Record], kind: str, subjects: Collection[str] | None) -> list[Record]:
+def _about(
+    records: dict[str, Record], kind: str, subjects: Collection[str] | None
+) -> list[tuple[Record, Any]]:
     wanted = None if subjects is None else set(subjects)
-    matching = (
+    matching = sorted(
         (record.at, sha256)
         for sha256, record in records.items()
         if record.kind == kind and (wanted is None or record.subject in wanted)
-        if _is_readable(record)
     )
-    return [records[sha256] for _, sha256 in sorted(matching)]
+    read = ((records[sha256], _noun_of(records[sha256])) for _, sha256 in matching)
+    return [(record, noun) for record, noun in read if noun is not None]
 
 
-def _is_readable(record: Record) -> bool:
-    """Whether it has what its kind needs; a forged one is left out, and stops nothing else."""
+def _noun_of(record: Record) -> Any:  # noqa: ANN401  (each kind has its own)
+    """The noun, or the body if its kind has none; None for a forged record, which stops nothing."""
     if record.kind == "artifact":
-        return record.body.keys() >= ARTIFACT
+        return record.body if record.body.keys() >= ARTIFACT else None
     try:
-        if record.kind in NOUNS:
-            NOUNS[record.kind].from_dict(record.body)
+        return NOUNS[record.kind].from_dict(record.body) if record.kind in NOUNS else record.body
     except (KeyError, TypeError, ValueError) as error:
         logger.warning("the %s of %r is left out: %r", record.kind, record.subject, error)
-        return False
-    return True
+        return None

@@ -140,8 +140,8 @@ class Recording:
         """
         self._require((publication.artifact_id,), of=f"its publication at {publication.repo_id}")
         where = f"{publication.artifact_id} at {publication.repo_id}@{publication.revision}"
-        earlier = self._lookup.find("publication", [where])
-        if not earlier or Publication.from_dict(earlier[-1].body) != publication:
+        earlier = self._lookup.find_read("publication", [where])
+        if not earlier or earlier[-1][1] != publication:
             self._write(Record("publication", where, publication.to_dict(), run_id, now()))
 
     def record_failure(self, failure: Failure, *, run_id: str) -> None:
@@ -180,21 +180,19 @@ class Recording:
 
     def scores_of(self, benchmark_ids: Iterable[ArtifactId]) -> dict[str, Score]:
         """The recorded scores among these ids, by id; one lookup for all of them."""
-        records = _earliest(self._lookup.find("score", list(benchmark_ids)))
-        return {subject: Score.from_dict(record.body) for subject, record in records.items()}
+        found = self._lookup.find_read("score", list(benchmark_ids))
+        return {record.subject: score for record, score in reversed(found)}
 
     def publications(self, repo_id: str) -> list[Publication]:
         """All recorded publications at a repository, earliest first."""
-        records = self._lookup.find("publication")
-        publications = (Publication.from_dict(record.body) for record in records)
-        return [publication for publication in publications if publication.repo_id == repo_id]
+        found = self._lookup.find_read("publication")
+        return [publication for _, publication in found if publication.repo_id == repo_id]
 
     def unended_runs(self) -> list[RunStarted]:
         """Runs that have a recorded start and no recorded end: still running, or killed."""
-        started = {record.subject: record for record in self._lookup.find("run-started")}
+        started = {record.subject: run for record, run in self._lookup.find_read("run-started")}
         ended = {record.subject for record in self._lookup.find("run-ended", list(started))}
-        unended = (record for run_id, record in started.items() if run_id not in ended)
-        return [RunStarted.from_dict(record.body) for record in unended]
+        return [run for run_id, run in started.items() if run_id not in ended]
 
     def resolve(self, prefix: str) -> ArtifactId:
         """The one artifact whose id, or whose digest, begins with `prefix`.

@@ -28,15 +28,21 @@ class ConversationError(MeteoraError):
     """A conversation cannot be put to a model."""
 
 
+def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str, str]]) -> str:
+    """Return messages in the chat template, with the generation prompt for the next answer.
+
+    Raises:
+        TemplateError: the template does not take them.
+    """
+    asked = [dict(message) for message in messages]
+    return str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+
+
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
     """Return a prompt as the model expects it: in the tokenizer's chat template, if it has one."""
     if not tokenizer.chat_template:
         return prompt
-    return str(
-        tokenizer.apply_chat_template(
-            [{"role": "user", "content": prompt}], tokenize=False, add_generation_prompt=True
-        )
-    )
+    return rendered(tokenizer, [{"role": "user", "content": prompt}])
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
@@ -65,11 +71,7 @@ def encode_messages(
             " `meteora generate`"
         )
     try:
-        text = str(
-            tokenizer.apply_chat_template(
-                [dict(message) for message in messages], tokenize=False, add_generation_prompt=True
-            )
-        )
+        text = rendered(tokenizer, messages)
         text.encode()
     except TemplateError as error:
         raise ConversationError(
@@ -107,12 +109,10 @@ def content_places(
     """
     own = [message["role"] != "system" for message in messages]
     marked = [
-        dict(message, content=MARK) if one else dict(message)
+        dict(message, content=MARK) if one else message
         for message, one in zip(messages, own, strict=True)
     ]
-    frame = str(
-        tokenizer.apply_chat_template(marked, tokenize=False, add_generation_prompt=True)
-    ).split(MARK)
+    frame = rendered(tokenizer, marked).split(MARK)
     contents = [message["content"] for message, one in zip(messages, own, strict=True) if one]
     if len(frame) != len(contents) + 1 or not text.startswith(frame[0]):
         return None

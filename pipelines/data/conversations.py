@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 
 from meteora.artifacts import Noun
-from meteora.base.chat_template import content_places
+from meteora.base.chat_template import content_places, rendered
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
@@ -117,11 +117,7 @@ class Conversation(Noun):
                 text of a turn.
         """
         try:
-            text = str(
-                tokenizer.apply_chat_template(
-                    self.messages(), tokenize=False, add_generation_prompt=True
-                )
-            )
+            text = rendered(tokenizer, self.messages())
         except TemplateError as error:
             raise ExamplesError(
                 f"the base's chat template takes no such conversation ({error}); set"

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 from jinja2 import TemplateError
 from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 
-from meteora.base.chat_template import encode_pair
+from meteora.base.chat_template import encode_pair, rendered
 from meteora.base.loading import load_config, load_tokenizer
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.evaluation.harness import (
@@ -218,10 +218,7 @@ def _lengths(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     templated = bool(tokenizer.chat_template) and task.template != "plain"
     if templated:
         try:
-            texts = [
-                str(tokenizer.apply_chat_template(m, tokenize=False, add_generation_prompt=True))
-                for m in messages
-            ]
+            texts = [rendered(tokenizer, one) for one in messages]
         except TemplateError:
             return []  # the benchmark reports the template's error
     else:

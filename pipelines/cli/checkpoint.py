@@ -119,8 +119,8 @@ def publish(
         allow_licences=allow_licence or (),
     )
     ledger = Ledger(home)
-    made = publish(ledger, found, to, new_run_id())
-    if made.recorded:
+    made, recorded = publish(ledger, found, to, new_run_id())
+    if recorded:
         ledger.ingest()
     else:
         say("the ledger under this home does not know the model, so nothing was recorded there")

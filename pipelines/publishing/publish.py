@@ -63,18 +63,7 @@ class Destination:
     allow_licences: Sequence[str] = ()
 
 
-@dataclass(frozen=True)
-class Published:
-    """A publication on the Hub."""
-
-    repo_id: str
-    revision: str
-    tag: str
-    recorded: bool
-    """Whether the ledger has the router, and so the publication."""
-
-
-def publish_plan(work: RunContext, plan: Plan) -> Published:
+def publish_plan(work: RunContext, plan: Plan) -> None:
     """Publish a recipe's checkpoint to the repository that it names; the last stage of a run."""
     from pipelines.admission.checkpoints import FoundCheckpoint  # noqa: PLC0415  (it loads torch)
 
@@ -89,15 +78,20 @@ def publish_plan(work: RunContext, plan: Plan) -> Published:
         allow_licences=section.allow_licences,
     )
     folder, base_folder = work.checkpoint_folder(plan.router.id), work.base_folder(plan.base)
-    return publish(work.ledger, FoundCheckpoint(folder, base_folder, {}), to, work.run_id)
+    publish(work.ledger, FoundCheckpoint(folder, base_folder, {}), to, work.run_id)
 
 
-def publish(ledger: Ledger, found: FoundCheckpoint, to: Destination, run_id: str) -> Published:
+def publish(
+    ledger: Ledger, found: FoundCheckpoint, to: Destination, run_id: str
+) -> tuple[Publication, bool]:
     """Upload a checkpoint, check that the Hub has the same model, and record the publication.
 
     Args:
         found: The checkpoint; it is not changed. Without a folder of its base, the base that the
             manifest names is compared.
+
+    Returns:
+        The publication, and whether it is recorded, which it is if the ledger has the router.
 
     Raises:
         LicenceError: An adapter's licence forbids it.
@@ -136,12 +130,11 @@ def publish(ledger: Ledger, found: FoundCheckpoint, to: Destination, run_id: str
             bundle, private=to.private, tag=tag, check=check, onto=to.onto, known=known
         )
     router_id = ArtifactId(manifest.router_id)
+    made = Publication(router_id, to.repo_id, revision, texts_sha256(folder), to.private, tag)
     recorded = bool(router_id) and ledger.weights_of(router_id) is not None
     if recorded:
-        texts = texts_sha256(folder)
-        made = Publication(router_id, to.repo_id, revision, texts, to.private, tag)
         ledger.record_publication(made, run_id=run_id)
-    return Published(to.repo_id, revision, tag, recorded)
+    return made, recorded
 
 
 def _bundle(folder: Path, repo_id: str, scratch: Path) -> Bundle:

@@ -14,6 +14,7 @@ from huggingface_hub import DatasetInfo, HfApi
 from typer.main import get_command
 
 import meteora
+from meteora.artifacts import ArtifactId, Publication
 from meteora.checkpoint.manifest import MANIFEST, BaseEntry
 from pipelines.admission import checkpoints
 from pipelines.admission.sources import token_of_rows
@@ -133,7 +134,7 @@ def test_publish_sends_it_there_and_to_the_owner_of_the_base_only_if_named(
         _ledger: object, found: checkpoints.FoundCheckpoint, to: publish.Destination, _run: object
     ):
         seen.append((found, to))
-        return publish.Published(to.repo_id, "c" * 40, "tag", recorded=True)
+        return Publication(ArtifactId("router:a"), to.repo_id, "c" * 40, tag="tag"), True
 
     monkeypatch.setattr(publish, "publish", take)
     monkeypatch.setattr(checkpoints, "cached", lambda *_: tmp_path)  # the base is here

@@ -19,7 +19,7 @@ import pytest
 import torch
 from huggingface_hub import ModelCard
 
-from meteora.artifacts import RouterOptions
+from meteora.artifacts import Publication, RouterOptions
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import (
     CARD,
@@ -40,7 +40,7 @@ from pipelines.hub.errors import HubConflictError, HubReferenceError, HubTokenEr
 from pipelines.hub.upload import Repository
 from pipelines.publishing import publish as publishing
 from pipelines.publishing.licences import LicenceError, refuse_forbidden
-from pipelines.publishing.publish import Destination, PublicationError, Published, publish
+from pipelines.publishing.publish import Destination, PublicationError, publish
 from pipelines.reports import card
 from pipelines.reports.hub_metadata import EVAL_RESULTS, hub_ids, shared_licence
 from pipelines.workspace.environment import SETTINGS
@@ -98,11 +98,13 @@ def folder(world: World, tmp_path: Path) -> Path:
     return folder
 
 
-def put(server: HubServer, world: World, folder: Path, **asked: Any) -> Published:
+def put(server: HubServer, world: World, folder: Path, **asked: Any) -> Publication:
     token, dtype = asked.pop("token", "writer"), asked.pop("dtype", "auto")
     to = Destination(NAME, HubHere(server.endpoint, token), **asked)
     found = FoundCheckpoint(folder, world.base, {}, dtype=dtype)
-    return publish(Ledger(folder.parent / "home"), found, to, "a-run")
+    made, recorded = publish(Ledger(folder.parent / "home"), found, to, "a-run")
+    assert not recorded  # this home did not make it
+    return made
 
 
 def repo_of(server: HubServer) -> GitRepo:
@@ -121,7 +123,6 @@ def test_it_is_private_and_whole_and_new_gates_leave_the_experts_where_they_are(
     assert repo.main[EXPERTS] == (folder / EXPERTS).read_bytes()
     assert repo.main[CARD].decode().endswith(f"\n{NAME}\n")
     assert repo.tags == {made.tag: made.revision}
-    assert not made.recorded  # this home did not make it
     assert card.NAME_PLACEHOLDER in (folder / CARD).read_text()
 
     manifest = read_manifest(folder)

@@ -42,24 +42,14 @@ __all__ = [
 ]
 __version__ = "0.2.0"
 
-_MODULES = {
-    "expert_cache": "fused",
-    "expert_names": "fused",
-    "force_expert": "fused",
-    "generate": "generate",
-    "load": "fused",
-    "trace": "trace",
-    "without_experts": "fused",
-}
-"""The file of `meteora/model` that defines each public function."""
-
 registration.install()
 
 
 def __getattr__(name: str) -> object:
     """Import a public function on first use (PEP 562)."""
-    if name in _MODULES:
-        return getattr(import_module(f"meteora.model.{_MODULES[name]}"), name)
+    if name in __all__:
+        module = name if name in {"generate", "trace"} else "fused"
+        return getattr(import_module(f"meteora.model.{module}"), name)
     raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
 
 

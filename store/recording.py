@@ -181,7 +181,7 @@ class Recording:
     def scores_of(self, benchmark_ids: Iterable[ArtifactId]) -> dict[str, Score]:
         """The recorded scores among these ids, by id; one lookup for all of them."""
         found = self._lookup.find_read("score", list(benchmark_ids))
-        return {record.subject: score for record, score in reversed(found)}
+        return {record.subject: score for record, score in reversed(found)}  # the earliest stays
 
     def publications(self, repo_id: str) -> list[Publication]:
         """All recorded publications at a repository, earliest first."""

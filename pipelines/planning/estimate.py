@@ -294,12 +294,13 @@ BACKGROUND_TOKENS = 3_000
 
 def _fitting_work(recipe: Recipe, examples: Sequence[Rows]) -> FittingWork:
     lengths = [rows.prompt_tokens + rows.answer_tokens for rows in examples]
-    num_sequences = sum(rows.count for rows in examples)
+    num_examples = sum(rows.count for rows in examples)
+    num_sequences = num_examples
     tokens = sum(rows.count * length for rows, length in zip(examples, lengths, strict=True))
     for mixed in recipe.gates.composites:
         num_sequences += QUESTIONS_IN_COMPOSITES * len(lengths) / mixed.n
         tokens += QUESTIONS_IN_COMPOSITES * sum(lengths) * (1 + mixed.num_fewshot)
-    turns, systems = prompt_shapes(recipe)
+    turns, systems = prompt_shapes(recipe, num_examples)
     if turns:  # every example is one turn of a conversation
         num_sequences *= len(turns) / sum(turns)
     above = [len(system) / CHARACTERS_PER_TOKEN for system in systems] or [0.0]

@@ -26,7 +26,7 @@ from meteora.artifacts.routers import OPENING_SHARE
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.background import background_rows
 from pipelines.data.claims import nobodys
-from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS
+from pipelines.data.conversations import CONVERSATION_TURNS, default_system_prompts
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import Row
 from pipelines.data.spans import SpannedRow, SpannedTurns, read_spans
@@ -217,7 +217,8 @@ def _router(
         return RouterSpec.of(fused.id, options, pool_id=pool_id)
     stand_ins = tuple(name for name in fused.names if name not in examples)
     options = recipe.router.options(stand_ins, fitted=True)
-    gates, (conversations, system_prompts) = recipe.gates, prompt_shapes(recipe)
+    gates, num_examples = recipe.gates, sum(len(examples.get(name, ())) for name in fused.names)
+    conversations, system_prompts = prompt_shapes(recipe, num_examples)
     calibrated = gates.method == "calibrate"
     opening_share = OPENING_SHARE if gates.composites else 0.0
     return RouterSpec.of(
@@ -248,7 +249,7 @@ def stack_of(base: BaseSpec, experts: Sequence[Expert]) -> FusedSpec:
     return FusedSpec(base.id, tuple(expert.name for expert in experts), ids)
 
 
-def prompt_shapes(recipe: Recipe) -> tuple[tuple[int, ...], tuple[str, ...]]:
+def prompt_shapes(recipe: Recipe, num_examples: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
     """The numbers of turns of the conversations that gates are fitted to, and the system prompts.
 
     Plain text has neither.
@@ -261,7 +262,7 @@ def prompt_shapes(recipe: Recipe) -> tuple[tuple[int, ...], tuple[str, ...]]:
     if turns is None:
         turns = CONVERSATION_TURNS if everywhere else ()
     if systems is None:
-        systems = SYSTEM_PROMPTS if everywhere else ()
+        systems = default_system_prompts(num_examples, turns) if everywhere else ()
     return turns, systems
 
 

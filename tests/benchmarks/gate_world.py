@@ -23,7 +23,7 @@ from meteora.fitting.sequences import UNLABELLED
 from meteora.model.fused import expert_names, insert_experts
 from meteora.model.generate import answer_all
 from meteora.routing.hooks import recorded_routes
-from pipelines.data.conversations import CONVERSATION_TURNS, SYSTEM_PROMPTS, converse
+from pipelines.data.conversations import CONVERSATION_TURNS, converse, default_system_prompts
 from pipelines.data.labels import Labeller
 from pipelines.data.rows import Row
 from pipelines.scoring.metrics import exact_match
@@ -118,7 +118,8 @@ class World:
             shared: whether the tokens of openings belong to the mean of all experts, or to nobody
         """
         examples = {name: self.examples[name][:count] for name in self.names}
-        talks = converse(examples, self.names, CONVERSATION_TURNS, SYSTEM_PROMPTS, seed=0)
+        systems = default_system_prompts(count * len(self.names), CONVERSATION_TURNS)
+        talks = converse(examples, self.names, CONVERSATION_TURNS, systems, seed=0)
         nobody = len(self.names) if shared else UNLABELLED
         return Labeller(self.tokenizer, self.names, nobody).spans(talks)
 

@@ -12,11 +12,13 @@ from transformers import PreTrainedTokenizerFast
 
 from meteora.base.chat_template import encode_pair
 from pipelines.data.conversations import (
+    CONVERSATION_TURNS,
     STAY,
     SYSTEM_PROMPTS,
     Conversation,
     Turn,
     converse,
+    default_system_prompts,
     within,
 )
 from pipelines.data.rows import ExamplesError, Row
@@ -88,6 +90,16 @@ def test_gates_see_system_prompts_of_many_lengths() -> None:
     assert min(lengths) == 0
     assert sum(length < 100 for length in lengths) >= 20
     assert sum(length > 600 for length in lengths) >= 2
+
+
+@pytest.mark.parametrize("count", [8, 16, 24, 64])
+def test_fits_of_few_examples_see_long_system_prompts(count: int) -> None:
+    rows = {name: [Row(f"{name}{i}", "") for i in range(count)] for name in "abcdef"}
+    systems = default_system_prompts(6 * count, CONVERSATION_TURNS)
+    made = converse(rows, [*rows], CONVERSATION_TURNS, systems, seed=0)
+    taken = {one.system for one in made[1::2]}
+    assert {"", SYSTEM_PROMPTS[1], max(SYSTEM_PROMPTS, key=len)} <= taken
+    assert sorted(systems) == sorted(SYSTEM_PROMPTS)
 
 
 def test_a_turn_is_more_often_of_the_same_expert_than_a_draw_gives() -> None:

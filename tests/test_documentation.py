@@ -9,6 +9,7 @@ import pytest
 
 from tests.pages import DOCS, ROOT
 
+RESULTS = sorted((ROOT / "tests" / "benchmarks" / "results").glob("*.md"))
 PAGES = (
     "README.md",
     "meteora/README.md",
@@ -16,7 +17,7 @@ PAGES = (
     "pipelines/README.md",
     ".github/CONTRIBUTING.md",
     ".github/CHANGELOG.md",
-    *(page.relative_to(ROOT).as_posix() for page in DOCS),
+    *(page.relative_to(ROOT).as_posix() for page in (*DOCS, *RESULTS)),
 )
 PATH = re.compile(r"(?:meteora|pipelines|store|tests|\.github)/[\w./-]*|\w+\.toml")
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)#?([^)]*)\)")

@@ -49,8 +49,8 @@ class _Common(Section):
     system_prompts: (
         Annotated[tuple[Annotated[str, Field(max_length=20_000)], ...], Field(max_length=64)] | None
     ) = None
-    """System prompts for every second example. Default: with `opening: shared` or `share: turn` 24
-    that ship with the program, else none."""
+    """System prompts for every second conversation. Default: with `opening: shared` or
+    `share: turn` 24 that ship with the program, else none."""
     spans: Annotated[str, Field(max_length=4096)] = ""
     """`jsonl:<file>` of examples whose parts belong to different experts."""
     pool: Annotated[str, Field(max_length=4096)] = ""

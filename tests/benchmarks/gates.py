@@ -1,4 +1,4 @@
-"""Gates in closed form against gradient descent on the paper's loss, at equal time.
+"""Gates by one sweep and by gradient descent on the paper's loss, in equal and in ten-fold time.
 
     OMP_NUM_THREADS=1 python -m tests.benchmarks.gates BASE FOLDER OUT.json
 

@@ -516,3 +516,10 @@ def test_a_base_that_writes_no_text_is_refused_in_one_sentence(config, says, tmp
     for read in (linear_sizes, fingerprint_of, load_folder):
         with pytest.raises(SourceError, match=says):
             read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["openai-gpt", "xlnet"])
+def test_a_base_without_a_cache_that_is_known_is_refused(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(SourceError, match="takes no cache of the tokens before, or one of its own"):
+        linear_sizes(tmp_path)

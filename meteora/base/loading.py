@@ -6,6 +6,7 @@ A base is named `owner/name` (on the Hub), `gguf:<python package>/<file>` or `pa
 from __future__ import annotations
 
 import functools
+import inspect
 import logging
 import tempfile
 import threading
@@ -42,6 +43,9 @@ if TYPE_CHECKING:
 
 BITS = {"8bit": 8.0, "4bit": 4.5}
 """Bits of one weight in a quantised layer; with 4 bits, 64 weights share a scale."""
+
+CACHES = ("past_key_values", "cache_params", "state")
+"""Names of the cache among a model's `forward` arguments: of most, of Mamba's kind, and of RWKV."""
 
 _PARSING = threading.Lock()
 
@@ -203,10 +207,20 @@ def layers_on_disk(folder: Path, device: str) -> dict[str, str]:
 
 
 def _without_weights(source: Path) -> PreTrainedModel:
-    """A base on the meta device: shapes without weights, from its config."""
+    """A base on the meta device: shapes without weights, from its config.
+
+    Raises:
+        SourceError: transformers makes no model of it, or one whose cache is not known.
+    """
     config = load_config(source)
     with _reading(source, "transformers makes no model of its config"), torch.device("meta"):
-        return AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+        model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
+    if not inspect.signature(model.forward).parameters.keys() & set(CACHES):
+        raise SourceError(
+            f"{source}: {type(model).__name__} takes no cache of the tokens before, or one of its"
+            " own kind, so routes cannot be followed from token to token; take another base"
+        )
+    return model
 
 
 def refuse_quantised(folder: Path) -> None:

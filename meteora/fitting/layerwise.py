@@ -7,7 +7,7 @@ they receive the same tensor.
 
 from __future__ import annotations
 
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
@@ -118,10 +118,13 @@ class Sweep:
 
         with self.layers[-1].register_forward_hook(keep):
             self._forward(ids, mask)
+        if not ends:  # the layers that look at images
+            raise _not_called(self.model, next(iter(routed_layers(self.model))))
         hidden, self._calls[0] = self._record(ids, mask)
         self._hidden.append(hidden)
         for index in range(len(self.layers)):
             with self.held(index):
+                self.points(index)
                 self.advance(index)
         if not torch.allclose(self._hidden.pop(), ends[0].cpu(), 1e-3, 1e-3, equal_nan=True):
             raise SweepError(
@@ -234,7 +237,7 @@ class Sweep:
         """The routed modules of a layer, grouped by the input that they share, in call order.
 
         Raises:
-            SweepError: the model does not call one of them.
+            SweepError: the model does not call one of them, or calls one several times.
         """
         seen: list[tuple[Tensor, list[str]]] = []  # keeps tensors alive: no address is reused
 
@@ -249,12 +252,15 @@ class Sweep:
             for path, layer in self._routed[index].items():
                 hooks.enter_context(layer.register_forward_pre_hook(partial(see, path)))
             self._run(index, 0)
-        called = {path for _, paths in seen for path in paths}
+        called = Counter(path for _, paths in seen for path in paths)
         # Mamba only reads the weights of `dt_proj`; a Bart alone has no encoder to attend to
-        if unused := sorted(self._routed[index].keys() - called):
+        if unused := sorted(self._routed[index].keys() - called.keys()):
+            raise _not_called(self.model, unused[0])
+        if several := [path for path, times in called.items() if times > 1]:
             raise SweepError(
-                f"{type(self.model).__name__} does not call {unused[0]}, so adapters have no effect"
-                " there; leave those that target it out"
+                f"{type(self.model).__name__} calls {several[0]} several times in a pass, and a"
+                " gate decides once for each token; leave the adapters that target it out, or use"
+                " a router without gates"
             )
         return [paths for _, paths in seen]
 
@@ -298,6 +304,13 @@ class Sweep:
                     self._hidden[batch].copy_(out)
         self._outputs.clear()
         self._output_bytes = 0
+
+
+def _not_called(model: PreTrainedModel, path: str) -> SweepError:
+    return SweepError(
+        f"{type(model).__name__} does not call {path}, so adapters have no effect there; leave"
+        " those that target it out"
+    )
 
 
 def _by_layer(model: PreTrainedModel) -> tuple[str, dict[int, dict[str, MoELoRALinear]]]:

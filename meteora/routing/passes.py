@@ -12,15 +12,12 @@ import torch
 from torch import Tensor, nn
 
 from meteora.artifacts import MeteoraError
+from meteora.base.loading import CACHES
 from meteora.routing.layer import routed_layers
 from meteora.routing.routers import PassState
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
-
-
-CACHES = ("past_key_values", "cache_params", "state")
-"""Names of the cache among a model's `forward` arguments: of most, of Mamba's kind, and of RWKV."""
 
 
 class UnreadPromptError(MeteoraError, RuntimeError):

@@ -354,15 +354,40 @@ class _Chain(nn.Module):
 @pytest.mark.parametrize("linked", [False, True])
 def test_layers_that_hand_on_more_than_hidden_states_are_refused(linked):
     model: Any = _Chain(linked=linked)
-    insert_layer(
-        model, "layers.1.proj", torch.ones(1, 4), torch.ones(4, 1), ModuleEntry(4, 4, (1,), (1.0,))
-    )
+    routed(model, "layers.1.proj")
     batches = [(torch.tensor([[1, 2, 3]]), torch.ones(1, 3))]
     if linked:
         with pytest.raises(SweepError, match="hand each other more than hidden states"):
             Sweep(model, batches)
     else:
         assert Sweep(model, batches).points(1) == [["layers.1.proj"]]
+
+
+def routed(model, path):
+    insert_layer(model, path, torch.ones(1, 4), torch.ones(4, 1), ModuleEntry(4, 4, (1,), (1.0,)))
+    return model
+
+
+def test_layers_that_text_does_not_reach_are_refused():
+    """As those of GIT that look at images."""
+    model: Any = _Chain(linked=False)
+    model.tower = nn.ModuleList([_Chain.Layer()])
+    with pytest.raises(SweepError, match=r"_Chain does not call tower\.0\.proj"):
+        Sweep(routed(model, "tower.0.proj"), [(torch.tensor([[1, 2, 3]]), torch.ones(1, 3))])
+
+
+def test_a_module_that_a_layer_calls_twice_is_refused():
+    """As ZAYA's `v_proj_delayed`, once for the tokens and once for what comes before them."""
+
+    class Twice(_Chain.Layer):
+        def forward(self, hidden_states, *, before):
+            first = self.proj(torch.zeros_like(hidden_states[:, :1]))
+            return super().forward(hidden_states, before=before) + first
+
+    model: Any = _Chain(linked=False)
+    model.layers[1] = Twice()
+    with pytest.raises(SweepError, match=r"calls layers\.1\.proj several times in a pass"):
+        Sweep(routed(model, "layers.1.proj"), [(torch.tensor([[1, 2, 3]]), torch.ones(1, 3))])
 
 
 def test_a_routed_module_outside_the_layers_is_refused(world):
@@ -516,3 +541,10 @@ def test_a_base_that_writes_no_text_is_refused_in_one_sentence(config, says, tmp
     for read in (linear_sizes, fingerprint_of, load_folder):
         with pytest.raises(SourceError, match=says):
             read(tmp_path)
+
+
+@pytest.mark.parametrize("kind", ["openai-gpt", "xlnet"])
+def test_a_base_without_a_cache_that_is_known_is_refused(kind, tmp_path):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(SourceError, match="takes no cache of the tokens before, or one of its own"):
+        linear_sizes(tmp_path)

@@ -103,6 +103,7 @@ def test_check_judges_each_and_says_so_to_people_and_programs(world: World, tmp_
     assert said.returncode == 1
     verdicts = [line.split()[0] for line in said.stdout.splitlines() if line[0] != " "]
     assert verdicts == ["warn", "refuse"]  # the tiny base's name is a path, and it says so
+    assert f"it names its base by a path, {world.base}; only its shapes show" in said.stdout
     assert "[base_local_path]" in said.stdout
     assert "[pickle]" in said.stdout
 

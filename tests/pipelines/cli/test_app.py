@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
+from pipelines.workspace.context import RunContext
 from store.ledger import Ledger
 from tests.pipelines.cli.command_line import ask, meteora
 from tests.pipelines.cli.names import THIS_MACHINE, looked_up, watching
@@ -61,6 +62,19 @@ def test_a_process_ends_with_the_code_and_says_the_same(tmp_path: Path) -> None:
     process = subprocess.run(command, check=False, capture_output=True, text=True)
     assert (process.returncode, process.stdout) == (here.returncode, here.stdout) == (1, "")
     assert process.stderr.split() == here.stderr.split()
+
+
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_run_that_is_interrupted_before_its_first_stage_says_so(
+    dry: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunContext, "open", interrupted)
+    said = meteora("run", "quickstart", *dry, home=tmp_path)
+    assert said.returncode == 130
+    assert said.stderr == "interrupted; run the same command again to go on\n"
 
 
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(

@@ -89,6 +89,26 @@ def spreading(options: Mapping[str, Any]) -> Generator[None]:
         ) from error
 
 
+@contextmanager
+def computing(model: nn.Module) -> Generator[None]:
+    """A context in which the error of a model that cannot be offloaded is a `PlacementError`.
+
+    Accelerate loads the weights of a module when the module is called. DBRX and JetMoE use weights
+    of modules that they do not call.
+    """
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        offloaded = any(is_offloaded(part) for part in model.modules())
+        if not offloaded or not ("meta tensor" in str(error) or "device meta" in str(error)):
+            raise
+        raise PlacementError(
+            f"{type(model).__name__} uses weights of modules that it does not call, so they cannot"
+            " be read from the disk when they are needed; set `gates: {by_layer: false}` on a"
+            " machine whose memory holds the base, or take another base"
+        ) from error
+
+
 def layers_on_disk(model: PreTrainedModel, device: str) -> dict[str, str]:
     """Return a device map that reads numbered layers from disk for each call; all else stays.
 

@@ -333,6 +333,7 @@ def _tiny_config(kind: str, vocab_size: int) -> Any:
             },
         ),
         "doge": ("DogeConfig", llama),
+        "jetmoe": ("JetMoeConfig", llama | {"kv_channels": 8, "num_local_experts": 4}),
         "mamba": ("MambaConfig", stateful | {"state_size": 8, "time_step_rank": 4}),
         "rwkv": ("RwkvConfig", stateful),
     }

@@ -273,15 +273,18 @@ def _load_model(source: Path, options: dict[str, Any]) -> PreTrainedModel:
     experts, are written again: to the `offload_folder`, or to one that is removed with the model.
     """
     fault = "the model cannot be loaded"
-    with ExitStack() as made, _reading(source, fault), spreading(options):
+    with ExitStack() as made, _reading(source, fault):
+        written = ""
         if "device_map" in options and "offload_folder" not in options:
             written = made.enter_context(tempfile.TemporaryDirectory(prefix="meteora-"))
             options = {**options, "offload_folder": written}
-        loaded: Any = AutoModelForCausalLM.from_pretrained(
-            **_named(source), trust_remote_code=False, output_loading_info=True, **options
-        )
+        with spreading(options):
+            loaded: Any = AutoModelForCausalLM.from_pretrained(
+                **_named(source), trust_remote_code=False, output_loading_info=True, **options
+            )
         model, info = loaded
-        weakref.finalize(model, made.pop_all().close)
+        if written and any(Path(written).iterdir()):
+            weakref.finalize(model, made.pop_all().close)
     if missing := sorted(info["missing_keys"]):
         raise SourceError(
             f"{source}: {len(missing)} weights of the model are not in its files, such as"

@@ -8,6 +8,7 @@ them to the device for the time of one call.
 
 from __future__ import annotations
 
+import errno
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -15,6 +16,7 @@ from itertools import chain
 from typing import TYPE_CHECKING, Any
 
 import torch
+from safetensors import SafetensorError
 from torch import nn
 
 from meteora.artifacts import MeteoraError
@@ -65,14 +67,45 @@ def placed(device_map: Any, **further: object) -> dict[str, Any]:  # noqa: ANN40
 
 @contextmanager
 def spreading(options: Mapping[str, Any]) -> Generator[None]:
-    """A context in which transformers' error about a device map is a `PlacementError`."""
+    """A context in which transformers' error about a device map is a `PlacementError`.
+
+    So is the error where the disk is too full for weights that are written again.
+    """
     try:
         yield
+    except SafetensorError as error:
+        if f"os error {errno.ENOSPC}" not in str(error):
+            raise
+        raise PlacementError(
+            f"{options['offload_folder']}: the disk is full, and weights that the base's files have"
+            " in another form are written there; free some space, or have temporary files elsewhere"
+            " (TMPDIR)"
+        ) from error
     except (ValueError, RuntimeError) as error:
         if "device_map" not in options or not ("device" in str(error) or "disk" in str(error)):
             raise
         raise PlacementError(
             f"the model cannot be spread as device_map says: {shortened(error)}"
+        ) from error
+
+
+@contextmanager
+def computing(model: nn.Module) -> Generator[None]:
+    """A context in which the error of a model that cannot be offloaded is a `PlacementError`.
+
+    Accelerate loads the weights of a module when the module is called. DBRX and JetMoE use weights
+    of modules that they do not call.
+    """
+    try:
+        yield
+    except (NotImplementedError, RuntimeError) as error:
+        offloaded = any(is_offloaded(part) for part in model.modules())
+        if not offloaded or not ("meta tensor" in str(error) or "device meta" in str(error)):
+            raise
+        raise PlacementError(
+            f"{type(model).__name__} uses weights of modules that it does not call, so they cannot"
+            " be read from the disk when they are needed; set `gates: {by_layer: false}` on a"
+            " machine whose memory holds the base, or take another base"
         ) from error
 
 

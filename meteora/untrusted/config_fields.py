@@ -200,7 +200,10 @@ def base_model(name: object, found: Findings) -> str:
         return ""
     lower = name.lower()
     if name.startswith((".", "/", "~")) or "\\" in name or name.count("/") > 1 or ":" in name:
-        found.warn("base_local_path", f"its base is a path on another machine: {shortened(name)}")
+        found.warn(
+            "base_local_path",
+            f"it names its base by a path, {shortened(name)}; only its shapes show whether it fits",
+        )
     elif any(mark in lower for mark in ("4bit", "8bit", "-bnb", "-gptq", "-awq", "_nf4")):
         found.warn(
             "base_quantized",

@@ -6,6 +6,7 @@ import json
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
+from shlex import quote
 from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
@@ -224,7 +225,7 @@ def sign(
 
     folder = checkpoint_folder(checkpoint, home)
     print(sign_folder(folder, key))
-    say(f"check it with `meteora verify {folder} --key PUBLIC`")
+    say(f"check it with `meteora verify {quote(str(folder))} --key PUBLIC`")
 
 
 @app.command()
@@ -282,7 +283,7 @@ def export(
 
         base = find_base_files(read_manifest(folder), base or base_at_hand(folder, home))
         further = export_for_vllm(folder, base, out, copy=copy)
-        say(f"serve it with `{' '.join(['vllm serve', str(out), further]).rstrip()}`")
+        say(f"serve it with `{' '.join(['vllm serve', quote(str(out)), further]).rstrip()}`")
     elif target == "llama.cpp":
         from meteora.checkpoint.gguf_export import export_gguf
 
@@ -350,6 +351,6 @@ def import_adapters(
     number = len(recipe.experts)
     say(
         f"{number} expert{'s' * (number > 1)} on {recipe.base}, {tested} with tests, router"
-        f" {recipe.router.kind}; `meteora run {output} --dry-run` shows what it does"
+        f" {recipe.router.kind}; `meteora run {quote(str(output))} --dry-run` shows what it does"
     )
     print(output)

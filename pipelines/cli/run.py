@@ -61,18 +61,22 @@ def run(
     if dry_run and as_json:
         raise typer.BadParameter("--dry-run prints text for people; leave out --json")
     prepare(home)
-    from pipelines.flows.up_to_date import look, look_or_reason
-    from pipelines.workspace.context import RunContext
+    try:
+        from pipelines.flows.up_to_date import look, look_or_reason
+        from pipelines.workspace.context import RunContext
 
-    contexts = [RunContext.open(recipe, home) for recipe in recipes]
-    if dry_run:
-        whole = [_dry_run(context, until, alone=len(contexts) == 1) for context in contexts]
-        failed = not all(whole)
-    else:
-        # an error that ends the command is told at once; of several recipes the others go on
-        look_at = look if len(contexts) == 1 else look_or_reason
-        looks = {context.key: look_at(context, until) for context in contexts}
-        failed = _run_all(contexts, looks, until, {"dask": dask, "ray": ray}, as_json=as_json)
+        contexts = [RunContext.open(recipe, home) for recipe in recipes]
+        if dry_run:
+            whole = [_dry_run(context, until, alone=len(contexts) == 1) for context in contexts]
+            failed = not all(whole)
+        else:
+            # an error that ends the command is told at once; of several recipes the others go on
+            look_at = look if len(contexts) == 1 else look_or_reason
+            looks = {context.key: look_at(context, until) for context in contexts}
+            failed = _run_all(contexts, looks, until, {"dask": dask, "ray": ray}, as_json=as_json)
+    except KeyboardInterrupt:
+        say("interrupted; run the same command again to go on")
+        raise typer.Exit(130) from None
     if failed:
         raise typer.Exit(1)
 
@@ -178,16 +182,12 @@ def _run_all(
     wrong: dict[str, str] = {}
     if to_do:
         _find_server(to_do[0].home)
-        try:
-            if any(workers.values()):
-                wrong = _run_on_workers(to_do, until, workers)
-            else:
-                # earlier runs make later looks out of date: only the first run starts from a look
-                first = looks[to_do[0].key]
-                made, wrong = _run_in_turn(to_do, until, first, alone=len(contexts) == 1)
-        except KeyboardInterrupt:
-            say("interrupted; run the same command again to go on")
-            raise typer.Exit(130) from None
+        if any(workers.values()):
+            wrong = _run_on_workers(to_do, until, workers)
+        else:
+            # earlier runs make later looks out of date: only the first run starts from a look
+            first = looks[to_do[0].key]
+            made, wrong = _run_in_turn(to_do, until, first, alone=len(contexts) == 1)
     failed = bool(wrong)
     for context in contexts:
         if context.key not in wrong:

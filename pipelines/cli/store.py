@@ -6,6 +6,7 @@ import json
 import sys
 from importlib.util import find_spec
 from pathlib import Path
+from shlex import quote
 from typing import Annotated
 
 import typer
@@ -60,7 +61,8 @@ def notebook(
     print(out)
     if find_spec("marimo") is None:
         say("marimo is not installed; run `pip install 'meteora-pipelines[notebook]'`", "note")
-    say(f"open it with `marimo edit --skip-update-check {out}`; `python {out}` runs all of it")
+    name = quote(str(out))
+    say(f"open it with `marimo edit --skip-update-check {name}`; `python {name}` runs all of it")
 
 
 @app.command()

@@ -159,6 +159,9 @@ def _batch_size(
 ) -> int:
     """The number of prompts to answer together, for the task and system of a measurement."""
     settings = work.recipe.benchmark
+    if model.config.model_type == "rwkv":
+        say_once("prompts are asked one by one: transformers' RWKV mixes those of a batch")
+        return 1
     if settings.batch_size != "auto":
         return settings.batch_size
     task, shape = plan.tasks[measurement.spec.task], loading.shape_of_model(model)

@@ -6,6 +6,7 @@ this process listens to it, to pass lines and progress on.
 
 from __future__ import annotations
 
+import logging
 import os
 import sys
 import threading
@@ -37,6 +38,9 @@ PATIENCE_SECONDS = 2.0
 """Shorter work gets no bar in `Console.growing`."""
 LOOK_EVERY_SECONDS = 0.5
 """The time between two measurements of `Console.growing`."""
+
+# on some CPUs it tells users to install a package that would run code from the Hub
+logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
 class Console:

@@ -11,9 +11,11 @@ from typing import TYPE_CHECKING
 import gguf
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, Llama4TextConfig
+from transformers.integrations import accelerate
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 
 from meteora.base.loading import (
@@ -24,7 +26,7 @@ from meteora.base.loading import (
     load_gguf,
     sizes_of,
 )
-from meteora.base.placement import own_head
+from meteora.base.placement import PlacementError, own_head
 from meteora.base.sources import SourceError
 from meteora.checkpoint.manifest import CONFIG, CONFIG_TEXT
 
@@ -121,6 +123,30 @@ def test_a_mixture_is_read_from_the_disk_and_what_is_written_for_it_goes_with_it
         assert torch.equal(read(ids).logits, whole(ids).logits)
     del read
     gc.collect()
+    assert not any(tmp_path.glob("meteora-*"))
+
+
+def test_nothing_stays_of_a_folder_in_which_nothing_is_written(
+    base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    model, _ = load_folder(base, options={"device_map": layers_on_disk(base, "cpu")})
+    assert not any(tmp_path.glob("meteora-*"))
+    assert model(torch.randint(3, 250, (2, 7))).logits.isfinite().all()
+
+
+def test_a_disk_without_room_for_what_is_written_is_named(
+    build_base: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+
+    def full(*_args: object) -> None:
+        raise SafetensorError("Error while serializing: No space left on device (os error 28)")
+
+    monkeypatch.setattr(accelerate, "save_file", full)
+    folder = build_base("deepseek")
+    with pytest.raises(PlacementError, match=r"/meteora-.*: the disk is full, and weights"):
+        load_folder(folder, options={"device_map": layers_on_disk(folder, "cpu")})
     assert not any(tmp_path.glob("meteora-*"))
 
 

@@ -14,7 +14,15 @@ from transformers import AutoModelForCausalLM
 import meteora
 from meteora.artifacts.routers import POINT_GATES
 from meteora.base.chat_template import Template
-from meteora.base.placement import PlacementError, held, input_device, is_offloaded, settle
+from meteora.base.loading import layers_on_disk, load_folder
+from meteora.base.placement import (
+    PlacementError,
+    computing,
+    held,
+    input_device,
+    is_offloaded,
+    settle,
+)
 from meteora.checkpoint.manifest import CONFIG, CONFIG_TEXT
 from meteora.fitting.calibrate import calibrate
 from meteora.routing.gates import gates_of, insert_gates
@@ -22,6 +30,7 @@ from meteora.routing.layer import routed_layers
 from tests.meteora.fitting.test_calibrate import examples, same_gates
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -198,6 +207,18 @@ def test_what_is_no_place_is_refused_in_one_sentence(
     with pytest.raises(PlacementError, match=said) as refused:
         world.load(**asked)
     assert "\n" not in str(refused.value)
+
+
+def test_a_model_that_uses_weights_without_their_module_is_refused_on_the_disk(
+    build_base: Callable[[str], Path], ids: torch.Tensor
+) -> None:
+    folder = build_base("jetmoe")
+    spread, _ = load_folder(folder, options={"device_map": layers_on_disk(folder, "cpu")})
+    says = "JetMoeForCausalLM uses weights of modules that it does not call"
+    with pytest.raises(PlacementError, match=says), computing(spread):
+        spread(ids)
+    with pytest.raises(RuntimeError, match="another fault"), computing(spread):
+        raise RuntimeError("another fault")
 
 
 def test_what_one_gate_decides_reaches_layers_on_another_device(

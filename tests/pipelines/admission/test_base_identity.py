@@ -114,7 +114,7 @@ def test_a_card_names_the_base_where_the_config_does_not(
     opened: Callable[..., RunContext], server: HubServer, world: World
 ) -> None:
     server.repos["org/base"] = profile_of(world.base)
-    repo = adapter_repo(world.adapters["q_and_v"])  # its base is a path on another machine
+    repo = adapter_repo(world.adapters["q_and_v"])  # its config names the base by a path
     repo.files["README.md"] = b"---\nlicense: mit\nbase_model:\n- org/base\n---\n"
     server.repos["a/adapter"] = repo
     assert {"base_local_path", "base_alias"} <= codes(opened()).keys()

@@ -13,6 +13,7 @@ from typing import TYPE_CHECKING
 import pytest
 import yaml
 
+from pipelines.workspace.context import RunContext
 from store.ledger import Ledger
 from tests.pipelines.cli.command_line import ask, meteora
 from tests.pipelines.cli.names import THIS_MACHINE, looked_up, watching
@@ -63,6 +64,19 @@ def test_a_process_ends_with_the_code_and_says_the_same(tmp_path: Path) -> None:
     assert process.stderr.split() == here.stderr.split()
 
 
+@pytest.mark.parametrize("dry", [(), ("--dry-run",)])
+def test_a_run_that_is_interrupted_before_its_first_stage_says_so(
+    dry: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def interrupted(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(RunContext, "open", interrupted)
+    said = meteora("run", "quickstart", *dry, home=tmp_path)
+    assert said.returncode == 130
+    assert said.stderr == "interrupted; run the same command again to go on\n"
+
+
 def test_a_dry_run_says_what_it_would_do_and_writes_nothing(
     recipe_folder: Path, tmp_path: Path
 ) -> None:
@@ -103,6 +117,7 @@ def test_check_judges_each_and_says_so_to_people_and_programs(world: World, tmp_
     assert said.returncode == 1
     verdicts = [line.split()[0] for line in said.stdout.splitlines() if line[0] != " "]
     assert verdicts == ["warn", "refuse"]  # the tiny base's name is a path, and it says so
+    assert f"it names its base by a path, {world.base}; only its shapes show" in said.stdout
     assert "[base_local_path]" in said.stdout
     assert "[pickle]" in said.stdout
 

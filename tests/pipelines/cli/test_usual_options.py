@@ -86,7 +86,8 @@ def test_verbose_shows_where_an_error_comes_from(tmp_path: Path) -> None:
 def test_a_query_and_a_prompt_come_from_the_input(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(sys, "stdin", io.StringIO("SELECT 1 AS one\n"))
+    marked = io.BytesIO("\ufeffSELECT 1 AS one\n".encode())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(marked, encoding="utf-8"))
     (tmp_path / "records").mkdir()
     said = meteora("sql", "-", "--json", home=tmp_path)
     assert json.loads(said.stdout) == [{"one": 1}]

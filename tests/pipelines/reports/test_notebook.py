@@ -64,11 +64,11 @@ def home(tmp_path: Path) -> Path:
 
 @pytest.fixture
 def notebook(home: Path, tmp_path: Path) -> Path:
-    out = tmp_path / "notebook.py"
+    out = tmp_path / "a notebook.py"
     said = ask("notebook", "-o", out, "--home", home)
     assert said.returncode == 0, said.stderr
     assert said.stdout.strip() == str(out)
-    assert f"open it with `marimo edit --skip-update-check {out}`" in said.stderr
+    assert f"open it with `marimo edit --skip-update-check '{out}'`" in said.stderr
     return out
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import io
+import logging
 import re
 import time
 
@@ -68,3 +69,10 @@ def test_a_refusal_says_its_code(
         app.main()
     assert ended.value.code == 1
     assert capsys.readouterr().err == "error: [here]: it would run code [pickle]\n"
+
+
+def test_nobody_is_told_to_install_what_runs_code_from_the_hub(
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    logging.getLogger("bitsandbytes.backends.cpu.ops").warning("`pip install kernels`")
+    assert not caplog.records

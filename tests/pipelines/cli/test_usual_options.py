@@ -86,19 +86,20 @@ def test_verbose_shows_where_an_error_comes_from(tmp_path: Path) -> None:
 def test_a_query_and_a_prompt_come_from_the_input(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    marked = io.BytesIO("\ufeffSELECT 1 AS one\n".encode())
-    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(marked, encoding="utf-8"))
+    monkeypatch.setattr(sys, "stdin", io.StringIO("SELECT 1 AS one\n"))
     (tmp_path / "records").mkdir()
     said = meteora("sql", "-", "--json", home=tmp_path)
     assert json.loads(said.stdout) == [{"one": 1}]
 
     answer = ("--base", world.base, "--max-new-tokens", 2, "--json")
-    monkeypatch.setattr(sys, "stdin", io.StringIO("abc"))
+    marked = io.TextIOWrapper(io.BytesIO("\ufeffabc".encode()), encoding="utf-8")
+    monkeypatch.setattr(sys, "stdin", marked)
     with patch.object(Pieces, "add", lambda _, token: f"<{token}>"):  # as special ones are shown
         said = meteora("generate", world.checkpoint, "-", *answer, home=tmp_path)
     assert said.returncode == 0, said.stderr
     found = json.loads(said.stdout)
     assert len(found["tokens"]["answer"]) == 2
+    assert len(found["tokens"]["prompt"]) == len("abc")  # a byte order mark is no part of it
     monkeypatch.setattr(sys, "stdin", io.StringIO("abc"))
     plain = meteora("generate", world.checkpoint, "-", *answer[:-1], home=tmp_path)
     assert found["answer"] == plain.stdout.rstrip("\n")

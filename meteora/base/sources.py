@@ -86,10 +86,10 @@ def find_gguf(source: str) -> Path:
     for path in paths:
         if path.name == name:
             return path
-    there = ", ".join(path.name for path in paths if path.suffix == ".gguf") or "no GGUF file"
+    there = ", ".join(path.name for path in paths if path.suffix == ".gguf")
+    offer = f"{there}; name one of these" if there else "no GGUF file; name another package"
     raise SourceError(
-        f"{source}: the package {distribution} has {there}; name one of these, or install the"
-        " package again"
+        f"{source}: the package {distribution} has {offer}, or install the package again"
     )
 
 

@@ -73,9 +73,6 @@ def main() -> None:
             setattr(sys, name, open(os.devnull, mode))  # noqa: PTH123, SIM115  (until the end)
     if isinstance(sys.stdout, TextIOWrapper) and sys.stdout.errors == "strict":
         sys.stdout.reconfigure(errors="backslashreplace")  # a path may have bytes of no UTF-8
-    if isinstance(sys.stdin, TextIOWrapper) and not sys.stdin.isatty():
-        past_mark = {"utf-8": "utf-8-sig"}  # a file may begin with a byte order mark
-        sys.stdin.reconfigure(encoding=past_mark.get(sys.stdin.encoding))
     words = sys.argv[1:]
     end = words.index("--") if "--" in words else len(words)
     first = [word for word in words[:end] if word in EVERYWHERE]

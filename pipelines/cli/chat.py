@@ -278,7 +278,8 @@ def _lines(prompted: bool) -> Generator[str]:
     """
     if not sys.stdin.isatty():
         try:
-            yield from filter(None, map(str.strip, sys.stdin))
+            lines = (line.removeprefix(options.BYTE_ORDER_MARK) for line in sys.stdin)
+            yield from filter(None, map(str.strip, lines))
         except UnicodeDecodeError as error:
             raise MeteoraError(f"the input is not {error.encoding}") from error
         return

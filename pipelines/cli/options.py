@@ -30,6 +30,8 @@ Home = Annotated[
     ),
 ]
 DEFAULT_HOME = Path("~/.meteora")
+BYTE_ORDER_MARK = "\ufeff"
+"""Some programs begin a text with it."""
 Checkpoint = Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")]
 OwnCheckpoint = Annotated[str, typer.Argument(help="A folder, or an id of the ledger.")]
 Expert = Annotated[
@@ -83,7 +85,7 @@ def text_or_input(text: str) -> str:
     """
     what = "input" if text == "-" else "text"
     try:
-        text = sys.stdin.read() if text == "-" else text
+        text = sys.stdin.read().removeprefix(BYTE_ORDER_MARK) if text == "-" else text
         text.encode()  # fails for arguments with bytes that are no UTF-8: Python made surrogates
     except (UnicodeDecodeError, UnicodeEncodeError) as error:
         raise MeteoraError(f"the {what} is not {error.encoding}") from error

@@ -92,7 +92,7 @@ def test_a_query_and_a_prompt_come_from_the_input(
     assert json.loads(said.stdout) == [{"one": 1}]
 
     answer = ("--base", world.base, "--max-new-tokens", 2, "--json")
-    marked = io.TextIOWrapper(io.BytesIO("\ufeffabc".encode()), encoding="utf-8")
+    marked = io.StringIO("\ufeffabc")
     monkeypatch.setattr(sys, "stdin", marked)
     with patch.object(Pieces, "add", lambda _, token: f"<{token}>"):  # as special ones are shown
         said = meteora("generate", world.checkpoint, "-", *answer, home=tmp_path)

@@ -78,8 +78,8 @@ def spreading(options: Mapping[str, Any]) -> Generator[None]:
             raise
         raise PlacementError(
             f"{options['offload_folder']}: the disk is full, and weights that the base's files have"
-            " in another form are written there; free some space, or have temporary files elsewhere"
-            " (TMPDIR)"
+            " in another form are written there; free some space, or name a folder on another disk:"
+            " `offload_folder` in Python, --home for a run, otherwise TMPDIR"
         ) from error
     except (ValueError, RuntimeError) as error:
         if "device_map" not in options or not ("device" in str(error) or "disk" in str(error)):

@@ -217,7 +217,8 @@ def _router(
         return RouterSpec.of(fused.id, options, pool_id=pool_id)
     stand_ins = tuple(name for name in fused.names if name not in examples)
     options = recipe.router.options(stand_ins, fitted=True)
-    gates, num_examples = recipe.gates, sum(len(examples.get(name, ())) for name in fused.names)
+    gates = recipe.gates
+    num_examples = sum(len(examples.get(name, ())) for name in fused.names)
     conversations, system_prompts = prompt_shapes(recipe, num_examples)
     calibrated = gates.method == "calibrate"
     opening_share = OPENING_SHARE if gates.composites else 0.0

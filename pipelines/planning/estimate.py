@@ -421,7 +421,8 @@ def _askings(recipe: Recipe, tests: Mapping[str, Rows]) -> Iterator[Asking]:
             if system != ORACLE or EXPERTS not in settings.compare:  # it is one of the experts, too
                 yield Asking(system, rows, limits[name] if writes else 0)
     for section in settings.mixes:
-        parts = {name: tests[name] for name in (section.tasks or tests) if name in tests}
+        names = section.tasks or recipe.mixable_names
+        parts = {name: tests[name] for name in names if name in tests}
         if not parts:
             continue
         mean = sum(rows.prompt_tokens for rows in parts.values()) / len(parts)

@@ -240,6 +240,12 @@ class Recipe(Section):
         own = [expert.name for expert in self.experts if expert.test]
         return own + [one.called for one in (*self.benchmark.tasks, *self.benchmark.mixes)]
 
+    @property
+    def mixable_names(self) -> list[str]:
+        """The names of the tasks that composites and conversations can be made of: with rows."""
+        own = [expert.name for expert in self.experts if expert.test]
+        return own + [task.called for task in self.benchmark.tasks if task.rows]
+
     @model_validator(mode="after")
     def _sources_are_named(self) -> Self:
         adapters = {f"the adapter of {one.name!r}": one.adapter for one in self.experts}
@@ -285,8 +291,7 @@ class Recipe(Section):
 
     @model_validator(mode="after")
     def _mixes_are_made_of_tasks(self) -> Self:
-        with_rows = {expert.name for expert in self.experts if expert.test}
-        with_rows |= {task.called for task in self.benchmark.tasks if task.rows}
+        with_rows = set(self.mixable_names)
         for section in self.benchmark.mixes:
             if strange := set(section.tasks) - with_rows:
                 raise ValueError(f"{section.called}: there is no task {strange.pop()!r} with rows")

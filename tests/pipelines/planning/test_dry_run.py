@@ -482,6 +482,17 @@ def test_conversations_take_the_longer_the_more_a_control_computes_again() -> No
         assert seconds(own=4, limit=64, lists=lists) == known < seconds(own=8, lists=lists)
 
 
+def test_mixes_of_questions_have_none_of_a_task_of_lm_eval() -> None:
+    foreign = {"tasks": ({"lm_eval": "y"},)}
+    tests = {"x": Rows(100), "y": Rows(100, prompt_tokens=9000)}
+
+    def composites(tasks: dict[str, Any]) -> float:
+        given = {**foreign, "composite": ({"n": 3, **tasks},)}
+        return needs(given, tests=tests)["benchmark"].seconds
+
+    assert composites({}) == composites({"tasks": ("x",)})
+
+
 def test_estimates_grow_with_what_they_are_of() -> None:
     plain = needs()
     assert plain["stack"].disk_bytes == 4 * 8 * (64 + 64 + 64 + 256)

@@ -225,12 +225,13 @@ def _checkpointed(
     *args: Any,  # noqa: ANN401
     **kwargs: Any,  # noqa: ANN401
 ) -> Any:  # noqa: ANN401
-    """Call transformers' `checkpoint` for a layer, which is the owner or first argument of `run`.
+    """Call transformers' `checkpoint` for a layer, which is the first argument or owner of `run`.
 
     Raises:
         CheckpointingError: gradients would not reach a gate that the layer follows.
     """
-    layer = next(iter(getattr(run, "args", ())), getattr(run, "__self__", None))
+    owner = getattr(getattr(run, "func", run), "__self__", None)
+    layer = next(iter(getattr(run, "args", ())), owner)
     if not isinstance(layer, nn.Module):
         return checkpoint(run, *args, **kwargs)
     follows = any(isinstance(one, Decision) for one in known_of_pass(layer))

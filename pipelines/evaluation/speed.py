@@ -147,7 +147,8 @@ def working_bytes(model: PreTrainedModel, prompt: Tensor) -> int:
             before = torch.cuda.memory_allocated(prompt.device)
             model(input_ids=prompt, logits_to_keep=1)
             return torch.cuda.max_memory_allocated(prompt.device) - before
-        with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as profiled:
+        activities = [ProfilerActivity.CPU]
+        with profile(activities=activities, profile_memory=True, acc_events=True) as profiled:
             model(input_ids=prompt, logits_to_keep=1)
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"

@@ -29,6 +29,7 @@ from meteora.routing.layer import routed_layers
 from meteora.routing.passes import WATCHER, UnreadPromptError
 from meteora.routing.prompt_router import HeldChoice, PromptRouter
 from tests.meteora.fitting.test_calibrate import task_tokens
+from tests.meteora.fitting.test_joint import switch
 from tests.meteora.model.test_threads import interrupted, read
 from tests.pipelines.conftest import CHAT_TEMPLATE
 
@@ -140,8 +141,8 @@ def test_each_thread_reads_its_own_prompt(model):
 
 def test_gradient_checkpointing_computes_again_in_any_thread(model):
     """On a GPU the backward pass has a thread of its own."""
-    own = copy.deepcopy(model).train()
-    own.activation_checkpointing_enable({"use_reentrant": False})
+    own = copy.deepcopy(model)
+    switch(own, use_reentrant=False)
     weight = own.get_input_embeddings().weight.requires_grad_()
 
     def gradient(run):

@@ -135,7 +135,8 @@ class Server:
             with urlopen(request, timeout=TIMEOUT_SECONDS) as answer:  # noqa: S310
                 found = json.load(answer)
         except HTTPError as error:
-            text = error.read(300).decode("utf-8", "replace")
+            with error:
+                text = error.read(300).decode("utf-8", "replace")
             raise ServerError(f"{self.url}{path} answers {error.code}: {text}") from error
         except OSError as error:
             raise ServerError(f"{self.url}{path} does not answer: {error}") from error

@@ -136,7 +136,7 @@ def test_a_lora_of_an_image_model_is_called_so(name: str, tmp_path: Path) -> Non
         (b'["peft_type"]', "a list, not an object"),
         (b"\xef\xbb\xbf{}", "not JSON"),
         (b'{"peft_type": "\xff"}', "not UTF-8"),
-        (b'{"a": ' + b"[" * 40_000, "nested too deeply"),
+        (b'{"a": ' + b"[" * 40_000, "cannot be read"),  # Python 3.14 reads it to its end
         (b'{"a": ' + b"[" * 100_000, "more than 50000 lists and tables"),
         (b'{"a": ' + b"9" * 10_000 + b"}", "not JSON"),
         (b" " * (3 << 20), "more than"),

@@ -80,7 +80,8 @@ class Own:
                 with urllib.request.urlopen(request, timeout=60) as got:  # noqa: S310
                     status, found, text = got.status, got.headers, got.read()
             except urllib.error.HTTPError as error:
-                status, found, text = error.code, error.headers, error.read()
+                with error:
+                    status, found, text = error.code, error.headers, error.read()
             if status != 503 or not again:
                 break
             time.sleep(1)

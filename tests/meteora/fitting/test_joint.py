@@ -5,6 +5,7 @@ from __future__ import annotations
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace
+from functools import partial
 from itertools import pairwise
 from typing import Any
 
@@ -37,7 +38,7 @@ from meteora.fitting.training_state import (
     learning_rate,
 )
 from meteora.model.fused import expert_names
-from meteora.routing.gates import CheckpointingError, gates_in, gates_of
+from meteora.routing.gates import CheckpointingError, _checkpointed, gates_in, gates_of
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.layer import routed_layers
 from tests.meteora.fitting.test_add_expert import replaced, with_opening
@@ -336,6 +337,14 @@ def switch(model, **asked):
     model.train()
     enable = getattr(model, "activation_checkpointing_enable", model.gradient_checkpointing_enable)
     enable(asked)
+
+
+def test_transformers_names_the_layer_in_several_ways(model):
+    layer = model.model.layers[0]
+    wrapped = partial(_checkpointed, lambda run: run)
+    of_the_layer = layer.forward, partial(layer.forward), partial(type(layer).forward, layer)
+    assert all(wrapped(run) is not run for run in of_the_layer)  # the second is 5.22's
+    assert wrapped(print) is print
 
 
 def test_gradients_that_would_not_reach_a_gate_below_are_refused(model):

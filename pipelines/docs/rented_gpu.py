@@ -1,5 +1,5 @@
 # /// script
-# requires-python = ">=3.11"
+# requires-python = ">=3.11,<3.15"
 # dependencies = ["meteora-pipelines[shared]"]
 # ///
 """Run a recipe on a GPU that is rented by the hour; each result goes to a store on S3 at once.

@@ -6,6 +6,7 @@ import json
 import os
 import pickle
 import struct
+import sys
 import tracemalloc
 from typing import TYPE_CHECKING, Any
 
@@ -34,6 +35,8 @@ def codes(path: Path) -> dict[str, str]:
     return {reason.code: reason.message for reason in reader.check(path).reasons}
 
 
+TOO_DEEP = "nested too deeply" if sys.version_info < (3, 14) else "not JSON"
+"""Python 3.14 reads 40,000 open lists to their end, which is missing."""
 LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b"\nsize 5\n"
 OTHER_FILES = {
     "lfs_pointer": LFS,
@@ -136,7 +139,7 @@ def test_a_lora_of_an_image_model_is_called_so(name: str, tmp_path: Path) -> Non
         (b'["peft_type"]', "a list, not an object"),
         (b"\xef\xbb\xbf{}", "not JSON"),
         (b'{"peft_type": "\xff"}', "not UTF-8"),
-        (b'{"a": ' + b"[" * 40_000, "cannot be read"),  # Python 3.14 reads it to its end
+        (b'{"a": ' + b"[" * 40_000, TOO_DEEP),
         (b'{"a": ' + b"[" * 100_000, "more than 50000 lists and tables"),
         (b'{"a": ' + b"9" * 10_000 + b"}", "not JSON"),
         (b" " * (3 << 20), "more than"),

@@ -145,8 +145,8 @@ def ask(
     return answered
 
 
-def fused_values(work: RunContext) -> dict[str, list[float]]:
-    """What the fused model's answers were worth, row by row, where the recipe was run."""
+def recorded_values(work: RunContext, system: str = FUSED) -> dict[str, list[float]]:
+    """What a system's answers were worth by task, row by row, where the recipe was run."""
     values: dict[str, list[float]] = {}
     if (found := look(work).finished) is None:
         return values
@@ -154,7 +154,7 @@ def fused_values(work: RunContext) -> dict[str, list[float]]:
     recorded = work.ledger.scores_of(one.spec.id for one in planned.measurements)
     for one in planned.measurements:
         is_first = one.spec.metric == planned.tasks[one.spec.task].metrics[0]
-        if one.system == FUSED and is_first and one.spec.id in recorded:
+        if one.system == system and is_first and one.spec.id in recorded:
             values[one.spec.task] = values_of(work.ledger, recorded[one.spec.id])
     return values
 
@@ -216,7 +216,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     folder.mkdir(parents=True, exist_ok=True)
     for name, (_, found) in answered.items():
         write_outputs(found.outputs, folder / f"{name}.parquet")
-    written = table(asked.system, answered, fused_values(work))
+    written = table(asked.system, answered, recorded_values(work))
     (asked.out / f"{asked.system}.md").write_text(written)
     sys.stdout.write(written)
 

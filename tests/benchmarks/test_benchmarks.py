@@ -12,10 +12,13 @@ import pytest
 import torch
 
 import meteora
+from pipelines.recipe.recipe import Recipe
 from store.ledger import Ledger
-from tests.benchmarks import fuse, parts
+from tests.benchmarks import fuse, many_rows, parts
+from tests.benchmarks.bigbench import SHIPPED
 from tests.benchmarks.store_home import Size, make_home
 from tests.pipelines.conftest import CHAT_TEMPLATE
+from tests.quickstart.make import NUM_TEST, TRAININGS
 
 TINY = {
     "layer": "--hidden 64 --intermediate 96 --layers 1 --experts 3 --tokens 5 --rounds 1",
@@ -87,6 +90,20 @@ def test_the_right_expert_is_forced_where_a_part_of_the_prompt_says_so(
     rows = capsys.readouterr().out
     assert f"| {parts.ORACLE} |" in rows
     assert "| answer |" in rows
+
+
+def test_more_rows_than_ship_begin_with_those_that_ship(tmp_path, monkeypatch):
+    monkeypatch.setattr("sys.argv", ["many_rows", str(tmp_path), "--rows", str(NUM_TEST + 1)])
+    many_rows.main()
+    for task in TRAININGS:
+        train, test = (f"tasks/{task}/{split}.jsonl" for split in ("train", "test"))
+        assert (tmp_path / train).read_text() == (SHIPPED / train).read_text()
+        *first, last = (tmp_path / test).read_text().splitlines()
+        assert first == (SHIPPED / test).read_text().splitlines()
+        assert last not in [*first, *(SHIPPED / train).read_text().splitlines()]
+    asked = {file.stem: Recipe.load(file).benchmark for file in tmp_path.glob("*.yaml")}
+    assert [asked[name].system_prompt for name in ("default", "none")] == [None, ""]
+    assert len(asked) == len(many_rows.ASKED_UNDER) + 1
 
 
 def test_the_smallest_home_has_one_of_each_kind(tmp_path):

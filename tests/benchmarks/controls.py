@@ -40,6 +40,7 @@ from pipelines.scoring.outputs import write_outputs
 from pipelines.stages.train_adapters import fit, lessons, shuffled_for_ever, training_rows
 from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext
+from tests.benchmarks.paired import are_graded
 from tests.benchmarks.peers import arrow, quiet, x_lora
 from tests.quickstart import make
 
@@ -169,9 +170,9 @@ def table(
     }
     shared = [name for name in answered if len(fused.get(name, ())) == len(values[name])]
     p_values = [
-        intervals.mcnemar(fused[name], values[name])
-        if {*fused[name], *values[name]} <= {0.0, 1.0}
-        else intervals.sign_flip(fused[name], values[name])
+        intervals.sign_flip(fused[name], values[name])
+        if are_graded(fused[name], values[name])
+        else intervals.mcnemar(fused[name], values[name])
         for name in shared
     ]
     p_holm = dict(zip(shared, intervals.holm(p_values), strict=True)) if shared else {}

@@ -24,8 +24,8 @@ from meteora.fitting.joint import train_jointly
 from meteora.model.fused import force_expert
 from meteora.model.fused import make_router as untrained
 from meteora.routing.layer import routed_by
-from pipelines.scoring.intervals import difference_interval, mean_difference
 from tests.benchmarks.gate_world import Results, World, timed
+from tests.benchmarks.paired import difference, mean_score
 from tests.benchmarks.timing import machine
 from tests.quickstart.make import TRAININGS as QUICKSTART
 
@@ -117,20 +117,11 @@ def print_table(found: Mapping[str, Any]) -> None:
 
 def against(one: Mapping[str, Any], oracle: Mapping[str, Any]) -> list[str]:
     """The mean score over the tasks, and its difference from the oracle's with its interval."""
-    pairs = [(one["scores"][task], oracle["scores"][task]) for task in one["scores"]]
-    mean = sum(sum(ours) / len(ours) for ours, _ in pairs) / len(pairs)
+    mean = f"{mean_score(one['scores'].values()):.3f}"
     if one is oracle:
-        return [f"{mean:.3f}", ""]
-    apart, low, high = mean_difference(
-        [
-            (
-                sum(ours) / len(ours) - sum(theirs) / len(theirs),
-                *difference_interval(ours, theirs, graded=False),
-            )
-            for ours, theirs in pairs
-        ]
-    )
-    return [f"{mean:.3f}", f"{apart:+.3f} [{low:+.3f}, {high:+.3f}]"]
+        return [mean, ""]
+    pairs = [(one["scores"][task], oracle["scores"][task]) for task in one["scores"]]
+    return [mean, difference(pairs)]
 
 
 def main() -> None:

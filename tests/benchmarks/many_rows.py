@@ -6,9 +6,10 @@
 
 OUT gets the rows and five recipes with the same gates. Four ask single questions, under the system
 prompts of `tests.benchmarks.prompts` with these names; one asks in conversations. The last command
-prints what the fused model loses against the oracle: single questions in all, by task, and by
-whether a question begins with its numbers, which a causal gate reads before it knows the task; and
-conversations, of which each is one row. OUT/tasks serves `tests.benchmarks.parts`, too.
+prints what the fused model loses against the oracle in those that were run: single questions in
+all, by task, and by whether a question begins with its numbers, which a causal gate reads before it
+knows the task; and conversations, of which each is one row. OUT/tasks serves
+`tests.benchmarks.parts`, too.
 """
 
 from __future__ import annotations
@@ -23,16 +24,16 @@ import yaml
 
 from pipelines.data.row_sources import read_rows
 from pipelines.evaluation.measurements import FUSED, ORACLE
-from pipelines.scoring.intervals import difference_interval, mean_difference
 from pipelines.workspace.context import RunContext
 from tests.benchmarks.bigbench import SHIPPED
 from tests.benchmarks.controls import recorded_values
+from tests.benchmarks.paired import Pair, difference, mean_score
 from tests.benchmarks.prompts import SYSTEMS
 from tests.benchmarks.timing import table, tell
 from tests.quickstart import make
 
 if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
+    from collections.abc import Iterator
 
 ASKED_UNDER = ("default", "none", "long", "longer")
 TALKS = "conversations"
@@ -47,7 +48,6 @@ def sections(rows: int) -> dict[str, dict[str, Any]]:
     """The section `benchmark` of each recipe, by the recipe's name."""
     common = {"limit": rows, "compare": [ORACLE], "batch_size": 100}
     asked = {name: {**common, "system_prompt": SYSTEMS[name]} for name in ASKED_UNDER}
-    del asked["default"]["system_prompt"]  # the template's own
     return {**asked, TALKS: {**common, "limit": 4, "conversation": CONVERSATIONS}}
 
 
@@ -64,42 +64,31 @@ def write(out: Path, rows: int, share: str) -> None:
         (out / f"{name}.yaml").write_text(recipe)
 
 
-def is_graded(*values: Sequence[float]) -> bool:
-    """Whether a row may be partly right, as a conversation may."""
-    return not {value for row in values for value in row} <= {0.0, 1.0}
-
-
 def lines(out: Path, home: Path, name: str) -> Iterator[list[str]]:
-    """What the recipe of this name shows to be lost."""
+    """What the recipe of this name shows to be lost; nothing if it was not run."""
     work = RunContext.open(str(out / f"{name}.yaml"), home)
     fused, oracle = recorded_values(work, FUSED), recorded_values(work, ORACLE)
+    asked = {task: (fused[task], oracle[task]) for task in fused}
 
-    def line(what: str, parts: Sequence[tuple[Sequence[float], Sequence[float]]]) -> list[str]:
-        means = [(sum(ours) / len(ours), sum(right) / len(right)) for ours, right in parts]
-        apart = [
-            (mean - right_mean, *difference_interval(ours, right, graded=is_graded(ours, right)))
-            for (mean, right_mean), (ours, right) in zip(means, parts, strict=True)
-        ]
-        difference, low, high = mean_difference(apart)
-        n = sum(len(ours) for ours, _ in parts)
-        mean, right_mean = (sum(column) / len(parts) for column in zip(*means, strict=True))
-        scores = [f"{right_mean:.3f}", f"{mean:.3f}"]
-        return [name, what, str(n), *scores, f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"]
+    def line(what: str, *pairs: Pair) -> list[str]:
+        n = sum(len(ours) for ours, _ in pairs)
+        means = [f"{mean_score(system):.3f}" for system in zip(*pairs, strict=True)]
+        return [name, what, str(n), *means, difference(pairs)]
 
     if name == TALKS:
-        talks = [task for task in fused if task not in make.TRAININGS]
-        yield from (line(task, [(fused[task], oracle[task])]) for task in talks)
+        yield from (line(task, pair) for task, pair in asked.items() if task not in make.TRAININGS)
         return
-    yield line("**mean**", [(fused[task], oracle[task]) for task in fused])
-    for task in fused:
-        yield line(task, [(fused[task], oracle[task])])
+    if asked:
+        yield line("**mean**", *asked.values())
+    for task, pair in asked.items():
+        yield line(task, pair)
         rows = read_rows(f"jsonl:tasks/{task}/test.jsonl", out, len(fused[task]))
         first = [bool(NUMBERS_FIRST.match(row.prompt)) for row in rows]
         others = [not one for one in first]
         if min(sum(first), sum(others)) >= LEAST:
             for what, kind in (("numbers first", first), ("others", others)):
-                both = [*compress(fused[task], kind)], [*compress(oracle[task], kind)]
-                yield line(f"{task}, {what}", [both])
+                ours, right = ([*compress(values, kind)] for values in pair)
+                yield line(f"{task}, {what}", (ours, right))
 
 
 def main() -> None:
@@ -115,7 +104,9 @@ def main() -> None:
         write(asked.out, asked.rows, asked.share)
         return
     found = [line for name in (*ASKED_UNDER, TALKS) for line in lines(asked.out, asked.read, name)]
-    names = ["recipe", "questions", "n", ORACLE, FUSED, "difference"]
+    if not found:
+        parser.error(f"no recipe of {asked.out} was run in {asked.read}; run one, then read")
+    names = ["recipe", "questions", "n", FUSED, ORACLE, "difference"]
     tell(table(names, found), "cpu")
 
 

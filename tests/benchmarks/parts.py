@@ -24,8 +24,8 @@ from meteora.routing.passes import Present, Watcher
 from meteora.routing.routers import Gate
 from meteora.routing.turns import questions
 from pipelines.data.row_sources import read_rows
-from pipelines.scoring.intervals import difference_interval, mean_difference
 from pipelines.scoring.metrics import exact_match
+from tests.benchmarks.paired import difference, mean_score
 from tests.benchmarks.prompts import SYSTEMS
 from tests.benchmarks.timing import table, tell
 
@@ -119,16 +119,10 @@ def main() -> None:
             found = [exact_match(said, row) for said, row in zip(answers, rows, strict=True)]
             values.setdefault(what, []).append(found)
         print(f"{what}: done", flush=True)
-    lines = []
-    for what, found in values.items():
-        means = [sum(own) / len(own) for own in found]
-        apart = [
-            (mean - sum(right) / len(right), *difference_interval(own, right, graded=False))
-            for mean, own, right in zip(means, found, values[ORACLE], strict=True)
-        ]
-        difference, low, high = mean_difference(apart)
-        score = f"{sum(means) / len(means):.3f}"
-        lines.append([what, score, f"{difference:+.3f} [{low:+.3f}, {high:+.3f}]"])
+    lines = [
+        [what, f"{mean_score(found):.3f}", difference([*zip(found, values[ORACLE], strict=True)])]
+        for what, found in values.items()
+    ]
     text = table(["right by hand", "mean", "against all"], lines)
     tell(f"{len(names)} tasks, {asked.rows} rows each\n\n{text}", "cpu")
 

@@ -4,12 +4,33 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from typing import Annotated, Literal
+from urllib.parse import parse_qs
 
-from pydantic import BeforeValidator, Discriminator, Field, Tag
+from pydantic import AfterValidator, BeforeValidator, Discriminator, Field, Tag
 
 from pipelines.recipe.benchmark import Section, written_out
 
 Count = Annotated[int, Field(ge=1, le=1_000_000)]
+
+
+def refuse_test_rows(source: str) -> str:
+    """Refuse examples that are the test rows of a data set of the Hub; else return the source.
+
+    Raises:
+        ValueError: it names no split, and `test` is the default.
+    """
+    kind, _, rest = source.partition(":")
+    query = rest.partition("?")[2]
+    if kind == "hf" and "split" not in parse_qs(query, keep_blank_values=True):
+        raise ValueError(
+            f"{source} names no split, so its test rows would be read; gates are fitted to others:"
+            f" add {'&' if query else '?'}split=train"
+        )
+    return source
+
+
+Examples = Annotated[str, AfterValidator(refuse_test_rows)]
+"""A source of rows that are not for tests."""
 
 
 class MixedSection(Section):
@@ -53,7 +74,7 @@ class _Common(Section):
     `share: turn` 24 that ship with the program, else none."""
     spans: Annotated[str, Field(max_length=4096)] = ""
     """`jsonl:<file>` of examples whose parts belong to different experts."""
-    pool: Annotated[str, Field(max_length=4096)] = ""
+    pool: Annotated[Examples, Field(max_length=4096)] = ""
     """`jsonl:<file>` of {"prompt"}, without labels. Experts without examples get the prompts on
     which their updates are unusually large."""
     seed: Annotated[int, Field(ge=0, lt=1 << 63)] = 0

@@ -23,7 +23,7 @@ from meteora.untrusted.findings import did_you_mean, not_utf8
 from meteora.untrusted.strict_yaml import StrictYAMLError, parse_yaml
 from pipelines.recipe.benchmark import MIX, BenchmarkSection, Section, known_metrics
 from pipelines.recipe.faults import explain
-from pipelines.recipe.gates import CalibrateSection, GatesSection
+from pipelines.recipe.gates import CalibrateSection, Examples, GatesSection
 from pipelines.recipe.keys import TIME
 from pipelines.recipe.publish import PublishSection  # noqa: TC001  (pydantic reads it)
 
@@ -53,12 +53,12 @@ class ExpertSection(Section):
     """`owner/name`, `owner/name@<commit, tag or branch>`, or `path:<folder>`."""
     subfolder: str = ""
     """The adapter's folder inside the repository or folder, if it is not at the top."""
-    examples: str | None = None
-    """`jsonl:<file>` of {"prompt", "response"}; a gate needs them. `auto`: rows of a data set that
-    the adapter's card names; if there is none (and no `gates.pool`), prompts that the adapter
-    writes itself."""
+    examples: Examples | None = None
+    """`jsonl:<file>` of {"prompt", "response"}, or another source of rows; a gate needs them.
+    `auto`: rows of a data set that the adapter's card names; if there is none (and no
+    `gates.pool`), prompts that the adapter writes itself."""
     test: str | None = None
-    """Held-out rows; they are a benchmark task with this expert's name."""
+    """A source of held-out rows; they are a benchmark task with this expert's name."""
     metric: str | tuple[str, ...] = "exact_match"
     """The score of answers: one metric or more; tables show the first."""
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
@@ -74,7 +74,7 @@ class ExpertSection(Section):
 class FoundExpert(ExpertSection):
     """An expert that `discover` found; if it is refused, it is left out."""
 
-    examples: str | None = AUTO
+    examples: Examples | None = AUTO
 
 
 class DiscoverSection(Section):

@@ -52,7 +52,7 @@ from pipelines.data.rows import rows_sha256
 from pipelines.evaluation.harness import room_of
 from pipelines.evaluation.speed import device_name
 from pipelines.planning.room import check_examples, with_room
-from pipelines.recipe.gates import Composites, MixedSection, numbers_of
+from pipelines.recipe.gates import Composites, MixedSection, numbers_of, refuse_test_rows
 from pipelines.recipe.recipe import NAME, NAME_RULE, Recipe
 from pipelines.stages.checkpoint import (
     record_router,
@@ -119,6 +119,10 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
     edit.check_new_name(folder, manifest, candidate.name)
     if not NAME.fullmatch(candidate.name):  # tasks are named like experts, as NAME=ROWS
         raise GrowthError(f"the name {candidate.name!r} {NAME_RULE}")
+    try:
+        refuse_test_rows(examples)
+    except ValueError as error:
+        raise GrowthError(str(error)) from None
     composites = _composites(folder, manifest)
     gates = tensors.read_gates(folder, manifest)
     rows = read_rows(examples, Path.cwd(), EXAMPLES, token_of_rows(candidate.token_for))

@@ -333,7 +333,7 @@ def test_composites_are_judged_by_the_examples_of_all_experts(
     gates = {"composites": [{"n": 2, "num_fewshot": 1}]}
     (fault,) = faults_of_rows(workplace(experts=[one], gates=gates), None, read_rows)
     assert fault.startswith("gates.composites, n: 2: task q_and_v: 3 different prompts")
-    elsewhere = other | {"examples": "hf:owner/rows"}
+    elsewhere = other | {"examples": "hf:owner/rows?split=train"}
     assert not faults_of_rows(workplace(experts=[one, elsewhere], gates=gates), None, read_rows)
 
 

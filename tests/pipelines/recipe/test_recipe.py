@@ -84,6 +84,17 @@ def test_a_number_is_one_in_every_form_that_people_write(tmp_path: Path, rate: s
             "the adapter of 'a' is empty; name owner/name, or path:<folder>",
             id="no adapter",
         ),
+        pytest.param(
+            "base: a/b\nexperts: [{name: a, adapter: a/b, examples: 'hf:a/b?config=c'}]",
+            "experts.0.examples: hf:a/b?config=c names no split, so its test rows would be read;"
+            " gates are fitted to others: add &split=train",
+            id="test rows",
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\ngates: {{pool: hf:a/b}}",
+            "add ?split=train",
+            id="test prompts",
+        ),
         pytest.param("base: a/b\nexperts: []", "no experts: name some", id="none"),
         pytest.param(
             "base: a/b\nexperts: []\nbenchmark: {conversation: [3]}",

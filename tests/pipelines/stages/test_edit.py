@@ -488,11 +488,12 @@ def test_what_cannot_grow_says_why(made: tuple[RunContext, Path], tmp_path: Path
     refused = ask("drop", folder, "nobody", "--home", work.home)
     assert refused.returncode == 1
     assert "there is no expert 'nobody'; " in " ".join(refused.stderr.split())
-    for name, sentence in (
-        ("a=b", "the name 'a=b' may hold letters from a to z"),
-        ("attention", "there is an expert 'attention' already"),
+    for name, rows, sentence in (
+        ("a=b", "jsonl:none", "the name 'a=b' may hold letters from a to z"),
+        ("attention", "jsonl:none", "there is an expert 'attention' already"),
+        ("sums", "hf:a/b", "hf:a/b names no split, so its test rows would be read"),
     ):
-        refused = ask("add", folder, name, "no/adapter", "jsonl:none", "--home", work.home)
+        refused = ask("add", folder, name, "no/adapter", rows, "--home", work.home)
         assert refused.returncode == 1
         assert sentence in " ".join(refused.stderr.split())
     bare = tmp_path / "bare"

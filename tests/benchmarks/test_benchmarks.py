@@ -6,17 +6,18 @@ import importlib
 import json
 import shutil
 from argparse import Namespace
-from functools import partial
 
 import pytest
 import torch
 
 import meteora
+from meteora.base.chat_template import Template
 from pipelines.recipe.recipe import Recipe
 from store.ledger import Ledger
 from tests.benchmarks import fuse, many_rows, parts
 from tests.benchmarks.bigbench import SHIPPED
 from tests.benchmarks.store_home import Size, make_home
+from tests.meteora.serving.served_world import gated
 from tests.pipelines.conftest import CHAT_TEMPLATE
 from tests.quickstart.make import NUM_TEST, TRAININGS
 
@@ -80,7 +81,17 @@ def test_the_right_expert_is_forced_where_a_part_of_the_prompt_says_so(
 ):
     base = shutil.copytree(world.base, tmp_path / "base")
     (base / "chat_template.jinja").write_text(CHAT_TEMPLATE)
-    monkeypatch.setattr(meteora, "load", partial(meteora.load, base_folder=base))
+    _, tokenizer = meteora.load(world.checkpoint, base_folder=base)
+    model = gated(world, "point", Template.of(tokenizer))
+    monkeypatch.setattr(meteora, "load", lambda _: (model, tokenizer))
+    found, decide = [], parts.Parts.decide
+
+    def recorded(self, logits_of, tokens):
+        logits = decide(self, logits_of, tokens)
+        found.append((self.is_forced, logits.argmax(-1) == self.expert))
+        return logits
+
+    monkeypatch.setattr(parts.Parts, "decide", recorded)
     task = tmp_path / "tasks" / "q_and_v"
     task.mkdir(parents=True)
     (task / "test.jsonl").write_text('{"prompt": "one", "response": "two"}\n')
@@ -90,6 +101,8 @@ def test_the_right_expert_is_forced_where_a_part_of_the_prompt_says_so(
     rows = capsys.readouterr().out
     assert f"| {parts.ORACLE} |" in rows
     assert "| answer |" in rows
+    assert all(right[forced].all() for forced, right in found)
+    assert {bool(one) for forced, _ in found for one in forced} == {True, False}
 
 
 def test_more_rows_than_ship_begin_with_those_that_ship(tmp_path, monkeypatch):

@@ -613,8 +613,7 @@ def test_a_point_of_many_inputs_is_fitted_from_a_sample_of_its_tokens(model, mon
         monkeypatch.setattr(module, "MAX_ROWS", limit)
     monkeypatch.setattr(train, "gate_from", gate_from_noted)
     calibrate(model, examples(12))
-    assert {form == "Scatter" for form, inputs in forms if inputs <= limit} <= {True}
-    assert {form == "RowScatter" for form, inputs in forms if inputs > limit} <= {True}
+    assert set(forms) == {("Scatter" if n <= limit else "RowScatter", n) for n in (32, 48)}
     assert routing_accuracy(model, examples(6, seed=1)) > 0.85
 
 

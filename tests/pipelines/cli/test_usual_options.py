@@ -13,9 +13,11 @@ from typing import TYPE_CHECKING
 from unittest.mock import patch
 
 import pytest
+import torch
 
 from meteora.artifacts import MeteoraError
 from meteora.model.trace import Pieces
+from pipelines.admission import checkpoints
 from tests.pipelines.cli.command_line import ask, meteora
 
 if TYPE_CHECKING:
@@ -37,7 +39,7 @@ def test_help_is_what_was_written_in_whole_lines() -> None:
     said = ask("check", "-h").stdout
     assert "owner/name[@revision]" in said
     said = ask("schedule", "-h").stdout
-    assert "Missed runs are skipped" in " ".join(said.split())
+    assert "are replaced by one" in " ".join(said.split())
     about = said.partition("Arguments")[0].splitlines()
     (line,) = (line for line in about if line.strip().startswith("Each run resolves"))
     assert len(line.rstrip()) > 70
@@ -212,6 +214,9 @@ def test_a_model_runs_on_the_device_and_in_the_dtype_that_are_named(
     asked = ("generate", world.checkpoint, "x", "--base", world.base, "--max-new-tokens", 2)
     said = meteora(*asked, "--device", "cpu", "--dtype", "bfloat16", home=tmp_path)
     assert said.returncode == 0, said.stderr
+    named = {"device": "cpu", "dtype": "bfloat16"}
+    model, _ = checkpoints.find(str(world.checkpoint), tmp_path, world.base, **named).load()
+    assert model.dtype == torch.bfloat16
     refused = meteora(*asked, "--device", "cuda:99", home=tmp_path)
     assert refused.returncode == 1
     assert "torch finds no device 'cuda:99' on this machine, only cpu" in refused.stderr

@@ -344,20 +344,22 @@ def test_a_run_that_was_stopped_asks_only_what_is_missing(
     work = workplace(benchmark={"limit": 2, "compare": ["base"], "max_new_tokens": 2})
     planned, gates = go(work)
     asked: list[str] = []
+    stops_at = [2]
     real = measure.evaluate.evaluate_task
 
     def stopping(model: Any, tokenizer: Any, task: Any, **settings: Any) -> Any:
-        if len(asked) == 2:
+        if len(asked) in stops_at:
             raise KeyboardInterrupt
         asked.append(task.name)
         return real(model, tokenizer, task, **settings)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(measure.evaluate, "evaluate_task", stopping)
-        with pytest.raises(KeyboardInterrupt):
-            measure.measure(work, planned, gates)
+    monkeypatch.setattr(measure.evaluate, "evaluate_task", stopping)
+    with pytest.raises(KeyboardInterrupt):
+        measure.measure(work, planned, gates)
     assert len(measure.missing(work, planned)) == 2
+    stops_at.clear()
     measure.measure(work, planned, gates)
+    assert len(asked) == 4
     assert measure.missing(work, planned) == []
     assert told(work, planned).mean("fused") is not None
 

@@ -96,8 +96,9 @@ def schedule(
 ) -> None:
     """Run recipes on a schedule, or when you start them on their page, until stopped.
 
-    Each run resolves its recipe again and makes only what changed. Missed runs are skipped: the
-    next run does their work. A run is also skipped while another run of its recipe goes on.
+    Each run resolves its recipe again and makes only what changed. Runs that were missed while no
+    schedule was running are replaced by one. A run is skipped while another run of its recipe
+    goes on.
     """
     if context.info_name == "serve":
         say("`meteora serve` is called `meteora schedule` now; 0.3 drops the old name", "note")

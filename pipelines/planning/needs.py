@@ -99,7 +99,7 @@ def print_estimates(
     absent = sum(not rows.known for rows in every)
     if absent and Stage.gates in stages:
         out.print(
-            f"  {absent} of {len(every)} sources of rows are not here: taken as full, and as"
+            f"  {absent} of {len(every)} sources of rows are not here: assumed to have enough, with"
             f" {Rows.prompt_tokens:.0f} tokens a prompt and {Rows.answer_tokens:.0f} an answer"
         )
     if wanted > free:

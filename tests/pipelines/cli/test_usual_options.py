@@ -214,8 +214,8 @@ def test_a_model_runs_on_the_device_and_in_the_dtype_that_are_named(
     asked = ("generate", world.checkpoint, "x", "--base", world.base, "--max-new-tokens", 2)
     said = meteora(*asked, "--device", "cpu", "--dtype", "bfloat16", home=tmp_path)
     assert said.returncode == 0, said.stderr
-    named = {"device": "cpu", "dtype": "bfloat16"}
-    model, _ = checkpoints.find(str(world.checkpoint), tmp_path, world.base, **named).load()
+    found = checkpoints.find(str(world.checkpoint), tmp_path, world.base, dtype="bfloat16")
+    model, _ = found.load()
     assert model.dtype == torch.bfloat16
     refused = meteora(*asked, "--device", "cuda:99", home=tmp_path)
     assert refused.returncode == 1

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import NULL, FusedSpec, PoolSpec, canonical_sha256
@@ -29,50 +30,63 @@ LEAST_EXAMPLES = 2
 """Of an expert: one to fit its gate, one to check it."""
 
 
+@dataclass(frozen=True)
+class Examples:
+    """The examples of a recipe's experts; each by expert."""
+
+    rows: dict[str, list[Row]] = field(default_factory=dict)
+    of_cards: dict[str, str] = field(default_factory=dict)
+    """The sources that cards name."""
+    of_hub: dict[str, str] = field(default_factory=dict)
+    """The recipe's sources on the Hub, with their commits."""
+    writers: dict[str, str] = field(default_factory=dict)
+    """Experts that have to write prompts themselves, and why their cards have no examples."""
+
+
 def read_examples(
     context: RunContext, experts: Sequence[Expert], token_of: Callable[[str], str | None]
-) -> tuple[dict[str, list[Row]], dict[str, str], dict[str, str], dict[str, str]]:
+) -> Examples:
     """Read the examples of every expert.
-
-    Returns:
-        Each by expert: the examples, the sources that cards name, the pinned sources on the Hub,
-        and, for experts that must write prompts themselves, why their card has no examples.
 
     Raises:
         NoCardExamplesError: a card names no usable examples, and the recipe has neither a pool nor
             another way to route to that expert. With plain text experts cannot write prompts: only
             a template marks the end of a prompt.
     """
-    recipe, folder = context.recipe, context.folder
+    recipe, found = context.recipe, Examples()
     if recipe.router.kind != "gate":
-        return {}, {}, {}, {}
+        return found
     limit = recipe.gates.examples_per_expert
     sources = {section.name: section.examples for section in recipe.experts}
-    examples: dict[str, list[Row]] = {}
-    of_cards: dict[str, str] = {}
-    of_hub: dict[str, str] = {}
-    writers: dict[str, str] = {}
     for expert in experts:
         source = sources.get(expert.name, AUTO)  # an adapter that `discover` found has no section
         if source == AUTO:
-            try:
-                rows, source = read_card_examples(expert.datasets, folder, limit, token_of)
-            except NoCardExamplesError as error:
-                if recipe.benchmark.template != "plain" and not recipe.gates.pool:
-                    writers[expert.name] = str(error)
-                    continue
-                if recipe.gates.pool or recipe.router.without_examples != "refuse":
-                    continue
-                raise NoCardExamplesError(
-                    f"expert {expert.name}: no examples: {error}; name some, or a pool of prompts"
-                    " (gates.pool), or choose router.kind: prompt"
-                ) from error
-            examples[expert.name], of_cards[expert.name] = rows, source
+            _read_card(context, expert, token_of, found)
         elif source:
             if pinned := pin_source(source, token_of):
-                source = of_hub[expert.name] = pinned
-            examples[expert.name] = read_rows(source, folder, limit, token_of)
-    return examples, of_cards, of_hub, writers
+                source = found.of_hub[expert.name] = pinned
+            found.rows[expert.name] = read_rows(source, context.folder, limit, token_of)
+    return found
+
+
+def _read_card(
+    context: RunContext, expert: Expert, token_of: Callable[[str], str | None], found: Examples
+) -> None:
+    """Add the examples that an adapter's card names, or that it has to write some."""
+    recipe = context.recipe
+    limit, pool = recipe.gates.examples_per_expert, recipe.gates.pool
+    try:
+        rows, source = read_card_examples(expert.datasets, context.folder, limit, token_of)
+    except NoCardExamplesError as error:
+        if recipe.benchmark.template != "plain" and not pool:
+            found.writers[expert.name] = str(error)
+        elif not pool and recipe.router.without_examples == "refuse":
+            raise NoCardExamplesError(
+                f"expert {expert.name}: no examples: {error}; name some, or a pool of prompts"
+                " (gates.pool), or choose router.kind: prompt"
+            ) from error
+    else:
+        found.rows[expert.name], found.of_cards[expert.name] = rows, source
 
 
 def most_prompts(recipe: Recipe, num_experts: int) -> int:

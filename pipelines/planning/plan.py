@@ -128,7 +128,8 @@ def make_plan(context: RunContext, base: BaseSpec, experts: Sequence[Expert]) ->
     token_of = token_of_rows(recipe.hub.token_for, allow_http=recipe.hub.allow_http)
     tasks = make_tasks(chosen, recipe.benchmark, folder, partial(read_rows, token_of=token_of))
     tests = {name: task.rows for name, task in tasks.items() if task.rows}
-    examples, of_cards, of_hub, writers = read_examples(context, experts, token_of)
+    own = read_examples(context, experts, token_of)
+    examples, writers = own.rows, own.writers
     fused = stack_of(base, experts)
     known = known_prompts(examples, fused.names)
     pool, prompts = find_pool(context, fused, examples, known, writers, token_of)
@@ -156,8 +157,8 @@ def make_plan(context: RunContext, base: BaseSpec, experts: Sequence[Expert]) ->
         is_dealt=is_dealt,
         to_deal=() if is_dealt else prompts,
         known_prompts=known if pool else {},
-        card_examples=of_cards,
-        hub_examples=of_hub,
+        card_examples=own.of_cards,
+        hub_examples=own.of_hub,
     )
 
 

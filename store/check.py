@@ -77,11 +77,11 @@ def verify(
         lost = _lost(connection, index)
         findings = (
             *(
-                Finding("record", name, why, _resting(connection, _subject(index, name)))
+                Finding("record", name, why, _dependants_of(connection, _subject(index, name)))
                 for name, why in bad_records
             ),
             *(
-                Finding("segment", name, why, _resting(connection, [*lost.values()]))
+                Finding("segment", name, why, _dependants_of(connection, [*lost.values()]))
                 for name, why in bad_segments
             ),
             *(() if bad_segments else _check_files(connection, lost, dict(bad_records))),
@@ -166,7 +166,7 @@ def _check_files(
         first, *others = gone
         more = f", as are those of {len(others)} more" * bool(others)
         problem = f"its file is gone{more}; restore it from a backup: a rebuild forgets it"
-        yield Finding("record", first, problem, _resting(connection, [*gone.values()]))
+        yield Finding("record", first, problem, _dependants_of(connection, [*gone.values()]))
 
 
 def _check_blobs(
@@ -205,10 +205,10 @@ def _check_shared(
 def _touched(connection: duckdb.DuckDBPyConnection, blob: str) -> tuple[str, ...]:
     """Everything that depends on a blob: subjects that refer to it, and their dependants."""
     rows = connection.execute("SELECT subject FROM named WHERE blob = ?", [blob]).fetchall()
-    return _resting(connection, [subject for (subject,) in rows])
+    return _dependants_of(connection, [subject for (subject,) in rows])
 
 
-def _resting(connection: duckdb.DuckDBPyConnection, subjects: list[str]) -> tuple[str, ...]:
+def _dependants_of(connection: duckdb.DuckDBPyConnection, subjects: list[str]) -> tuple[str, ...]:
     """These subjects, artifacts made from them, scores of these, and comparisons of the scores."""
     rows = connection.execute(
         """

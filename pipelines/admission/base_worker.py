@@ -10,7 +10,7 @@ from typing import Any
 
 from meteora.base.match import UnreadableBaseError, compare_bases
 from pipelines.admission.base_identity import BaseVerdict
-from pipelines.workspace.processes import limit_memory, parent
+from pipelines.workspace.processes import connect_to_parent, limit_memory
 
 MOST_MEMORY = 8 << 30
 """Bytes: a small file can describe a large vocabulary."""
@@ -27,7 +27,7 @@ def compare(named: str, theirs: str, ours: str) -> dict[str, Any]:
 
 
 def main() -> None:
-    run = parent()
+    run = connect_to_parent()
     limit_memory(MOST_MEMORY)
     _, request = run.receive()
     run.send("answer", compare(*request))

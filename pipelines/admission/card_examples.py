@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 from httpx2 import TransportError  # what huggingface_hub speaks HTTP with
 
 from meteora.untrusted.findings import brief, listed
-from pipelines.data.pinned import kept, pin
+from pipelines.data.pinned import cached_entries, pin
 from pipelines.data.row_sources import HOW_TO_GET_ACCESS, hub_items, read_rows
 from pipelines.data.rows import ExamplesError, Row
 
@@ -100,7 +100,7 @@ def _options(name: str, token: str | None) -> dict[str, str]:
     try:
         commit = pin(name, "", token)
         asked = ["options", name, commit]
-        (options,) = kept(asked, lambda: [_options_at(name, commit, token)], dict)
+        (options,) = cached_entries(asked, lambda: [_options_at(name, commit, token)], dict)
     except ExamplesError:
         raise
     except Exception as error:  # each library and file reader has its own, such as BadZipFile

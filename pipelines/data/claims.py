@@ -52,7 +52,7 @@ def examples_of(claims: Iterable[Claim]) -> dict[str, list[Row]]:
     return examples
 
 
-def nobodys(claims: Iterable[Claim]) -> list[Row]:
+def rows_without_expert(claims: Iterable[Claim]) -> list[Row]:
     """The prompts that were read and went to no expert, without an answer."""
     return [Row(claim.prompt, "") for claim in claims if not claim.expert and claim.cluster >= 0]
 

@@ -60,7 +60,7 @@ def pin(name: str, revision: str, token: str | None) -> str:
     return commit
 
 
-def kept(
+def cached_entries(
     asked: object, make: Callable[[], list[dict[str, Any]]], read: Callable[[dict[str, Any]], T]
 ) -> list[T]:
     """Read entries from the cache, or else from the Hub into the cache.

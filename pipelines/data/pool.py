@@ -52,7 +52,7 @@ best score. In the two pools of `tests/benchmarks/results/pool.md` clusters of a
 and a share of 0.49 at least, the others 0.68 and a share of 0.31 at most."""
 
 
-def deal(
+def divide(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     prompts: Sequence[str],

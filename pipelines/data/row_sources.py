@@ -25,7 +25,7 @@ from urllib.parse import parse_qsl, urlencode
 from meteora.base.sources import path_from
 from meteora.untrusted.findings import brief, listed, not_utf8, shortened
 from meteora.untrusted.strict_json import StrictJSONError, unique_keys
-from pipelines.data.pinned import kept, pin
+from pipelines.data.pinned import cached_entries, pin
 from pipelines.data.rows import ExamplesError, Row
 
 MAX_ROW_BYTES = 1 << 20
@@ -402,7 +402,7 @@ def _hub(request: Request) -> Iterable[Row]:
         return rows
     key = [name, options, request.limit, request.answered]
     try:
-        return kept(key, lambda: [row.to_dict() for row in rows], Row.from_dict)
+        return cached_entries(key, lambda: [row.to_dict() for row in rows], Row.from_dict)
     except TimeoutError as error:
         raise _unreadable(name, error) from error
 

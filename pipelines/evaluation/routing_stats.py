@@ -195,7 +195,7 @@ def measure_abstention(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     own: Sequence[Row],
-    nobodys: Sequence[Row],
+    rows_without_expert: Sequence[Row],
     *,
     advance: Callable[[int], None] = lambda _prompts: None,
 ) -> Abstention:
@@ -203,14 +203,14 @@ def measure_abstention(
 
     Args:
         own: rows of the experts' own tasks
-        nobodys: rows of tasks without an expert
+        rows_without_expert: rows of tasks without an expert
         advance: called with the number of prompts just done
     """
     from scipy.stats import mannwhitneyu  # noqa: PLC0415  (slow to import; only this needs it)
 
     place, template = expert_names(model).index(NULL), Template.of(tokenizer)
     shares: list[list[float]] = []
-    for rows in (own, nobodys):
+    for rows in (own, rows_without_expert):
         shares.append([])
         for row in rows:
             ids = encode_prompt(tokenizer, row.prompt)

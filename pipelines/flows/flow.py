@@ -265,7 +265,7 @@ def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
     slots = run.child.call("slots", plan, deadline_seconds=run.deadlines.base)
     with device_lock.held(*slots):
         with run.stage(Stage.gates):
-            if not plan.is_dealt:
+            if not plan.is_pool_divided:
                 plan = deal_pool(run, plan)
             gates = fit_gates(run, plan)
         if until is Stage.gates:

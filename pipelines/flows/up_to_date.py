@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 from meteora.artifacts import BaseSpec, BuiltBase, MeteoraError
 from meteora.base.sources import texts_sha256
 from pipelines.admission import sources
-from pipelines.planning.resolve import NoExpertsError, at_hand, resolve
+from pipelines.planning.resolve import NoExpertsError, local_steps, resolve
 from pipelines.publishing.signing import is_signed
 from pipelines.recipe.stage import Stage
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
@@ -70,13 +70,13 @@ def look(context: RunContext, until: Stage = Stage.publish) -> Look:
     require_sound(context.ledger, base)
     built = BuiltBase.from_dict(known)
     try:
-        plan = resolve(context, built, at_hand(context, base))
+        plan = resolve(context, built, local_steps(context, base))
     except MeteoraError as error:
         if not isinstance(error, (sources.NotHereError, NoExpertsError)):
             _raise_unless_it_may_pass(error)
         return Look(base, built=built)
     found = Look(base, built=built, plan=plan)
-    summary = _summary(context, plan) if plan.is_dealt else None
+    summary = _summary(context, plan) if plan.is_pool_divided else None
     if summary is None or (until is Stage.publish and not _is_published(context, plan)):
         return found
     return replace(found, finished=Finished(plan, summary))

@@ -37,7 +37,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pipelines.workspace.processes import limit_memory, parent
+from pipelines.workspace.processes import connect_to_parent, limit_memory
 
 SLACK = 64 * 1024
 """Bytes by which a file may exceed its listed size before the kernel stops it."""
@@ -242,7 +242,7 @@ def _seconds_to_wait(headers: Mapping[str, str]) -> int:
 
 
 def main() -> None:
-    client = parent()
+    client = connect_to_parent()
     limit_memory(MOST_MEMORY)
     _, request = client.receive()
     api = HfApi(endpoint=request.pop("endpoint"), token=request.pop("token"))

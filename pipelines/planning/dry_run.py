@@ -21,7 +21,7 @@ from pipelines.hub.client import hub_of
 from pipelines.hub.errors import HubError, HubOfflineError
 from pipelines.hub.upload import describe_destination
 from pipelines.planning.needs import print_estimates, shape_at_hand
-from pipelines.planning.resolve import at_hand, read_adapters
+from pipelines.planning.resolve import local_steps, read_adapters
 from pipelines.planning.row_faults import faults_of_rows
 from pipelines.recipe.stage import Stage
 from pipelines.workspace.bases import unfinished
@@ -102,7 +102,7 @@ def _look_at_adapters(
     """Every adapter of the recipe, read if its files are on this disk."""
     unpinned = BaseSpec(context.recipe.base, "")  # nothing is compared with it
     steps = replace(
-        at_hand(context, base or unpinned),
+        local_steps(context, base or unpinned),
         resolve_adapter=_or_missing(sources.resolve_adapter),
         fetch_adapter=_or_missing(sources.adapter_at_hand),
     )

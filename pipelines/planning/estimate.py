@@ -220,7 +220,7 @@ def estimate(
 
 
 def _dealing_seconds(recipe: Recipe, pace: Pace, pool: Rows) -> float:
-    """The time of `data.pool.deal`."""
+    """The time of `data.pool.divide`."""
     num_examples = min(pool.count, recipe.gates.examples_per_expert * pace.experts.count)
     tokens = (pool.count + num_examples) * pool.prompt_tokens
     batch = pace.writing(PROMPTS_PER_BATCH, MAX_NEW_TOKENS, routed=True)

@@ -134,7 +134,7 @@ def find_pool(
     return PoolSpec(fused.id, canonical_sha256(prompts), *how), tuple(prompts)
 
 
-def dealt(ledger: Ledger, pool: PoolSpec) -> list[Claim] | None:
+def recorded_claims(ledger: Ledger, pool: PoolSpec) -> list[Claim] | None:
     """The experts' claims on a pool's prompts, from the store; None if it is not divided yet."""
     sha256 = ledger.weights_of(pool.id)
     if sha256 is None or sha256 not in ledger.blobs:

@@ -25,7 +25,7 @@ from meteora.artifacts import (
 from meteora.artifacts.routers import OPENING_SHARE
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.background import background_rows
-from pipelines.data.claims import nobodys
+from pipelines.data.claims import rows_without_expert
 from pipelines.data.conversations import CONVERSATION_TURNS, default_system_prompts
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import Row
@@ -41,10 +41,10 @@ from pipelines.evaluation.measurements import (
 from pipelines.evaluation.tasks import Task, make_tasks
 from pipelines.planning.examples import (
     asks_for_spans,
-    dealt,
     find_pool,
     known_prompts,
     read_examples,
+    recorded_claims,
     refuse_too_few,
     template_of,
     with_claims,
@@ -82,10 +82,10 @@ class Plan(Subjects):
     """The source with its commit, by expert, of examples that the recipe takes from the Hub."""
     pool: PoolSpec | None = None
     """Prompts without labels, for the experts without examples."""
-    is_dealt: bool = True
+    is_pool_divided: bool = True
     """Whether the pool, if any, is divided among the experts. If not, the plan is made again after
     that: the specs after the stack depend on the examples."""
-    to_deal: tuple[str, ...] = ()
+    pool_prompts: tuple[str, ...] = ()
     """The pool's prompts, if it is not divided yet; none if experts will write them."""
     known_prompts: Mapping[str, Sequence[str]] = field(default_factory=dict)
     """Prompts of the experts with examples, by expert; they help to divide the pool."""
@@ -106,9 +106,9 @@ class Plan(Subjects):
         return {name: task.part_metrics for name, task in self.tasks.items() if task.mixed}
 
     @property
-    def nobodys(self) -> list[Row]:
+    def rows_without_expert(self) -> list[Row]:
         """Rows of tasks without an expert, if the base is a choice of the router."""
-        return _nobodys(self.router, self.tasks)
+        return _rows_without_expert(self.router, self.tasks)
 
 
 def make_plan(context: RunContext, base: BaseSpec, experts: Sequence[Expert]) -> Plan:
@@ -133,20 +133,20 @@ def make_plan(context: RunContext, base: BaseSpec, experts: Sequence[Expert]) ->
     fused = stack_of(base, experts)
     known = known_prompts(examples, fused.names)
     pool, prompts = find_pool(context, fused, examples, known, writers, token_of)
-    claims = dealt(context.ledger, pool) if pool else None
-    is_dealt = pool is None or claims is not None
+    claims = recorded_claims(context.ledger, pool) if pool else None
+    is_pool_divided = pool is None or claims is not None
     if pool and claims is not None:
         if writers:  # an expert can write a test question by chance
             tested = {row.question for rows in tests.values() for row in rows}
             claims = [one for one in claims if Row(one.prompt, "").question not in tested]
         examples = with_claims(recipe, names, examples, claims, writers)
     if recipe.router.null and recipe.router.kind == "gate":
-        outside = nobodys(claims or ())[: recipe.gates.examples_per_expert]
+        outside = rows_without_expert(claims or ())[: recipe.gates.examples_per_expert]
         examples[NULL] = [*background_rows(), *outside]
-    with_own = [name for name in names if name in examples] if is_dealt else names
+    with_own = [name for name in names if name in examples] if is_pool_divided else names
     spans = read_spans(recipe.gates.spans, folder, with_own) if asks_for_spans(recipe) else []
     check_overlaps(context, examples, spans, tests, prompts)
-    refuse_too_few(recipe, examples, spans, whole=is_dealt)
+    refuse_too_few(recipe, examples, spans, whole=is_pool_divided)
     router = _router(recipe, fused, examples, spans, pool)
     return replace(
         plan_benchmark(base, fused, router, tasks, recipe.benchmark),
@@ -154,8 +154,8 @@ def make_plan(context: RunContext, base: BaseSpec, experts: Sequence[Expert]) ->
         examples=examples,
         spans=tuple(spans),
         pool=pool,
-        is_dealt=is_dealt,
-        to_deal=() if is_dealt else prompts,
+        is_pool_divided=is_pool_divided,
+        pool_prompts=() if is_pool_divided else prompts,
         known_prompts=known if pool else {},
         card_examples=own.of_cards,
         hub_examples=own.of_hub,
@@ -173,8 +173,8 @@ def plan_benchmark(
     subjects = find_subjects(base, fused, router, settings)
     measurements = find_measurements(tasks, subjects, settings)
     owned = {name: task.rows for name, task in tasks.items() if task.expert}
-    if nobodys := _nobodys(router, tasks):
-        owned[NULL] = nobodys
+    if others := _rows_without_expert(router, tasks):
+        owned[NULL] = others
     return Plan(
         **vars(subjects),
         experts=(),
@@ -189,7 +189,7 @@ def plan_benchmark(
     )
 
 
-def _nobodys(router: RouterSpec, tasks: Mapping[str, Task]) -> list[Row]:
+def _rows_without_expert(router: RouterSpec, tasks: Mapping[str, Task]) -> list[Row]:
     """Rows of tasks without an expert, if the base is a choice of the router."""
     if not router.null:
         return []

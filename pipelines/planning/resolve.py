@@ -60,8 +60,8 @@ class Steps:
     """Called with all accepted experts; raises if they do not fit into one stack."""
 
 
-def at_hand(context: RunContext, base: BaseSpec) -> Steps:
-    """The steps of a look."""
+def local_steps(context: RunContext, base: BaseSpec) -> Steps:
+    """The steps of a look: they use only files on this disk."""
     return Steps(partial(saved_verdict, context, base))
 
 
@@ -93,7 +93,7 @@ def resolve(context: RunContext, built: BuiltBase, steps: Steps, made: Plan | No
     Raises:
         AdapterError: An adapter is refused, and the recipe does not leave refused ones out.
         NoExpertsError: Not one adapter can be used.
-        NotHereError: With `at_hand`: an adapter is not on this disk, or is refused.
+        NotHereError: With `local_steps`: an adapter is not on this disk, or is refused.
         HubError: A fault of the Hub itself.
         ExamplesError: Rows are missing or malformed, or a test row is also an example.
     """
@@ -126,10 +126,10 @@ def complete(context: RunContext, plan: Plan) -> Plan:
         ExamplesError: The pool, or the experts' examples, were changed meanwhile.
     """
     whole = make_plan(context, plan.base, plan.experts)
-    if not whole.is_dealt:
+    if not whole.is_pool_divided:
         raise ExamplesError(
-            f"gates.pool, {context.recipe.gates.pool}: it was changed while its prompts were dealt;"
-            " run again, with a copy of it if it is still written to"
+            f"gates.pool, {context.recipe.gates.pool}: it was changed while its prompts were"
+            " divided; run again, with a copy of it if it is still written to"
         )
     return whole
 

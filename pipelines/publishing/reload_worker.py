@@ -20,7 +20,7 @@ from meteora.base.placement import input_device
 from meteora.checkpoint.resolve import find_checkpoint
 from meteora.model.silent_experts import PROMPT
 from pipelines.admission.checkpoints import FoundCheckpoint
-from pipelines.workspace.processes import parent
+from pipelines.workspace.processes import connect_to_parent
 
 
 @torch.inference_mode()
@@ -65,7 +65,7 @@ def compare(
 
 def main() -> None:
     torch.use_deterministic_algorithms(mode=True, warn_only=True)  # sums on a GPU in one order
-    publisher = parent()
+    publisher = connect_to_parent()
     _, request = publisher.receive()
     try:
         kind, value = "answer", compare(**request)

@@ -295,13 +295,13 @@ def _watch_routing(
     if composites := routing_stats.composites_of(own):
         with bar("measuring switches", len(composites), "prompts") as advance:
             switches = routing_stats.measure_switches(model, tokenizer, composites, advance=advance)
-    nobodys, abstention = plan.nobodys, None
-    if nobodys:
+    rows_without_expert, abstention = plan.rows_without_expert, None
+    if rows_without_expert:
         everyones = [row for rows in own.values() for row in rows]
-        count = len(everyones) + len(nobodys)
+        count = len(everyones) + len(rows_without_expert)
         with bar("measuring abstention", count, "prompts") as advance:
             abstention = routing_stats.measure_abstention(
-                model, tokenizer, everyones, nobodys, advance=advance
+                model, tokenizer, everyones, rows_without_expert, advance=advance
             )
     by_expert = tuple(RoutingShare(name, _accuracy(scores, [name])) for name in own)
     made = RoutingBuild(

@@ -14,7 +14,7 @@ from meteora.artifacts import PoolBuild, PoolSpec, canonical_sha256
 from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.admission.own_prompts import write_prompts
 from pipelines.data.claims import Claim, shares_of, write_claims
-from pipelines.data.pool import deal
+from pipelines.data.pool import divide
 from pipelines.evaluation.resume import open_log
 from pipelines.stages.open_model import is_spread, opened, tokenizer_of_gates
 from pipelines.workspace.console import bar, say
@@ -56,10 +56,10 @@ def deal_pool(work: RunContext, plan: Plan) -> None:
         if spec.writers:
             claims = _written(spec, plan, model, tokenizer)
         else:
-            claims = deal(
+            claims = divide(
                 model,
                 tokenizer,
-                plan.to_deal,
+                plan.pool_prompts,
                 plan.fused.names,
                 known=plan.known_prompts,
                 limit=spec.examples_per_expert,

@@ -24,7 +24,7 @@ from pipelines.recipe.gates import JointSection
 from pipelines.stages.open_model import map_to_divide, opened
 from pipelines.stages.worker_client import StageError
 from pipelines.workspace.context import RunContext
-from pipelines.workspace.processes import ChildDiedError, ChildProcess, answers, parent
+from pipelines.workspace.processes import ChildDiedError, ChildProcess, answers, connect_to_parent
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -138,7 +138,7 @@ def _environment(rank: int, count: int, port: int) -> dict[str, str]:
 
 
 def main() -> None:
-    stage = parent(pickled=True)
+    stage = connect_to_parent(pickled=True)
     _, ((home, recipe, path, run_id), (plan, sequences, template, out)) = stage.receive()
     work = RunContext(Ledger(home), recipe, path, run_id)
     together = Accelerator()  # each has a GPU of its own from here on

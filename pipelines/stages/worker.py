@@ -25,7 +25,7 @@ from pipelines.stages.worker_client import StageError
 from pipelines.workspace.console import CONSOLE
 from pipelines.workspace.context import RunContext
 from pipelines.workspace.machine import choose_device, memory_bytes
-from pipelines.workspace.processes import Channel, parent
+from pipelines.workspace.processes import Channel, connect_to_parent
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -66,12 +66,12 @@ STAGES: dict[str, Callable[..., Any]] = {
 
 
 def main() -> None:
-    run = parent(pickled=True)
+    run = connect_to_parent(pickled=True)
     _, (home, *fields) = run.receive()
     work = RunContext(Ledger(home), *fields)
     with CONSOLE.listening(
         on_message=lambda text: run.send("message", (text,)),
-        on_progress=_seldom(lambda *step: run.send("progress", step)),
+        on_progress=_less_often(lambda *step: run.send("progress", step)),
     ):
         _serve(work, run)
 
@@ -98,7 +98,7 @@ SMALLER = {
 """The change of a recipe that saves memory, by the stage that runs out of it."""
 
 
-def _seldom(send: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
+def _less_often(send: Callable[[str, int, int], None]) -> Callable[[str, int, int], None]:
     """`send`, but at most once in `PROGRESS_SECONDS`."""
     last = 0.0
 

@@ -2,8 +2,8 @@
 
 A thread that computes or waits for a server cannot be stopped, a process can. `ChildProcess` starts
 a module in a session of its own, so it can be killed with all its children. The module calls
-`parent` first; from then on it ends when its standard input closes, as it does when its parent ends
-for any reason.
+`connect_to_parent` first; from then on it ends when its standard input closes, as it does when its
+parent ends for any reason.
 
 The two exchange messages, each a kind and a value: a "request" to the child, an "answer" or an
 "error" from it, and before that any other kind for a listener.
@@ -214,7 +214,7 @@ def answers(children: Sequence[ChildProcess], listeners: Listeners | None = None
     return [found[child] for child in children]
 
 
-def parent(*, pickled: bool = False) -> Channel:
+def connect_to_parent(*, pickled: bool = False) -> Channel:
     """The child's end of its channel. From now on this process ends when its parent does.
 
     Args:

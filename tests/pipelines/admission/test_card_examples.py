@@ -250,10 +250,10 @@ def test_a_recipe_takes_the_examples_of_a_card(
     plan = plan_of(work)
     assert plan.pool is not None
     assert plan.pool.writers == ("attention",)
-    assert not plan.is_dealt
+    assert not plan.is_pool_divided
     wrote = ["one", f" {plan.tests['attention'][0].prompt}", "two"]  # a test row is no example
     claims = [Claim(text, "attention", 0, 1.0, 1.0, "said") for text in wrote]
-    with patch("pipelines.planning.plan.dealt", return_value=claims):
+    with patch("pipelines.planning.plan.recorded_claims", return_value=claims):
         dealt = make_plan(work, plan.base, plan.experts)
     assert [row.prompt for row in dealt.examples["attention"]] == ["one", "two"]
     (tmp_path / "adapter" / "README.md").write_text("---\ndatasets: [somebody/letters]\n---\n")

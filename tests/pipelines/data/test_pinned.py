@@ -9,7 +9,7 @@ import pytest
 from huggingface_hub import constants
 
 from pipelines.data import pinned
-from pipelines.data.pinned import kept
+from pipelines.data.pinned import cached_entries
 
 ENTRIES: list[dict[str, Any]] = [{"prompt": "a"}, {"prompt": "b"}]
 
@@ -20,7 +20,7 @@ def read_twice(times: list[int]) -> list[str]:
         return ENTRIES
 
     for _ in range(2):
-        found = kept(["rows", "commit"], make, lambda entry: str(entry["prompt"]))
+        found = cached_entries(["rows", "commit"], make, lambda entry: str(entry["prompt"]))
     return found
 
 
@@ -60,7 +60,7 @@ def test_a_reading_that_does_not_end_is_given_up_and_ended(
         monkeypatch.setattr(pinned.Future, "result", interrupt)
     error, said = (KeyboardInterrupt, None) if interrupted else (TimeoutError, r"within 0\.05 s")
     with pytest.raises(error, match=said):
-        kept(["rows"], read, dict)
+        cached_entries(["rows"], read, dict)
     assert ended.is_set()
 
 

@@ -15,9 +15,9 @@ from meteora.artifacts import PoolShare
 from pipelines.data.claims import (
     Claim,
     examples_of,
-    nobodys,
     prompts_of,
     read_claims,
+    rows_without_expert,
     shares_of,
     write_claims,
 )
@@ -34,13 +34,13 @@ NOBODYS = "0123456789"
 
 def test_each_prompt_goes_to_the_expert_that_knows_it(knowing: Knowing) -> None:
     import meteora
-    from pipelines.data.pool import deal
+    from pipelines.data.pool import divide
 
     model, tokenizer = meteora.load(knowing.checkpoint, base_folder=knowing.base)
     of = {text: name for name, letters in ALPHABETS.items() for text in prompts_in(letters, 0, 24)}
     of |= dict.fromkeys(prompts_in(NOBODYS, 0, 24), "")
     prompts = random.Random(0).sample([*of], len(of))
-    claims = deal(model, tokenizer, prompts, [*ALPHABETS], limit=10)
+    claims = divide(model, tokenizer, prompts, [*ALPHABETS], limit=10)
     assert [(claim.prompt, claim.expert) for claim in claims] == [(p, of[p]) for p in prompts]
 
     examples = examples_of(claims)
@@ -50,13 +50,13 @@ def test_each_prompt_goes_to_the_expert_that_knows_it(knowing: Knowing) -> None:
             said = meteora.generate(model, tokenizer, rows[0].prompt, max_new_tokens=8)
         assert rows[0].response == said
         assert sum(row.response == row.prompt[-1] * 3 for row in rows) >= 5
-    assert {row.prompt for row in nobodys(claims)} == {p for p in prompts if not of[p]}
+    assert {row.prompt for row in rows_without_expert(claims)} == {p for p in prompts if not of[p]}
     assert [(s.expert, s.num_prompts) for s in shares_of(claims, [*ALPHABETS])] == [
         ("low", 24),
         ("high", 24),
         ("", 24),
     ]
-    again = deal(model, tokenizer, prompts, [*ALPHABETS], limit=10)
+    again = divide(model, tokenizer, prompts, [*ALPHABETS], limit=10)
     assert again == claims
 
 
@@ -65,7 +65,7 @@ def test_an_expert_with_examples_claims_nothing_of_a_pool_without_its_prompts(
 ) -> None:
     """Its own prompts say what is standard for it, and it answers none of the pool's."""
     import meteora
-    from pipelines.data.pool import deal
+    from pipelines.data.pool import divide
 
     model, tokenizer = meteora.load(knowing.checkpoint, base_folder=knowing.base)
     prompts = prompts_in(ALPHABETS["high"], 0, 24)
@@ -76,19 +76,19 @@ def test_an_expert_with_examples_claims_nothing_of_a_pool_without_its_prompts(
         asked.append(key)
         return ask()
 
-    beside = deal(model, tokenizer, prompts, [*ALPHABETS], known=own, limit=10, once=once)
+    beside = divide(model, tokenizer, prompts, [*ALPHABETS], known=own, limit=10, once=once)
     assert {claim.expert for claim in beside} == {"high"}
     assert len(asked) == 1
-    alone = deal(model, tokenizer, prompts, [*ALPHABETS], limit=10)
+    alone = divide(model, tokenizer, prompts, [*ALPHABETS], limit=10)
     assert {claim.expert for claim in alone} != {"high"}
 
 
 def test_one_expert_and_few_prompts_are_no_error(knowing: Knowing) -> None:
     import meteora
-    from pipelines.data.pool import deal
+    from pipelines.data.pool import divide
 
     model, tokenizer = meteora.load(knowing.checkpoint, base_folder=knowing.base)
-    claims = deal(model, tokenizer, ["abc", "stu"], ["low"], limit=1)
+    claims = divide(model, tokenizer, ["abc", "stu"], ["low"], limit=1)
     assert [claim.expert in {"low", ""} for claim in claims] == [True, True]
     assert [claim.lead for claim in claims] == [claim.score for claim in claims]  # nobody is next
 
@@ -116,18 +116,18 @@ def test_a_prompt_lies_where_its_own_tokens_do_and_not_those_of_the_template(
 
 def test_prompts_beyond_the_bases_context_are_nobodys_and_not_read(knowing: Knowing) -> None:
     import meteora
-    from pipelines.data.pool import deal
+    from pipelines.data.pool import divide
 
     model, tokenizer = meteora.load(knowing.checkpoint, base_folder=knowing.base)
     long = "abcdefgh" * 512
     own = prompts_in(ALPHABETS["low"], 0, 4)
-    claims = deal(model, tokenizer, [long, *own], [*ALPHABETS], limit=4)
+    claims = divide(model, tokenizer, [long, *own], [*ALPHABETS], limit=4)
     assert claims[0] == Claim(long, "", -1, 0.0, 0.0)
     assert [claim.prompt for claim in claims[1:]] == own
-    assert long not in {row.prompt for row in nobodys(claims)}
+    assert long not in {row.prompt for row in rows_without_expert(claims)}
     assert sum(share.num_prompts for share in shares_of(claims, [*ALPHABETS])) == 5
     with pytest.raises(ExamplesError, match="none of its 1 prompts has 1 to 464 tokens"):
-        deal(model, tokenizer, [long], [*ALPHABETS], limit=4)
+        divide(model, tokenizer, [long], [*ALPHABETS], limit=4)
 
 
 def test_an_expert_is_compared_with_itself_and_not_with_larger_ones() -> None:

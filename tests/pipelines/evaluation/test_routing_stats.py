@@ -133,10 +133,13 @@ def test_the_base_is_told_from_the_experts_by_its_probability(
     model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(routing_stats, "expert_names", lambda _model: ["a", "b", "c", NULL])
-    own, nobodys = [Row("x", ""), Row("xxx", "")], [Row("xx", ""), Row("xxxx", ""), Row("xxx", "")]
+    own, rows_without_expert = (
+        [Row("x", ""), Row("xxx", "")],
+        [Row("xx", ""), Row("xxxx", ""), Row("xxx", "")],
+    )
     options = RouterOptions("norm", 1, 1.0)
     with routed_by(model, lambda layer: ByLength(layer.num_choices, options)):
-        found = routing_stats.measure_abstention(model, tokenizer, own, nobodys)
+        found = routing_stats.measure_abstention(model, tokenizer, own, rows_without_expert)
     assert (found.num_own, found.num_nobodys) == (2, 3)
     assert found.auroc == pytest.approx((3 + 1.5) / 6)  # a tie counts as a half
     base = [math.exp(n) / (math.exp(n) + 3) for n in (1, 3, 2, 4, 3)]

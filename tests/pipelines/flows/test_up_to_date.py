@@ -84,7 +84,7 @@ def test_a_plan_of_other_adapters_is_not_taken_over(
 ) -> None:
     work = workplace()
     built = base_of(work)
-    steps = resolve.at_hand(work, built.spec)
+    steps = resolve.local_steps(work, built.spec)
     plan = resolve.resolve(work, built, steps)
     assert resolve.resolve(work, built, steps, plan).tests is plan.tests
     fewer = replace(

@@ -123,7 +123,7 @@ def test_an_expert_that_no_prompt_belongs_to_is_named(
     planned = plan_of(work)
 
     def made(recipe: Recipe, *claims: Claim) -> Plan:
-        with patch("pipelines.planning.plan.dealt", return_value=claims):
+        with patch("pipelines.planning.plan.recorded_claims", return_value=claims):
             return make_plan(replace(work, recipe=recipe), planned.base, planned.experts)
 
     lows = claims("low", 5)
@@ -133,7 +133,7 @@ def test_an_expert_that_no_prompt_belongs_to_is_named(
     lenient = open_recipe(router={"without_examples": "arrow"})
     whole = made(lenient.recipe, *lows)
     assert whole.router.stand_ins == ("high",)
-    assert not whole.to_deal
+    assert not whole.pool_prompts
     with pytest.raises(ExamplesError, match="expert low: of the 0 prompts"):
         made(lenient.recipe)  # nothing to fit any gate to
     with_base = open_recipe(router={"without_examples": "arrow", "null": True})
@@ -151,10 +151,10 @@ def test_a_plan_waits_for_its_pool(open_recipe: Callable[..., RunContext]) -> No
     spans = {"spans": "jsonl:spans.jsonl", **work.recipe.gates.model_dump(exclude_unset=True)}
     work = open_recipe(gates=spans)
     planned = plan_of(work)
-    assert len(planned.to_deal) == 48
+    assert len(planned.pool_prompts) == 48
     assert not planned.examples
     mixed = open_recipe(gates={**spans, "composites": [2]}, router={"null": True})
-    assert plan_of(mixed).to_deal == planned.to_deal
+    assert plan_of(mixed).pool_prompts == planned.pool_prompts
     (work.folder / "three.jsonl").write_text(
         "".join(json.dumps({"prompt": f"a{p}", "response": p * 3}) + "\n" for p in "abc")
     )
@@ -163,18 +163,18 @@ def test_a_plan_waits_for_its_pool(open_recipe: Callable[..., RunContext]) -> No
     shown = open_recipe(
         experts=experts, gates={**spans, "composites": [{"n": 2, "num_fewshot": 1}]}
     )
-    assert plan_of(shown).to_deal  # with the examples that `high` gets, three are enough
+    assert plan_of(shown).pool_prompts  # with the examples that `high` gets, three are enough
     assert not faults_of_rows(shown, planned.base, read_rows)
     work = open_recipe(gates=spans)
     found = look(work)
     assert found.finished is None
     assert found.plan is not None
-    assert found.plan.to_deal == planned.to_deal
+    assert found.plan.pool_prompts == planned.pool_prompts
     build.stack(work, planned)
     deal_pool(work, planned)
     deal_pool(work, planned)  # it was done
     whole = complete(work, planned)
-    assert not whole.to_deal
+    assert not whole.pool_prompts
     assert whole.router.pool_id == planned.pool.id if planned.pool else False
     assert whole.router.examples_sha256
 
@@ -187,7 +187,9 @@ def test_a_pool_that_changes_while_it_is_dealt_ends_the_run(
     planned = plan_of(work)
     build.stack(work, planned)
     deal_pool(work, planned)
-    write(work.folder / "pool.jsonl", [{"prompt": t} for t in (*planned.to_deal[5:], *changed)])
+    write(
+        work.folder / "pool.jsonl", [{"prompt": t} for t in (*planned.pool_prompts[5:], *changed)]
+    )
     with pytest.raises(ExamplesError, match=r"jsonl:pool.jsonl: it was changed while"):
         complete(work, planned)
 
@@ -216,7 +218,7 @@ def test_a_dealing_that_is_killed_leaves_no_record_and_keeps_the_answers_it_has(
     assert asked == [12] * 3  # of two experts, the first is not asked again
     assert not [*(work.home / "answers").iterdir()]
     whole = complete(work, planned)
-    assert not whole.to_deal
+    assert not whole.pool_prompts
     assert not work.ledger.verify().findings
 
     monkeypatch.undo()
@@ -238,13 +240,13 @@ def test_an_expert_with_examples_keeps_them(
     experts[0]["examples"] = "jsonl:own.jsonl"
     work = open_recipe(experts=experts)
     planned = plan_of(work)
-    assert len(planned.to_deal) == 48 - count
+    assert len(planned.pool_prompts) == 48 - count
     for most in (4, 20):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(planned_examples, "MAX_PROMPTS", most)
             fewer = plan_of(work)
         known = len(fewer.known_prompts["low"])
-        assert (known, known + len(fewer.to_deal)) == (min(most // 2, count), most)
+        assert (known, known + len(fewer.pool_prompts)) == (min(most // 2, count), most)
     build.stack(work, planned)
     deal_pool(work, planned)
     whole = complete(work, planned)
@@ -277,7 +279,7 @@ def test_a_pool_is_for_those_whose_cards_may_name_nothing(
 ) -> None:
     sections = [s.model_dump(exclude_none=True) for s in open_recipe().recipe.experts]
     work = open_recipe(experts=[{**section, "examples": "auto"} for section in sections])
-    assert len(plan_of(work).to_deal) == 48
+    assert len(plan_of(work).pool_prompts) == 48
 
 
 def test_a_dry_run_names_a_pool_that_is_not_there_where_a_run_would_read_it(

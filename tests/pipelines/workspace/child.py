@@ -8,12 +8,12 @@ import subprocess
 import sys
 import time
 
-from pipelines.workspace.processes import parent
+from pipelines.workspace.processes import connect_to_parent
 
 
 def main() -> None:
     pickled = os.environ["PICKLED"] == "1"
-    channel = parent(pickled=pickled)
+    channel = connect_to_parent(pickled=pickled)
     while True:
         try:
             _, request = channel.receive()

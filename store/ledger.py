@@ -194,9 +194,9 @@ class Ledger(Recording):
         if ahead:
             by, total, later = ahead[0]
             logger.warning(
-                "this machine's clock is %s behind the last record under %s, and behind %s of all"
-                " %s: until it has caught up, what is recorded counts as older, and older scores"
-                " and routes as the latest ones; set the clock, here or where these were recorded",
+                "this machine's clock is %s behind the newest record under %s (%s of %s records are"
+                " from the future): new scores and routes count as older than these; set the clock,"
+                " here or where these were recorded",
                 by,
                 self.home,
                 f"{later:,}",

@@ -132,8 +132,8 @@ def _refuse_folder(name: str, folder: Path) -> None:
     """Refuse a folder that is named without `path:`: the Hub may have a repository of that name."""
     if "@" not in name and (folder / name).is_dir():
         raise SourceError(
-            f"{name}: there is a folder of this name, and without `path:` it is one on the Hub;"
-            f" write path:{name} for the folder, or {name}@main for the Hub"
+            f"{name} could be the folder here or a repository on the Hub; write path:{name} for"
+            f" the folder, or {name}@main for the Hub"
         )
 
 

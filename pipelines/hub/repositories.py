@@ -63,8 +63,8 @@ def resolve(text: str, *, subfolder: str = "", hub: Hub = DEFAULT) -> AdapterRef
         return AdapterRef(repo_id, revision, subfolder)
     if is_offline():
         raise HubOfflineError(
-            f"{text} names no commit, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids to ask"
-            f" what it means; write {repo_id}@<commit of 40 hex digits>"
+            f"{text} names no commit, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE switches the"
+            f" network off, so it cannot be looked up; write {repo_id}@<commit of 40 hex digits>"
         )
     wanted = revision or "main"
     refs = hub.ask("refs", text, repo_id, pull_requests=wanted.startswith(PULL_REQUEST))

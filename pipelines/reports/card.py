@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from pipelines.reports.summary import Summary
 
 METHODS = {"calibrate": "calibrated", "joint": "trained by gradient descent"}
-"""A sentence on the fit of the gates, by the method's name in a recipe."""
+"""How the card says that the gates were made, by the method in a recipe."""
 NAME_PLACEHOLDER = "FOLDER_OR_HUB_ID"
 """The model in the code of a card, until it is published under a name."""
 MISSED = 0.5

@@ -366,10 +366,11 @@ def _calibrate(
         )
     if found.not_crossed:
         names = listed(found.not_crossed, MOST_NAMED)
-        text = (
-            f"the gates were not fitted in halves: too few examples are of {names} for both; lists"
+        say(
+            f"too few examples of {names} to divide them into two halves, so the gates were fitted"
+            " without; lists of several questions may be routed worse: give these experts more",
+            "note",
         )
-        say(f"{text} of several questions may be routed worse, so give it more", "note")
     return found
 
 

@@ -255,8 +255,8 @@ def _read_editable(folder: Path) -> Manifest:
     if not (folder / STATISTICS).is_file():
         made = manifest.gates.get("method") or f"no gates, its router is `{manifest.router.kind}`"
         raise GrowthError(
-            f"{folder}: it has no {STATISTICS}, which gates with the method `calibrate`"
-            f" come with (it has {made}); build it with them, or change the recipe and run that"
+            f"{folder}: it has no {STATISTICS}, so experts cannot be added or dropped; only gates"
+            f" of `method: calibrate` come with it (here: {made}): change its recipe and run that"
         )
     return manifest
 

@@ -91,7 +91,8 @@ def _written(
     )
     if none := [name for name, own in written.items() if not own]:
         say(
-            f"{listed(none, MOST_NAMED)}: what they write in a user's place are no questions",
+            f"{listed(none, MOST_NAMED)}: these adapters write no questions; give examples of"
+            " their tasks, or a pool of prompts",
             "note",
         )
     known = {prompt for own in plan.known_prompts.values() for prompt in own}

@@ -169,7 +169,7 @@ def test_gates_are_fitted_to_what_an_expert_writes(
     work = open_recipe(*ALPHABETS, router={"without_examples": "norm"})
     run(work)
     said = capfd.readouterr().err
-    assert f"{SILENT}: what they write in a user's place are no questions" in said
+    assert f"{SILENT}: these adapters write no questions" in said
     assert "prompts that experts wrote: " in said
     plan = finished(work)
     assert plan is not None

@@ -26,7 +26,7 @@ SERVABLE = ("gate", "arrow", "norm", "uniform")
 ONE_INPUT = ("point", "turn")
 """Values of `share` with which one gate decides only for modules that share its input."""
 
-OPENING_SHARE = 0.5
+ANSWER_START_SHARE = 0.5
 """In a prompt of several tasks, the tokens that open an expert's answer get this share of its
 weight. They are few and alike for all experts, but the whole answer depends on their route."""
 
@@ -130,8 +130,8 @@ class RouterSpec(Spec):
     solved: tuple[int, ...] = ()
     """How many solved prompts each of `composites` shows before its questions; empty: none does."""
     opening_share: float = 0.0
-    """`OPENING_SHARE` in a fit to mixed prompts in closed form: `calibrate`, or `joint` that starts
-    from there."""
+    """`ANSWER_START_SHARE` in a fit to mixed prompts in closed form: `calibrate`, or `joint` that
+    starts from there."""
     conversations: tuple[int, ...] = ()
     """Numbers of turns of the conversations that gates are fitted to; every example is one turn of
     one conversation."""
@@ -144,7 +144,7 @@ class RouterSpec(Spec):
     """Whether tokens that open answers are sampled separately for the covariance, at points where
     it is estimated from a sample; true in new fits with `composites`."""
     loss_opening_share: float = 0.0
-    """`OPENING_SHARE` in the gate loss of `joint`."""
+    """`ANSWER_START_SHARE` in the gate loss of `joint`."""
     refined: bool = False
     """Whether logistic regression refines the closed form of `calibrate`; new fits do so."""
     crossed: bool = False

@@ -198,7 +198,7 @@ def _apart(
     for x, batch in zip(inputs, batches, strict=True):
         for held in (False, True):
             chosen = (batch.labels != UNLABELLED) & (batch.heldout == held)
-            halves[held].append((x[chosen].float(), batch.openings[chosen]))
+            halves[held].append((x[chosen].float(), batch.answer_starts[chosen]))
     fitted, checked = (by_kind(*map(torch.cat, zip(*half, strict=True))) for half in halves)
     return fitted, checked
 

@@ -324,7 +324,7 @@ def _asked_sha256(
     ]
     return canonical_sha256(
         [*asked, *machine, str(model.dtype), expert_names(model), list(routed_layers(model))]
-        + [[s.input_ids, s.experts, s.openings] for s in sequences]
+        + [[s.input_ids, s.experts, s.answer_starts] for s in sequences]
     )
 
 

@@ -22,7 +22,7 @@ from accelerate.utils import DistributedType, broadcast
 from torch import Tensor
 
 from meteora.artifacts import JointSettings, RouterOptions, canonical_sha256
-from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
+from meteora.artifacts.routers import ANSWER_START_SHARE, POINT_GATES
 from meteora.base.placement import input_device, is_offloaded, own_head, settle
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.losses import (
@@ -162,8 +162,8 @@ def train_jointly(
 
 
 def _hashed(sequence: LabelledSequence) -> list[object]:
-    openings = [sequence.openings, OPENING_SHARE] if sequence.openings else []
-    return [sequence.input_ids, sequence.experts, *openings]
+    answer_starts = [sequence.answer_starts, ANSWER_START_SHARE] if sequence.answer_starts else []
+    return [sequence.input_ids, sequence.experts, *answer_starts]
 
 
 def _first_gates(

@@ -5,7 +5,7 @@
     L_LM     mean cross-entropy of the next token, over all tokens of prompt and response
     L_gate   mean cross-entropy of a gate's logits against the token's expert, over all gates and
              all labelled tokens, without temperature or load balancing. Tokens that open answers
-             have `OPENING_SHARE` of their expert's weight (the paper has no such weights: its
+             have `ANSWER_START_SHARE` of their expert's weight (the paper has no such weights: its
              examples hold one task each)
 
 `backward_together` is the definition. With `top_k = 1` the weight of the chosen expert is the
@@ -71,16 +71,16 @@ class Counts:
 def loss_weights(sequences: Sequence[LabelledSequence], num_experts: int) -> Tensor | None:
     """The weight in L_gate of one token, by its expert and kind.
 
-    The weights of an expert's tokens sum to their number. Without openings each weight is 1.
+    The weights of an expert's tokens sum to their number. Each is 1 if no answer's start is known.
 
     Args:
         sequences: all of the training
 
     Returns:
         [E, 2] float32: [:, 0] for ordinary tokens, [:, 1] for those that open an answer; None if no
-        sequence has openings
+        sequence has starts of answers
     """
-    if not any(sequence.openings for sequence in sequences):
+    if not any(sequence.answer_starts for sequence in sequences):
         return None
     batches = [*batched(sequences, set(), torch.device("cpu"))]
     counts = num_of_kinds(batches, num_experts)

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from meteora.artifacts import MeteoraError
-from meteora.artifacts.routers import OPENING_SHARE
+from meteora.artifacts.routers import ANSWER_START_SHARE
 from meteora.base.padding import mask_of, padded
 
 HELDOUT_SHARE = 0.25
@@ -40,7 +40,7 @@ class LabelledSequence:
 
     input_ids: tuple[int, ...]
     experts: tuple[int, ...]
-    openings: tuple[int, ...] = ()
+    answer_starts: tuple[int, ...] = ()
     """Positions of tokens that open an answer, such as a list number, in a prompt of several
     tasks."""
 
@@ -73,7 +73,7 @@ class Batch:
     """[B, L]"""
     labels: Tensor
     """[B, L] experts; `UNLABELLED` for padding too"""
-    openings: Tensor
+    answer_starts: Tensor
     """[B, L] bool: whether the token opens an answer"""
     heldout: Tensor
     """[B, 1] bool"""
@@ -90,18 +90,18 @@ class Batch:
         """Pad sequences into one batch; without `heldout` none is held out."""
         rows = [sequence.input_ids for sequence in sequences]
         ids = padded(rows)
-        openings = torch.zeros_like(ids, dtype=torch.bool)
+        answer_starts = torch.zeros_like(ids, dtype=torch.bool)
         for row, sequence in enumerate(sequences):
-            openings[row, list(sequence.openings)] = True
+            answer_starts[row, list(sequence.answer_starts)] = True
         labels = padded([sequence.experts for sequence in sequences], UNLABELLED)
         held = torch.tensor(heldout or [False] * len(rows)).unsqueeze(1)
-        parts = ids, mask_of(rows), labels, openings, held, torch.ones(ids.shape)
+        parts = ids, mask_of(rows), labels, answer_starts, held, torch.ones(ids.shape)
         return cls(*(part.to(device) for part in parts))
 
     @property
     def kinds(self) -> Tensor:
         """[B, L] 2 · expert, plus 1 if the token opens an answer; negative for no expert."""
-        return self.labels * 2 + self.openings
+        return self.labels * 2 + self.answer_starts
 
 
 def hold_out(
@@ -250,7 +250,7 @@ def _quota(counts: list[int], limit: int) -> int:
 def token_weights(batches: Sequence[Batch], num_experts: int) -> list[Tensor]:
     """The weights of the tokens in a fit, [B, L] float32: those of an expert sum to 1.
 
-    If an expert has tokens that open answers, these sum to `OPENING_SHARE`.
+    If an expert has tokens that open answers, these sum to `ANSWER_START_SHARE`.
     """
     each = each_of_kind(num_of_kinds(batches, num_experts)).flatten()
     return [each[b.kinds.clamp_min(0)] for b in batches]
@@ -272,22 +272,25 @@ def each_of_kind(counts: Tensor) -> Tensor:
         [E, 2] float32
     """
     present = (counts > 0).float() * torch.tensor(
-        [1 - OPENING_SHARE, OPENING_SHARE], device=counts.device
+        [1 - ANSWER_START_SHARE, ANSWER_START_SHARE], device=counts.device
     )
     return present / present.sum(1, keepdim=True) / counts.clamp_min(1)
 
 
-def by_kind(tokens: Tensor, openings: Tensor) -> list[tuple[float, Tensor]]:
+def by_kind(tokens: Tensor, answer_starts: Tensor) -> list[tuple[float, Tensor]]:
     """Split one expert's tokens by kind, each kind with its share of the expert's weight.
 
     Args:
         tokens: [T, IN]
-        openings: [T] bool: whether a token opens an answer
+        answer_starts: [T] bool: whether a token opens an answer
 
     Returns:
         (share, tokens [T', IN]) of the ordinary tokens, and then of those that open answers if
         there are any
     """
-    if not openings.any():
+    if not answer_starts.any():
         return [(1.0, tokens)]
-    return [(1 - OPENING_SHARE, tokens[~openings]), (OPENING_SHARE, tokens[openings])]
+    return [
+        (1 - ANSWER_START_SHARE, tokens[~answer_starts]),
+        (ANSWER_START_SHARE, tokens[answer_starts]),
+    ]

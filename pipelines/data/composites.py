@@ -111,7 +111,7 @@ class Composite(Noun):
         """
         return _owners(tokenizer, text, self.prompt_spans, shift=text.index(self.prompt))
 
-    def answer_openings(
+    def answer_starts(
         self, tokenizer: PreTrainedTokenizerBase, form: str = "{}. "
     ) -> tuple[int, ...]:
         """Indices of the tokens of `encode` that are only the number before an answer.

@@ -177,12 +177,12 @@ class Labeller:
             for composite in compose(rows, n, count, seed, solved):
                 ids, tasks = composite.encode(tokenizer)
                 labels = _labels(tasks, places, nobody)
-                openings = composite.answer_openings(tokenizer)
+                answer_starts = composite.answer_starts(tokenizer)
                 if not digits:
-                    left_out = {*composite.answer_openings(tokenizer, "{}")}
+                    left_out = {*composite.answer_starts(tokenizer, "{}")}
                     labels = tuple(UNLABELLED if i in left_out else e for i, e in enumerate(labels))
-                    openings = tuple(i for i in openings if i not in left_out)
-                sequences.append(LabelledSequence(tuple(ids), labels, openings))
+                    answer_starts = tuple(i for i in answer_starts if i not in left_out)
+                sequences.append(LabelledSequence(tuple(ids), labels, answer_starts))
         return sequences
 
 

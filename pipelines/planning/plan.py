@@ -22,7 +22,7 @@ from meteora.artifacts import (
     SpeedSpec,
     canonical_sha256,
 )
-from meteora.artifacts.routers import OPENING_SHARE
+from meteora.artifacts.routers import ANSWER_START_SHARE
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.background import background_rows
 from pipelines.data.claims import rows_without_expert
@@ -222,7 +222,7 @@ def _router(
     num_examples = sum(len(examples.get(name, ())) for name in fused.names)
     conversations, system_prompts = prompt_shapes(recipe, num_examples)
     calibrated = gates.method == "calibrate"
-    opening_share = OPENING_SHARE if gates.composites else 0.0
+    opening_share = ANSWER_START_SHARE if gates.composites else 0.0
     return RouterSpec.of(
         fused.id,
         options,

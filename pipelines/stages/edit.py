@@ -25,7 +25,7 @@ from meteora.artifacts import (
     file_sha256,
     short,
 )
-from meteora.artifacts.routers import OPENING_SHARE
+from meteora.artifacts.routers import ANSWER_START_SHARE
 from meteora.base.loading import fingerprint, layers_on_disk, shape_of
 from meteora.checkpoint import edit, tensors
 from meteora.checkpoint.manifest import (
@@ -315,7 +315,7 @@ def _router(
         method="calibrate",
         examples_sha256=examples_sha256,
         **numbers_of(composites),
-        opening_share=OPENING_SHARE if composites else 0.0,
+        opening_share=ANSWER_START_SHARE if composites else 0.0,
         refined=bool(examples_sha256),
         crossed=crossed,
         offsets=bool(gates.offsets),

@@ -78,8 +78,8 @@ class Asked:
         cls, tokenizer: PreTrainedTokenizerBase, composite: Composite, names: tuple[str, ...]
     ) -> Asked:
         ids, owners = composite.encode(tokenizer)
-        digits = {*composite.answer_openings(tokenizer, "{}")}
-        numbers = {*composite.answer_openings(tokenizer)}
+        digits = {*composite.answer_starts(tokenizer, "{}")}
+        numbers = {*composite.answer_starts(tokenizer)}
         answer = len(encode_prompt(tokenizer, composite.prompt))
 
         def part(place: int, owner: str | None) -> str:

@@ -90,7 +90,7 @@ def told(
         votes = torch.nn.functional.one_hot(chosen(model, ids), len(names)).sum(0).argmax(-1)
         hits = [names[e] == owner for e, owner in zip(votes.tolist(), owners, strict=True)]
         right += [hit for hit, owner in zip(hits, owners, strict=True) if owner]
-        for place in composite.answer_openings(tokenizer):
+        for place in composite.answer_starts(tokenizer):
             opened[owners[place] == new].append(hits[place])
     opening = len(Template.of(tokenizer).opening)
     alone = {

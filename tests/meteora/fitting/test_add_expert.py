@@ -10,7 +10,7 @@ import torch
 from safetensors.torch import save_file
 
 from meteora.artifacts import NULL, RouterOptions
-from meteora.artifacts.routers import OPENING_SHARE
+from meteora.artifacts.routers import ANSWER_START_SHARE
 from meteora.checkpoint.manifest import STATISTICS, CheckpointError
 from meteora.checkpoint.tensors import Gates
 from meteora.fitting import sequences as dealing
@@ -80,17 +80,17 @@ def test_drawn_tokens_have_the_means_and_the_spread_of_the_statistics():
     torch.testing.assert_close(within.T @ within / len(within), scatter.within, atol=0.08, rtol=0)
 
 
-@pytest.mark.parametrize("num_openings", [0, 7])
-def test_a_grown_point_is_what_all_examples_together_would_have_given(monkeypatch, num_openings):
+@pytest.mark.parametrize("num_starts", [0, 7])
+def test_a_grown_point_is_what_all_examples_together_would_have_given(monkeypatch, num_starts):
     monkeypatch.setattr("meteora.fitting.statistics.RIDGES", 0.0)
     x, labels = drawn()
     first = PointStatistics.of(scatter_of(x[labels < 3], labels[labels < 3]), 0.1)
-    openings = torch.arange(100) < num_openings
-    grown, covariance = first.grown(by_kind(x[labels == 3], openings), 3)
+    answer_starts = torch.arange(100) < num_starts
+    grown, covariance = first.grown(by_kind(x[labels == 3], answer_starts), 3)
     weights = 1 / labels.bincount().float()[labels]
-    if num_openings:
-        others = (1 - OPENING_SHARE) / (100 - num_openings)
-        weights[labels == 3] = torch.where(openings, OPENING_SHARE / num_openings, others)
+    if num_starts:
+        others = (1 - ANSWER_START_SHARE) / (100 - num_starts)
+        weights[labels == 3] = torch.where(answer_starts, ANSWER_START_SHARE / num_starts, others)
     together = scatter_of(x, labels, weights)
     torch.testing.assert_close(
         grown.means + grown.shift, (together.means + together.shift).float(), rtol=1e-4, atol=1e-4

@@ -11,7 +11,7 @@ import torch
 from safetensors.torch import load_file
 
 from meteora.artifacts import MeteoraError, RouterOptions
-from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
+from meteora.artifacts.routers import ANSWER_START_SHARE, POINT_GATES
 from meteora.base.chat_template import Template
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import GATES
@@ -54,20 +54,20 @@ def lists(num, experts=range(4), seed=0):
     """Two questions, then two answers; each begins with a token that only its task has."""
     dice, found = random.Random(seed), []
     for _ in range(num):
-        order, openings = dice.choices([*experts], k=2), []
+        order, answer_starts = dice.choices([*experts], k=2), []
         parts = [(e, task_tokens(e, 6, dice)) for e in order]
         for e in order:
-            openings.append(2 + sum(len(body) for _, body in parts))
+            answer_starts.append(2 + sum(len(body) for _, body in parts))
             parts.append((e, [40 + e, *task_tokens(e, 14, dice)]))
         ids = [1, 1, *(token for _, body in parts for token in body)]
         labels = [UNLABELLED] * 2 + [e for e, body in parts for _ in body]
-        found.append(LabelledSequence(tuple(ids), tuple(labels), tuple(openings)))
+        found.append(LabelledSequence(tuple(ids), tuple(labels), tuple(answer_starts)))
     return found
 
 
 def unmarked(sequences):
     """The same, without a word of what opens their answers."""
-    return [replace(sequence, openings=()) for sequence in sequences]
+    return [replace(sequence, answer_starts=()) for sequence in sequences]
 
 
 @pytest.fixture
@@ -96,7 +96,7 @@ def openings_alone(sequences, experts=range(4)):
         replace(
             sequence,
             experts=tuple(
-                e if place in sequence.openings and e in experts else UNLABELLED
+                e if place in sequence.answer_starts and e in experts else UNLABELLED
                 for place, e in enumerate(sequence.experts)
             ),
         )
@@ -619,33 +619,33 @@ def test_a_point_of_many_inputs_is_fitted_from_a_sample_of_its_tokens(model, mon
 
 def test_what_opens_answers_tells_the_spread_however_few_tokens_may(monkeypatch):
     monkeypatch.setattr(dealing, "MAX_ROWS", 160)  # 120 for the fit, of 2,000
-    sequences = [LabelledSequence((1,) * 50, (e,) * 50, openings=(10,)) for e in (0, 1)] * 20
+    sequences = [LabelledSequence((1,) * 50, (e,) * 50, answer_starts=(10,)) for e in (0, 1)] * 20
     batches = dealing.sampled(list(dealing.batched(sequences, set(), torch.device("cpu"))), 2)
     chosen = torch.cat([b.stands_for.flatten() for b in batches])
-    openings = torch.cat([b.openings.flatten() for b in batches])
-    assert (chosen[openings] == 1).all()
+    answer_starts = torch.cat([b.answer_starts.flatten() for b in batches])
+    assert (chosen[answer_starts] == 1).all()
     assert (chosen > 0).sum() == 120
-    assert chosen[~openings].sum() == 2 * 20 * 49
+    assert chosen[~answer_starts].sum() == 2 * 20 * 49
 
 
 def test_every_expert_counts_the_same_and_openings_half_of_it():
     plain = examples(3, experts=(0, 1))
-    mixed = LabelledSequence((1, 2, 3, 4, 5), (0, 0, UNLABELLED, 1, 1), openings=(3,))
+    mixed = LabelledSequence((1, 2, 3, 4, 5), (0, 0, UNLABELLED, 1, 1), answer_starts=(3,))
     (batch,) = dealing.batched([*plain, mixed], set(), torch.device("cpu"))
     (weights,) = dealing.token_weights([batch], 2)
     assert (weights[batch.labels == 0].sum() - 1).abs() < 1e-6
-    assert len(weights[batch.labels == 0].unique()) == 1  # it has no openings
+    assert len(weights[batch.labels == 0].unique()) == 1  # it has no starts of answers
     assert (weights[batch.labels == 1].sum() - 1).abs() < 1e-6
-    assert weights[batch.openings].tolist() == [OPENING_SHARE]
+    assert weights[batch.answer_starts].tolist() == [ANSWER_START_SHARE]
 
 
-def test_openings_are_told_apart_by_what_says_nothing_of_other_tokens():
-    """The others differ along four directions, openings along four that are noise to the others."""
+def test_starts_of_answers_are_told_apart_by_what_says_nothing_of_other_tokens():
+    """The others differ along four directions, starts along four that are noise to the others."""
     generator = torch.Generator().manual_seed(0)
 
     def drawn(marked):
-        openings = (20,) if marked else ()
-        sequences = [LabelledSequence((1,) * 21, (e,) * 21, openings) for e in range(4)] * 40
+        answer_starts = (20,) if marked else ()
+        sequences = [LabelledSequence((1,) * 21, (e,) * 21, answer_starts) for e in range(4)] * 40
         batches = dealing.sampled(
             list(dealing.batched(sequences, set(range(0, 160, 5)), torch.device("cpu"))), 4
         )
@@ -671,6 +671,6 @@ def test_openings_are_told_apart_by_what_says_nothing_of_other_tokens():
             shares.append(torch.cat([h.flatten() for h in hits]).float().mean().item())
         return shares
 
-    openings, others = right(marked=True)
-    assert openings > right(marked=False)[0] + 0.2
+    answer_starts, others = right(marked=True)
+    assert answer_starts > right(marked=False)[0] + 0.2
     assert others > 0.9

@@ -16,7 +16,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 
 from meteora.artifacts import JointSettings
-from meteora.artifacts.routers import OPENING_SHARE, POINT_GATES
+from meteora.artifacts.routers import ANSWER_START_SHARE, POINT_GATES
 from meteora.base.chat_template import Template
 from meteora.checkpoint import tensors
 from meteora.fitting import calibrate
@@ -160,17 +160,19 @@ def asked_of(model, sequences):
     return Batch.of(sequences, model.device), each, Counts.of(sequences), 50.0
 
 
-@pytest.mark.parametrize("more", [[], lists(3)], ids=["paper", "openings"])
+@pytest.mark.parametrize("more", [[], lists(3)], ids=["paper", "answer starts"])
 def test_the_loss_is_the_papers_but_that_openings_count_half(model, more):
     """Worked out by hand from one plain forward pass a sequence."""
     with_gates(model, top_k=2)
     sequences = [*examples(1), *more]
     losses = backward_together(model, *asked_of(model, sequences))
-    tokens = [(e, t in s.openings) for s in sequences for t, e in enumerate(s.experts) if e >= 0]
+    tokens = [
+        (e, t in s.answer_starts) for s in sequences for t, e in enumerate(s.experts) if e >= 0
+    ]
     counted = []
     for e, opens in tokens:
         own = [opening for expert, opening in tokens if expert == e]
-        share = OPENING_SHARE if opens else 1 - OPENING_SHARE
+        share = ANSWER_START_SHARE if opens else 1 - ANSWER_START_SHARE
         counted.append(len(own) * share / own.count(opens) if any(own) else 1.0)
     lm, gate = [], []
     for sequence in sequences:
@@ -190,7 +192,7 @@ def test_without_openings_no_token_is_weighed():
     assert loss_weights(examples(2), 4) is None
 
 
-@pytest.mark.parametrize("more", [[], lists(3)], ids=["plain", "openings"])
+@pytest.mark.parametrize("more", [[], lists(3)], ids=["plain", "answer starts"])
 @pytest.mark.parametrize(
     ("share", "template"),
     [
@@ -405,7 +407,7 @@ def test_the_state_of_another_training_is_refused(world, tmp_path):
             train_jointly(world.load(), examples(2), SETTINGS, folder=tmp_path, **changed)
     with pytest.raises(StateError, match="belongs to a training"):
         train_jointly(world.load(), examples(3), SETTINGS, folder=tmp_path)
-    marked = [replace(one, openings=(len(one.experts) - 1,)) for one in examples(2)]
+    marked = [replace(one, answer_starts=(len(one.experts) - 1,)) for one in examples(2)]
     with pytest.raises(StateError, match="belongs to a training"):
         train_jointly(world.load(), marked, SETTINGS, folder=tmp_path)
     whole = (tmp_path / FILE).read_bytes()

@@ -166,10 +166,10 @@ def test_tokens_belong_to_the_task_of_their_characters(
         unowned = [i for i, owner in zip(ids, owners, strict=True) if owner is None]
         assert "Answer each of the following" in tokenizer.decode(unowned)
         assert owners[-1] == composite.questions[-1].task  # the end of the answer
-        openings = composite.answer_openings(tokenizer)
-        assert tokenizer.decode([ids[place] for place in openings]) == "1. 2. 3. "
+        answer_starts = composite.answer_starts(tokenizer)
+        assert tokenizer.decode([ids[place] for place in answer_starts]) == "1. 2. 3. "
         tasks = [question.task for question in composite.questions]
-        assert [*dict.fromkeys(owners[place] for place in openings)] == tasks
+        assert [*dict.fromkeys(owners[place] for place in answer_starts)] == tasks
 
 
 def test_tokens_of_several_characters_have_one_owner_each() -> None:
@@ -187,8 +187,8 @@ def test_tokens_of_several_characters_have_one_owner_each() -> None:
     (composite,) = compose(ROWS, 3, 1, seed=0)
     ids, owners = composite.encode(merged)
     assert len(ids) < len(composite.prompt + composite.response)
-    openings = [ids[place] for place in composite.answer_openings(merged)]
-    assert str(merged.decode(openings)).replace("Ġ", "").replace(" ", "") == "1.2.3."
+    answer_starts = [ids[place] for place in composite.answer_starts(merged)]
+    assert str(merged.decode(answer_starts)).replace("Ġ", "").replace(" ", "") == "1.2.3."
     changes = [o for o, before in zip(owners, [None, *owners], strict=False) if o != before]
     tasks = [question.task for question in composite.questions]
     assert changes == tasks + tasks
@@ -208,4 +208,4 @@ def test_a_space_that_a_tokenizer_cuts_off_belongs_to_its_task(
     cuts.backend_tokenizer.post_processor = processors.ByteLevel(trim_offsets=True)
     for composite in compose(ROWS, 3, 2, seed=0):
         assert composite.encode(cuts) == composite.encode(tokenizer)
-        assert composite.answer_openings(cuts) == composite.answer_openings(tokenizer)
+        assert composite.answer_starts(cuts) == composite.answer_starts(tokenizer)

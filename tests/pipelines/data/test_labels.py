@@ -43,8 +43,8 @@ def test_each_token_of_a_composite_belongs_to_the_expert_of_its_question(
         assert "blue" not in text[0]
         assert "blue" in text[1]
         assert "red" not in text[1]
-        opened = str(tokenizer.decode([sequence.input_ids[i] for i in sequence.openings]))
-        assert opened.split() == [f"{i}." for i in range(1, len(sequence.openings) // 3 + 1)]
+        opened = str(tokenizer.decode([sequence.input_ids[i] for i in sequence.answer_starts]))
+        assert opened.split() == [f"{i}." for i in range(1, len(sequence.answer_starts) // 3 + 1)]
 
 
 def test_the_digits_of_an_answers_number_may_belong_to_nobody(
@@ -65,7 +65,7 @@ def test_the_digits_of_an_answers_number_may_belong_to_nobody(
         assert {after.experts[i] for i in changed} == {UNLABELLED}
         numbers = str(tokenizer.decode([before.input_ids[i] for i in changed]))
         assert "".join(numbers.split()) == "".join(map(str, range(1, 13)))
-        assert {*after.openings} == {*before.openings} - {*changed}
+        assert {*after.answer_starts} == {*before.answer_starts} - {*changed}
 
 
 def test_what_a_composite_shows_solved_belongs_to_its_experts_too(
@@ -77,8 +77,9 @@ def test_what_a_composite_shows_solved_belongs_to_its_experts_too(
     )
     assert len(plain) == len(shown) == QUESTIONS_IN_COMPOSITES
     for alone, sequence in zip(plain, shown, strict=True):
-        numbers = [str(tokenizer.decode([sequence.input_ids[i]])) for i in sequence.openings]
-        assert len(numbers) == len(alone.openings)  # of the answers to write, not of those shown
+        numbers = [str(tokenizer.decode([sequence.input_ids[i]])) for i in sequence.answer_starts]
+        # of the answers to write, not of those shown
+        assert len(numbers) == len(alone.answer_starts)
         text = {
             e: str(
                 tokenizer.decode(
@@ -111,7 +112,7 @@ def test_lists_of_one_experts_rows_are_its_own_and_say_where_answers_begin(
         assert sequence.owners == {3}
         own = [t for t, e in zip(sequence.input_ids, sequence.experts, strict=True) if e == 3]
         assert "Answer each of the following" not in str(tokenizer.decode(own))
-        opened = str(tokenizer.decode([sequence.input_ids[i] for i in sequence.openings]))
+        opened = str(tokenizer.decode([sequence.input_ids[i] for i in sequence.answer_starts]))
         assert opened.split() in (["1.", "2."], ["1.", "2.", "3.", "4.", "5."])
     lists = [Row(f"list {i}?", "1. one\n2. two") for i in range(3)]
     assert not Labeller(tokenizer).lists(lists, 0, [(2, 0)])

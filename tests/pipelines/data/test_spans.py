@@ -56,7 +56,7 @@ def test_each_token_belongs_to_the_expert_that_its_part_names(
         1: "and what is 3 + 4?, 7",
     }
     assert sequence.experts[-1] == 1  # the end of the sequence is the last one's
-    assert not sequence.openings
+    assert not sequence.answer_starts
 
 
 def test_a_token_that_a_tokenizer_puts_in_front_belongs_to_nobody(

@@ -42,13 +42,13 @@ def test_gates_for_composites_are_fitted_in_halves(
     assert [router.crossed for router in planned] == [crossed for _, crossed in asked]
     assert [router.crossed for router in planned] == [False, True]
     (plain, _), (mixed, _) = asked
-    assert not any(sequence.openings for sequence in plain)
-    opened = [sequence for sequence in mixed if sequence.openings]
+    assert not any(sequence.answer_starts for sequence in plain)
+    opened = [sequence for sequence in mixed if sequence.answer_starts]
     assert opened
     for sequence in opened:
-        for place in sequence.openings:  # behind a digit that belongs to nobody
+        for place in sequence.answer_starts:  # behind a digit that belongs to nobody
             assert sequence.experts[place] != UNLABELLED
-        assert sequence.experts[sequence.openings[0] - 1] == UNLABELLED
+        assert sequence.experts[sequence.answer_starts[0] - 1] == UNLABELLED
 
 
 @pytest.mark.parametrize("alone", [(), ("attention",)])
@@ -70,4 +70,4 @@ def test_gates_that_could_not_be_fitted_in_halves_are_said_to_be_so(
     described = open_model.describe(work, plan, made).gates
     assert described["crossed"]
     assert described.get("not_crossed", ()) == alone
-    assert ("not fitted in halves" in capfd.readouterr().err) == bool(alone)
+    assert ("too few examples of" in capfd.readouterr().err) == bool(alone)

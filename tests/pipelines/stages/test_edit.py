@@ -16,7 +16,7 @@ import meteora
 from meteora.adapters import reader
 from meteora.adapters.compatibility import stack_bytes
 from meteora.artifacts import ArtifactId, RouterBuild, file_sha256
-from meteora.artifacts.routers import OPENING_SHARE
+from meteora.artifacts.routers import ANSWER_START_SHARE
 from meteora.checkpoint.manifest import (
     CARD,
     EXPERTS,
@@ -396,7 +396,10 @@ def test_who_joins_a_fit_with_composites_learns_from_lists_of_its_own(
     assert in_halves.num_tokens < with_lists.num_tokens
     assert alone.spec.offsets
     assert (alone.spec.composites, alone.spec.opening_share) == ((), 0.0)
-    assert (with_lists.spec.composites, with_lists.spec.opening_share) == ((2, 3), OPENING_SHARE)
+    assert (with_lists.spec.composites, with_lists.spec.opening_share) == (
+        (2, 3),
+        ANSWER_START_SHARE,
+    )
     assert with_lists.num_tokens > 3 * alone.num_tokens
     assert with_lists.weights_sha256 != alone.weights_sha256
     for wrong in ("many", [1], [10**9], {"2": 3}):

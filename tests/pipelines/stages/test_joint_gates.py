@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file
 
 from meteora.artifacts import short
-from meteora.artifacts.routers import OPENING_SHARE
+from meteora.artifacts.routers import ANSWER_START_SHARE
 from meteora.checkpoint.manifest import CARD, read_manifest
 from meteora.fitting.sequences import TrainingError
 from pipelines.reports.summary import summarise
@@ -77,7 +77,7 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_gates(
     assert summary is not None
     assert summary.routing is not None
     assert summary.routing.accuracy > 0.8  # after six steps
-    assert planned.router.loss_opening_share == OPENING_SHARE
+    assert planned.router.loss_opening_share == ANSWER_START_SHARE
     assert planned.router.openings_apart
     assert not planned.router.crossed  # it has no sweep to cross
     manifest = read_manifest(work.checkpoint_folder(planned.router.id))

@@ -334,6 +334,15 @@ def _tiny_config(kind: str, vocab_size: int) -> Any:
         ),
         "doge": ("DogeConfig", llama),
         "jetmoe": ("JetMoeConfig", llama | {"kv_channels": 8, "num_local_experts": 4}),
+        "minimax": (
+            "MiniMaxConfig",
+            llama
+            | {
+                "layer_types": ["linear_attention", "full_attention"],
+                "num_local_experts": 2,
+                "head_dim": 8,
+            },
+        ),
         "mamba": ("MambaConfig", stateful | {"state_size": 8, "time_step_rank": 4}),
         "rwkv": ("RwkvConfig", stateful),
     }

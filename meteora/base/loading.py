@@ -33,7 +33,7 @@ from transformers.utils import logging as hf_logging
 from meteora.artifacts import Fingerprint, MeteoraError, canonical_sha256
 from meteora.artifacts.specs import place_of
 from meteora.base import placement
-from meteora.base.placement import is_out_of_memory, spreading
+from meteora.base.placement import explain_offloading, is_out_of_memory, spreading
 from meteora.base.sources import SourceError
 from meteora.untrusted.findings import brief, shortened
 
@@ -291,6 +291,7 @@ def _load_model(source: Path, options: dict[str, Any]) -> PreTrainedModel:
             f" {shortened(missing[0])}; take the base as a language model with its output head, or"
             " download or save it again"
         )
+    explain_offloading(model)
     return model
 
 

@@ -12,6 +12,7 @@ import errno
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping
 from contextlib import ExitStack, contextmanager
+from functools import partial, update_wrapper
 from itertools import chain
 from typing import TYPE_CHECKING, Any
 
@@ -89,23 +90,30 @@ def spreading(options: Mapping[str, Any]) -> Generator[None]:
         ) from error
 
 
-@contextmanager
-def computing(model: nn.Module) -> Generator[None]:
-    """A context in which the error of a model that cannot be offloaded is a `PlacementError`.
+def explain_offloading(model: nn.Module) -> None:
+    """Let a model that cannot be offloaded raise a `PlacementError` where it computes.
 
     Accelerate loads the weights of a module when the module is called. DBRX and JetMoE use weights
-    of modules that they do not call.
+    of modules that they do not call. A fit calls each numbered layer by itself.
     """
+    if not any(is_offloaded(part) for part in model.modules()):
+        return
+    for path, part in model.named_modules():
+        if not path or path.rpartition(".")[2].isdecimal():
+            explained = partial(_explained, type(model).__name__, part.forward)
+            part.forward = update_wrapper(explained, part.forward)
+
+
+def _explained(name: str, forward: Callable[..., Any], *args: object, **kwargs: object) -> Any:  # noqa: ANN401
     try:
-        yield
+        return forward(*args, **kwargs)
     except (NotImplementedError, RuntimeError) as error:
-        offloaded = any(is_offloaded(part) for part in model.modules())
-        if not offloaded or not ("meta tensor" in str(error) or "device meta" in str(error)):
+        if not ("meta tensor" in str(error) or "device meta" in str(error)):
             raise
         raise PlacementError(
-            f"{type(model).__name__} uses weights of modules that it does not call, so they cannot"
-            " be read from the disk when they are needed; set `gates: {by_layer: false}` on a"
-            " machine whose memory holds the base, or take another base"
+            f"{name} uses weights of modules that it does not call, so they cannot be read when"
+            " they are needed; take a machine or a device whose memory holds the base, in a recipe"
+            " with `gates: {by_layer: false}`, or another base"
         ) from error
 
 

@@ -21,6 +21,8 @@ if TYPE_CHECKING:
     from transformers._typing import GenerativePreTrainedModel
 
 PROMPTS_PER_BATCH = 16
+ONE_BY_ONE = {"minimax", "recurrent_gemma", "rwkv", "xlstm"}
+"""Architectures in which, in transformers, a batch's prompts or padding change its answers."""
 ONE_CACHE: dict[str, Any] = {"use_cache": True, "num_beams": 1, "cache_implementation": None}
 """Arguments of `generate` with which each token is read once, whatever a base's own config says.
 The cache is the usual one: a static one has no room for the last token, which a trace reads too."""
@@ -42,6 +44,11 @@ def batch_of(model: PreTrainedModel, prompt: Sequence[int]) -> Tensor:
             " it; ask something"
         )
     return torch.tensor([list(prompt)], device=input_device(model))
+
+
+def prompts_at_once(model: PreTrainedModel, number: Any) -> Any:  # noqa: ANN401  (lm-eval: `auto`)
+    """The number of prompts to answer together: the given one, or 1 if a batch mixes them."""
+    return 1 if model.config.model_type in ONE_BY_ONE else number
 
 
 def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> list[int]:
@@ -129,7 +136,7 @@ def answer_all(
     """
     pad, ends = padding_token(tokenizer), end_tokens(model, tokenizer)
     answers: list[list[int]] = [[] for _ in prompts]
-    for chosen in by_length(prompts, PROMPTS_PER_BATCH):
+    for chosen in by_length(prompts, prompts_at_once(model, PROMPTS_PER_BATCH)):
         batch = [prompts[i] for i in chosen]
         rows = padded(batch, pad or 0, "left"), mask_of(batch, "left")
         ids, mask = (row.to(input_device(model)) for row in rows)

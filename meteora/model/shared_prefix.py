@@ -41,9 +41,10 @@ prompt, on the usual cache, without effects of padding."""
 def whole_layers(cache: object) -> list[DynamicLayer] | None:
     """The layers of a cache that holds every token that the model has read.
 
-    None if a layer forgets tokens, such as one with a sliding window.
+    None if a layer forgets tokens, such as one with a sliding window, or if the cache holds more
+    than its layers, as MiniMax's does.
     """
-    layers = cache.layers if isinstance(cache, DynamicCache) else [None]
+    layers = cache.layers if type(cache) is DynamicCache else [None]
     whole = [layer for layer in layers if type(layer) is DynamicLayer]
     return whole if len(whole) == len(layers) else None
 

@@ -44,10 +44,16 @@ class PassInput:
         states = ids if ids is not None else arguments["inputs_embeds"]
         past, *others = (arguments.get(name) for name in CACHES)
         state = next((one for one in others if one is not None), None)
-        num_before = None if past is None else int(past.get_seq_length())
+        num_before = None if past is None else _num_held(past)
         there = _there(arguments.get("attention_mask"), states, num_before)
         goes_on = bool(num_before) if state is None else _holds_a_state(state, states.shape[1])
         return cls(ids, there, goes_on, past if state is None else state)
+
+
+def _num_held(cache: Any) -> int:  # noqa: ANN401  (of many kinds)
+    """The number of tokens in a cache of keys; MiniMax's has none of them in its first layer."""
+    layers = (getattr(layer, "get_seq_length", int)() for layer in getattr(cache, "layers", ()))
+    return int(cache.get_seq_length()) or max(map(int, layers), default=0)
 
 
 def _holds_a_state(cache: Any, length: int) -> bool:  # noqa: ANN401  (of many kinds)

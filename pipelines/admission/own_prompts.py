@@ -22,7 +22,7 @@ from transformers import StoppingCriteria, StoppingCriteriaList
 from meteora.base.chat_template import Template, encode_prompt
 from meteora.base.placement import input_device
 from meteora.model.fused import force_expert, without_experts
-from meteora.model.generate import answer_all, end_tokens, generate_ids
+from meteora.model.generate import answer_all, end_tokens, generate_ids, prompts_at_once
 from pipelines.data.labels import MAX_NEW_TOKENS
 from pipelines.workspace.console import bar
 
@@ -130,22 +130,25 @@ def _sample(
 ) -> list[str]:
     """Texts sampled after the template's opening; only complete ones, without special tokens."""
     ends = {*end_tokens(model, tokenizer), template.question_end[0]}
-    ids = torch.tensor([template.opening] * count, device=input_device(model))
-    with torch.inference_mode():
-        out = generate_ids(
-            model,
-            tokenizer,
-            ids,
-            min(MAX_TOKENS, max(1, resolve_max_length(model.config, tokenizer) - ids.shape[1])),
-            do_sample=True,
-            temperature=1.0,
-            top_k=0,
-            top_p=TOP_P,
-            eos_token_id=sorted(ends),
-            stopping_criteria=StoppingCriteriaList([_MostEnded(ends, ids.shape[1])]),
-        )
+    number, rows = prompts_at_once(model, count), []
+    ids = torch.tensor([template.opening] * number, device=input_device(model))
+    while len(rows) < count:
+        with torch.inference_mode():
+            out = generate_ids(
+                model,
+                tokenizer,
+                ids,
+                min(MAX_TOKENS, max(1, resolve_max_length(model.config, tokenizer) - ids.shape[1])),
+                do_sample=True,
+                temperature=1.0,
+                top_k=0,
+                top_p=TOP_P,
+                eos_token_id=sorted(ends),
+                stopping_criteria=StoppingCriteriaList([_MostEnded(ends, ids.shape[1])]),
+            )
+        rows += out[:, ids.shape[1] :].tolist()
     special, texts = set(tokenizer.all_special_ids), []
-    for row in out[:, ids.shape[1] :].tolist():
+    for row in rows:
         end = next((place for place, token in enumerate(row) if token in ends), 0)
         if not special & set(row[:end]):
             texts.append(str(tokenizer.decode(row[:end])).strip())

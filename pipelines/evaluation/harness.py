@@ -24,7 +24,7 @@ from lm_eval.models.utils import resolve_max_length
 
 from meteora.artifacts import MeteoraError
 from meteora.base.placement import input_device
-from meteora.model.generate import end_tokens
+from meteora.model.generate import end_tokens, prompts_at_once
 from meteora.model.shared_prefix import share_prefix
 from meteora.routing.passes import watcher_of
 from pipelines.data.conversations import takes
@@ -158,6 +158,10 @@ class MaskedModel(HFLM):
 
     _inputs: Collection[tuple[int, ...]] = ()
     """The token ids of the requests, without padding."""
+
+    @property
+    def batch_size(self) -> Any:  # noqa: ANN401  (a number, or `auto`)
+        return prompts_at_once(self.model, super().batch_size)
 
     def _loglikelihood_tokens(
         self,

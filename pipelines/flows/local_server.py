@@ -67,7 +67,9 @@ def use_local_server(home: Path) -> bool:
         SecretError: Other users could read the home's secret.
         NoSpaceError: The disk has no room for its database.
         ServerError: It did not start, or the living one asks for no secret, or for another.
+        RuntimeError: The user has no home folder.
     """
+    Path.home()  # Prefect looks for it when it is imported, also in the process of the server
     folder = home / "prefect"
     make_private(folder)
     with ExitStack() as held:

@@ -21,6 +21,7 @@ from meteora.artifacts import (
 from meteora.base import loading
 from meteora.base.placement import input_device
 from meteora.model.fused import expert_names
+from meteora.model.generate import prompts_at_once
 from meteora.routing.layer import routed_layers
 from pipelines.admission import silent_experts
 from pipelines.evaluation import evaluate, routing_stats, speed
@@ -159,9 +160,6 @@ def _batch_size(
 ) -> int:
     """The number of prompts to answer together, for the task and system of a measurement."""
     settings = work.recipe.benchmark
-    if model.config.model_type == "rwkv":
-        say_once("prompts are asked one by one: transformers' RWKV mixes those of a batch")
-        return 1
     if settings.batch_size != "auto":
         return settings.batch_size
     task, shape = plan.tasks[measurement.spec.task], loading.shape_of_model(model)
@@ -170,7 +168,8 @@ def _batch_size(
         routed = [shape.linears[f"{path}.projection"] for path in routed_layers(model)]
         held += sum(a * b for a, b in routed) * shape.dtype.itemsize
     tokens = longest(task, model.config, tokenizer)
-    number = rows_at_once(settings, shape, tokens, held_bytes=held, memory_bytes=memory_bytes())
+    most = rows_at_once(settings, shape, tokens, held_bytes=held, memory_bytes=memory_bytes())
+    number: int = prompts_at_once(model, most)
     say_once(f"{task.name}: {number} prompts are answered together")
     return number
 

@@ -12,7 +12,7 @@ import torch
 
 from meteora.artifacts import WITH_GATES, AdapterSpec, ArtifactId, BuiltBase, FusedSpec, RouterBuild
 from meteora.base import loading
-from meteora.base.placement import computing, placed
+from meteora.base.placement import placed
 from meteora.checkpoint.manifest import (
     EXPERTS,
     GATES,
@@ -125,9 +125,6 @@ def opened(
 
     Args:
         device_map: the device of each module; None for one device
-
-    Raises:
-        PlacementError: the model cannot compute where the map places it.
     """
     require_sound(work.ledger, plan.base)
     if device_map is None and plan.base.quantise:  # quantised weights are made on their device
@@ -149,8 +146,7 @@ def opened(
         if device_map is None:
             # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
             torch.nn.Module.to(model, choose_device())
-        with computing(model):
-            yield model, tokenizer
+        yield model, tokenizer
 
 
 def map_to_fit(work: RunContext, plan: Plan) -> dict[str, str] | None:

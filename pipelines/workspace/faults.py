@@ -32,6 +32,8 @@ ADVICE = {
     errno.ETIMEDOUT: "the server did not answer in time; run again",
 }
 """The advice for each fault; other errors are our own faults, and keep their traceback."""
+NO_HOME = "Could not determine home directory"
+"""The beginning of pathlib's RuntimeError for a user without a home folder."""
 IN_TEXT = re.compile(r"\(os error (\d+)\)")
 """The errno in messages of libraries in Rust."""
 
@@ -81,6 +83,11 @@ def _of_one(error: BaseException) -> str | None:
         name = error.filename2 or error.filename  # filename2 is the target of a copy
         where = f"{name}: " if isinstance(name, str) else ""
         return where + ADVICE[error.errno]
+    if isinstance(error, RuntimeError) and str(error).startswith(NO_HOME):
+        return (
+            "the home folder of a user cannot be found; set HOME to a folder that you can write to,"
+            " and name no user after `~` in a path"
+        )
     number = IN_TEXT.search(str(error))
     if number and (advice := ADVICE.get(int(number[1]))):
         return f"{brief(Exception(IN_TEXT.sub('', str(error))))}: {advice}"

@@ -55,9 +55,9 @@ class Cost:
     solve_seconds: float
     """Seven shrinkages judged on held-out tokens, and the gate."""
     keep_seconds: float
-    """What is stored so that experts can be added."""
+    """The directions from which experts can be added."""
     kept_megabytes: float
-    """Of that, in the file of statistics."""
+    """Of these and the means; a file of statistics has fewer directions."""
     forward_seconds: float
     peak_megabytes: float
     heldout_accuracy: float

@@ -36,6 +36,7 @@ from meteora.fitting.background import fit_to_background
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.layerwise import Sweep, SweepError
 from meteora.fitting.sequences import LabelledSequence
+from meteora.model.chat import Chat
 from meteora.model.fused import EXPERTS, force_expert, insert_layer, without_experts
 from meteora.model.update_sizes import read_prompts
 from meteora.routing.gates import gates_of
@@ -43,6 +44,7 @@ from meteora.routing.hooks import recorded_logits, recorded_routes
 from meteora.routing.layer import routed_layers
 from meteora.routing.passes import WATCHER
 from tests.conftest import peft_is_behind
+from tests.pipelines.conftest import CHAT_TEMPLATE
 
 SPLIT = ["q_proj", "o_proj", "up_proj", "down_proj"]
 JOINED = ["query_key_value", "dense", "dense_h_to_4h", "dense_4h_to_h"]
@@ -62,6 +64,7 @@ TARGETS = {
     "bloom": JOINED,
     "mamba": ["in_proj", "x_proj"],
 }
+MINIMAX = ["qkv_proj", "q_proj"]
 
 
 def test_the_page_names_what_is_tried():
@@ -82,7 +85,7 @@ def stacked(build_base, build_adapter, fuse_adapters, tmp_path_factory):
 
     @cache
     def stack(kind):
-        base, targets = build_base(kind), TARGETS[kind]
+        base, targets = build_base(kind), TARGETS.get(kind, MINIMAX)
         folder = tmp_path_factory.mktemp(kind)
         lora = {"fan_in_fan_out": True} if kind == "gpt2" else {}
         adapters = {
@@ -183,8 +186,8 @@ def test_the_sizes_of_a_base_are_known_without_its_weights(kind, build_base):
     assert (shape.cache_bytes_per_token == 0) == (kind == "mamba")  # it has a state, of one size
 
 
-def test_a_question_decides_for_its_answer_with_a_cache_and_without(made):
-    _, _, model = made
+def decide_by_turns(model):
+    """Fit gates that decide by questions; an answer then has one expert, with a cache or not."""
     options = RouterOptions("gate", 1, 1.0, opening="prompt", share="turn")
     template = Template((60, 61, 62), (63, 64))
     calibrate(model, sequences(8), options, template=template)
@@ -198,12 +201,34 @@ def test_a_question_decides_for_its_answer_with_a_cache_and_without(made):
     for _, chosen in routes.values():
         experts = chosen.view(len(rows), -1)
         assert (experts == experts[:, :1]).all()
+    return found
+
+
+def test_a_question_decides_for_its_answer_with_a_cache_and_without(made):
+    _, _, model = made
+    found = decide_by_turns(model)
     # the rule for the opening alone sees the model's passes, too
     options = RouterOptions("gate", 1, 1.0, opening="prompt", share="point")
-    calibrate(model, sequences(8), options, template=template)
+    calibrate(model, sequences(8), options, template=Template((60, 61, 62), (63, 64)))
     with torch.no_grad():
         model(found)
     assert getattr(model, WATCHER).now.opening.shape == found.shape
+
+
+def test_a_cache_with_a_state_in_its_first_layer_is_gone_on_with_and_not_cut(
+    stacked, tokenizer, monkeypatch
+):
+    """MiniMax's has no keys there, and its states cannot go back."""
+    base, _, fused = stacked("minimax")
+    model: Any = meteora.load(fused, base_folder=base)[0]
+    decide_by_turns(model)
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT_TEMPLATE)
+    chat, messages = Chat(model, tokenizer), [{"role": "user", "content": "one"}]
+    for content in ("two", "three"):
+        answer = chat.answer(messages, max_new_tokens=3).text
+        messages += [{"role": "assistant", "content": answer}, {"role": "user", "content": content}]
+    alone = Chat(model, tokenizer).answer(messages, max_new_tokens=3)
+    assert chat.answer(messages, max_new_tokens=3) == alone
 
 
 def test_layers_that_skip_the_tokens_of_a_prompt_where_they_can_are_traced(stacked, tokenizer):

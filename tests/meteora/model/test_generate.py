@@ -12,6 +12,7 @@ from torch.utils._pytree import tree_leaves
 import meteora
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import Template
+from meteora.base.loading import load_folder
 from meteora.model.fused import make_router
 from meteora.model.generate import EmptyPromptError, _TerminalStreamer, answer_all
 from meteora.routing.layer import routed_by
@@ -144,6 +145,14 @@ def test_a_padding_token_inside_a_prompt_is_read_as_any_other(model, tokenizer) 
     asked = {"max_new_tokens": 8, "do_sample": False, "pad_token_id": 0}
     expected = model.generate(ids, attention_mask=torch.ones_like(ids), **asked)[0].tolist()
     assert list(meteora.trace(model, tokenizer, ids[0].tolist(), max_new_tokens=8).ids) == expected
+
+
+def test_prompts_that_a_batch_would_mix_are_answered_one_by_one(build_base) -> None:
+    """In transformers' RWKV each row of a batch reads the states of all."""
+    model, tokenizer = load_folder(build_base("rwkv"))
+    prompts = [tokenizer(prompt).input_ids for prompt in (*PROMPTS, "OTHER WORDS")]
+    alone = [answer_all(model, tokenizer, [prompt], 8)[0] for prompt in prompts]
+    assert answer_all(model, tokenizer, prompts, 8) == alone
 
 
 def test_progress_counts_each_prompt_once(model, tokenizer, monkeypatch) -> None:

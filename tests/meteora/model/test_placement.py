@@ -17,7 +17,6 @@ from meteora.base.chat_template import Template
 from meteora.base.loading import layers_on_disk, load_folder
 from meteora.base.placement import (
     PlacementError,
-    computing,
     held,
     input_device,
     is_offloaded,
@@ -213,12 +212,16 @@ def test_a_model_that_uses_weights_without_their_module_is_refused_on_the_disk(
     build_base: Callable[[str], Path], ids: torch.Tensor
 ) -> None:
     folder = build_base("jetmoe")
-    spread, _ = load_folder(folder, options={"device_map": layers_on_disk(folder, "cpu")})
+    spread: Any = load_folder(folder, options={"device_map": layers_on_disk(folder, "cpu")})[0]
     says = "JetMoeForCausalLM uses weights of modules that it does not call"
-    with pytest.raises(PlacementError, match=says), computing(spread):
+    with pytest.raises(PlacementError, match=says):
         spread(ids)
-    with pytest.raises(RuntimeError, match="another fault"), computing(spread):
-        raise RuntimeError("another fault")
+    layer, hidden = spread.base_model.layers[0], torch.zeros(1, 3, spread.config.hidden_size)
+    positions = spread.base_model.rotary_emb(hidden, torch.arange(3)[None])
+    with pytest.raises(PlacementError, match=says):
+        layer(hidden, position_embeddings=positions)  # as a fit of gates calls it
+    with pytest.raises(RuntimeError, match="must match"):
+        layer(hidden[..., :-1], position_embeddings=positions)
 
 
 def test_what_one_gate_decides_reaches_layers_on_another_device(

@@ -9,6 +9,7 @@ import shutil
 from itertools import count
 from string import ascii_lowercase, digits
 from typing import TYPE_CHECKING, Any, cast
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -149,6 +150,20 @@ def test_prompts_and_their_answers_fit_into_the_base_s_context(
     written = own_prompts.write_prompts(model, tokenizer, [*ALPHABETS], 40)
     assert written[WRITER]
     assert max(last) < room
+
+
+def test_prompts_that_a_batch_would_mix_are_written_one_by_one(
+    fused: tuple[PreTrainedModel, PreTrainedTokenizerBase], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from meteora.base.chat_template import Template
+    from pipelines.admission import own_prompts
+
+    model, tokenizer = fused
+    monkeypatch.setattr(model.config, "model_type", "rwkv")
+    generate = Mock(wraps=own_prompts.generate_ids)
+    monkeypatch.setattr(own_prompts, "generate_ids", generate)
+    own_prompts._sample(model, tokenizer, Template.of(tokenizer), 3)
+    assert [len(call.args[2]) for call in generate.call_args_list] == [1, 1, 1]
 
 
 def test_without_a_chat_template_nobody_knows_where_a_prompt_ends(

@@ -21,6 +21,7 @@ from meteora.artifacts import (
     canonical_sha256,
 )
 from meteora.base.chat_template import encode_pair, encode_prompt
+from meteora.base.loading import load_folder
 from meteora.checkpoint.tensors import Gates
 from meteora.model.fused import force_expert, without_experts
 from meteora.model.generate import answer_all
@@ -42,6 +43,7 @@ from pipelines.scoring.outputs import (
 )
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
     from transformers import PreTrainedTokenizerBase
@@ -94,6 +96,15 @@ def test_the_harness_asks_what_generate_is_asked(
     assert score.templated == bool(template)
     assert score.num_samples == len(ROWS)
     assert score.harness.startswith("lm-eval ")
+
+
+def test_prompts_that_a_batch_would_mix_are_asked_one_by_one(
+    build_base: Callable[[str], Path],
+) -> None:
+    model, tokenizer = load_folder(build_base("rwkv"))
+    found = evaluate_task(model, tokenizer, task([*ROWS, Row("OTHER", "x")]), batch_size=2)
+    for output in found.outputs:
+        assert output["output"] == greedy(model, tokenizer, output["prompt"], 6)
 
 
 def test_a_template_without_a_begin_token_gets_none(

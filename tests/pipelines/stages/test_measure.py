@@ -51,17 +51,6 @@ def told(work: RunContext, planned: Plan) -> Summary:
     return summary
 
 
-def test_a_model_that_mixes_the_prompts_of_a_batch_is_asked_one_by_one(
-    workplace: Callable[..., RunContext],
-) -> None:
-    """As transformers' RWKV does: rows of one length get other answers than alone."""
-    work, said = workplace(benchmark={"batch_size": 4}), Mock()
-    planned = plan_of(work)
-    asked = planned.measurements[0], Mock(config=Mock(model_type="rwkv")), Mock()
-    assert measure._batch_size(work, planned, *asked, said) == 1
-    said.assert_called_once()
-
-
 def test_every_kind_of_task_and_control_is_measured_compared_and_timed(
     workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -4,13 +4,16 @@ from __future__ import annotations
 
 import errno
 import os
+import pwd
 import socket
 from typing import TYPE_CHECKING
+from unittest.mock import Mock
 
 import pytest
 from safetensors import SafetensorError
 
 from pipelines.cli import app
+from pipelines.flows.local_server import use_local_server
 from pipelines.workspace.faults import ADVICE, describe
 from store.ledger import Ledger
 from tests.pipelines.cli.command_line import ask, meteora
@@ -95,6 +98,21 @@ def test_the_command_line_says_it_and_leaves_other_errors_alone(
     raising(KeyError("ours"))
     with pytest.raises(KeyError):
         ask("run")
+
+
+def test_a_user_without_a_home_folder_is_told_to_set_one(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As in a container that runs under a number that no user has."""
+    for name in ("HOME", "METEORA_HOME", "PREFECT_API_URL"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(pwd, "getpwuid", Mock(side_effect=KeyError))
+    sentence = "error: the home folder of a user cannot be found; set HOME to a folder"
+    refused(ask("sql"), sentence)
+    with pytest.raises(RuntimeError) as without:
+        use_local_server(tmp_path / "home")
+    assert str(describe(without.value)) in ask("sql").stderr
+    assert not (tmp_path / "home").exists()
 
 
 @pytest.mark.parametrize("words", READERS, ids=lambda words: "-".join(words[:2]))

@@ -30,11 +30,12 @@ if TYPE_CHECKING:
 USER = """
 import os, sys
 from pathlib import Path
-from pipelines.workspace.environment import prepare
+from pipelines.workspace.environment import prepare, use_prefect_of
 from pipelines.flows.local_server import use_local_server
 
 home = Path(sys.argv[1])
-prepare(home)
+prepare()
+use_prefect_of(home)
 started = use_local_server(home)
 print(started, os.environ["PREFECT_API_URL"], flush=True)
 sys.stdin.read()

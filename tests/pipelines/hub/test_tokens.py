@@ -23,6 +23,7 @@ from pipelines.data.row_sources import ExamplesError, read_rows
 from pipelines.hub.errors import InsecureEndpointError
 from pipelines.publishing import publish, reload_worker
 from pipelines.recipe.recipe import Recipe
+from pipelines.workspace.environment import SETTINGS
 from tests.pipelines.admission.test_discover import COMMIT, adapter_repo
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.hub.hub_server import running_hub
@@ -62,15 +63,19 @@ def test_every_command_that_asks_the_hub_takes_the_option() -> None:
     assert naming - BY_RECIPE <= WITH_OPTION
 
 
-def test_libraries_send_no_token_by_themselves_in_a_run() -> None:
+def test_libraries_send_no_token_by_themselves_in_any_command(tmp_path: Path) -> None:
+    """A process of its own: in that of these tests the settings are there from the beginning."""
     code = (
-        "from pathlib import Path; from pipelines.workspace.environment import prepare\n"
-        "prepare(Path('home'))\n"
+        "import contextlib, sys; from pipelines.cli.app import main\n"
+        "with contextlib.suppress(SystemExit): main()\n"
         "from huggingface_hub.utils import build_hf_headers; print(build_hf_headers())"
     )
+    words = ["check", str(tmp_path / "none"), "--home", str(tmp_path / "home")]
+    bare = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     said = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=os.environ
+        [sys.executable, "-c", code, *words], check=True, capture_output=True, text=True, env=bare
     )
+    assert "there is nothing here" in said.stdout
     assert "user-agent" in said.stdout
     assert "hf_saved" not in said.stdout
 

@@ -6,6 +6,7 @@ import errno
 import re
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 from meteora.artifacts import MeteoraError
@@ -75,7 +76,7 @@ def describe(error: BaseException) -> str | None:
 
 
 def _of_one(error: BaseException) -> str | None:
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or _is_memory_of_torch(error):
         return ADVICE[errno.ENOMEM]
     if isinstance(error, socket.gaierror):
         return "the name of a server cannot be looked up; check the network, and run again"
@@ -92,3 +93,11 @@ def _of_one(error: BaseException) -> str | None:
     if number and (advice := ADVICE.get(int(number[1]))):
         return f"{brief(Exception(IN_TEXT.sub('', str(error))))}: {advice}"
     return None
+
+
+def _is_memory_of_torch(error: BaseException) -> bool:
+    if "torch" not in sys.modules:  # which takes seconds to load
+        return False
+    from meteora.base.placement import is_out_of_memory  # noqa: PLC0415
+
+    return is_out_of_memory(error)

@@ -10,7 +10,7 @@ import sys
 from pathlib import Path
 
 from meteora.artifacts import MeteoraError
-from meteora.untrusted.findings import brief
+from meteora.untrusted.findings import brief, causes
 
 ADVICE = {
     errno.ENOSPC: "the disk is full; free some space and run again, what was finished is kept",
@@ -65,14 +65,8 @@ def describe(error: BaseException) -> str | None:
 
     An error of another library may hide the fault that caused it, so its causes are searched.
     """
-    link: BaseException | None = error
-    seen: list[BaseException] = []
-    while link is not None and link not in seen:
-        seen.append(link)
-        if (sentence := _of_one(link)) is not None:
-            return sentence
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
-    return None
+    sentences = map(_of_one, causes(error))
+    return next((sentence for sentence in sentences if sentence is not None), None)
 
 
 def _of_one(error: BaseException) -> str | None:

@@ -201,7 +201,7 @@ def test_the_process_that_compares_loads_as_it_is_told(
     monkeypatch.setattr(meteora, "load", load)
     monkeypatch.setattr(reload_worker, "encode_prompt", lambda *_: [1, 2, 3])
     monkeypatch.setattr(reload_worker, "find_checkpoint", lambda *_, **__: world.checkpoint)
-    there: dict[str, Any] = {"folder": "x", "repo_id": "org/model", "revision": "main"}
+    there: dict[str, Any] = {"folder": "x", "repo_id": "org/model", "revision": "main", "names": []}
     how = {"download": {"token": False}, "device": "cpu", "dtype": "bfloat16"}
     found = reload_worker.compare(**there, cache_dir=str(tmp_path), base_folder=None, **how)
     assert found["difference"] == 0

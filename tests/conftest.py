@@ -25,7 +25,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 from hypothesis import settings
 
-from pipelines.workspace.environment import prepare
+from pipelines.workspace.environment import prepare, use_prefect_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator
@@ -101,7 +101,8 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
 
 for name in SERVER:
     os.environ.pop(name, None)
-prepare(PREFECT_HOME)
+prepare()
+use_prefect_of(PREFECT_HOME)
 
 
 def copy_database(folder: Path) -> None:

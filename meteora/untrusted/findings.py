@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import codecs
-from collections.abc import Iterable
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
 from pathlib import Path
@@ -80,6 +80,20 @@ def brief(error: Exception) -> str:
     An error without a message is named by its class.
     """
     return shortened(" ".join(str(error).split()).partition(". ")[0], 300) or type(error).__name__
+
+
+def causes(error: BaseException | None, *, hidden: bool = False) -> Iterator[BaseException]:
+    """Yield an error and its causes, each once: they may go in a circle.
+
+    Args:
+        hidden: also those that `raise … from None` hides
+    """
+    seen: list[BaseException] = []
+    while error is not None and error not in seen:
+        yield error
+        seen.append(error)
+        told = error.__context__ if hidden or not error.__suppress_context__ else None
+        error = error.__cause__ or told
 
 
 def not_utf8(path: Path, error: UnicodeDecodeError) -> str:

@@ -14,7 +14,7 @@ from urllib.parse import urlencode
 
 from httpx2 import TransportError  # what huggingface_hub speaks HTTP with
 
-from meteora.untrusted.findings import brief, listed
+from meteora.untrusted.findings import brief, causes, listed
 from pipelines.data.pinned import cached_entries, pin
 from pipelines.data.row_sources import HOW_TO_GET_ACCESS, hub_items, read_rows
 from pipelines.data.rows import ExamplesError, Row
@@ -80,15 +80,14 @@ def _is_fault_of_hub(error: BaseException | None) -> bool:
     transient = (ConnectionError, TimeoutError, TransportError)
     return any(
         isinstance(one, transient) or status == 429 or status >= 500
-        for one, status in _causes(error)
+        for one, status in _with_status(error)
     )
 
 
-def _causes(error: BaseException | None) -> Iterator[tuple[BaseException, int]]:
+def _with_status(error: BaseException | None) -> Iterator[tuple[BaseException, int]]:
     """An error and its causes, each with the HTTP status of its answer, or 0."""
-    while error is not None:
-        yield error, getattr(getattr(error, "response", None), "status_code", 0)
-        error = error.__cause__ or error.__context__
+    for one in causes(error, hidden=True):  # `datasets` hides what it met on the Hub
+        yield one, getattr(getattr(one, "response", None), "status_code", 0)
 
 
 def _options(name: str, token: str | None) -> dict[str, str]:
@@ -143,7 +142,7 @@ def _fault(name: str, error: Exception) -> ExamplesError:
         )
     is_hidden = any(
         status in (401, 403) or isinstance(one, FileNotFoundError)  # so `datasets` says it
-        for one, status in _causes(error)
+        for one, status in _with_status(error)
     )
     hint = f"; if it is gated or private, {HOW_TO_GET_ACCESS}" if is_hidden else ""
     return NoCardExamplesError(f"{name} cannot be read ({brief(error)}){hint}")

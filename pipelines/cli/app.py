@@ -18,6 +18,7 @@ import typer
 from meteora.artifacts import MeteoraError
 from pipelines.cli import benchmark, chat, checkpoint, experts, recipe, run, store
 from pipelines.workspace.console import CONSOLE, QUIET, say
+from pipelines.workspace.environment import prepare
 from pipelines.workspace.faults import describe
 
 app = typer.Typer(
@@ -61,6 +62,7 @@ def options(
     os.environ[QUIET] = "1" if quiet else ""  # for processes that this one starts
     if verbose:
         os.environ.setdefault("PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL", "INFO")
+    prepare()
 
 
 def main() -> None:

@@ -16,7 +16,7 @@ from meteora.artifacts import MeteoraError
 from pipelines.cli import options
 from pipelines.recipe.stage import Stage
 from pipelines.workspace.console import say
-from pipelines.workspace.environment import has_server, prepare
+from pipelines.workspace.environment import has_server, use_prefect_of
 
 if TYPE_CHECKING:
     from pipelines.flows.flow import Made
@@ -60,7 +60,7 @@ def run(
         raise typer.BadParameter(f"--dask and --ray take 1 to {MOST_WORKERS}, or an address")
     if dry_run and as_json:
         raise typer.BadParameter("--dry-run prints text for people; leave out --json")
-    prepare(home)
+    use_prefect_of(home)
     try:
         from pipelines.flows.up_to_date import look, look_or_reason
         from pipelines.workspace.context import RunContext
@@ -110,7 +110,7 @@ def schedule(
         from pipelines.workspace.cron import require_schedule
 
         require_schedule(cron, timezone)
-    prepare(home)
+    use_prefect_of(home)
     from pipelines.workspace.context import RunContext
 
     contexts = [RunContext.open(recipe, home) for recipe in recipes]

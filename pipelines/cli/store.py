@@ -227,7 +227,9 @@ def serve(
 
     ledger = options.open_ledger(home)
     ledger.ingest()
-    token = os.environ.get("METEORA_TOKEN") or secrets.token_urlsafe(24)
+    of_user = os.environ.get("METEORA_TOKEN")
+    token = of_user or secrets.token_urlsafe(24)
+    shown = "…" if of_user else token  # a user's own may not go into logs
     for url in serve_snapshot(ledger.index.snapshot, address, token):
         say(f"serving {ledger.index.snapshot} at {url}")
-        say(f"CREATE SECRET (TYPE quack, TOKEN '{token}'); ATTACH '{address}' AS ledger")
+        say(f"CREATE SECRET (TYPE quack, TOKEN '{shown}'); ATTACH '{address}' AS ledger")

@@ -27,6 +27,7 @@ from meteora.base.sources import PATH
 from pipelines.admission import sources, verdicts
 from pipelines.flows import device_lock, missed_runs, run_page
 from pipelines.flows.up_to_date import Finished, Look, look_or_reason
+from pipelines.hub.upload import hub_to_publish
 from pipelines.planning.resolve import Steps, complete, recording, resolve
 from pipelines.recipe.recipe import (
     DeadlinesSection,
@@ -248,6 +249,8 @@ def _show(context: RunContext, plan: Plan) -> Finished:
 def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
     """Run every stage up to `until`; returns the plan if the benchmark is one of them."""
     context = run.context
+    if until is Stage.publish and context.recipe.publish is not None:
+        hub_to_publish(context.recipe, context.recipe.publish.repo)  # or it is refused at the end
     with run.stage(Stage.base):
         base = looked.base or resolve_base(context)
         built = build_base(run, base)

@@ -72,6 +72,7 @@ def use_local_server(home: Path) -> bool:
     Path.home()  # Prefect looks for it when it is imported, also in the process of the server
     folder = home / "prefect"
     make_private(folder)
+    _leave_out_the_proxy()
     with ExitStack() as held:
         start = held.enter_context((folder / "start.lock").open("w"))
         fcntl.flock(start, fcntl.LOCK_EX)
@@ -90,6 +91,13 @@ def use_local_server(home: Path) -> bool:
         atexit.register(_leave, users, server, held.pop_all(), leaving)
     threading.Thread(target=_keep_alive, args=(folder, server, leaving), daemon=True).start()
     return server is not None
+
+
+def _leave_out_the_proxy() -> None:
+    """Let this process and those it starts ask this machine itself, and no proxy for it."""
+    named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")  # the order of urllib
+    hosts = ",".join([*filter(None, named.split(",")), HOST])
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = hosts
 
 
 def answers() -> bool:

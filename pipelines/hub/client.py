@@ -20,6 +20,7 @@ from pipelines.hub.errors import (
     HubRateLimitError,
     HubReferenceError,
     HubTimeoutError,
+    HubTokenError,
     InsecureEndpointError,
     hub_error,
 )
@@ -159,9 +160,21 @@ def hub_for(
 
     Args:
         token_for: Owners, or `owner/name`.
+        endpoint: A recipe's. Strangers write recipes, so a token goes only to one that the user
+            named in `HF_ENDPOINT`, or to huggingface.co.
+
+    Raises:
+        HubTokenError: The token would go to another endpoint.
     """
     trusted = not {repo_id, repo_id.partition("/")[0]}.isdisjoint(token_for)
-    return Hub(endpoint, token=get_token() if trusted else None, allow_http=allow_http)
+    hub = Hub(endpoint, token=get_token() if trusted else None, allow_http=allow_http)
+    if hub.token and endpoint and hub.url() not in {PUBLIC, Hub(allow_http=allow_http).url()}:
+        raise HubTokenError(
+            f"{repo_id}: the recipe would send your saved token to {hub.url()}; if you trust that"
+            f" server, set HF_ENDPOINT={hub.url()}, or else take `endpoint` out of the recipe's"
+            " `hub`"
+        )
+    return hub
 
 
 def hub_of(recipe: Recipe, repo_id: str) -> Hub:

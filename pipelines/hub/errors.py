@@ -67,7 +67,7 @@ class HubDiskError(HubError):
 
 
 class HubTokenError(HubError):
-    """There is no token, and nothing can be written without one; or the Hub does not know it."""
+    """There is no token to write with, the Hub does not know it, or it may not go there."""
 
 
 class HubConflictError(HubError):

@@ -317,13 +317,18 @@ def hub_to_publish(recipe: Recipe, repo_id: str) -> Hub:
 
 
 def describe_destination(context: RunContext) -> str:
-    """Where a run publishes to, and the model that it replaces there, if the Hub tells."""
+    """Where a run publishes to, and the model that it replaces there, if the Hub tells.
+
+    Raises:
+        HubTokenError: The recipe would send the saved token to a server of its own choice.
+    """
     section = context.recipe.publish
     assert section is not None  # noqa: S101  (the caller checks it)
     text = f"{section.repo}, {'private' if section.private else 'public'}"
+    hub = hub_to_publish(context.recipe, section.repo)
     with suppress(HubError):  # such as that there is no such repository yet
-        hub = replace(hub_to_publish(context.recipe, section.repo), timeout_seconds=LOOK_SECONDS)
-        if head := Repository(section.repo, hub).shows(MANIFEST):
+        brief = replace(hub, timeout_seconds=LOOK_SECONDS)
+        if head := Repository(section.repo, brief).shows(MANIFEST):
             known = {one.revision for one in context.ledger.publications(section.repo)}
             text += f"; {_replaces(head, known)}"
     return text

@@ -187,6 +187,7 @@ def _check_reload(
             "folder": str(ours.folder),
             "repo_id": to.repo_id,
             "revision": commit,
+            "names": list(bundle.files),
             "cache_dir": str(cache),
             "base_folder": None if ours.base_folder is None else str(ours.base_folder),
             "download": ours.download,
@@ -198,9 +199,9 @@ def _check_reload(
             found = _reload(request, to.hub)
         except ChildError as error:
             raise PublicationError(f"{what} was uploaded and cannot be loaded: {error}") from None
-        for path in Path(found["folder"]).iterdir():
-            if path.name in bundle.files and file_sha256(path) != bundle.files[path.name].sha256:
-                raise PublicationError(f"{what}: {path.name} came back with other bytes")
+        for name, file in bundle.files.items():
+            if file_sha256(Path(found["folder"], name)) != file.sha256:
+                raise PublicationError(f"{what}: {name} came back with other bytes")
     if found["difference"] != 0:
         raise PublicationError(
             f"{what}: loaded anew, its logits differ from this model's by up to"

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from huggingface_hub import hf_hub_download
 from torch import Tensor
 
 from meteora.artifacts import MeteoraError
@@ -35,6 +36,7 @@ def compare(
     folder: str,
     repo_id: str,
     revision: str,
+    names: list[str],
     cache_dir: str,
     base_folder: str | None,
     download: dict[str, str | bool],
@@ -44,12 +46,15 @@ def compare(
     """The folder of the download, and the largest difference of any logit.
 
     Args:
+        names: The files of the publication; a load needs some of them, and all are downloaded.
         download: Options for the download of a base on the Hub.
         device: The device for both, as `FoundCheckpoint` takes it.
         dtype: The dtype of the base for both.
     """
     token = os.environ.get("HF_TOKEN") or False  # of the publisher, for this repository
     there = find_checkpoint(repo_id, revision, download={"cache_dir": cache_dir, "token": token})
+    for name in names:
+        hf_hub_download(repo_id, name, revision=revision, cache_dir=cache_dir, token=token)
     ours = FoundCheckpoint(
         Path(folder),
         None if base_folder is None else Path(base_folder),

@@ -92,7 +92,8 @@ class HubSection(Section):
     """The Hub, and the repositories to which the saved token is sent."""
 
     endpoint: str = ""
-    """The URL of the Hub. Default: `HF_ENDPOINT`, or huggingface.co."""
+    """The URL of the Hub. Default: `HF_ENDPOINT`, or huggingface.co. The saved token goes to
+    another URL only if `HF_ENDPOINT` names it, too."""
     allow_http: bool = False
     """Allow plain http for an endpoint on another machine."""
     token_for: tuple[str, ...] = ()

@@ -11,11 +11,13 @@ import random
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Any
-from urllib.error import HTTPError
-from urllib.request import Request, urlopen
+
+import httpx
 
 from meteora.artifacts import ArtifactId, MeteoraError
+from meteora.untrusted.findings import brief, shortened
 from pipelines.scoring.outputs import read_outputs
 
 if TYPE_CHECKING:
@@ -25,6 +27,8 @@ AT_ONCE = 8
 """Requests at a time."""
 TIMEOUT_SECONDS = 600.0
 """Of one request; a server with many users lets it wait."""
+MOST_BYTES = 16 << 20
+"""Of one answer."""
 
 
 class ServerError(MeteoraError):
@@ -104,54 +108,84 @@ class Server:
                 f"{url} is no address of a server; it begins with http:// or https://"
             )
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
-        listed = [entry["id"] for entry in self._get("/models").get("data", [])]
-        if not model and not listed:
+        with _client() as client:
+            data = self._get(client, "/models").get("data")
+        listed = [one for one in data if isinstance(one, dict)] if isinstance(data, list) else []
+        names = [one["id"] for one in listed if isinstance(one.get("id"), str)]
+        if not model and not names:
             raise ServerError(f"{self.url} lists no model; name one with --model")
-        self.model = model or listed[0]
+        self.model = model or names[0]
 
-    def answer(self, asked: RecordedAnswer) -> str:
-        """The server's greedy answer to the prompt of a recorded answer."""
+    def answers(self, asked: Sequence[RecordedAnswer]) -> list[str]:
+        """The server's greedy answers to the prompts, `AT_ONCE` of them at a time.
+
+        Raises:
+            ServerError: it does not answer one of them, or not by the interface.
+        """
+        with _client() as client, ThreadPoolExecutor(AT_ONCE) as pool:
+            return list(pool.map(partial(self._answer, client), asked))
+
+    def _answer(self, client: httpx.Client, asked: RecordedAnswer) -> str:
         body = {"model": self.model, "temperature": 0, "max_tokens": asked.max_new_tokens}
         if not asked.templated:
-            found = self._get("/completions", body | {"prompt": asked.prompt})
-            return _field(found, self.url, "choices", 0, "text")
+            found = self._get(client, "/completions", body | {"prompt": asked.prompt})
+            return _text(found, self.url, "choices", 0, "text")
         messages = [{"role": "user", "content": asked.prompt}]
         if asked.system_prompt is not None:
             messages.insert(0, {"role": "system", "content": asked.system_prompt})
-        found = self._get("/chat/completions", body | {"messages": messages})
-        return _field(found, self.url, "choices", 0, "message", "content")
+        found = self._get(client, "/chat/completions", body | {"messages": messages})
+        return _text(found, self.url, "choices", 0, "message", "content")
 
-    def answers(self, asked: Sequence[RecordedAnswer]) -> list[str]:
-        """The server's answers to all prompts, `AT_ONCE` of them at a time."""
-        with ThreadPoolExecutor(AT_ONCE) as pool:
-            return list(pool.map(self.answer, asked))
-
-    def _get(self, path: str, body: dict[str, Any] | None = None) -> dict[str, Any]:
-        data = None if body is None else json.dumps(body).encode()
-        request = Request(  # noqa: S310  (the scheme was checked)
-            self.url + path, data, {"Content-Type": "application/json"}
-        )
+    def _get(
+        self, client: httpx.Client, path: str, body: dict[str, Any] | None = None
+    ) -> dict[str, Any]:
+        url, data = self.url + path, None if body is None else json.dumps(body).encode()
         try:
-            with urlopen(request, timeout=TIMEOUT_SECONDS) as answer:  # noqa: S310
-                found = json.load(answer)
-        except HTTPError as error:
-            with error:
-                text = error.read(300).decode("utf-8", "replace")
-            raise ServerError(f"{self.url}{path} answers {error.code}: {text}") from error
-        except OSError as error:
-            raise ServerError(f"{self.url}{path} does not answer: {error}") from error
-        except ValueError as error:
-            raise ServerError(f"{self.url}{path} does not answer in JSON") from error
+            with client.stream("GET" if body is None else "POST", url, content=data) as answer:
+                text = _read(answer)
+        except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
+            raise ServerError(f"{url} does not answer: {brief(error)}") from error
+        if not answer.is_success:
+            words = shortened(text[:300].decode("utf-8", "replace"), 300)
+            raise ServerError(f"{url} answers {answer.status_code}: {words}")
+        if len(text) > MOST_BYTES:
+            raise ServerError(f"{url} answers with more than {MOST_BYTES >> 20} MiB")
+        try:
+            found = json.loads(text)
+        except (ValueError, RecursionError) as error:
+            raise ServerError(f"{url} does not answer in JSON") from error
         if not isinstance(found, dict):
-            raise ServerError(f"{self.url}{path} answers no JSON object")
+            raise ServerError(f"{url} answers no JSON object")
         return found
 
 
-def _field(found: Any, url: str, *keys: str | int) -> str:  # noqa: ANN401
+def _client() -> httpx.Client:
+    headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+    # this machine is not asked through a proxy
+    here: dict[str, None] = dict.fromkeys(("all://127.0.0.1", "all://[::1]", "all://localhost"))
+    try:
+        return httpx.Client(timeout=TIMEOUT_SECONDS, headers=headers, mounts=here)
+    except (ImportError, ValueError, httpx.InvalidURL) as error:
+        raise ServerError(f"the proxy that the environment names: {brief(error)}") from error
+
+
+def _read(answer: httpx.Response) -> bytes:
+    """An answer's bytes, as they come; at most one chunk more than `MOST_BYTES`."""
+    read = bytearray()
+    for chunk in answer.iter_raw():
+        read += chunk
+        if len(read) > MOST_BYTES:
+            break
+    return bytes(read)
+
+
+def _text(found: Any, url: str, *keys: str | int) -> str:  # noqa: ANN401
     """The text at a path of keys in an answer; null counts as empty."""
     try:
         for key in keys:
             found = found[key]
     except (KeyError, IndexError, TypeError) as error:
         raise ServerError(f"{url} answers without {'.'.join(map(str, keys))}") from error
+    if not isinstance(found, str | None):
+        raise ServerError(f"{url} answers with {'.'.join(map(str, keys))} that is no text")
     return found or ""

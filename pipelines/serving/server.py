@@ -35,6 +35,8 @@ if TYPE_CHECKING:
 
 GOODBYE_SECONDS = 5
 """The time for unfinished answers after the server is asked to stop."""
+MOST_CONNECTIONS = 128
+"""At a time; more get a 503. Requests wait for the model, each with megabytes of memory."""
 
 
 def make_app(thread: ModelThread, name: str, *, names: Collection[str], page: str = "") -> FastAPI:
@@ -216,6 +218,7 @@ def make_server(chat: Chat, name: str, names: Collection[str], page: str = "") -
         log_level="warning",
         lifespan="off",
         ws="none",
+        limit_concurrency=MOST_CONNECTIONS + 1,  # it counts the one that it refuses
         timeout_graceful_shutdown=GOODBYE_SECONDS + 5,
     )
     return _Server(config, thread)

@@ -7,6 +7,7 @@ them; on a CPU it uses gloo. The first process reports the progress, and writes 
 from __future__ import annotations
 
 import os
+import socket
 from collections.abc import Callable, Sequence
 from contextlib import ExitStack
 from pathlib import Path
@@ -36,7 +37,7 @@ if TYPE_CHECKING:
     from pipelines.planning.plan import Plan
     from pipelines.recipe.recipe import Recipe
 
-HOST = "localhost"
+HOST = "127.0.0.1"
 
 
 def num_processes(recipe: Recipe) -> int:
@@ -105,7 +106,7 @@ def train_together(
         (work.home, work.recipe, work.path, work.run_id),
         (plan, sequences, template, str(out)),
     )
-    store = TCPStore(HOST, 0, is_master=True, wait_for_workers=False)  # on a free port
+    store = _store()
     with ExitStack() as started:
         children = [
             started.enter_context(
@@ -126,6 +127,16 @@ def train_together(
                 f"one of the {count} processes that train the gates ended: {error}; its messages"
                 " stand above, and what was saved is kept: run again to go on"
             ) from None
+
+
+def _store() -> TCPStore:
+    """Where the processes meet, on a free port that only this machine reaches."""
+    # without a socket of ours it would listen on every network, and it asks for no password
+    listener = socket.create_server((HOST, 0))
+    port = listener.getsockname()[1]
+    return TCPStore(
+        HOST, port, is_master=True, wait_for_workers=False, master_listen_fd=listener.detach()
+    )
 
 
 def _environment(rank: int, count: int, port: int) -> dict[str, str]:

@@ -6,10 +6,12 @@ returns artifacts and plans, never a tensor: large results are in the store.
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import MeteoraError
+from pipelines.workspace.environment import SETTINGS
 from pipelines.workspace.processes import ChildDiedError, ChildProcess, ChildTimeoutError
 
 if TYPE_CHECKING:
@@ -37,7 +39,9 @@ class StageProcess(ChildProcess):
         on_message: Callable[[str], None] = lambda _text: None,
     ) -> None:
         self._listeners = {"progress": on_progress, "message": on_message}
-        super().__init__("pipelines.stages.worker", pickled=True)
+        # a worker of a cluster was started without these settings
+        settings = SETTINGS | dict(os.environ)
+        super().__init__("pipelines.stages.worker", pickled=True, environment=settings)
         self.send((work.home, work.recipe, work.path, work.run_id, work.recipe_sha256))
 
     def call(self, stage: str, *arguments: object, deadline_seconds: float) -> Any:  # noqa: ANN401

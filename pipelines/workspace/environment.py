@@ -29,11 +29,15 @@ SETTINGS = {
 }
 
 
-def prepare(home: Path) -> None:
-    """Set variables that the user has not set. Without a user's server, Prefect uses `home`."""
+def prepare() -> None:
+    """Set variables that the user has not set; call it before any of those libraries loads."""
     for name, value in SETTINGS.items():
         os.environ.setdefault(name, value)
-    if "PREFECT_API_URL" not in os.environ:
+
+
+def use_prefect_of(home: Path) -> None:
+    """Without a user's server, let Prefect keep its files in `home`; call it before it loads."""
+    if not has_server():
         os.environ.setdefault("PREFECT_HOME", str(home / "prefect"))
 
 

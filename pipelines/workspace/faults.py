@@ -6,10 +6,11 @@ import errno
 import re
 import shutil
 import socket
+import sys
 from pathlib import Path
 
 from meteora.artifacts import MeteoraError
-from meteora.untrusted.findings import brief
+from meteora.untrusted.findings import brief, causes
 
 ADVICE = {
     errno.ENOSPC: "the disk is full; free some space and run again, what was finished is kept",
@@ -64,18 +65,12 @@ def describe(error: BaseException) -> str | None:
 
     An error of another library may hide the fault that caused it, so its causes are searched.
     """
-    link: BaseException | None = error
-    seen: list[BaseException] = []
-    while link is not None and link not in seen:
-        seen.append(link)
-        if (sentence := _of_one(link)) is not None:
-            return sentence
-        link = link.__cause__ or (None if link.__suppress_context__ else link.__context__)
-    return None
+    sentences = map(_of_one, causes(error))
+    return next((sentence for sentence in sentences if sentence is not None), None)
 
 
 def _of_one(error: BaseException) -> str | None:
-    if isinstance(error, MemoryError):
+    if isinstance(error, MemoryError) or _is_memory_of_torch(error):
         return ADVICE[errno.ENOMEM]
     if isinstance(error, socket.gaierror):
         return "the name of a server cannot be looked up; check the network, and run again"
@@ -92,3 +87,11 @@ def _of_one(error: BaseException) -> str | None:
     if number and (advice := ADVICE.get(int(number[1]))):
         return f"{brief(Exception(IN_TEXT.sub('', str(error))))}: {advice}"
     return None
+
+
+def _is_memory_of_torch(error: BaseException) -> bool:
+    if "torch" not in sys.modules:  # which takes seconds to load
+        return False
+    from meteora.base.placement import is_out_of_memory  # noqa: PLC0415
+
+    return is_out_of_memory(error)

@@ -245,6 +245,7 @@ def test_the_saved_token_goes_only_to_whom_the_recipe_names(
     monkeypatch.setenv("HF_TOKEN", "hf_saved")
     for name in ("d/dora", "zz/copy"):
         del server.repos[name]
+    monkeypatch.setenv("HF_ENDPOINT", server.endpoint)  # a recipe's own endpoint gets no token
     hub = {"endpoint": server.endpoint, "token_for": ["z", "b/attention"]}
     find_experts(expanded(found(hub=hub)))
     told = {path.split("/")[3] for kind, path, token in server.requests if token and kind == "tree"}

@@ -14,6 +14,7 @@ from store.errors import BusyError, StoreError
 from tests.store.conftest import Shelf, fill
 
 if TYPE_CHECKING:
+    from collections.abc import Iterator
     from pathlib import Path
 
 
@@ -70,6 +71,23 @@ def test_what_is_not_installed_is_not_served_and_gets_no_token(
     with pytest.raises(StoreError, match="has no server here"):
         store.serve("quack:localhost:1", shelf.home)
     assert "TOKEN" not in capfd.readouterr().err
+
+
+@pytest.mark.parametrize("of_user", [True, False])
+def test_only_a_token_that_was_made_for_the_server_is_printed(
+    of_user: bool, shelf: Shelf, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("METEORA_TOKEN", "of-the-user" if of_user else "")
+    tokens: list[str] = []
+
+    def serve(_snapshot: Path, _address: str, token: str) -> Iterator[str]:
+        tokens.append(token)
+        yield "http://localhost:1"
+
+    monkeypatch.setattr("store.serving.serve", serve)
+    store.serve("quack:localhost:1", shelf.home)
+    assert (tokens == ["of-the-user"]) is of_user
+    assert (tokens[0] in capfd.readouterr().err) is not of_user
 
 
 def test_a_home_shares_nothing_where_nothing_can_be_shared(shelf: Shelf) -> None:

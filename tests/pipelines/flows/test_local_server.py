@@ -30,11 +30,12 @@ if TYPE_CHECKING:
 USER = """
 import os, sys
 from pathlib import Path
-from pipelines.workspace.environment import prepare
+from pipelines.workspace.environment import prepare, use_prefect_of
 from pipelines.flows.local_server import use_local_server
 
 home = Path(sys.argv[1])
-prepare(home)
+prepare()
+use_prefect_of(home)
 started = use_local_server(home)
 print(started, os.environ["PREFECT_API_URL"], flush=True)
 sys.stdin.read()
@@ -192,6 +193,25 @@ def test_a_server_with_a_certificate_of_its_own_answers(
         answers_now = local_server.answers()
         server.shutdown()
     assert answers_now
+
+
+def test_a_server_on_this_machine_is_asked_without_the_users_proxy(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nothing answers
+    monkeypatch.setenv("NO_PROXY", "intranet.example")
+    monkeypatch.setenv("no_proxy", "")
+    monkeypatch.setattr(local_server.sys, "executable", "/bin/false")
+    monkeypatch.delenv("PREFECT_API_URL", raising=False)
+    with pytest.raises(local_server.ServerError, match="did not start"):
+        local_server.use_local_server(tmp_path)
+    assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "intranet.example,127.0.0.1"
+    with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
+        threading.Thread(target=server.serve_forever, args=(0.05,)).start()
+        healthy = local_server._is_healthy(f"http://127.0.0.1:{server.server_port}", seconds=5)
+        server.shutdown()
+    assert healthy
 
 
 def test_a_server_that_takes_a_minute_to_start_is_waited_for(

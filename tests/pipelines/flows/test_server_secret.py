@@ -308,7 +308,9 @@ import os, sys
 from pathlib import Path
 from pipelines.cli import run as cli_runs
 
-cli_runs.prepare(Path(sys.argv[1]))
+from pipelines.workspace.environment import prepare
+
+prepare()
 assert cli_runs._find_server(Path(sys.argv[1])) is None
 from prefect.client.orchestration import get_client
 

@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -20,14 +21,23 @@ from pipelines.admission import checkpoints
 from pipelines.admission.sources import token_of_rows
 from pipelines.cli.app import app
 from pipelines.data.row_sources import ExamplesError, read_rows
-from pipelines.hub.errors import InsecureEndpointError
+from pipelines.flows import flow
+from pipelines.flows.up_to_date import Look
+from pipelines.hub.client import Hub, hub_of
+from pipelines.hub.errors import HubTokenError, InsecureEndpointError
+from pipelines.hub.upload import describe_destination
 from pipelines.publishing import publish, reload_worker
 from pipelines.recipe.recipe import Recipe
+from pipelines.recipe.stage import Stage
+from pipelines.workspace.environment import SETTINGS
 from tests.pipelines.admission.test_discover import COMMIT, adapter_repo
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.hub.hub_server import running_hub
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from pipelines.workspace.context import RunContext
     from tests.conftest import World
 
 ROOT = Path(__file__).parents[3]
@@ -62,15 +72,19 @@ def test_every_command_that_asks_the_hub_takes_the_option() -> None:
     assert naming - BY_RECIPE <= WITH_OPTION
 
 
-def test_libraries_send_no_token_by_themselves_in_a_run() -> None:
+def test_libraries_send_no_token_by_themselves_in_any_command(tmp_path: Path) -> None:
+    """A process of its own: in that of these tests the settings are there from the beginning."""
     code = (
-        "from pathlib import Path; from pipelines.workspace.environment import prepare\n"
-        "prepare(Path('home'))\n"
+        "import contextlib, sys; from pipelines.cli.app import main\n"
+        "with contextlib.suppress(SystemExit): main()\n"
         "from huggingface_hub.utils import build_hf_headers; print(build_hf_headers())"
     )
+    words = ["check", str(tmp_path / "none"), "--home", str(tmp_path / "home")]
+    bare = {name: value for name, value in os.environ.items() if name not in SETTINGS}
     said = subprocess.run(
-        [sys.executable, "-c", code], check=True, capture_output=True, text=True, env=os.environ
+        [sys.executable, "-c", code, *words], check=True, capture_output=True, text=True, env=bare
     )
+    assert "there is nothing here" in said.stdout
     assert "user-agent" in said.stdout
     assert "hf_saved" not in said.stdout
 
@@ -101,6 +115,29 @@ def test_data_sets_get_it_where_the_recipe_names_their_owner(
     monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example")
     with pytest.raises(InsecureEndpointError):
         read_rows("hf:me/mine", tmp_path, 1, token_of_rows(named.hub.token_for))
+
+
+def test_a_recipe_alone_sends_it_to_no_server(
+    workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("HF_ENDPOINT", raising=False)
+    mirror = "https://mirror.example"
+    hub = {"endpoint": f"{mirror}/", "token_for": ["me"]}
+    work = workplace(publish={"repo": "me/model"}, hub=hub)
+    run: Any = SimpleNamespace(context=work)
+    for ask_for_it in (
+        lambda: hub_of(work.recipe, "me/base"),
+        lambda: describe_destination(work),
+        lambda: flow._stages(run, Stage.publish, Look(None)),
+    ):
+        with pytest.raises(HubTokenError, match=f"set HF_ENDPOINT={mirror}, or else take"):
+            ask_for_it()
+    assert hub_of(work.recipe, "you/base").token is None
+    monkeypatch.setenv("HF_ENDPOINT", mirror)
+    assert hub_of(work.recipe, "me/base") == Hub(f"{mirror}/", "hf_saved")
+    monkeypatch.setenv("HF_ENDPOINT", "https://another.example")
+    work = workplace(hub=hub | {"endpoint": "https://huggingface.co"})
+    assert hub_of(work.recipe, "me/base").token == "hf_saved"  # noqa: S105
 
 
 def test_a_private_data_set_says_how_it_gets_the_token(
@@ -164,7 +201,7 @@ def test_the_process_that_compares_loads_as_it_is_told(
     monkeypatch.setattr(meteora, "load", load)
     monkeypatch.setattr(reload_worker, "encode_prompt", lambda *_: [1, 2, 3])
     monkeypatch.setattr(reload_worker, "find_checkpoint", lambda *_, **__: world.checkpoint)
-    there: dict[str, Any] = {"folder": "x", "repo_id": "org/model", "revision": "main"}
+    there: dict[str, Any] = {"folder": "x", "repo_id": "org/model", "revision": "main", "names": []}
     how = {"download": {"token": False}, "device": "cpu", "dtype": "bfloat16"}
     found = reload_worker.compare(**there, cache_dir=str(tmp_path), base_folder=None, **how)
     assert found["difference"] == 0

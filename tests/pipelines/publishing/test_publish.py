@@ -164,6 +164,26 @@ def test_what_comes_back_as_another_model_is_never_shown(
     assert not repo_of(server).tags
 
 
+@pytest.mark.parametrize(
+    ("name", "fault", "sentence"),
+    [
+        (EVAL_RESULTS, Fault(body=b"- {value: 9.0}\n"), f"{EVAL_RESULTS} came back"),
+        (LINEAGE, Fault(body=b"[]\n"), f"{LINEAGE} came back"),
+        (CARD, Fault(status=404), "cannot be loaded"),
+    ],
+    ids=["results", "lineage", "card"],
+)
+def test_a_file_that_no_load_needs_comes_back_too(
+    server: HubServer, world: World, folder: Path, name: str, fault: Fault, sentence: str
+) -> None:
+    (folder / EVAL_RESULTS).parent.mkdir()
+    (folder / EVAL_RESULTS).write_text("- {value: 1.0}\n")
+    server.faults["get"] = dataclasses.replace(fault, path=name)
+    with pytest.raises(PublicationError, match=sentence):
+        put(server, world, folder)
+    assert set(repo_of(server).main) == {".gitattributes"}
+
+
 def test_what_cannot_be_loaded_is_never_shown(
     server: HubServer, world: World, folder: Path
 ) -> None:

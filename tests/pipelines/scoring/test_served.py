@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import re
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from threading import Thread
 from typing import TYPE_CHECKING
@@ -19,6 +21,7 @@ from meteora.artifacts import (
     ScoreTurn,
 )
 from meteora.checkpoint.manifest import MANIFEST
+from pipelines.scoring import served
 from pipelines.scoring.outputs import write_outputs
 from pipelines.scoring.served import Server, ServerError, recorded_answers
 from store.ledger import Ledger
@@ -99,14 +102,20 @@ class Handler(BaseHTTPRequestHandler):
         self.wfile.write(data)
 
 
-@pytest.fixture
-def url() -> Generator[str]:
-    Handler.asked, Handler.wrong = [], frozenset()
-    server = ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    Thread(target=server.serve_forever, daemon=True).start()
+@contextmanager
+def running(handler: type[BaseHTTPRequestHandler]) -> Generator[str]:
+    server = ThreadingHTTPServer(("127.0.0.1", 0), handler)
+    Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
     yield f"http://127.0.0.1:{server.server_port}"
     server.shutdown()
     server.server_close()
+
+
+@pytest.fixture
+def url() -> Generator[str]:
+    Handler.asked, Handler.wrong = [], frozenset()
+    with running(Handler) as url:
+        yield url
 
 
 def test_every_answer_is_asked_once_as_it_was_recorded(ledger: Ledger, url: str) -> None:
@@ -154,6 +163,72 @@ def test_what_was_never_measured_and_who_does_not_answer_is_named(
         Server("http://127.0.0.1:9")
     with pytest.raises(ServerError, match="answers 500"):
         Server(url, "broken").answers(recorded_answers(ledger, ROUTER.id, 1))
+
+
+def reply(body: str, length: int | None = None) -> bytes:
+    length = len(body) if length is None else length
+    return f"HTTP/1.1 200 OK\r\nContent-Length: {length}\r\n\r\n{body}".encode()
+
+
+CONTENT = json.dumps({"choices": [{"message": {"content": [{"type": "text", "text": "4"}]}}]})
+
+
+@pytest.mark.parametrize(
+    ("answer", "sentence"),
+    [
+        (b"SSH-2.0-OpenSSH_9\r\n\r\n", "does not answer: illegal status line"),
+        (reply("{}", 100), "does not answer: peer closed"),
+        (reply("<html>"), "does not answer in JSON"),
+        (reply("[" * 100_000), "does not answer in JSON"),
+        (reply("[]"), "answers no JSON object"),
+        (reply('{"data": null}'), "lists no model"),
+        (reply('{"data": ["x", {"id": 1}]}'), "lists no model"),
+        (reply(" " * 300_000), "answers with more than"),
+        (reply(CONTENT), "choices.0.message.content that is no text"),
+        (reply("{}"), "without choices.0.message.content"),
+    ],
+    ids=range(10),
+)
+def test_a_server_of_another_kind_is_one_sentence(
+    answer: bytes, sentence: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(served, "MOST_BYTES", 200_000)
+    of_a_question = "choices" in sentence
+
+    class Stranger(Handler):
+        def do_GET(self) -> None:
+            self.wfile.write(reply('{"data": [{"id": "m"}]}') if of_a_question else answer)
+
+        def do_POST(self) -> None:
+            self.rfile.read(int(self.headers["Content-Length"]))
+            self.wfile.write(answer)
+
+    asked = served.RecordedAnswer("task", "prompt", "output", 4, templated=True)
+    with running(Stranger) as url, pytest.raises(ServerError, match=re.escape(sentence)):
+        Server(url).answers([asked])
+
+
+@pytest.mark.parametrize(
+    "url", ["http://", "http://127.0.0.1:9/my server", "http://[::1", f"http://{'a' * 70}/"]
+)
+def test_an_address_of_no_server_is_one_sentence(url: str) -> None:
+    with pytest.raises(ServerError, match="does not answer"):
+        Server(url)
+
+
+def test_this_machine_is_asked_without_a_proxy_and_a_proxy_that_is_none_is_named(
+    url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.delenv("NO_PROXY", raising=False)
+    monkeypatch.delenv("no_proxy", raising=False)
+    for name in ("HTTP_PROXY", "http_proxy"):
+        monkeypatch.setenv(name, "http://127.0.0.1:9")
+    assert Server(url).model == "fused"
+    with pytest.raises(ServerError, match="does not answer"):
+        Server(url.replace("127.0.0.1", "127.0.0.2"))
+    monkeypatch.setenv("ALL_PROXY", "gopher://127.0.0.1:9")
+    with pytest.raises(ServerError, match="the proxy that the environment names"):
+        Server(url)
 
 
 def test_the_command_counts_equal_answers_and_fails_below_all(

@@ -68,6 +68,21 @@ def test_of_a_thousand_models_only_a_few_are_named_to_a_client_with_a_wrong_name
     assert refused.value.detail.endswith("large:expert-7 (and 992 more)")
 
 
+def test_as_many_clients_as_there_is_memory_for_wait_and_the_others_get_a_503(
+    chat, monkeypatch
+) -> None:
+    monkeypatch.setattr(server, "MOST_CONNECTIONS", 2)
+    with serving(chat) as address, httpx.Client() as third:
+        where = httpx.URL(address)
+        here = [socket.create_connection((where.host, where.port)) for _ in range(2)]
+        assert third.get(f"{address}/v1/models").status_code == 503
+        here.pop().close()
+        until = time.monotonic() + 10
+        while third.get(f"{address}/v1/models").status_code != 200:
+            assert time.monotonic() < until
+        here.pop().close()
+
+
 def test_an_answer_is_the_chat_s_own(client, chat) -> None:
     found = complete(client)
     expected = chat.answer(HELLO, max_new_tokens=8)

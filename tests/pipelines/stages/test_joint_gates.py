@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import signal
+import socket
 import subprocess
 import sys
 from contextlib import contextmanager
@@ -19,7 +20,7 @@ from meteora.artifacts.routers import ANSWER_START_SHARE
 from meteora.checkpoint.manifest import CARD, read_manifest
 from meteora.fitting.sequences import TrainingError
 from pipelines.reports.summary import summarise
-from pipelines.stages import build
+from pipelines.stages import build, train_processes
 from store.ledger import Ledger
 from tests.pipelines.conftest import finished, run
 from tests.pipelines.flows.test_local_server import wait_until
@@ -105,6 +106,13 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_gates(
     made = build.fit_gates(stopped, planned)
     assert made.weights_sha256 == whole["weights_sha256"]
     assert not folder.exists()
+
+
+def test_the_processes_of_a_training_meet_where_only_this_machine_gets() -> None:
+    store = train_processes._store()
+    socket.create_connection(("127.0.0.1", store.port)).close()
+    with pytest.raises(ConnectionRefusedError):  # it listens on no other address
+        socket.create_connection(("127.0.0.2", store.port))
 
 
 def gates_of(work: RunContext) -> dict[str, torch.Tensor]:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import re
+from pathlib import Path
 from typing import TYPE_CHECKING
 
 import pytest
@@ -10,9 +12,13 @@ import torch
 
 from meteora.base.placement import NO_MEMORY
 from pipelines.stages.worker import STAGES, _portable
+from pipelines.stages.worker_client import StageProcess
+from pipelines.workspace.environment import SETTINGS
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+
+    from pipelines.workspace.context import RunContext
 
 
 def no_cpu_memory(text: str) -> Exception:
@@ -43,3 +49,14 @@ def test_a_stage_without_memory_says_what_to_ask_for_less_of(
     assert "9 GiB" in message
     assert "long text" not in message
     assert ("batch_size" in message) == (stage != "stack")
+
+
+def test_a_worker_of_a_cluster_lets_no_library_send_the_saved_token_in_a_stage(
+    workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    for name in SETTINGS:
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setenv("TQDM_DISABLE", "0")  # what the user says, counts
+    with StageProcess(workplace(), on_progress=lambda *_: None) as child:
+        has = os.fsdecode(Path(f"/proc/{child.pid}/environ").read_bytes()).split("\0")
+    assert {"HF_HUB_DISABLE_IMPLICIT_TOKEN=1", "TQDM_DISABLE=0"} <= set(has)

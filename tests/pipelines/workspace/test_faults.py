@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING
 from unittest.mock import Mock
 
 import pytest
+import torch
 from safetensors import SafetensorError
 
 from pipelines.cli import app
@@ -73,6 +74,10 @@ def test_a_fault_is_found_behind_the_error_of_a_library() -> None:
     assert describe(rust) == (f"Error: I/O error: No space left on device: {ADVICE[errno.ENOSPC]}")
     assert "cannot be looked up" in str(describe(socket.gaierror(-3, "Temporary failure")))
     assert describe(MemoryError()) == ADVICE[errno.ENOMEM]
+    assert describe(torch.OutOfMemoryError("CUDA out of memory")) == ADVICE[errno.ENOMEM]
+    with pytest.raises(RuntimeError) as raised:
+        torch.empty(1 << 50, dtype=torch.uint8)  # more than a process has addresses for
+    assert describe(raised.value) == ADVICE[errno.ENOMEM]
 
 
 def test_a_fault_of_ours_is_no_fault_of_the_machine() -> None:

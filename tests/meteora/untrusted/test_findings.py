@@ -1,0 +1,17 @@
+"""What a message says of strangers' files and of other libraries' errors."""
+
+from __future__ import annotations
+
+from meteora.untrusted.findings import causes
+
+
+def test_causes_in_a_circle_are_each_told_once_and_the_hidden_ones_where_asked_for() -> None:
+    first, second, third = ValueError("1"), ValueError("2"), ValueError("3")
+    first.__cause__, second.__cause__ = second, third
+    third.__cause__ = first
+    assert list(causes(first)) == list(causes(first, hidden=True)) == [first, second, third]
+    hiding = ValueError("from None")
+    hiding.__context__, hiding.__suppress_context__ = first, True
+    assert list(causes(hiding)) == [hiding]
+    assert list(causes(hiding, hidden=True)) == [hiding, first, second, third]
+    assert not list(causes(None))

@@ -163,7 +163,8 @@ def _choose_tasks(
     further = list(settings.tasks)
     for name, source in given.items():
         if name in manifest.names:
-            own[name] = ExpertSection(name=name, adapter="", test=_absolute(source))
+            asked = own.get(name) or _section_of(name, recorded.get(name))
+            own[name] = asked.model_copy(update={"test": _absolute(source)})
         else:
             further.append(TaskSection(name=name, rows=_absolute(source)))
     changes = {"compare": request.compare or compare, "tasks": tuple(further)}
@@ -208,6 +209,15 @@ def _given_rows(request: BenchmarkRequest) -> dict[str, str]:
             )
         given[name] = source
     return given
+
+
+def _section_of(name: str, task: Task | None) -> ExpertSection:
+    """An expert's section with the metrics and the length of its recorded task, if there is one."""
+    section = ExpertSection(name=name, adapter="")
+    if task is None:
+        return section
+    changes = {"metric": task.metrics, "max_new_tokens": task.max_new_tokens}
+    return section.model_copy(update=changes)
 
 
 def _settings_of(recorded: dict[str, Task]) -> BenchmarkSection:

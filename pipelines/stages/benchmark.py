@@ -29,6 +29,7 @@ from pipelines.recipe.recipe import (
     ExpertSection,
     HubSection,
     Recipe,
+    folder_of,
 )
 from pipelines.recipe.stage import Stage
 from pipelines.reports import card
@@ -157,7 +158,7 @@ def _choose_tasks(
         recorded = recorded_tasks(ledger, stack_in(manifest).base_id, adapters, router_id)
         settings = _settings_of(recorded)
     else:
-        recipe, folder = Recipe.load(request.recipe), request.recipe.parent
+        recipe, folder = Recipe.load(request.recipe), folder_of(request.recipe)
         settings, compare = recipe.benchmark, recipe.benchmark.compare
         own = {one.name: one for one in recipe.experts if one.name in manifest.names}
     further = list(settings.tasks)

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import pytest
@@ -15,9 +16,10 @@ from safetensors.torch import load_file, save_file
 
 from meteora.artifacts import ArtifactId, MeteoraError
 from meteora.checkpoint.manifest import CARD, GATES, MANIFEST, STATISTICS, read_manifest
-from pipelines.data.rows import Row
+from pipelines.data.rows import ExamplesError, Row
 from pipelines.evaluation.tasks import Task
 from pipelines.planning.recorded_tasks import recorded_tasks
+from pipelines.recipe.recipe import Recipe, locate
 from pipelines.stages.benchmark import (
     BenchmarkRequest,
     _choose_tasks,
@@ -32,6 +34,7 @@ from tests.pipelines.conftest import finished, letters, run
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from meteora.checkpoint.manifest import Manifest
     from pipelines.reports.summary import Summary
     from pipelines.workspace.context import RunContext
     from tests.conftest import World
@@ -225,6 +228,17 @@ def test_new_rows_of_an_expert_are_scored_as_its_others_are(
     _, tasks, _ = _choose_tasks(Ledger(tmp_path / "home"), world.manifest, "", request)
     assert (tasks[name].metrics, tasks[name].max_new_tokens) == (("rougeL",), 200)
     assert [row.prompt for row in tasks[name].rows] == ["a"]
+
+
+def test_rows_of_a_shipped_recipe_lie_in_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were looked for where the program is installed."""
+    monkeypatch.chdir(tmp_path)
+    path = locate("llama2-13b")
+    model = SimpleNamespace(names=[one.name for one in Recipe.load(path).experts])
+    with pytest.raises(ExamplesError, match=f"^{tmp_path}/bigbench"):
+        _choose_tasks(Ledger(tmp_path), cast("Manifest", model), "", BenchmarkRequest(recipe=path))
 
 
 def test_a_checkpoint_is_measured_as_soon_as_it_is_made(

@@ -174,6 +174,7 @@ class ComparisonBuild(Noun):
 
     spec: ComparisonSpec
     differences: tuple[Difference, ...]
+    """One for each pair of scores on the same prompts."""
     mean_difference: float
     """Mean over the tasks; where lower is better, with the other sign."""
     low: float

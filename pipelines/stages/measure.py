@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from meteora.artifacts import (
     NULL,
     WITH_GATES,
+    ComparisonBuild,
     RouterBuild,
     RoutingBuild,
     RoutingScore,
@@ -22,6 +23,7 @@ from meteora.base import loading
 from meteora.base.placement import input_device
 from meteora.model.fused import expert_names
 from meteora.routing.layer import routed_layers
+from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.admission import silent_experts
 from pipelines.evaluation import evaluate, routing_stats, speed
 from pipelines.evaluation.harness import HARNESS
@@ -252,7 +254,22 @@ def _compare(work: RunContext, plan: Plan) -> None:
     for spec in plan.comparisons:
         if work.ledger.built(spec.id) is None:
             made = compare.compare(work.ledger, spec)
+            _note_untested(plan, made)
             work.ledger.record_artifact(spec, weights_sha256="", built=made, run_id=work.run_id)
+
+
+def _note_untested(plan: Plan, made: ComparisonBuild) -> None:
+    """Name the tasks that a comparison leaves out."""
+    tested = {one.score_id for one in made.differences}
+    tasks = {one.spec.id: one.spec.task for one in plan.measurements}
+    left_out = [tasks[one.score_id] for one in made.spec.pairs if one.score_id not in tested]
+    if left_out:
+        say(
+            f"{listed(left_out, MOST_NAMED)}: {made.spec.system} and {made.spec.other} were asked"
+            " other prompts, as by two versions of lm-eval or of its data set, so they are not"
+            " compared; with another `name` of the task both are asked again",
+            "note",
+        )
 
 
 def _time(work: RunContext, plan: Plan, model: PreTrainedModel) -> None:

@@ -83,7 +83,7 @@ def kept(
         with tempfile.TemporaryDirectory(dir=folder) as scratch:
             file = Path(scratch) / path.name
             file.touch(mode=0o600)  # rows may be of a private data set
-            file.write_text(json.dumps(entries))
+            file.write_text(json.dumps(entries), encoding="utf-8")
             file.replace(path)
     return [read(entry) for entry in entries]
 

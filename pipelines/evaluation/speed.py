@@ -153,7 +153,7 @@ def working_bytes(model: PreTrainedModel, prompt: Tensor) -> int:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     steps = sorted(
         (event["args"]["Ev Idx"], event["args"]["Bytes"])
         for event in events

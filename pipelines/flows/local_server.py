@@ -71,13 +71,13 @@ def use_local_server(home: Path) -> bool:
     folder = home / "prefect"
     make_private(folder)
     with ExitStack() as held:
-        start = held.enter_context((folder / "start.lock").open("w"))
+        start = held.enter_context((folder / "start.lock").open("wb"))
         fcntl.flock(start, fcntl.LOCK_EX)
         secret = read_or_make(secret_file(home))
-        users = held.enter_context((folder / "users.lock").open("w"))
+        users = held.enter_context((folder / "users.lock").open("wb"))
         fcntl.flock(users, fcntl.LOCK_SH)  # waits while a server is on its way out
         server = _start(folder, ROOM_BYTES)
-        url = (folder / "address").read_text()
+        url = (folder / "address").read_text(encoding="utf-8")
         _wait_until_healthy(server, url, folder / "server.log")
         _check_that_it_asks_for(secret, url)
         os.environ["PREFECT_API_URL"] = url
@@ -132,7 +132,7 @@ def page() -> str:
     return os.environ["PREFECT_API_URL"].removesuffix("/api")
 
 
-def _got(file: IO[str]) -> bool:
+def _got(file: IO[bytes]) -> bool:
     """Take the lock; False if another process holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -147,13 +147,13 @@ def _start(folder: Path, room_bytes: int = 0) -> subprocess.Popen[bytes] | None:
     Raises:
         NoSpaceError: Its disk has fewer than `room_bytes` free.
     """
-    with (folder / "server.lock").open("a") as own:
+    with (folder / "server.lock").open("ab") as own:
         if not _got(own):
             return None
         require_space(folder, room_bytes, "what a run writes to begin with")
         with _listening(_last_port(folder)) as listener, (folder / "server.log").open("wb") as log:
             port = listener.getsockname()[1]
-            (folder / "address").write_text(f"http://{HOST}:{port}/api")
+            (folder / "address").write_text(f"http://{HOST}:{port}/api", encoding="utf-8")
             return subprocess.Popen(  # noqa: S603  (our own module)
                 [
                     sys.executable,
@@ -172,7 +172,8 @@ def _start(folder: Path, room_bytes: int = 0) -> subprocess.Popen[bytes] | None:
 
 def _last_port(folder: Path) -> int:
     try:
-        return int((folder / "address").read_text().removesuffix("/api").rpartition(":")[2])
+        url = (folder / "address").read_text(encoding="utf-8")
+        return int(url.removesuffix("/api").rpartition(":")[2])
     except (FileNotFoundError, ValueError):
         return PORT
 
@@ -222,13 +223,13 @@ def _keep_alive(
     while not leaving.wait(KEEP_SECONDS):
         if server is not None:
             server.poll()  # a dead child stays a zombie until its parent polls it
-        with (folder / "start.lock").open("w") as start:
+        with (folder / "start.lock").open("wb") as start:
             fcntl.flock(start, fcntl.LOCK_EX)
             server = _start(folder) or server
 
 
 def _leave(
-    users: IO[str],
+    users: IO[bytes],
     server: subprocess.Popen[bytes] | None,
     held: ExitStack,
     leaving: threading.Event,
@@ -242,7 +243,7 @@ def _leave(
 
 
 def _end_with_the_last_user(folder: Path) -> None:
-    users = (folder / "users.lock").open("w")
+    users = (folder / "users.lock").open("wb")
     while not _got(users):
         time.sleep(0.2)
     os._exit(0)

@@ -73,6 +73,8 @@ class Admission:
     """Of the checkpoint."""
     manifest: Manifest
     candidate: Candidate
+    device: str
+    """Of the model, by `choose_device`."""
 
     def read(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Expert:
         """The candidate's adapter, read and fitted to the base.
@@ -134,7 +136,7 @@ class Admission:
         check_memory(
             len(others) + 1,
             edit.larger_bytes(self.folder, expert.adapter),
-            memory_bytes(),
+            memory_bytes(self.device),
             findings,
             advice="drop another expert first (`meteora drop`), or use a machine with more memory",
         )

@@ -128,7 +128,7 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
     )
     check_base(manifest, fingerprint(model.config, tokenizer), folder)
     work = RunContext(ledger, candidate.recipe, folder / MANIFEST, new_run_id())
-    admission = Admission(work, folder, manifest, candidate)
+    admission = Admission(work, folder, manifest, candidate, device)
     what, ran_on = f"add {candidate.name} to", device_name(device, dtype)
     with _scratch(work, manifest, what, ran_on) as scratch:
         expert = admission.read(model, tokenizer)
@@ -235,7 +235,8 @@ def _map_of(manifest: Manifest, base_folder: Path | None, device: str) -> dict[s
     """The options that place the base while it is loaded; empty if it is moved afterwards."""
     if manifest.base.quantise:  # quantised weights are made on their device
         return {"device_map": {"": device}}
-    if base_folder is None or not is_too_large(shape_of(base_folder).num_bytes, memory_bytes()):
+    room = memory_bytes(device)
+    if base_folder is None or not is_too_large(shape_of(base_folder).num_bytes, room):
         return {}
     say("the base is read from the disk one layer at a time")
     return {"device_map": layers_on_disk(base_folder, device)}

@@ -172,7 +172,8 @@ def _batch_size(
         routed = [shape.linears[f"{path}.projection"] for path in routed_layers(model)]
         held += sum(a * b for a, b in routed) * shape.dtype.itemsize
     tokens = longest(task, model.config, tokenizer)
-    number = rows_at_once(settings, shape, tokens, held_bytes=held, memory_bytes=memory_bytes())
+    room = memory_bytes(input_device(model))
+    number = rows_at_once(settings, shape, tokens, held_bytes=held, memory_bytes=room)
     say_once(f"{task.name}: {number} prompts are answered together")
     return number
 

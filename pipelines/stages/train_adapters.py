@@ -211,10 +211,11 @@ def _open_base(
     """
     folder = work.base_folder(spec)
     shape = replace(shape_of(folder), quantise=spec.quantise)
-    if is_too_large(shape.loaded_bytes, memory_bytes()):
+    room = memory_bytes(device)
+    if is_too_large(shape.loaded_bytes, room):
         raise AdapterTrainingError(
             f"{work.recipe.base} has {shape.loaded_bytes / 1e9:,.1f} GB, and {device}"
-            f" {memory_bytes() / 1e9:,.1f} GB, which leaves too little to train with; take"
+            f" {room / 1e9:,.1f} GB, which leaves too little to train with; take"
             " `quantise: 4bit`, or a larger device"
         )
     narrow = device.startswith("cuda") or shape.dtype == torch.float16

@@ -117,10 +117,10 @@ def put_in_place(made: Path, folder: Path) -> None:
         made: On the same disk, in a temporary folder; the older folder moves there, too.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists():
-        folder.rename(made.with_name("before"))
     for path in (*made.rglob("*"), made):
         sync(path)
+    if folder.exists():  # no sooner: whoever is killed while it syncs leaves the older one
+        folder.rename(made.with_name("before"))
     made.rename(folder)
     sync(folder.parent)
 

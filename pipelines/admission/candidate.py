@@ -152,9 +152,9 @@ class Admission:
 
 def _resolve(context: RunContext, candidate: Candidate) -> tuple[AdapterRef, Callable[[], Path]]:
     """The adapter, pinned, and a function that returns its folder, downloaded if need be."""
-    local = path_from(Path(), candidate.adapter.removeprefix(PATH)) / candidate.subfolder
-    if local.exists() or candidate.adapter.startswith(PATH):
-        return pin_folder(local, candidate.subfolder), lambda: local
+    local = path_from(Path(), candidate.adapter.removeprefix(PATH))
+    if (local / candidate.subfolder).exists() or candidate.adapter.startswith(PATH):
+        return pin_folder(local, candidate.subfolder), lambda: local / candidate.subfolder
     hub = hub_of(context.recipe, candidate.adapter.partition("@")[0])
     ref = repositories.resolve(candidate.adapter, subfolder=candidate.subfolder, hub=hub)
     return ref, partial(

@@ -46,6 +46,8 @@ PORT = 4200
 """Prefect's own port, for the first start. Later starts use the last one, so open pages work."""
 ROOM_BYTES = 32 << 20
 """For its database, and the index of the ledger. With a full disk a server answers 500."""
+LOG_BYTES = 4 << 20
+"""A longer log begins anew with the next server."""
 KEEP_SECONDS = 1.0
 """The time between two checks that the server lives."""
 
@@ -151,7 +153,7 @@ def _start(folder: Path, room_bytes: int = 0) -> subprocess.Popen[bytes] | None:
         if not _got(own):
             return None
         require_space(folder, room_bytes, "what a run writes to begin with")
-        with _listening(_last_port(folder)) as listener, (folder / "server.log").open("wb") as log:
+        with _listening(_last_port(folder)) as listener, _log_of(folder).open("ab") as log:
             port = listener.getsockname()[1]
             (folder / "address").write_text(f"http://{HOST}:{port}/api", encoding="utf-8")
             return subprocess.Popen(  # noqa: S603  (our own module)
@@ -168,6 +170,14 @@ def _start(folder: Path, room_bytes: int = 0) -> subprocess.Popen[bytes] | None:
                 pass_fds=[listener.fileno(), own.fileno()],  # a lock is held as long as it is open
                 start_new_session=True,  # Ctrl-C ends the run only, which then releases its lock
             )
+
+
+def _log_of(folder: Path) -> Path:
+    """The file for a server's log, behind the lines of the last one; a long file is put aside."""
+    log = folder / "server.log"
+    if log.is_file() and log.stat().st_size > LOG_BYTES:
+        log.replace(folder / "server.old.log")
+    return log
 
 
 def _last_port(folder: Path) -> int:
@@ -223,7 +233,8 @@ def _keep_alive(
     while not leaving.wait(KEEP_SECONDS):
         if server is not None:
             server.poll()  # a dead child stays a zombie until its parent polls it
-        with (folder / "start.lock").open("wb") as start:
+        # such as a full disk, which may have room again in the next round
+        with suppress(OSError), (folder / "start.lock").open("wb") as start:
             fcntl.flock(start, fcntl.LOCK_EX)
             server = _start(folder) or server
 

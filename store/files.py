@@ -37,12 +37,16 @@ def partial_file(root: Path) -> Generator[Path]:
 
     Raises:
         StoreError: the disk is full, or the folder cannot be written to.
+        OSError: of the block, about a file elsewhere, such as one that it reads.
     """
     partial = root / "tmp" / f"{os.getpid()}-{random.getrandbits(64):016x}"
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         yield partial
     except OSError as error:
+        places = [name for name in (error.filename, error.filename2) if isinstance(name, str)]
+        if places and not any(Path(name).is_relative_to(root) for name in places):
+            raise
         raise StoreError(
             f"{root} cannot be written to ({error.strerror or error}); free some space or make it"
             " writable, then run again: what was recorded before is safe"

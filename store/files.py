@@ -63,6 +63,24 @@ def write_whole(path: Path, data: bytes, *, root: Path) -> None:
         settle(partial, path, root=root)
 
 
+def replace_text(path: Path, text: str, *, mode: int = 0o666) -> None:
+    """Write a file of text whole, in place of any older one; several writers may do so at once.
+
+    On an error the older one stays.
+
+    Args:
+        mode: of the new file, less the bits of the process's umask
+    """
+    partial = path.with_name(f".{path.name}.{random.getrandbits(64):016x}.partial")
+    try:
+        partial.touch(mode, exist_ok=False)
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def settle(partial: Path, path: Path, *, root: Path) -> None:
     """Move a written file to its name, so that it survives a crash from now on."""
     partial.chmod(READ_ONLY)

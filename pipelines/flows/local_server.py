@@ -35,6 +35,7 @@ from meteora.artifacts import MeteoraError
 from pipelines.flows.own_origin import OwnOriginOnly
 from pipelines.flows.server_secret import make_private, read_or_make, secret_file
 from pipelines.workspace.faults import require_space
+from store.files import replace_text
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -155,7 +156,7 @@ def _start(folder: Path, room_bytes: int = 0) -> subprocess.Popen[bytes] | None:
         require_space(folder, room_bytes, "what a run writes to begin with")
         with _listening(_last_port(folder)) as listener, _log_of(folder).open("ab") as log:
             port = listener.getsockname()[1]
-            (folder / "address").write_text(f"http://{HOST}:{port}/api", encoding="utf-8")
+            replace_text(folder / "address", f"http://{HOST}:{port}/api")
             return subprocess.Popen(  # noqa: S603  (our own module)
                 [
                     sys.executable,

@@ -16,7 +16,6 @@ from meteora.checkpoint.manifest import CARD, MANIFEST, Manifest, read_manifest
 from meteora.untrusted.findings import MOST_NAMED, did_you_mean, listed
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.row_sources import read_rows
-from pipelines.evaluation.speed import device_name
 from pipelines.evaluation.tasks import Task, make_tasks
 from pipelines.planning.plan import Plan, plan_benchmark
 from pipelines.planning.recorded_tasks import recorded_tasks
@@ -42,7 +41,7 @@ from pipelines.stages.open_model import stack_in
 from pipelines.workspace.checkpoints import is_whole
 from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext, new_run_id
-from pipelines.workspace.machine import choose_device
+from pipelines.workspace.machine import choose_device, device_name
 from pipelines.workspace.recorded_run import one_stage
 
 if TYPE_CHECKING:

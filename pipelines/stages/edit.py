@@ -50,7 +50,6 @@ from pipelines.data.labels import Labeller
 from pipelines.data.row_sources import read_rows, row_place
 from pipelines.data.rows import rows_sha256
 from pipelines.evaluation.harness import room_of
-from pipelines.evaluation.speed import device_name
 from pipelines.planning.room import check_examples, with_room
 from pipelines.recipe.gates import Composites, MixedSection, numbers_of
 from pipelines.recipe.recipe import NAME, NAME_RULE, Recipe
@@ -64,7 +63,7 @@ from pipelines.stages.open_model import entry_of, stack_in, tokenizer_of_gates
 from pipelines.workspace.checkpoints import is_whole
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import RunContext, new_run_id
-from pipelines.workspace.machine import choose_device, is_too_large, memory_bytes
+from pipelines.workspace.machine import choose_device, device_name, is_too_large, memory_bytes
 from pipelines.workspace.recorded_run import one_stage
 
 if TYPE_CHECKING:

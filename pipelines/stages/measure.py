@@ -39,7 +39,7 @@ from pipelines.scoring.outputs import write_outputs
 from pipelines.stages.checkpoint import record_router
 from pipelines.stages.open_model import is_spread, opened, tokenizer_of_gates
 from pipelines.workspace.console import bar, say
-from pipelines.workspace.machine import memory_bytes
+from pipelines.workspace.machine import device_name, memory_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -130,7 +130,7 @@ def measure_model(
         _record_controls(work, plan)
         with open_model() as (model, tokenizer):
             check_room(_tasks_of(to_do, plan), model.config, tokenizer)
-            device = speed.device_name(input_device(model), dtype)
+            device = device_name(input_device(model), dtype)
             if not _is_probed(work, plan):
                 silent_experts.probe(work, plan.experts, model, tokenizer)
             for askings in _of_one_system(to_do, plan):

@@ -98,6 +98,13 @@ def choose_device(name: str = "auto") -> str:
     return name
 
 
+def device_name(device: torch.device | str, dtype: str = "auto") -> str:
+    """The name of the GPU, or the kind of another device; with the dtype if a person named one."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return name if dtype == "auto" else f"{name}, {dtype}"
+
+
 def _devices() -> list[str]:
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]

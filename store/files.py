@@ -37,12 +37,16 @@ def partial_file(root: Path) -> Generator[Path]:
 
     Raises:
         StoreError: the disk is full, or the folder cannot be written to.
+        OSError: of the block, about a file elsewhere, such as one that it reads.
     """
     partial = root / "tmp" / f"{os.getpid()}-{random.getrandbits(64):016x}"
     try:
         partial.parent.mkdir(parents=True, exist_ok=True)
         yield partial
     except OSError as error:
+        places = [name for name in (error.filename, error.filename2) if isinstance(name, str)]
+        if places and not any(Path(name).is_relative_to(root) for name in places):
+            raise
         raise StoreError(
             f"{root} cannot be written to ({error.strerror or error}); free some space or make it"
             " writable, then run again: what was recorded before is safe"
@@ -57,6 +61,24 @@ def write_whole(path: Path, data: bytes, *, root: Path) -> None:
     with partial_file(root) as partial:
         partial.write_bytes(data)
         settle(partial, path, root=root)
+
+
+def replace_text(path: Path, text: str, *, mode: int = 0o666) -> None:
+    """Write a file of text whole, in place of any older one; several writers may do so at once.
+
+    On an error the older one stays.
+
+    Args:
+        mode: of the new file, less the bits of the process's umask
+    """
+    partial = path.with_name(f".{path.name}.{random.getrandbits(64):016x}.partial")
+    try:
+        partial.touch(mode, exist_ok=False)
+        partial.write_text(text, encoding="utf-8")
+        sync(partial)
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
 
 
 def settle(partial: Path, path: Path, *, root: Path) -> None:

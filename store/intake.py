@@ -48,7 +48,9 @@ def add(connection: duckdb.DuckDBPyConnection, start: int = 0, end: int | None =
             " SELECT sha256, text FROM offered WHERE position >= $1 AND position < $2",
             [start, end],
         )
-        connection.execute(resources.files("store").joinpath("ingest.sql").read_text())
+        connection.execute(
+            resources.files("store").joinpath("ingest.sql").read_text(encoding="utf-8")
+        )
         connection.execute("COMMIT")
     except (duckdb.DataError, duckdb.IntegrityError, duckdb.ProgrammingError) as error:
         connection.execute("ROLLBACK")
@@ -65,7 +67,7 @@ def rank(connection: duckdb.DuckDBPyConnection) -> None:
     if not connection.execute("SELECT 1 FROM unsettled LIMIT 1").fetchall():
         return
     connection.execute("BEGIN")
-    connection.execute(resources.files("store").joinpath("rank.sql").read_text())
+    connection.execute(resources.files("store").joinpath("rank.sql").read_text(encoding="utf-8"))
     few = connection.table("placed").shape[0] <= ORDERED_ROWS
     order = " ORDER BY task, metric, place, subject_id" if few else ""
     connection.execute(f"INSERT INTO leaderboard_rows BY NAME FROM ranked{order}")

@@ -161,7 +161,7 @@ def _check_is_one_question(connection: duckdb.DuckDBPyConnection, sql: str) -> N
 
 def examples() -> list[tuple[str, str]]:
     """The queries of `examples.sql`, each as (title, SQL)."""
-    return titled(resources.files("store").joinpath("examples.sql").read_text())
+    return titled(resources.files("store").joinpath("examples.sql").read_text(encoding="utf-8"))
 
 
 def titled(text: str) -> list[tuple[str, str]]:

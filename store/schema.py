@@ -17,7 +17,7 @@ def sources() -> dict[int, tuple[str, str]]:
     package = resources.files("store")
     files = sorted(package.joinpath("migrations").iterdir(), key=lambda file: file.name)
     return {
-        number: (file.name, file.read_text())
+        number: (file.name, file.read_text(encoding="utf-8"))
         for number, file in enumerate((package.joinpath("views.sql"), *files))
     }
 

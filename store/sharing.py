@@ -62,7 +62,7 @@ class Setting:
         """
         path = home / SETTING
         try:
-            fields = tomllib.loads(path.read_text())
+            fields = tomllib.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError:
             return cls()
         except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:

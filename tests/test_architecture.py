@@ -7,6 +7,7 @@ import re
 import subprocess
 import sys
 from functools import cache
+from itertools import chain
 from pathlib import Path
 
 import grimp
@@ -67,6 +68,22 @@ def test_no_module_of_the_model_reads_the_environment() -> None:
         text = path.read_text()
         assert "os.environ" not in text, path
         assert "getenv" not in text, path
+
+
+def test_files_of_text_are_utf_8_in_every_locale() -> None:
+    """A call without an encoding reads and writes as the user's locale says."""
+    before_it = {"read_text": 0, "write_text": 1}  # the arguments before the encoding
+    found = []
+    packages = (ROOT / name for name in ("meteora", "pipelines", "store"))
+    for path in chain.from_iterable(package.rglob("*.py") for package in packages):
+        for call in ast.walk(ast.parse(path.read_text())):
+            if isinstance(call, ast.Call) and "encoding" not in {one.arg for one in call.keywords}:
+                name = getattr(call.func, "attr", getattr(call.func, "id", ""))
+                words = {one.value for one in call.args if isinstance(one, ast.Constant)}
+                opens = name == "open" and words & {"r", "w", "a", "x", "r+"}
+                if opens or len(call.args) <= before_it.get(name, -1):
+                    found.append(f"{path.relative_to(ROOT)}:{call.lineno}")
+    assert found == []
 
 
 def test_modules_are_short_enough_to_read_at_one_sitting() -> None:

@@ -21,11 +21,13 @@ class BenchmarkSpec(Spec):
     task: str
     rows_sha256: str
     """Of the canonical JSON of the rows, in order. For a task of lm-eval: of its name, the number
-    of rows, and its files if they are not lm-eval's own. A system prompt is hashed too."""
+    of rows, its files if they are not lm-eval's own, and the length of an answer if the recipe
+    names one. A system prompt is hashed too."""
     metric: str
     num_fewshot: int
     max_new_tokens: int
-    """A longer answer is cut at this many tokens."""
+    """A longer answer is cut at this many tokens. Tasks of lm-eval have a length of their own
+    unless the recipe names one."""
     seed: int
     base_id: ArtifactId
     """The base that the subject runs on."""
@@ -172,6 +174,7 @@ class ComparisonBuild(Noun):
 
     spec: ComparisonSpec
     differences: tuple[Difference, ...]
+    """One for each pair of scores on the same prompts."""
     mean_difference: float
     """Mean over the tasks; where lower is better, with the other sign."""
     low: float

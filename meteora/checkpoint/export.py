@@ -58,8 +58,10 @@ def export_expert(folder: Path, name: str, out: Path, base_model: str = "") -> b
     entry, tensors = manifest.experts[e], dict(_tensors(folder, manifest, e))
     config = adapter_config(manifest, e, base_model)
     with new_folder(out):
-        (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n")
-        (out / "README.md").write_text(_readme(entry, config["base_model_name_or_path"] or ""))
+        (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (out / "README.md").write_text(
+            _readme(entry, config["base_model_name_or_path"] or ""), encoding="utf-8"
+        )
         is_original = _write_weights(out / PEFT_WEIGHTS, tensors, entry.weights_sha256)
         shutil.copymode(out / CONFIG, out / PEFT_WEIGHTS)  # safetensors lets only the owner read
     return is_original

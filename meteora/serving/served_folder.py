@@ -108,7 +108,7 @@ def export_for_vllm(checkpoint: Path, base: Path, out: Path, *, copy: bool = Fal
         for name in (MANIFEST, EXPERTS, *([GATES] if manifest.router.kind == "gate" else [])):
             put(checkpoint / name, out / CHECKPOINT / name)
         text = json.dumps(config | {"quantization_config": quantization_config}, indent=2)
-        (out / CONFIG).write_text(text + "\n")
+        (out / CONFIG).write_text(text + "\n", encoding="utf-8")
     return WHOLE_PROMPTS if manifest.router.by_turns else ""
 
 

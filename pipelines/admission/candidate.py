@@ -73,6 +73,8 @@ class Admission:
     """Of the checkpoint."""
     manifest: Manifest
     candidate: Candidate
+    device: str
+    """Of the model, by `choose_device`."""
 
     def read(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> Expert:
         """The candidate's adapter, read and fitted to the base.
@@ -134,7 +136,7 @@ class Admission:
         check_memory(
             len(others) + 1,
             edit.larger_bytes(self.folder, expert.adapter),
-            memory_bytes(),
+            memory_bytes(self.device),
             findings,
             advice="drop another expert first (`meteora drop`), or use a machine with more memory",
         )
@@ -150,9 +152,9 @@ class Admission:
 
 def _resolve(context: RunContext, candidate: Candidate) -> tuple[AdapterRef, Callable[[], Path]]:
     """The adapter, pinned, and a function that returns its folder, downloaded if need be."""
-    local = path_from(Path(), candidate.adapter.removeprefix(PATH)) / candidate.subfolder
-    if local.exists() or candidate.adapter.startswith(PATH):
-        return pin_folder(local, candidate.subfolder), lambda: local
+    local = path_from(Path(), candidate.adapter.removeprefix(PATH))
+    if (local / candidate.subfolder).exists() or candidate.adapter.startswith(PATH):
+        return pin_folder(local, candidate.subfolder), lambda: local / candidate.subfolder
     hub = hub_of(context.recipe, candidate.adapter.partition("@")[0])
     ref = repositories.resolve(candidate.adapter, subfolder=candidate.subfolder, hub=hub)
     return ref, partial(

@@ -115,7 +115,7 @@ def resolve_adapter(context: RunContext, expert: ExpertSection) -> AdapterRef:
         repo_id, _, revision = expert.adapter.partition("@")
         return AdapterRef(repo_id, revision)
     if expert.adapter.startswith(PATH):
-        return pin_folder(local_folder(context, expert), expert.subfolder)
+        return pin_folder(_named_folder(context, expert), expert.subfolder)
     _refuse_folder(expert.adapter, context.folder)
     hub = hub_of(context.recipe, expert.adapter.partition("@")[0])
     return repositories.resolve(expert.adapter, subfolder=expert.subfolder, hub=hub)
@@ -140,23 +140,27 @@ def _refuse_folder(name: str, folder: Path) -> None:
 def pin_folder(folder: Path, subfolder: str = "") -> AdapterRef:
     """The adapter in a folder, pinned to the hash of its weights, or of its file names if none.
 
+    Args:
+        subfolder: Inside `folder`, where the adapter lies.
+
     Raises:
         SourceError: There is no such folder, or a checkpoint cannot name it.
     """
-    if not folder.is_dir():
+    inner = folder / subfolder
+    if not inner.is_dir():
         raise SourceError(
-            f"{folder}: there is no such folder; check the path of the adapter, or train one there"
+            f"{inner}: there is no such folder; check the path of the adapter, or train one there"
             " with `meteora train`"
         )
     repo_id = PATH + folder.absolute().name
     source = f"{repo_id}/{subfolder}"
     if not source.isprintable() or not SOURCE.fullmatch(source):
-        raise _unnameable(folder, "folders of its experts")
-    weights = [*folder.glob("*.safetensors")]
+        raise _unnameable(inner, "folders of its experts")
+    weights = [*inner.glob("*.safetensors")]
     if weights and all(path.is_file() for path in weights):  # reading a pipe would never end
-        sha256 = weights_sha256(folder)
+        sha256 = weights_sha256(inner)
     else:
-        inside = [path.name for path in folder.iterdir()]
+        inside = [path.name for path in inner.iterdir()]
         # a file name need not be UTF-8, but JSON must be
         names = sorted(os.fsencode(path).decode(errors="backslashreplace") for path in inside)
         sha256 = canonical_sha256(names)
@@ -195,5 +199,9 @@ def adapter_at_hand(context: RunContext, expert: ExpertSection, ref: AdapterRef)
 
 
 def local_folder(context: RunContext, expert: ExpertSection) -> Path:
-    """The folder of an adapter that the recipe names by `path:`."""
-    return path_from(context.folder, expert.adapter.removeprefix(PATH)) / expert.subfolder
+    """The folder with the files of an adapter that the recipe names by `path:`."""
+    return _named_folder(context, expert) / expert.subfolder
+
+
+def _named_folder(context: RunContext, expert: ExpertSection) -> Path:
+    return path_from(context.folder, expert.adapter.removeprefix(PATH))

@@ -10,7 +10,6 @@ again.
 from __future__ import annotations
 
 import json
-import tempfile
 from collections.abc import Callable
 from concurrent.futures import Future
 from contextlib import suppress
@@ -24,6 +23,7 @@ from huggingface_hub import HfApi, constants
 
 from meteora.artifacts import COMMIT, canonical_sha256
 from meteora.untrusted.findings import shortened
+from store.files import replace_text
 
 T = TypeVar("T")
 
@@ -80,11 +80,7 @@ def cached_entries(
     entries = _in_time(make, READ_SECONDS)
     with suppress(OSError):  # a cache that cannot be written is left out
         folder.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryDirectory(dir=folder) as scratch:
-            file = Path(scratch) / path.name
-            file.touch(mode=0o600)  # rows may be of a private data set
-            file.write_text(json.dumps(entries))
-            file.replace(path)
+        replace_text(path, json.dumps(entries), mode=0o600)  # rows may be of a private data set
     return [read(entry) for entry in entries]
 
 

@@ -22,6 +22,7 @@ from meteora.routing.layer import routed_layers
 from meteora.routing.passes import cache_name
 from pipelines.evaluation.measurements import BASE, FUSED
 from pipelines.scoring.intervals import bootstrap_median
+from pipelines.workspace.machine import device_name
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -153,7 +154,7 @@ def working_bytes(model: PreTrainedModel, prompt: Tensor) -> int:
     with tempfile.TemporaryDirectory() as folder:
         trace = Path(folder) / "trace.json"
         profiled.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
+        events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     steps = sorted(
         (event["args"]["Ev Idx"], event["args"]["Bytes"])
         for event in events
@@ -164,10 +165,3 @@ def working_bytes(model: PreTrainedModel, prompt: Tensor) -> int:
         now += step
         most = max(most, now)
     return most
-
-
-def device_name(device: torch.device | str, dtype: str = "auto") -> str:
-    """The name of the GPU, or the kind of another device; with the dtype if a person named one."""
-    device = torch.device(device)
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
-    return name if dtype == "auto" else f"{name}, {dtype}"

@@ -64,6 +64,8 @@ class Task:
     """The most rows of that task."""
     num_fewshot: int = 0
     """The number of solved examples in each prompt of that task, or of composites."""
+    own_length: int | None = None
+    """`max_new_tokens` if the recipe names it for that task; if not, the length is lm-eval's."""
 
     @property
     def mixed(self) -> Sequence[Composite] | Sequence[Dialogue]:
@@ -75,7 +77,9 @@ class Task:
         """The hash for `BenchmarkSpec.rows_sha256`: of rows or definition, and system prompt."""
         if self.lm_eval:
             files = {"files": _definition(self.folder)} if self.folder else {}
-            sha256 = canonical_sha256({"lm_eval": self.lm_eval, "limit": self.limit, **files})
+            length = {} if self.own_length is None else {"max_new_tokens": self.own_length}
+            asked = {"lm_eval": self.lm_eval, "limit": self.limit, **files, **length}
+            sha256 = canonical_sha256(asked)
         else:
             sha256 = rows_sha256(self.mixed or self.rows)
         if self.system_prompt is None:
@@ -191,6 +195,7 @@ def _listed_task(
         folder=path_from(folder, section.folder) if section.folder else None,
         limit=limit,
         num_fewshot=section.num_fewshot,
+        own_length=section.max_new_tokens if section.lm_eval else None,
         system_prompt=settings.system_prompt,
     )
 

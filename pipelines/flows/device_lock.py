@@ -37,21 +37,9 @@ def held(*slots: str) -> Generator[None]:
         slots: The devices' names, in an order that all runs share. A CPU is never held.
     """
     holding = ExitStack()
-    for slot in slots:
-        try:
-            if not _make_limit(slot):
-                say(f"waiting for {slot}, which another run holds")
-            holding.enter_context(
-                concurrency(
-                    slot,
-                    strict=True,  # a missing limit would not block
-                    lease_duration=LEASE_SECONDS,
-                    raise_on_lease_renewal_failure=False,
-                )
-            )
-        except FAULTS as error:
-            logger.warning("the Prefect server does not say whether %s is free: %s", slot, error)
     try:
+        for slot in slots:
+            _take(slot, holding)
         yield
     finally:
         try:
@@ -60,6 +48,22 @@ def held(*slots: str) -> Generator[None]:
             logger.warning(
                 "the Prefect server was not told that %s are free: %s", ", ".join(slots), error
             )
+
+
+def _take(slot: str, holding: ExitStack) -> None:
+    try:
+        if not _make_limit(slot):
+            say(f"waiting for {slot}, which another run holds")
+        holding.enter_context(
+            concurrency(
+                slot,
+                strict=True,  # a missing limit would not block
+                lease_duration=LEASE_SECONDS,
+                raise_on_lease_renewal_failure=False,
+            )
+        )
+    except FAULTS as error:
+        logger.warning("the Prefect server does not say whether %s is free: %s", slot, error)
 
 
 def _make_limit(slot: str) -> bool:

@@ -35,6 +35,7 @@ from meteora.artifacts import MeteoraError
 from pipelines.flows.own_origin import OwnOriginOnly
 from pipelines.flows.server_secret import make_private, read_or_make, secret_file
 from pipelines.workspace.faults import require_space
+from store.files import replace_text
 
 if TYPE_CHECKING:
     from fastapi import FastAPI
@@ -46,6 +47,8 @@ PORT = 4200
 """Prefect's own port, for the first start. Later starts use the last one, so open pages work."""
 ROOM_BYTES = 32 << 20
 """For its database, and the index of the ledger. With a full disk a server answers 500."""
+LOG_BYTES = 4 << 20
+"""A longer log begins anew with the next server."""
 KEEP_SECONDS = 1.0
 """The time between two checks that the server lives."""
 
@@ -74,13 +77,13 @@ def use_local_server(home: Path) -> bool:
     make_private(folder)
     _leave_out_the_proxy()
     with ExitStack() as held:
-        start = held.enter_context((folder / "start.lock").open("w"))
+        start = held.enter_context((folder / "start.lock").open("wb"))
         fcntl.flock(start, fcntl.LOCK_EX)
         secret = read_or_make(secret_file(home))
-        users = held.enter_context((folder / "users.lock").open("w"))
+        users = held.enter_context((folder / "users.lock").open("wb"))
         fcntl.flock(users, fcntl.LOCK_SH)  # waits while a server is on its way out
         server = _start(folder, ROOM_BYTES)
-        url = (folder / "address").read_text()
+        url = (folder / "address").read_text(encoding="utf-8")
         _wait_until_healthy(server, url, folder / "server.log")
         _check_that_it_asks_for(secret, url)
         os.environ["PREFECT_API_URL"] = url
@@ -142,7 +145,7 @@ def page() -> str:
     return os.environ["PREFECT_API_URL"].removesuffix("/api")
 
 
-def _got(file: IO[str]) -> bool:
+def _got(file: IO[bytes]) -> bool:
     """Take the lock; False if another process holds it."""
     try:
         fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -157,13 +160,13 @@ def _start(folder: Path, room_bytes: int = 0) -> subprocess.Popen[bytes] | None:
     Raises:
         NoSpaceError: Its disk has fewer than `room_bytes` free.
     """
-    with (folder / "server.lock").open("a") as own:
+    with (folder / "server.lock").open("ab") as own:
         if not _got(own):
             return None
         require_space(folder, room_bytes, "what a run writes to begin with")
-        with _listening(_last_port(folder)) as listener, (folder / "server.log").open("wb") as log:
+        with _listening(_last_port(folder)) as listener, _log_of(folder).open("ab") as log:
             port = listener.getsockname()[1]
-            (folder / "address").write_text(f"http://{HOST}:{port}/api")
+            replace_text(folder / "address", f"http://{HOST}:{port}/api")
             return subprocess.Popen(  # noqa: S603  (our own module)
                 [
                     sys.executable,
@@ -180,9 +183,18 @@ def _start(folder: Path, room_bytes: int = 0) -> subprocess.Popen[bytes] | None:
             )
 
 
+def _log_of(folder: Path) -> Path:
+    """The file for a server's log, behind the lines of the last one; a long file is put aside."""
+    log = folder / "server.log"
+    if log.is_file() and log.stat().st_size > LOG_BYTES:
+        log.replace(folder / "server.old.log")
+    return log
+
+
 def _last_port(folder: Path) -> int:
     try:
-        return int((folder / "address").read_text().removesuffix("/api").rpartition(":")[2])
+        url = (folder / "address").read_text(encoding="utf-8")
+        return int(url.removesuffix("/api").rpartition(":")[2])
     except (FileNotFoundError, ValueError):
         return PORT
 
@@ -232,13 +244,14 @@ def _keep_alive(
     while not leaving.wait(KEEP_SECONDS):
         if server is not None:
             server.poll()  # a dead child stays a zombie until its parent polls it
-        with (folder / "start.lock").open("w") as start:
+        # such as a full disk, which may have room again in the next round
+        with suppress(OSError), (folder / "start.lock").open("wb") as start:
             fcntl.flock(start, fcntl.LOCK_EX)
             server = _start(folder) or server
 
 
 def _leave(
-    users: IO[str],
+    users: IO[bytes],
     server: subprocess.Popen[bytes] | None,
     held: ExitStack,
     leaving: threading.Event,
@@ -252,7 +265,7 @@ def _leave(
 
 
 def _end_with_the_last_user(folder: Path) -> None:
-    users = (folder / "users.lock").open("w")
+    users = (folder / "users.lock").open("wb")
     while not _got(users):
         time.sleep(0.2)
     os._exit(0)

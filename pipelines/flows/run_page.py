@@ -148,7 +148,8 @@ def show_results(
     before = {(one.task, one.metric): one for one in since_last}
     rows = [_row(task, row, summary.systems, before) for task, row in summary.scores.items()]
     worse = [f"**{one.describe()}**" for one in since_last if one.worse]
-    card = (context.checkpoint_folder(plan.router.id) / CARD).read_text().split("---\n", 2)[2]
+    file = context.checkpoint_folder(plan.router.id) / CARD
+    card = file.read_text(encoding="utf-8").split("---\n", 2)[2]
     sources = [(plan.base.base_model, plan.base.base_revision)]
     sources += [(expert.ref.repo_id, expert.ref.revision) for expert in plan.experts]
     if context.recipe.publish is not None:

@@ -59,7 +59,7 @@ def read_or_make(file: Path) -> str:
     except FileExistsError:
         return _read(file)
     secret = f"{USER}:{secrets.token_urlsafe(32)}"
-    with open(made, "w") as out:  # noqa: PTH123  (a descriptor)
+    with open(made, "w", encoding="utf-8") as out:  # noqa: PTH123  (a descriptor)
         out.write(f"{secret}\n")
     return secret
 
@@ -70,7 +70,7 @@ def _read(file: Path) -> str:
         opened = os.open(file, os.O_RDONLY | os.O_NOFOLLOW)
     except OSError as error:
         raise SecretError(f"{file} cannot be read ({error.strerror}){advice}") from None
-    with open(opened) as lines:  # noqa: PTH123  (a descriptor)
+    with open(opened, encoding="utf-8") as lines:  # noqa: PTH123  (a descriptor)
         about = os.fstat(opened)
         if about.st_uid != os.geteuid():
             raise SecretError(

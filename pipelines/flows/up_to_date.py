@@ -112,7 +112,7 @@ def _is_written(context: RunContext, plan: Plan, summary: Summary) -> bool:
     if not is_whole(folder):
         return False
     results = folder / EVAL_RESULTS
-    written = results.read_text() if results.is_file() else ""
+    written = results.read_text(encoding="utf-8") if results.is_file() else ""
     asked = write_eval_results(context.recipe.benchmark.tasks, summary)
     return written == asked or is_signed(folder)
 

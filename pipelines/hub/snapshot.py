@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 import shutil
 from collections.abc import Generator, Sequence
 from contextlib import ExitStack, contextmanager
@@ -17,7 +16,7 @@ from meteora.artifacts import file_sha256
 from pipelines.hub.errors import HubHashError, HubTimeoutError
 from store.errors import BusyError
 from store.files import locked as hold
-from store.files import sync
+from store.files import replace_text
 
 
 @dataclass(frozen=True)
@@ -129,12 +128,9 @@ def staging(folder: Path) -> Generator[Path]:
 
 
 def write_note(path: Path, text: str) -> None:
-    """Replace a small file in one step; several processes may do so at once."""
+    """Write a small file, by `replace_text`, in a folder that is made if needed."""
     path.parent.mkdir(parents=True, exist_ok=True)
-    staged = path.with_name(f"{path.name}.{os.getpid()}.partial")
-    staged.write_text(text, encoding="utf-8")
-    sync(staged)
-    staged.rename(path)
+    replace_text(path, text)
 
 
 def put_in_place(staged: Path, folder: Path, files: Sequence[ListedFile]) -> None:

@@ -13,6 +13,7 @@ from pipelines.data.rows import Row, refuse_overlap
 from pipelines.data.spans import prompt_parts
 from pipelines.recipe.recipe import AUTO
 from pipelines.workspace.console import say
+from store.files import replace_text
 
 if TYPE_CHECKING:
     from pipelines.data.spans import SpannedRow, SpannedTurns
@@ -61,7 +62,7 @@ def _without(one: Found, rows: Sequence[Row], tested: set[str], out: Path) -> Fo
     lines = [line for line, _ in json_lines(one.examples)]
     out.mkdir(parents=True, exist_ok=True)
     path = out / f"{one.name}.train.jsonl"
-    path.write_text("".join(lines[number].rstrip("\n") + "\n" for number in kept), encoding="utf-8")
+    replace_text(path, "".join(lines[number].rstrip("\n") + "\n" for number in kept))
     note = (
         f"{len(rows) - len(kept):,} of {len(rows):,} examples of {one.examples.name} are test rows,"
         " and were left out"

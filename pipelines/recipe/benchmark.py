@@ -56,7 +56,7 @@ class TaskSection(Section):
     template: Template | None = None
     """`auto`, `chat` or `plain` prompts. Default: as in `benchmark`."""
     max_new_tokens: Annotated[int, Field(ge=1, le=100_000)] | None = None
-    """Greatest length of an answer. Default: as in `benchmark`."""
+    """Greatest length of an answer. Default: as in `benchmark`; tasks of lm-eval have their own."""
     limit: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
     """Greatest number of rows. Default: as in `benchmark`."""
     num_fewshot: Annotated[int, Field(ge=0, le=64)] = 0

@@ -17,6 +17,7 @@ from meteora.adapters.files import CONFIG
 from meteora.artifacts import REPO_ID, MeteoraError
 from meteora.base.sources import GGUF, PATH, path_from
 from pipelines.recipe.recipe import LONGEST_NAME, Recipe
+from store.files import replace_text
 
 EXAMPLES = ("train.jsonl", "examples.jsonl")
 TESTS = ("test.jsonl", "eval.jsonl")
@@ -88,9 +89,7 @@ def write_recipe(
     text = recipe_text(prepare(adapters), base, out.parent, pool)
     recipe = Recipe.parse(text.encode(), out)
     out.parent.mkdir(parents=True, exist_ok=True)
-    partial = out.with_name(f".{out.name}.partial")
-    partial.write_text(text, encoding="utf-8")
-    partial.rename(out)
+    replace_text(out, text)
     return recipe
 
 

@@ -447,3 +447,12 @@ def find_shipped(name: str) -> Path:
 def locate(name: str) -> Path:
     """A recipe's file: a shipped name, or a path."""
     return shipped().get(name, Path(name))
+
+
+def folder_of(path: Path) -> Path:
+    """The folder that paths in a recipe are relative to.
+
+    It is the recipe's own folder. For a shipped recipe without one it is the working folder, since
+    the user adds adapters and rows.
+    """
+    return Path.cwd() if path.parent == SHIPPED else path.parent

@@ -12,6 +12,7 @@ from pathlib import Path
 from jinja2 import Environment, PackageLoader, StrictUndefined
 
 from meteora.artifacts import MeteoraError
+from store.files import replace_text
 
 
 class PageError(MeteoraError):
@@ -64,11 +65,7 @@ def write_page(path: Path, html: str) -> None:
     Raises:
         PageError: the file cannot be written.
     """
-    partial = path.with_name(f".{path.name}.{os.getpid()}")
     try:
-        partial.write_text(html, encoding="utf-8")
-        partial.replace(path)
+        replace_text(path, html)
     except OSError as error:
         raise PageError(f"{path} cannot be written: {error.strerror or error}") from error
-    finally:
-        partial.unlink(missing_ok=True)

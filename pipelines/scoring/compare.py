@@ -18,13 +18,16 @@ if TYPE_CHECKING:
 def compare(ledger: Ledger, spec: ComparisonSpec) -> ComparisonBuild:
     """Test the pair of scores of every task, and correct the p-values over the tasks.
 
-    The scores have to be in the ledger.
+    The scores have to be in the ledger. A pair that was not asked the same rows is left out;
+    without any pair the mean difference is 0.
     """
     scores = ledger.scores_of(one for pair in spec.pairs for one in (pair.score_id, pair.other_id))
     tested: list[Difference] = []
     better: list[tuple[float, float, float]] = []
     for pair in spec.pairs:
         ours, theirs = scores[pair.score_id], scores[pair.other_id]
+        if not have_same_rows(ledger, ours, theirs):
+            continue
         values = values_of(ledger, ours), values_of(ledger, theirs)
         graded = not {*values[0], *values[1]} <= {0.0, 1.0}
         test = partial(intervals.sign_flip, seed=spec.seed) if graded else intervals.mcnemar
@@ -45,11 +48,27 @@ def compare(ledger: Ledger, spec: ComparisonSpec) -> ComparisonBuild:
         tested.append(one)
         higher = (one.difference, low, high)
         better.append(higher if ours.higher_is_better else (-one.difference, -high, -low))
+    if not tested:
+        return ComparisonBuild(spec, (), 0.0, 0.0, 0.0)
     corrected = intervals.holm([one.p_value for one in tested])
     differences = (
         replace(one, p_holm=p_holm) for one, p_holm in zip(tested, corrected, strict=True)
     )
     return ComparisonBuild(spec, tuple(differences), *intervals.mean_difference(better))
+
+
+def have_same_rows(ledger: Ledger, one: Score, other: Score) -> bool:
+    """Whether two scores on one task are of the same rows, by their recorded answers.
+
+    A task of lm-eval's own has its rows and prompts from lm-eval and a data set, and
+    `rows_sha256` holds the version of neither. On two bases, whose templates may differ, the
+    references count in place of the prompts.
+    """
+    column = "prompt" if one.spec.base_id == other.spec.base_id else "reference"
+    asked, asked_other = (
+        read_outputs(ledger.blobs.path_of(score.outputs_sha256), [column]) for score in (one, other)
+    )
+    return asked == asked_other
 
 
 def values_of(ledger: Ledger, score: Score) -> list[float]:
@@ -74,7 +93,7 @@ def scores_in_common(
     askings: dict[ArtifactId, list[tuple[Score, Score]]] = {}
     last: dict[str, ArtifactId] = {}
     for one, twin in zip(ours, twins, strict=True):
-        if twin in theirs:
+        if twin in theirs and have_same_rows(ledger, one, theirs[twin]):
             asking = last[one.spec.task] = replace(one.spec, metric="").id
             askings.setdefault(asking, []).append((one, theirs[twin]))
     return {task: askings[asking] for task, asking in last.items()}

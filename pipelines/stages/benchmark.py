@@ -16,7 +16,6 @@ from meteora.checkpoint.manifest import CARD, MANIFEST, Manifest, read_manifest
 from meteora.untrusted.findings import MOST_NAMED, did_you_mean, listed
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.row_sources import read_rows
-from pipelines.evaluation.speed import device_name
 from pipelines.evaluation.tasks import Task, make_tasks
 from pipelines.planning.plan import Plan, plan_benchmark
 from pipelines.planning.recorded_tasks import recorded_tasks
@@ -29,6 +28,7 @@ from pipelines.recipe.recipe import (
     ExpertSection,
     HubSection,
     Recipe,
+    folder_of,
 )
 from pipelines.recipe.stage import Stage
 from pipelines.reports import card
@@ -41,7 +41,7 @@ from pipelines.stages.open_model import stack_in
 from pipelines.workspace.checkpoints import is_whole
 from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext, new_run_id
-from pipelines.workspace.machine import choose_device
+from pipelines.workspace.machine import choose_device, device_name
 from pipelines.workspace.recorded_run import one_stage
 
 if TYPE_CHECKING:
@@ -157,13 +157,14 @@ def _choose_tasks(
         recorded = recorded_tasks(ledger, stack_in(manifest).base_id, adapters, router_id)
         settings = _settings_of(recorded)
     else:
-        recipe, folder = Recipe.load(request.recipe), request.recipe.parent
+        recipe, folder = Recipe.load(request.recipe), folder_of(request.recipe)
         settings, compare = recipe.benchmark, recipe.benchmark.compare
         own = {one.name: one for one in recipe.experts if one.name in manifest.names}
     further = list(settings.tasks)
     for name, source in given.items():
         if name in manifest.names:
-            own[name] = ExpertSection(name=name, adapter="", test=_absolute(source))
+            asked = own.get(name) or _section_of(name, recorded.get(name))
+            own[name] = asked.model_copy(update={"test": _absolute(source)})
         else:
             further.append(TaskSection(name=name, rows=_absolute(source)))
     changes = {"compare": request.compare or compare, "tasks": tuple(further)}
@@ -208,6 +209,15 @@ def _given_rows(request: BenchmarkRequest) -> dict[str, str]:
             )
         given[name] = source
     return given
+
+
+def _section_of(name: str, task: Task | None) -> ExpertSection:
+    """An expert's section with the metrics and the length of its recorded task, if there is one."""
+    section = ExpertSection(name=name, adapter="")
+    if task is None:
+        return section
+    changes = {"metric": task.metrics, "max_new_tokens": task.max_new_tokens}
+    return section.model_copy(update=changes)
 
 
 def _settings_of(recorded: dict[str, Task]) -> BenchmarkSection:

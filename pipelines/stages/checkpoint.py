@@ -39,7 +39,7 @@ def write_texts(
         LINEAGE: write_lineage(manifest, recipe_sha256),
     }
     for name, text in texts.items():
-        (folder / name).write_text(text)
+        (folder / name).write_text(text, encoding="utf-8")
 
 
 def stays_as_signed(folder: Path) -> bool:
@@ -68,7 +68,7 @@ def place_checkpoint(
         write_texts(made, manifest, title, summary, work.recipe_sha256)
         if results:
             (made / EVAL_RESULTS).parent.mkdir()
-            (made / EVAL_RESULTS).write_text(results)
+            (made / EVAL_RESULTS).write_text(results, encoding="utf-8")
         replace_checkpoint(made, folder)
     return folder
 

@@ -50,7 +50,6 @@ from pipelines.data.labels import Labeller
 from pipelines.data.row_sources import read_rows, row_place
 from pipelines.data.rows import rows_sha256
 from pipelines.evaluation.harness import room_of
-from pipelines.evaluation.speed import device_name
 from pipelines.planning.room import check_examples, with_room
 from pipelines.recipe.gates import Composites, MixedSection, numbers_of, refuse_test_rows
 from pipelines.recipe.recipe import NAME, NAME_RULE, Recipe
@@ -64,7 +63,7 @@ from pipelines.stages.open_model import entry_of, stack_in, tokenizer_of_gates
 from pipelines.workspace.checkpoints import is_whole
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import RunContext, new_run_id
-from pipelines.workspace.machine import choose_device, is_too_large, memory_bytes
+from pipelines.workspace.machine import choose_device, device_name, is_too_large, memory_bytes
 from pipelines.workspace.recorded_run import one_stage
 
 if TYPE_CHECKING:
@@ -132,7 +131,7 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
     )
     check_base(manifest, fingerprint(model.config, tokenizer), folder)
     work = RunContext(ledger, candidate.recipe, folder / MANIFEST, new_run_id())
-    admission = Admission(work, folder, manifest, candidate)
+    admission = Admission(work, folder, manifest, candidate, device)
     what, ran_on = f"add {candidate.name} to", device_name(device, dtype)
     with _scratch(work, manifest, what, ran_on) as scratch:
         expert = admission.read(model, tokenizer)
@@ -239,7 +238,8 @@ def _map_of(manifest: Manifest, base_folder: Path | None, device: str) -> dict[s
     """The options that place the base while it is loaded; empty if it is moved afterwards."""
     if manifest.base.quantise:  # quantised weights are made on their device
         return {"device_map": {"": device}}
-    if base_folder is None or not is_too_large(shape_of(base_folder).num_bytes, memory_bytes()):
+    room = memory_bytes(device)
+    if base_folder is None or not is_too_large(shape_of(base_folder).num_bytes, room):
         return {}
     say("the base is read from the disk one layer at a time")
     return {"device_map": layers_on_disk(base_folder, device)}

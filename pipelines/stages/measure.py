@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING
 from meteora.artifacts import (
     NULL,
     WITH_GATES,
+    ComparisonBuild,
     RouterBuild,
     RoutingBuild,
     RoutingScore,
@@ -23,6 +24,7 @@ from meteora.base.placement import input_device
 from meteora.model.fused import expert_names
 from meteora.model.generate import prompts_at_once
 from meteora.routing.layer import routed_layers
+from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.admission import silent_experts
 from pipelines.evaluation import evaluate, routing_stats, speed
 from pipelines.evaluation.harness import HARNESS
@@ -38,7 +40,7 @@ from pipelines.scoring.outputs import write_outputs
 from pipelines.stages.checkpoint import record_router
 from pipelines.stages.open_model import is_spread, opened, tokenizer_of_gates
 from pipelines.workspace.console import bar, say
-from pipelines.workspace.machine import memory_bytes
+from pipelines.workspace.machine import device_name, memory_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -129,7 +131,7 @@ def measure_model(
         _record_controls(work, plan)
         with open_model() as (model, tokenizer):
             check_room(_tasks_of(to_do, plan), model.config, tokenizer)
-            device = speed.device_name(input_device(model), dtype)
+            device = device_name(input_device(model), dtype)
             if not _is_probed(work, plan):
                 silent_experts.probe(work, plan.experts, model, tokenizer)
             for askings in _of_one_system(to_do, plan):
@@ -168,7 +170,8 @@ def _batch_size(
         routed = [shape.linears[f"{path}.projection"] for path in routed_layers(model)]
         held += sum(a * b for a, b in routed) * shape.dtype.itemsize
     tokens = longest(task, model.config, tokenizer)
-    most = rows_at_once(settings, shape, tokens, held_bytes=held, memory_bytes=memory_bytes())
+    room = memory_bytes(input_device(model))
+    most = rows_at_once(settings, shape, tokens, held_bytes=held, memory_bytes=room)
     number: int = prompts_at_once(model, most)
     say_once(f"{task.name}: {number} prompts are answered together")
     return number
@@ -251,7 +254,22 @@ def _compare(work: RunContext, plan: Plan) -> None:
     for spec in plan.comparisons:
         if work.ledger.built(spec.id) is None:
             made = compare.compare(work.ledger, spec)
+            _note_untested(plan, made)
             work.ledger.record_artifact(spec, weights_sha256="", built=made, run_id=work.run_id)
+
+
+def _note_untested(plan: Plan, made: ComparisonBuild) -> None:
+    """Name the tasks that a comparison leaves out."""
+    tested = {one.score_id for one in made.differences}
+    tasks = {one.spec.id: one.spec.task for one in plan.measurements}
+    left_out = [tasks[one.score_id] for one in made.spec.pairs if one.score_id not in tested]
+    if left_out:
+        say(
+            f"{listed(left_out, MOST_NAMED)}: {made.spec.system} and {made.spec.other} were asked"
+            " other prompts, as by two versions of lm-eval or of its data set, so they are not"
+            " compared; with another `name` of the task both are asked again",
+            "note",
+        )
 
 
 def _time(work: RunContext, plan: Plan, model: PreTrainedModel) -> None:

@@ -40,7 +40,6 @@ from pipelines.admission.sources import local_folder, resolve_base, token_of_row
 from pipelines.data.row_sources import read_rows, row_place
 from pipelines.data.rows import Row, refuse_overlap
 from pipelines.evaluation.harness import room_of
-from pipelines.evaluation.speed import device_name
 from pipelines.evaluation.tasks import make_tasks
 from pipelines.planning.room import having_room
 from pipelines.recipe.recipe import AUTO, ExpertSection
@@ -49,7 +48,7 @@ from pipelines.stages.open_model import tokenizer_of_gates
 from pipelines.workspace.bases import require_sound
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import RunContext, put_in_place
-from pipelines.workspace.machine import choose_device, is_too_large, memory_bytes
+from pipelines.workspace.machine import choose_device, device_name, is_too_large, memory_bytes
 from pipelines.workspace.recorded_run import one_stage
 
 if TYPE_CHECKING:
@@ -211,10 +210,11 @@ def _open_base(
     """
     folder = work.base_folder(spec)
     shape = replace(shape_of(folder), quantise=spec.quantise)
-    if is_too_large(shape.loaded_bytes, memory_bytes()):
+    room = memory_bytes(device)
+    if is_too_large(shape.loaded_bytes, room):
         raise AdapterTrainingError(
             f"{work.recipe.base} has {shape.loaded_bytes / 1e9:,.1f} GB, and {device}"
-            f" {memory_bytes() / 1e9:,.1f} GB, which leaves too little to train with; take"
+            f" {room / 1e9:,.1f} GB, which leaves too little to train with; take"
             " `quantise: 4bit`, or a larger device"
         )
     narrow = device.startswith("cuda") or shape.dtype == torch.float16

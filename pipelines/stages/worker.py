@@ -16,7 +16,6 @@ import torch
 from meteora.adapters.update_norm import check_proportion
 from meteora.artifacts import MeteoraError
 from meteora.base.placement import is_out_of_memory
-from pipelines.evaluation.speed import device_name
 from pipelines.publishing import publish
 from pipelines.stages import build, measure, pool
 from pipelines.stages.open_model import is_spread
@@ -24,7 +23,7 @@ from pipelines.stages.train_processes import num_processes
 from pipelines.stages.worker_client import StageError
 from pipelines.workspace.console import CONSOLE
 from pipelines.workspace.context import RunContext
-from pipelines.workspace.machine import choose_device, memory_bytes
+from pipelines.workspace.machine import choose_device, device_name, memory_bytes
 from pipelines.workspace.processes import Channel, connect_to_parent
 from store.ledger import Ledger
 

@@ -14,7 +14,7 @@ from typing import Self
 
 from meteora.artifacts import ArtifactId, BaseSpec, canonical_sha256
 from meteora.base.sources import PATH, path_from
-from pipelines.recipe.recipe import SHIPPED, Recipe, locate, read_recipe, shipped
+from pipelines.recipe.recipe import Recipe, folder_of, locate, read_recipe, shipped
 from pipelines.workspace.bases import base_at
 from store.files import sync
 from store.ledger import Ledger
@@ -54,12 +54,8 @@ class RunContext:
 
     @property
     def folder(self) -> Path:
-        """The folder that paths in the recipe are relative to.
-
-        It is the recipe's own folder. For a shipped recipe without one it is the working folder,
-        since the user adds adapters and rows.
-        """
-        return Path.cwd() if self.path.parent == SHIPPED else self.path.parent
+        """The folder that paths in the recipe are relative to, by `folder_of`."""
+        return folder_of(self.path)
 
     @property
     def home(self) -> Path:
@@ -121,10 +117,10 @@ def put_in_place(made: Path, folder: Path) -> None:
         made: On the same disk, in a temporary folder; the older folder moves there, too.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
-    if folder.exists():
-        folder.rename(made.with_name("before"))
     for path in (*made.rglob("*"), made):
         sync(path)
+    if folder.exists():  # no sooner: whoever is killed while it syncs leaves the older one
+        folder.rename(made.with_name("before"))
     made.rename(folder)
     sync(folder.parent)
 

@@ -5,8 +5,10 @@ from __future__ import annotations
 import hashlib
 import os
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import suppress
 from dataclasses import dataclass
+from pathlib import Path
 
 import torch
 
@@ -16,6 +18,8 @@ SECONDS = 0.15
 """For each of the measurements."""
 SIZE = 2048
 """Rows and columns of the matrices."""
+GROUPS, OWN_GROUPS = Path("/sys/fs/cgroup"), Path("/proc/self/cgroup")
+"""Linux's control groups, and the names of those that this process is in."""
 MOST = 0.6
 """The largest share of the memory for the weights of a model."""
 
@@ -70,7 +74,7 @@ def measure_machine(dtype: torch.dtype) -> Machine:
     else:
         name = f"cpu with {torch.get_num_threads()} threads"
     is_cpu = device.type == "cpu"
-    return Machine(name, flops, reads, 1 / calls, hashed, memory_bytes(), is_cpu)
+    return Machine(name, flops, reads, 1 / calls, hashed, memory_bytes(device), is_cpu)
 
 
 def choose_device(name: str = "auto") -> str:
@@ -94,6 +98,13 @@ def choose_device(name: str = "auto") -> str:
     return name
 
 
+def device_name(device: torch.device | str, dtype: str = "auto") -> str:
+    """The name of the GPU, or the kind of another device; with the dtype if a person named one."""
+    device = torch.device(device)
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else device.type
+    return name if dtype == "auto" else f"{name}, {dtype}"
+
+
 def _devices() -> list[str]:
     gpus = [f"cuda:{number}" for number in range(torch.cuda.device_count())]
     return ["cpu", *gpus, *(["mps"] if torch.backends.mps.is_available() else [])]
@@ -104,11 +115,33 @@ def is_too_large(num_bytes: float, memory_bytes: float) -> bool:
     return num_bytes > MOST * memory_bytes
 
 
-def memory_bytes() -> int:
-    """The total memory of the device that a run would use."""
-    if torch.cuda.is_available():
-        return torch.cuda.get_device_properties("cuda").total_memory
-    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+def memory_bytes(device: str | torch.device | None = None) -> int:
+    """The total memory of a device; of the CPU, at most what this process may use.
+
+    Args:
+        device: a name from `choose_device`; None for the device that a run would use
+    """
+    place = torch.device(device or choose_device())
+    if place.type == "cuda":
+        return torch.cuda.get_device_properties(place).total_memory
+    return min([os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES"), *_limits()])
+
+
+def _limits() -> Iterator[int]:
+    """The limits of memory, in bytes, of this process's control groups, such as a container's."""
+    lines = OWN_GROUPS.read_text(encoding="utf-8").splitlines() if OWN_GROUPS.is_file() else []
+    for line in lines:
+        _, controllers, path = line.split(":", 2)
+        if not controllers:
+            root, name = GROUPS, "memory.max"
+        elif "memory" in controllers.split(","):
+            root, name = GROUPS / "memory", "memory.limit_in_bytes"
+        else:
+            continue
+        group = root / path.lstrip("/")
+        for folder in (group, *group.parents):
+            with suppress(OSError, ValueError):  # not there, or `max`
+                yield int((folder / name).read_text(encoding="utf-8"))
 
 
 def _rate(device: torch.device, do: Callable[[int], object]) -> float:

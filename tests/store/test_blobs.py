@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import stat
@@ -15,6 +16,7 @@ from store.errors import DamagedError, MissingBlobError, StoreError
 from store.files import sweep
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
     from pathlib import Path
 
 DATA = b"gates" * 1000
@@ -42,6 +44,28 @@ def test_a_file_goes_in_under_its_hash(blobs: Blobs, source: Path, move: bool) -
     assert stat.S_IMODE(blobs.path_of(SHA256).stat().st_mode) == 0o444
     assert source.exists() is not move
     assert not list((blobs.root / "tmp").iterdir())
+
+
+def test_a_file_that_cannot_be_read_is_no_fault_of_the_store(
+    blobs: Blobs, source: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """It was said that the home cannot be written to."""
+
+    def struck(error: OSError) -> Callable[..., None]:
+        def copied(*_paths: Path) -> None:
+            raise error
+
+        return copied
+
+    of_source = PermissionError(errno.EACCES, "Permission denied", str(source))
+    monkeypatch.setattr("store.blobs.copy", struck(of_source))
+    with pytest.raises(PermissionError):
+        blobs.put(source)
+    ours = str(blobs.root / "tmp" / "x")
+    for error in (OSError(errno.ENOSPC, "No space left"), PermissionError(errno.EACCES, "x", ours)):
+        monkeypatch.setattr("store.blobs.copy", struck(error))
+        with pytest.raises(StoreError, match="blobs cannot be written to"):
+            blobs.put(source)
 
 
 def test_an_old_file_is_not_swept_while_it_is_moved(

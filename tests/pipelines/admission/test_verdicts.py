@@ -15,6 +15,7 @@ from safetensors.torch import load_file, save_file
 from meteora.artifacts import canonical_sha256
 from meteora.base.sources import SourceError, path_from
 from pipelines.admission import silent_experts
+from pipelines.admission.candidate import Candidate, _resolve
 from pipelines.admission.sources import local_folder, pin_folder, resolve_adapter, resolve_base
 from pipelines.recipe.recipe import Recipe
 from pipelines.stages import build
@@ -153,6 +154,22 @@ def test_a_persons_own_home_is_found(
     assert resolve_base(work).base_model == f"path:{world.base.name}"
     assert local_folder(work, work.recipe.experts[0]) == world.base / "adapter"
     assert path_from(tmp_path, "~other/x") == tmp_path / "~other" / "x"
+
+
+def test_a_local_adapter_in_a_subfolder_is_named_by_both(world: World, tmp_path: Path) -> None:
+    """The subfolder was named twice, and the folder not at all."""
+    shutil.copytree(world.adapters["q_and_v"], tmp_path / "many" / "dates")
+    expert = {"name": "a", "adapter": "path:many", "subfolder": "dates"}
+    work = of_recipe(tmp_path, "path:base", expert)
+    ref = resolve_adapter(work, work.recipe.experts[0])
+    assert (ref.repo_id, ref.subfolder) == ("path:many", "dates")
+    assert ref.revision == pin_folder(tmp_path / "many" / "dates").revision
+    asked = Candidate("a", str(tmp_path / "many"), "dates")
+    again, folder_of = _resolve(work, asked)
+    assert again == ref
+    assert folder_of() == tmp_path / "many" / "dates"
+    with pytest.raises(SourceError, match="many/sums: there is no such folder"):
+        pin_folder(tmp_path / "many", "sums")
 
 
 def test_a_file_whose_name_is_no_text_is_counted_like_others(tmp_path: Path) -> None:

@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
@@ -32,7 +33,12 @@ from pipelines.evaluation import lm_eval_tasks
 from pipelines.evaluation.evaluate import TaskResult, evaluate_task
 from pipelines.evaluation.harness import LOGGER, BenchmarkError, Harness
 from pipelines.evaluation.tasks import Task, check_rows, make_tasks
-from pipelines.recipe.benchmark import BenchmarkSection, CompositeSection, ConversationSection
+from pipelines.recipe.benchmark import (
+    BenchmarkSection,
+    CompositeSection,
+    ConversationSection,
+    TaskSection,
+)
 from pipelines.recipe.recipe import ExpertSection
 from pipelines.scoring.metrics import ATTEMPTED, RIGHT
 from pipelines.scoring.outputs import (
@@ -441,6 +447,44 @@ def test_a_task_of_lm_eval_s_form_is_another_one_once_its_files_are(tmp_path: Pa
     (tmp_path / "notes.md").write_text("of no account")
     seen.add(replace(own).rows_sha256)
     assert len(seen) == 4
+
+
+def test_an_answer_to_lm_eval_s_task_has_its_own_length_or_the_recipe_s(
+    world: World,
+    tokenizer: PreTrainedTokenizerBase,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """The recipe's was recorded, and lm-eval's was asked for."""
+    write_lm_eval_task(
+        tmp_path,
+        output_type="generate_until",
+        doc_to_choice=None,
+        generation_kwargs={"until": ["\n"], "max_gen_toks": 7},
+        metric_list=[{"metric": "exact_match"}],
+    )
+    generate, lengths, hashes = Harness._model_generate, [], set()
+
+    def watched(
+        harness: Harness, context: torch.Tensor, max_length: int, *asked: Any, **more: Any
+    ) -> torch.Tensor:
+        lengths.append(max_length - context.shape[1])
+        return generate(harness, context, max_length, *asked, **more)
+
+    monkeypatch.setattr(Harness, "_model_generate", watched)
+    model = world.load()
+    context_length = model.config.max_position_embeddings
+    for named in (None, 3, 4, context_length):
+        section = TaskSection(
+            lm_eval="mine", folder=str(tmp_path), metric="exact_match", max_new_tokens=named
+        )
+        asked = make_tasks([], BenchmarkSection(tasks=(section,), limit=1), tmp_path)["mine"]
+        hashes.add(asked.rows_sha256)
+        refused = pytest.raises(BenchmarkError, match="with the prompt; lower it")
+        with refused if named == context_length else nullcontext():
+            evaluate_task(model, tokenizer, asked, batch_size=2)
+    assert lengths == [7, 3, 4]
+    assert len(hashes) == 4
 
 
 def test_an_answer_to_a_composite_may_be_as_long_as_those_to_its_questions(tmp_path: Path) -> None:

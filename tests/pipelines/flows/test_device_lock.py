@@ -5,7 +5,7 @@ from __future__ import annotations
 import os
 import subprocess
 import sys
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from typing import TYPE_CHECKING
 
 import pytest
@@ -13,6 +13,7 @@ import pytest
 from tests.pipelines.flows.test_local_server import kill, wait_until
 
 if TYPE_CHECKING:
+    from collections.abc import Generator
     from pathlib import Path
 
 DEVICES = ("gpu-of-the-tests", "gpu-beside-it")
@@ -105,3 +106,29 @@ def test_a_limit_that_was_raised_is_left_alone_and_no_server_blocks_nobody() -> 
         device_lock.held("gpu-alone"),
     ):
         pass  # a warning, and no more
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_who_stops_waiting_for_a_device_gives_back_the_others(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Ctrl-C kept the first one until its lease ended."""
+    from pipelines.flows import device_lock  # noqa: PLC0415
+
+    given_back = []
+
+    @contextmanager
+    def concurrency(slot: str, **_how: object) -> Generator[None]:
+        if slot == "second":
+            raise KeyboardInterrupt
+        try:
+            yield
+        finally:
+            given_back.append(slot)
+
+    monkeypatch.setattr(device_lock, "concurrency", concurrency)
+    monkeypatch.setattr(device_lock, "_make_limit", lambda _slot: True)
+    with pytest.raises(KeyboardInterrupt) as stopped, device_lock.held("first", "second"):
+        pass
+    assert given_back == ["first"]
+    del stopped  # until here its traceback held what was taken

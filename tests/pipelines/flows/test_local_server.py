@@ -13,7 +13,8 @@ from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import httpx
 import pytest
@@ -132,6 +133,35 @@ def test_a_server_that_does_not_start_is_said_with_its_log(
     with pytest.raises(local_server.ServerError, match=r"server\.log says why"):
         local_server.use_local_server(tmp_path)
     assert "PREFECT_API_URL" not in os.environ
+
+
+def test_the_log_of_a_server_that_died_stays_when_it_is_started_again(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(local_server.sys, "executable", "/bin/false")
+    log = tmp_path / "server.log"
+    log.write_text("why it died")
+    for kept in (log, tmp_path / "server.old.log"):
+        started = local_server._start(tmp_path)
+        assert started is not None
+        started.wait()
+        assert kept.read_text() == "why it died"
+        monkeypatch.setattr(local_server, "LOG_BYTES", 0)
+
+
+def test_a_full_disk_does_not_end_the_watch_over_a_server(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rounds, results = iter((False, False, True)), iter((OSError("no space"), None))
+    leaving = SimpleNamespace(wait=lambda _seconds: next(rounds))
+
+    def start(_folder: Path) -> None:
+        if error := next(results):
+            raise error
+
+    monkeypatch.setattr(local_server, "_start", start)
+    local_server._keep_alive(tmp_path, None, cast("threading.Event", leaving))
+    assert [*rounds, *results] == []
 
 
 def test_a_disk_without_room_is_said_before_a_server_starts(

@@ -7,7 +7,8 @@ import math
 import re
 from itertools import product
 from operator import mul
-from typing import TYPE_CHECKING, Any
+from types import SimpleNamespace
+from typing import TYPE_CHECKING, Any, cast
 
 import lxml.html
 import pytest
@@ -35,11 +36,13 @@ from meteora.checkpoint.manifest import (
     Manifest,
     ModuleEntry,
 )
+from pipelines.evaluation.measurements import Measurement
 from pipelines.reports.queries import ReportError
 from pipelines.reports.report import comparison_page
 from pipelines.reports.side_by_side import SideBySide, compare_checkpoints
-from pipelines.scoring.compare import compare, scores_in_common
+from pipelines.scoring.compare import compare, recorded_scores, scores_in_common
 from pipelines.scoring.outputs import write_outputs
+from pipelines.stages.measure import _note_untested
 from store.events import RunStarted
 from store.ledger import Ledger
 from tests.pipelines.cli.command_line import ask
@@ -50,6 +53,8 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from selenium import webdriver
+
+    from pipelines.planning.plan import Plan
 
 RUN, COMMIT = "run-1", "c0ffee" + "0" * 34
 BASE = BaseSpec("tiny/base", COMMIT)
@@ -91,10 +96,15 @@ def measure(
     ledger: Ledger, router: RouterSpec, task: str, values: list[float], rows: str = "f", **more: Any
 ) -> None:
     """Record a score with the value of every row, as a benchmark does."""
-    metric = more.pop("metric", "conversation_right" if "turns" in more else "exact_match")
+    begin, metric = (
+        more.pop("begin", ""),
+        more.pop("metric", "conversation_right" if "turns" in more else "exact_match"),
+    )
     spec = BenchmarkSpec(router.id, task, rows * 64, metric, 0, 64, 0, BASE.id)
     path = ledger.home / "outputs.parquet"
-    write_outputs([{metric: value, "of": spec.id} for value in values], path)
+    prompts = [f"{begin}{number}" for number in range(len(values))]
+    rows_of = zip(prompts, values, strict=True)
+    write_outputs([{"prompt": one, metric: value, "of": spec.id} for one, value in rows_of], path)
     mean = sum(values) / len(values)
     outputs = ledger.blobs.put(path, move=True)
     ledger.record_score(
@@ -184,6 +194,30 @@ def test_a_test_asks_how_often_random_signs_would_differ_as_much(tmp_path: Path)
         sums = [abs(sum(map(mul, signs, values))) for signs in product((1, -1), repeat=len(values))]
         as_much = sum(found >= abs(sum(values)) - 1e-9 for found in sums)
         assert (one.test, one.p_value) == (one.task, pytest.approx(as_much / len(sums)))
+
+
+def test_scores_on_other_prompts_are_not_compared(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As of a task of lm-eval's own, before and after lm-eval or the data set changed."""
+    ledger, a, b = two_routers(tmp_path)
+    for router, begin in ((a, "old "), (b, "new ")):
+        measure(ledger, router, "same", [1.0] * 4)
+        measure(ledger, router, "other", [1.0] * 4, begin=begin)
+        measure(ledger, router, "more", [1.0] * (3 if router is a else 4))
+    ledger.ingest()
+    assert [*scores_in_common(ledger, b.id, a.id, BASE.id)] == ["same"]
+    of_b, of_a = (recorded_scores(ledger, router.id) for router in (b, a))
+    pairs = tuple(
+        ScorePair(one.spec.id, other.spec.id) for one, other in zip(of_b, of_a, strict=True)
+    )
+    found = compare(ledger, ComparisonSpec(b.id, "fused", "base", pairs))
+    assert [one.task for one in found.differences] == ["same"]
+    alone = compare(ledger, ComparisonSpec(b.id, "fused", "base", pairs[1:]))
+    assert (alone.differences, alone.mean_difference) == ((), 0.0)
+    measured = SimpleNamespace(measurements=[Measurement("fused", "", one.spec) for one in of_b])
+    _note_untested(cast("Plan", measured), found)
+    assert "other, more: fused and base were asked other prompts" in capsys.readouterr().err
 
 
 @pytest.fixture(scope="module")

@@ -8,6 +8,7 @@ import re
 import shlex
 import shutil
 from pathlib import Path
+from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
 
 import pytest
@@ -15,8 +16,16 @@ from safetensors.torch import load_file, save_file
 
 from meteora.artifacts import ArtifactId, MeteoraError
 from meteora.checkpoint.manifest import CARD, GATES, MANIFEST, STATISTICS, read_manifest
+from pipelines.data.rows import ExamplesError, Row
+from pipelines.evaluation.tasks import Task
 from pipelines.planning.recorded_tasks import recorded_tasks
-from pipelines.stages.benchmark import _note_untested, _write_card
+from pipelines.recipe.recipe import Recipe, locate
+from pipelines.stages.benchmark import (
+    BenchmarkRequest,
+    _choose_tasks,
+    _note_untested,
+    _write_card,
+)
 from store.events import RunStarted
 from store.ledger import Ledger
 from tests.pipelines.cli.command_line import ask
@@ -25,6 +34,7 @@ from tests.pipelines.conftest import finished, letters, run
 if TYPE_CHECKING:
     from collections.abc import Callable
 
+    from meteora.checkpoint.manifest import Manifest
     from pipelines.reports.summary import Summary
     from pipelines.workspace.context import RunContext
     from tests.conftest import World
@@ -194,6 +204,41 @@ def test_new_rows_a_recipe_and_other_systems_can_be_given(
         said = benchmark(work, folder, recipe_folder, *words)
         assert said.returncode == 1
         assert sentence in said.stderr
+
+
+@pytest.mark.parametrize("with_recipe", [True, False])
+def test_new_rows_of_an_expert_are_scored_as_its_others_are(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, with_recipe: bool
+) -> None:
+    """Its metric and its length were left out."""
+    (tmp_path / "new.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    name = world.manifest.names[0]
+    recipe = {
+        "base": "path:base",
+        "experts": [{"name": name, "adapter": "path:a", "metric": "rougeL", "max_new_tokens": 200}],
+        "router": {"kind": "uniform"},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    recorded = {name: Task(name, ("rougeL",), "auto", 200, rows=[Row("q", "r")], expert=name)}
+    monkeypatch.setattr("pipelines.stages.benchmark.recorded_tasks", lambda *_about: recorded)
+    request = BenchmarkRequest(
+        (f"{name}=jsonl:{tmp_path / 'new.jsonl'}",),
+        recipe=tmp_path / "recipe.yaml" if with_recipe else None,
+    )
+    _, tasks, _ = _choose_tasks(Ledger(tmp_path / "home"), world.manifest, "", request)
+    assert (tasks[name].metrics, tasks[name].max_new_tokens) == (("rougeL",), 200)
+    assert [row.prompt for row in tasks[name].rows] == ["a"]
+
+
+def test_rows_of_a_shipped_recipe_lie_in_the_working_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """They were looked for where the program is installed."""
+    monkeypatch.chdir(tmp_path)
+    path = locate("llama2-13b")
+    model = SimpleNamespace(names=[one.name for one in Recipe.load(path).experts])
+    with pytest.raises(ExamplesError, match=f"^{tmp_path}/bigbench"):
+        _choose_tasks(Ledger(tmp_path), cast("Manifest", model), "", BenchmarkRequest(recipe=path))
 
 
 def test_a_checkpoint_is_measured_as_soon_as_it_is_made(

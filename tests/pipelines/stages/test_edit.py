@@ -301,7 +301,7 @@ def test_who_would_not_fit_in_memory_is_refused_before_any_weights_are_written(
     three = [world.adapters["q_and_v"], world.adapters["attention"], adapter]
     needs = stack_bytes([reader.read(path).spec for path in three])
     monkeypatch.setattr("sys.argv", [str(argument) for argument in command])
-    monkeypatch.setattr(candidate, "memory_bytes", lambda: needs - 1)
+    monkeypatch.setattr(candidate, "memory_bytes", lambda _device: needs - 1)
     with pytest.raises(SystemExit) as ended:
         app.main()
     assert ended.value.code == 1
@@ -314,7 +314,7 @@ def test_who_would_not_fit_in_memory_is_refused_before_any_weights_are_written(
     assert outcome == "refused"
     assert reason.endswith("[memory]")
 
-    monkeypatch.setattr(candidate, "memory_bytes", lambda: needs)
+    monkeypatch.setattr(candidate, "memory_bytes", lambda _device: needs)
     asked = Candidate("third", str(adapter))
     found = FoundCheckpoint(folder, recipe_folder / "base", {}, "cpu")
     out = edit.add(work.ledger, found, asked, f"jsonl:{rows}")

@@ -235,7 +235,7 @@ def test_how_many_prompts_are_answered_together_may_be_left_to_the_memory(
         work = workplace(benchmark=asked | {"batch_size": size})
         planned, gates = go(work)
         held = sum(path.stat().st_size for path in work.base_folder(planned.base).iterdir())
-        monkeypatch.setattr(measure, "memory_bytes", lambda held=held: 4 * held)
+        monkeypatch.setattr(measure, "memory_bytes", lambda _device, held=held: 4 * held)
         measure.measure(work, planned, gates)
         scores = work.ledger.scores_of(one.spec.id for one in planned.measurements)
         values.append({spec_id: score.value for spec_id, score in scores.items()})

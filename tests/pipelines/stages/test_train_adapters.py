@@ -247,7 +247,7 @@ def test_what_cannot_be_trained_is_one_sentence(
     assert "q_and_v: the recipe names no examples of it to train on" in refused()
     change_first(place, examples="jsonl:q_and_v.train.jsonl")
     with monkeypatch.context() as patch:
-        patch.setattr(train_adapters, "memory_bytes", lambda: 1000)
+        patch.setattr(train_adapters, "memory_bytes", lambda _device: 1000)
         assert "take `quantise: 4bit`, or a larger device" in refused()
 
     change_first(place, adapter="path:recipe.yaml/adapters/q_and_v")

@@ -7,6 +7,7 @@ from typing import TYPE_CHECKING, Any
 import pytest
 
 from meteora.artifacts import canonical_sha256, file_sha256
+from pipelines.workspace import context
 from pipelines.workspace.context import RunContext
 
 if TYPE_CHECKING:
@@ -60,3 +61,24 @@ def test_a_run_names_the_recipe_that_it_read_whatever_its_file_says_later(
     assert work.recipe_sha256 == read
     path.unlink()
     assert work.recipe_sha256 == read
+
+
+def test_a_folder_keeps_its_place_until_the_next_one_is_on_the_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Who was killed while the new one was synced had neither."""
+    folder, made = tmp_path / "checkpoints" / "x", tmp_path / "scratch" / "x"
+    for place, text in ((folder, "old"), (made, "new")):
+        place.mkdir(parents=True)
+        (place / "file").write_text(text)
+
+    def killed(_path: Path) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patch:
+        patch.setattr(context, "sync", killed)
+        with pytest.raises(KeyboardInterrupt):
+            context.put_in_place(made, folder)
+    assert (folder / "file").read_text() == "old"
+    context.put_in_place(made, folder)
+    assert (folder / "file").read_text() == "new"

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import re
+import time
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -58,5 +59,7 @@ def test_a_worker_of_a_cluster_lets_no_library_send_the_saved_token_in_a_stage(
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setenv("TQDM_DISABLE", "0")  # what the user says, counts
     with StageProcess(workplace(), on_progress=lambda *_: None) as child:
-        has = os.fsdecode(Path(f"/proc/{child.pid}/environ").read_bytes()).split("\0")
-    assert {"HF_HUB_DISABLE_IMPLICIT_TOKEN=1", "TQDM_DISABLE=0"} <= set(has)
+        environment = Path(f"/proc/{child.pid}/environ")
+        while not (has := os.fsdecode(environment.read_bytes())):  # empty until it has begun
+            time.sleep(0.01)
+    assert {"HF_HUB_DISABLE_IMPLICIT_TOKEN=1", "TQDM_DISABLE=0"} <= {*has.split("\0")}

@@ -319,6 +319,15 @@ def test_accelerators_never_wait_for_the_host(
     assert dispatch.choose_kernel(tokens, top_k, sizes, dtype, device_type) == "dense"
 
 
+@pytest.mark.parametrize(("tokens", "kernel"), [(1, "gather_triton"), (256, "grouped_triton")])
+def test_a_mean_of_all_experts_does_not_make_gpus_compute_all(tokens, kernel, monkeypatch):
+    """It is for openings: the tokens behind them choose single experts."""
+    monkeypatch.setattr(gather_grouped, "has_triton", lambda: True)
+    sizes = draw_layer([8] * 28, 1, 64, 64, mean=True)[1].sizes
+    assert sizes.max_width == sizes.num_ranks
+    assert dispatch.choose_kernel(tokens, 2, sizes, torch.bfloat16, "cuda") == kernel
+
+
 def test_an_expert_that_lacks_the_layer_adds_nothing_when_it_is_chosen():
     x, stack = draw_layer([3, 0], 4, 5, 6)
     weights, experts = torch.ones(4, 1), torch.ones(4, 1, dtype=torch.long)

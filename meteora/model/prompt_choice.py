@@ -35,7 +35,7 @@ from meteora.routing.passes import (
     set_watcher,
 )
 from meteora.routing.prompt_router import HeldChoice, PromptRouter
-from meteora.routing.turns import each_row, questions
+from meteora.routing.turns import ask, each_row, unread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -79,6 +79,7 @@ class PromptReader(Watcher):
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         routers = [layer.router for layer in routed_layers(model).values()]
         if not any(isinstance(router, PromptRouter) for router in routers):
+            self.now.conversation = None
             return  # an expert is forced
         if self.held.measure is not None:
             return  # this pass is the reading itself
@@ -86,8 +87,7 @@ class PromptReader(Watcher):
         self.refuse_packed()
         seen = PassInput.of(arguments)
         conversation = self.follow(seen)
-        turns = questions(seen, self.template, conversation.closed)
-        conversation.closed = turns.closed
+        turns = ask(conversation, seen, self.template)
         if (logits := conversation.held.get(0)) is not self.held.logits:
             self._hold(logits)
         question = turns.asked & (turns.turn == turns.turn[:, -1:])
@@ -95,6 +95,8 @@ class PromptReader(Watcher):
         before = each_row(self.held.logits, len(asks)) if seen.goes_on else None
         if before is not None and not asks.any():
             return
+        if before is None and seen.goes_on and not asks.any():
+            raise unread(len(asks), self.held.logits)
         question = torch.where(question.any(1, keepdim=True), question, seen.there)
         logits = self.read(model, question, arguments)
         if before is not None:  # a sequence without a question keeps its logits

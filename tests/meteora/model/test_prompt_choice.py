@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import random
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -31,6 +32,7 @@ from meteora.routing.prompt_router import HeldChoice, PromptRouter
 from tests.meteora.fitting.test_calibrate import task_tokens
 from tests.meteora.fitting.test_joint import switch
 from tests.meteora.model.test_threads import interrupted, read
+from tests.meteora.routing.test_turns import rebuilt
 from tests.pipelines.conftest import CHAT_TEMPLATE
 
 OPENING, CLOSING = (1, 50, 51, 52), (53, 54)
@@ -267,6 +269,19 @@ def test_conversations_on_caches_of_their_own_take_turns(model):
         model(torch.tensor([asked(e)]), past_key_values=caches[-1])
     routes = [routes_of(model, said, cache) for cache in (*caches, caches[0])]
     assert routes[0] == routes[2] != routes[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["built", "read by a forced expert"])
+def test_a_cache_without_a_choice_takes_no_other_prompt_s(model, how):
+    caches, said = [DynamicCache(), DynamicCache()], torch.tensor([[9]])
+    with force_expert(model, expert_names(model)[0]) if how != "built" else nullcontext():
+        model(torch.tensor([asked(1)]), past_key_values=caches[0])
+    if how == "built":
+        caches[0] = rebuilt(caches[0])
+    model(torch.tensor([asked(2)]), past_key_values=caches[1])
+    with pytest.raises(UnreadPromptError, match="1 sequences go on, and the beginnings of 0"):
+        model(said, past_key_values=caches[0])
 
 
 @torch.no_grad()

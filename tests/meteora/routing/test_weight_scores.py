@@ -20,6 +20,7 @@ from meteora.routing.layer import routed_layers
 from meteora.routing.routers import Arrow, Gate
 from meteora.routing.weight_scores import StandIn
 from tests.meteora.fitting.test_calibrate import examples, routing_accuracy
+from tests.meteora.routing.test_layer import make
 
 LAYER, LATER = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 
@@ -71,6 +72,24 @@ def test_of_the_tokens_it_is_measured_on_one_in_a_hundred_goes_astray(world):
     options = replace(POINT_GATES, stand_in="arrow")
     found = StandIn.scaled(options, layer, [0, 2], tokens, GIVEN_UP).apart(tokens)
     assert 0.005 < (found.max(-1).values > 0).float().mean() <= 0.0101
+
+
+class Unsearched(list[int]):
+    def __contains__(self, _one):
+        raise AssertionError("searched")
+
+
+@torch.no_grad()
+def test_no_pass_looks_at_the_choices_one_by_one():
+    """With hundreds of them, that took a millisecond a module and token."""
+    layer = make(ranks=(1, 2, 3, 1))
+    score = Arrow(layer.stack, POINT_GATES)
+    stand_in = StandIn(score, Unsearched([1, 3]), torch.ones(3, 2))
+    tokens, logits = torch.randn(5, 12), torch.randn(5, 4)
+    found = stand_in(logits, tokens)
+    best = logits[:, [0, 2]].max(-1, keepdim=True).values
+    torch.testing.assert_close(found[:, [1, 3]], best + score(tokens)[:, [1, 3]] - 2)
+    assert torch.equal(found[:, [0, 2]], logits[:, [0, 2]])
 
 
 def test_a_mixed_checkpoint_comes_back_equal(world, mixed, tmp_path):

@@ -18,7 +18,7 @@ from meteora.artifacts import NULL, RouterOptions
 from meteora.base.chat_template import Template
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError, read_manifest
-from meteora.fitting.background import RIDGE, fit_to_background, standard_of, whitened
+from meteora.fitting.background import RIDGE, Whitening, fit_to_background, standard_of
 from meteora.fitting.sequences import TrainingError
 from meteora.kernels.stack import ExpertStack
 from meteora.model.chat import Chat
@@ -409,12 +409,22 @@ def test_whitened_rows_are_rows_by_the_root_of_the_inverse_of_the_covariance(num
     x, rows = x - x.mean(0), torch.randn(4, 50)
     cov = x.T.double() @ x.double() / (num_tokens - 1)
     covariance = cov + RIDGE * cov.diagonal().mean() * torch.eye(50)
-    found = whitened(rows, x).double()
+    found = Whitening.of(x).of_rows(rows).double()
     expected = rows.double() @ covariance.inverse() @ rows.double().T
     torch.testing.assert_close(found @ found.T, expected, rtol=1e-5, atol=1e-5)
     values, vectors = torch.linalg.eigh(covariance)
     root = vectors @ values.rsqrt().diag() @ vectors.T
     torch.testing.assert_close(found, rows.double() @ root, rtol=1e-5, atol=1e-5)
+
+
+def test_modules_of_one_input_are_whitened_at_once(world, monkeypatch):
+    """Its eigenvectors take seconds where the inputs are wide."""
+    model, found = world.load(), []
+    solve = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: found.append(len(m)) or solve(m))
+    fit_to_background(model, background(), OPTIONS, TEMPLATE)
+    assert len(found) < len(routed_layers(model))
+    assert len(found) == 2 * 4  # the inputs of q, k and v, of o, of gate and up, and of down
 
 
 def test_an_expert_is_compared_with_texts_on_which_the_others_have_as_much():

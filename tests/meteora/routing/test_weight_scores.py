@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -14,6 +15,7 @@ from meteora.checkpoint.manifest import GATES, CheckpointError
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.lda import GIVEN_UP
 from meteora.fitting.sequences import TrainingError
+from meteora.model.fused import insert_experts
 from meteora.routing.gates import gates_of, insert_gates
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.layer import routed_layers
@@ -112,6 +114,18 @@ def test_a_mixed_checkpoint_comes_back_equal(world, mixed, tmp_path):
     other = replace(manifest, router=replace(entry, stand_ins=tuple(names[2:])))
     with pytest.raises(CheckpointError, match=r"stand_in has the shapes \[\(3, 1\)\]"):
         tensors.read_gates(tmp_path, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"), [("(mean)", {"opening": "shared"}), ("(base)", {"null": True})]
+)
+def test_nothing_stands_in_for_the_tokens_of_all_experts_or_of_none(world, name, asked):
+    model = world.load_base()
+    router = replace(world.manifest.router, **asked)
+    insert_experts(model, world.checkpoint, replace(world.manifest, router=router))
+    options = replace(POINT_GATES, stand_in="norm", **asked)
+    with pytest.raises(TrainingError, match=re.escape(f"expert {name} has 0 examples")):
+        calibrate(model, examples(4, experts=range(3)), options)
 
 
 def test_only_arrow_and_norm_can_stand_in(world):

@@ -116,13 +116,12 @@ def load(
         options["quantization_config"] = quantization_config
     if device is not None and (quantization_config is not None or manifest.base.quantise):
         options["device_map"] = {"": device}  # a quantised model is loaded onto its device
-    if device_map is not None:
-        if device is not None:
-            raise PlacementError(
-                f"device={str(device)!r} and device_map={device_map!r} both say where the model is"
-                " to lie; give one of them"
-            )
-        options |= placed(device_map, max_memory=max_memory, offload_folder=offload_folder)
+    if device_map is not None and device is not None:
+        raise PlacementError(
+            f"device={str(device)!r} and device_map={device_map!r} both say where the model is to"
+            " lie; give one of them"
+        )
+    options |= placed(device_map, max_memory=max_memory, offload_folder=offload_folder)
     of_base = base_download(checkpoint_folder, manifest, download)
     model, tokenizer = load_base(manifest, base_folder, dtype, download=of_base, options=options)
     check_base(manifest, loading.fingerprint(model.config, tokenizer), folder)

@@ -68,6 +68,10 @@ class PromptReader(Watcher):
         self.template, self.standard, self.held = template, standard, held
         self.now = Present()
 
+    def watch(self, model: nn.Module) -> None:
+        super().watch(model)
+        self._layers = list(routed_layers(model).values())  # not sought anew for each token
+
     def stop(self) -> None:
         super().stop()
         self._hold(None)
@@ -77,8 +81,7 @@ class PromptReader(Watcher):
         self.held.logits, self.held.on = logits, {}
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        routers = [layer.router for layer in routed_layers(model).values()]
-        if not any(isinstance(router, PromptRouter) for router in routers):
+        if not any(isinstance(layer.router, PromptRouter) for layer in self._layers):
             self.now.conversation = None
             return  # an expert is forced
         if self.held.measure is not None:

@@ -145,7 +145,7 @@ def _cheapest(
     num_tokens: int, top_k: int, sizes: Sizes, num_chosen: int | None, *, wide: bool
 ) -> KernelName:
     cost = _WIDE if wide else _NARROW
-    chosen, width = top_k * sizes.max_rank, top_k * max(sizes.max_rank, sizes.max_width)
+    chosen, width = top_k * sizes.max_rank, top_k * sizes.max_width
     num_tokens = max(num_tokens, 1)
     size = num_tokens * (sizes.num_in + sizes.num_out)
     saturation = num_tokens / (num_tokens + cost.gather_half)

@@ -7,4 +7,5 @@ sources        where a base's files are, and their hashes
 match          whether two bases are the same model
 chat_template  text to token ids, in the chat template or plain
 padding        token ids of different lengths as one batch
+shared_block   settings of the whole process, for several threads at once
 """

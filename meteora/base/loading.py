@@ -34,6 +34,7 @@ from meteora.artifacts import Fingerprint, MeteoraError, canonical_sha256
 from meteora.artifacts.specs import place_of
 from meteora.base import placement
 from meteora.base.placement import explain_offloading, is_out_of_memory, spreading
+from meteora.base.shared_block import SharedBlock
 from meteora.base.sources import SourceError
 from meteora.untrusted.findings import brief, shortened
 
@@ -74,7 +75,7 @@ def _parsed_once() -> Generator[None]:
 
 
 @contextmanager
-def _quiet() -> Generator[None]:
+def _silence() -> Generator[None]:
     """Keep transformers' loading messages and bars, which users cannot act on, off the terminal."""
     level, bars = hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
     hf_logging.set_verbosity_error()
@@ -89,6 +90,9 @@ def _quiet() -> Generator[None]:
         hf_logging.set_verbosity(level)
         if bars:
             hf_logging.enable_progress_bar()
+
+
+_QUIET = SharedBlock(_silence)
 
 
 @contextmanager
@@ -148,7 +152,7 @@ def load_config(source: Path) -> PretrainedConfig:
         SourceError: transformers cannot read it, or cannot generate text with it.
     """
     try:
-        with _quiet():
+        with _QUIET.open():
             config = AutoConfig.from_pretrained(**_named(source), trust_remote_code=False)
     except Exception as error:  # a stranger's file: the library can raise anything
         raise SourceError(
@@ -188,7 +192,7 @@ def load_gguf(
         SourceError: It is damaged, or lacks weights.
         PlacementError: It cannot be spread as a `device_map` among the options says.
     """
-    with _quiet(), _parsed_once():
+    with _QUIET.open(), _parsed_once():
         tokenizer = load_tokenizer(file)
         model = _load_model(file, {"dtype": torch.float32, **(options or {})})
     # it is a plain model now; leftovers of the quantizer would stop save_pretrained
@@ -250,7 +254,7 @@ def load_folder(
         PlacementError: It cannot be spread as a `device_map` among the options says.
     """
     config, model_options = load_config(folder), dict(options or {})
-    with _quiet(), _reading(folder, "the model cannot be loaded"):
+    with _QUIET.open(), _reading(folder, "the model cannot be loaded"):
         if quantise:
             refuse_quantised(folder)
             named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)

@@ -28,9 +28,11 @@ def padded(
     return pad_sequence(tensors, batch_first=True, padding_value=filling, padding_side=side)
 
 
-def mask_of(rows: Sequence[Sequence[int]], side: Literal["left", "right"] = "right") -> Tensor:
-    """The attention mask of such a batch, [B, L]: 1 for a token, 0 for padding."""
-    return padded([[1] * len(row) for row in rows], 0, side)
+def padded_and_mask(
+    rows: Sequence[Sequence[int]], filling: int = 0, side: Literal["left", "right"] = "right"
+) -> tuple[Tensor, Tensor]:
+    """The same, and its attention mask [B, L]: 1 for a token, 0 for padding."""
+    return padded(rows, filling, side), padded([[1] * len(row) for row in rows], 0, side)
 
 
 def padding_token(tokenizer: PreTrainedTokenizerBase) -> int | None:

@@ -43,14 +43,23 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 
 def placed(device_map: Any, **further: object) -> dict[str, Any]:  # noqa: ANN401
-    """Return the options with which transformers spreads a model.
+    """Return the options with which transformers spreads a model; none if there is no map.
 
     Args:
         further: `max_memory` and `offload_folder`, as `from_pretrained` takes them; or None
 
     Raises:
-        PlacementError: the map names a device that torch does not find, or is no map at all.
+        PlacementError: the map names a device that torch does not find, or is no map at all; or
+            there are further options without a map.
     """
+    options = {key: value for key, value in further.items() if value is not None}
+    if device_map is None:
+        if options:
+            raise PlacementError(
+                f"{' and '.join(options)} without device_map would change nothing; give"
+                ' device_map="auto", too, or leave them out'
+            )
+        return {}
     named = device_map.values() if isinstance(device_map, dict) else [device_map]
     for device in named:
         if device == "disk" or (device in WHOLE and not isinstance(device_map, dict)):
@@ -62,7 +71,6 @@ def placed(device_map: Any, **further: object) -> dict[str, Any]:  # noqa: ANN40
                 f"device_map names {device!r}, which torch does not find on this machine; give"
                 f" {', '.join(WHOLE)}, or a mapping from modules to devices, `cpu` or `disk`"
             ) from None
-    options = {key: value for key, value in further.items() if value is not None}
     return {"device_map": device_map, **options}
 
 

@@ -27,7 +27,14 @@ from meteora.artifacts import (
     RouterOptions,
 )
 from meteora.base.sources import PATH, REFERENCES, is_reference
-from meteora.untrusted.config_fields import MAX_ALPHA, MAX_RANK, Field, fields_of, refuse_unknown
+from meteora.untrusted.config_fields import (
+    MAX_ALPHA,
+    MAX_RANK,
+    Field,
+    fields_of,
+    number,
+    refuse_unknown,
+)
 from meteora.untrusted.findings import MOST_NAMED, Findings, did_you_mean, listed, shortened
 from meteora.untrusted.safetensors_header import MAX_SIZE, NAME
 from meteora.untrusted.strict_json import StrictJSONError, parse_object
@@ -199,13 +206,16 @@ class ModuleEntry:
         ranks, scaling = (tuple(field(key).rows(MAX_EXPERTS)) for key in ("ranks", "scaling"))
         if not len(ranks) == len(scaling) == num_experts:
             found.refuse("ranks", f"{where} has {len(ranks)} ranks for {num_experts} experts")
+        # of each the first that is bad: there may be millions
         for rank in ranks:
             if type(rank) is not int or not 0 <= rank <= MAX_RANK:
                 Field(rank, f"a rank of {where}", found).rank()
+                break
         for rank, scale in zip(ranks, scaling, strict=False):
-            if type(scale) is not float or not MIN_FACTOR <= scale <= MAX_ALPHA:
-                least = MIN_FACTOR if rank else 0.0
+            least = MIN_FACTOR if rank else 0.0
+            if (value := number(scale)) is None or not least <= value <= MAX_ALPHA:
                 Field(scale, f"a scaling of {where}", found).real(least, MAX_ALPHA)
+                break
         sizes = (field(k, where=f"{k} of {where}").whole(1, MAX_SIZE) for k in ("in", "out"))
         return cls(*sizes, ranks, scaling)
 

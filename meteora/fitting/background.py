@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, NamedTuple, Self
 
 import torch
 from torch import Tensor
@@ -91,8 +91,9 @@ def fit_to_background(
                             f" {model.dtype}, load it in another dtype"
                         )
                     mean = x.mean(0)
+                    whitening = Whitening.of(x - mean)
                     for path in paths:
-                        router = _router_of(layers[path].stack, x - mean, mean, options)
+                        router = _router_of(layers[path].stack, whitening, mean, options)
                         rows[path], offsets[path] = router.rows.cpu(), router.offset.cpu()
                         sizes += _means(router.sizes(x).cpu(), text_of, len(texts))
                         num_modules += torch.tensor(router.has)
@@ -105,35 +106,52 @@ def fit_to_background(
 
 
 def _router_of(
-    stack: ExpertStack, centred: Tensor, mean: Tensor, options: RouterOptions
+    stack: ExpertStack, whitening: Whitening, mean: Tensor, options: RouterOptions
 ) -> PromptRouter:
-    """The router of a module; `centred` [T, IN] are its inputs on the texts, less their mean."""
+    """The router of a module, by the whitening and the mean [IN] of its inputs on the texts."""
     folded = Norm(stack, RouterOptions("norm", 1, 1.0)).folded
     # in 16 bits, since they are as large as the experts; the offset is that of the rounded rows
-    rows = whitened(folded, centred).bfloat16()
+    rows = whitening.of_rows(folded).bfloat16()
     return PromptRouter(rows, rows.to(mean.dtype) @ mean, stack, options, HeldChoice())
 
 
-def whitened(rows: Tensor, centred: Tensor) -> Tensor:
-    """Rows (Σ + λ I)^-½, [R, IN], with Σ the covariance of `centred` [T, IN].
+class Whitening(NamedTuple):
+    """(Σ + λ I)^-½ of the inputs at one point, which several modules may have.
 
-    λ is `RIDGE` times the mean of Σ's diagonal. Σ^-½ comes from the eigenvectors of Σ or of the
-    Gram matrix of tokens, whichever is smaller.
+    λ is `RIDGE` times the mean of Σ's diagonal.
     """
-    x, wide = centred.double(), rows.double()
-    num_tokens, num_inputs = x.shape
-    x = x / max(1, num_tokens - 1) ** 0.5
-    ridge = RIDGE * (x.square().sum() / num_inputs).clamp_min(LEAST)
-    if num_inputs <= num_tokens:
-        variances, directions = torch.linalg.eigh(x.T @ x)
-    else:
-        variances, of_tokens = torch.linalg.eigh(x @ x.T)
-        lengths = torch.where(variances > LEAST * variances[-1], variances.rsqrt(), 0.0)
-        directions = x.T @ (of_tokens * lengths)
-    # outside these directions the texts do not vary, and only the ridge is left
-    outside = ridge.rsqrt()
-    inside = (variances.clamp_min(0) + ridge).rsqrt() - outside
-    return (wide * outside + (wide @ directions * inside) @ directions.T).to(rows.dtype)
+
+    directions: Tensor
+    """[IN, N] in which the inputs vary, float64"""
+    inside: Tensor
+    """[N] the factor of each direction, less `outside`"""
+    outside: Tensor
+    """[] the factor of all others: there the inputs do not vary, and only the ridge is left"""
+
+    @classmethod
+    def of(cls, centred: Tensor) -> Self:
+        """From inputs [T, IN] less their mean, with Σ their covariance.
+
+        The directions are the eigenvectors of Σ, or come from those of the Gram matrix of tokens,
+        whichever is smaller.
+        """
+        x = centred.double()
+        num_tokens, num_inputs = x.shape
+        x = x / max(1, num_tokens - 1) ** 0.5
+        ridge = RIDGE * (x.square().sum() / num_inputs).clamp_min(LEAST)
+        if num_inputs <= num_tokens:
+            variances, directions = torch.linalg.eigh(x.T @ x)
+        else:
+            variances, of_tokens = torch.linalg.eigh(x @ x.T)
+            lengths = torch.where(variances > LEAST * variances[-1], variances.rsqrt(), 0.0)
+            directions = x.T @ (of_tokens * lengths)
+        outside = ridge.rsqrt()
+        return cls(directions, (variances.clamp_min(0) + ridge).rsqrt() - outside, outside)
+
+    def of_rows(self, rows: Tensor) -> Tensor:
+        """Rows [R, IN] times (Σ + λ I)^-½, [R, IN]."""
+        wide, (directions, inside, outside) = rows.double(), self
+        return (wide * outside + (wide @ directions * inside) @ directions.T).to(rows.dtype)
 
 
 def standard_of(sizes: Tensor, *, null: bool) -> Tensor:

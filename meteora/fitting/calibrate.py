@@ -155,7 +155,8 @@ def calibrate(
     """
     started = time.perf_counter()
     choices, owners = expert_names(model), {e for s in sequences for e in s.owners}
-    without = [e for e in range(len(choices)) if options.stand_in and e not in owners]
+    stands_in = [bool(options.stand_in) and name not in {SHARED, NULL} for name in choices]
+    without = [e for e, may in enumerate(stands_in) if may and e not in owners]
     fitted = [e for e in range(len(choices)) if e not in without]
     if {choices[e] for e in fitted} <= {SHARED, NULL}:
         raise TrainingError(

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from meteora.artifacts import MeteoraError
 from meteora.artifacts.routers import ANSWER_START_SHARE
-from meteora.base.padding import mask_of, padded
+from meteora.base.padding import padded, padded_and_mask
 
 HELDOUT_SHARE = 0.25
 """Share of each expert's sequences that choose the shrinkage; the final fit uses them too."""
@@ -89,13 +89,13 @@ class Batch:
     ) -> Self:
         """Pad sequences into one batch; without `heldout` none is held out."""
         rows = [sequence.input_ids for sequence in sequences]
-        ids = padded(rows)
+        ids, mask = padded_and_mask(rows)
         answer_starts = torch.zeros_like(ids, dtype=torch.bool)
         for row, sequence in enumerate(sequences):
             answer_starts[row, list(sequence.answer_starts)] = True
         labels = padded([sequence.experts for sequence in sequences], UNLABELLED)
         held = torch.tensor(heldout or [False] * len(rows)).unsqueeze(1)
-        parts = ids, mask_of(rows), labels, answer_starts, held, torch.ones(ids.shape)
+        parts = ids, mask, labels, answer_starts, held, torch.ones(ids.shape)
         return cls(*(part.to(device) for part in parts))
 
     @property

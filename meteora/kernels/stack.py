@@ -41,8 +41,8 @@ class Sizes(NamedTuple):
     """R, the ranks of all experts together."""
     max_rank: int
     """The most ranks of one expert."""
-    max_width: int = 0
-    """The most ranks of one choice, which can be several experts."""
+    max_width: int
+    """The most ranks of one choice, which can be several experts: at least `max_rank`."""
 
 
 class RankTable(NamedTuple):

@@ -1,10 +1,11 @@
 """Four kernels in Triton's language, which `triton_launch` launches: shrink, then expand.
 
-A tile may be larger than the ranks of a choice; the rest is masked, so any rank works. Offsets have
-64 bits, since tokens times OUT, or R times IN, may need more than 32. WIDE is the dtype of sums,
-DOT that of the tensor cores' factors; RANKS, TOKENS and COLUMNS are the sizes of a tile. Triton
-compiles a kernel again for integers and pointers that are multiples of 16. It must not do so for
-arguments that depend on the number of tokens, or many prompts would wait for a compilation.
+A tile may be larger than the ranks of a choice; the rest is masked, so any rank works. Tiles are
+enough for the widest choice, which can be all experts; those of narrower ones end at once. Offsets
+have 64 bits, since tokens times OUT, or R times IN, may need more than 32. WIDE is the dtype of
+sums, DOT that of the tensor cores' factors; RANKS, TOKENS and COLUMNS are the sizes of a tile.
+Triton compiles a kernel again for integers and pointers that are multiples of 16. It must not do so
+for arguments that depend on the number of tokens, or many prompts would wait for a compilation.
 """
 
 # ruff: noqa: ANN001, ANN201, N803  (arguments are pointers, and constants in capitals)
@@ -24,8 +25,11 @@ def shrink_chosen(
     """shrunk[t, k, j] = weights[t, k] · factor_c · scaling_j · A_c[j] · x[t] for a few j."""
     pair = tl.program_id(0).to(tl.int64)
     c = tl.load(experts + pair)
+    width = tl.load(widths + c)
+    if tl.program_id(1) * RANKS >= width:
+        return
     j = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
-    owned = j < tl.load(widths + c)
+    owned = j < width
     rank = tl.load(starts + c) + j
     rows = a + rank[:, None] * num_in
     sums = tl.zeros((RANKS,), dtype=WIDE)
@@ -76,10 +80,13 @@ def shrink_grouped(
     slot = job // jobs_per_slot
     row = jobs + job * 3
     c, begin, end = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    width = tl.load(widths + c)
+    if (begin >= end) | (tl.program_id(1) * RANKS >= width):
+        return
     place = begin + tl.arange(0, TOKENS)
     t = tl.load(tokens + slot * num_tokens + place, mask=place < end, other=0)
     j = tl.program_id(1) * RANKS + tl.arange(0, RANKS)
-    owned = j < tl.load(widths + c)
+    owned = j < width
     rank = tl.load(starts + c) + j
     rows = a + rank[None, :] * num_in
     sums = tl.zeros((TOKENS, RANKS), dtype=WIDE)
@@ -111,6 +118,8 @@ def expand_grouped(
     job = tl.program_id(0).to(tl.int64)
     row = jobs + job * 3
     c, begin, end = tl.load(row), tl.load(row + 1), tl.load(row + 2)
+    if begin >= end:
+        return
     place = begin + tl.arange(0, TOKENS)
     t = tl.load(tokens + place, mask=place < end, other=0)
     o = tl.program_id(1).to(tl.int64) * COLUMNS + tl.arange(0, COLUMNS)

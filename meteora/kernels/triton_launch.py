@@ -39,7 +39,8 @@ TYPES = {
 
 
 def _gather(x: Tensor, stack: ExpertStack, weights: Tensor, experts: Tensor, out: Tensor) -> None:
-    a, b, (starts, widths), max_width = _factors(stack)
+    a, b, (starts, widths) = stack.a.contiguous(), stack.b, stack.segments
+    max_width = stack.sizes.max_width
     num_tokens, top_k = experts.shape
     wide = torch.promote_types(x.dtype, torch.float32)
     shrunk = x.new_empty(num_tokens, top_k, max_width, dtype=wide)
@@ -80,7 +81,8 @@ def _jobs(experts: Tensor, num_choices: int) -> tuple[Tensor, Tensor]:
 
 
 def _grouped(x: Tensor, stack: ExpertStack, weights: Tensor, experts: Tensor, out: Tensor) -> None:
-    a, b, (starts, widths), max_width = _factors(stack)
+    a, b, (starts, widths) = stack.a.contiguous(), stack.b, stack.segments
+    max_width = stack.sizes.max_width
     num_tokens, top_k = experts.shape
     tokens, jobs = _jobs(experts, stack.num_choices)
     shrunk = x.new_empty(top_k, num_tokens, max_width)
@@ -105,11 +107,6 @@ def _grouped(x: Tensor, stack: ExpertStack, weights: Tensor, experts: Tensor, ou
             out.shape[1], max_width, b.stride(1), b.stride(0),
             COLUMNS=BLOCK_OUT, **constants,
         )  # fmt: skip
-
-
-def _factors(stack: ExpertStack) -> tuple[Tensor, Tensor, Tensor, int]:
-    """Contiguous A, B, the segments of the choices, and the ranks of the widest choice."""
-    return stack.a.contiguous(), stack.b, stack.segments, max(stack.widths)
 
 
 class _Differentiable(torch.autograd.Function):
@@ -158,7 +155,7 @@ def _launch(
     out: Tensor,
 ) -> Tensor:
     """Run kernels on the device of the tensors: Triton itself uses the current device."""
-    if len(x) and max(stack.widths):
+    if len(x) and stack.sizes.max_width:
         with torch.cuda.device_of(x):
             run(x, stack, weights, experts, out)
     return out

@@ -52,6 +52,10 @@ class UnknownExpertError(MeteoraError):
     """No expert of the model has this name."""
 
 
+class NotFusedError(MeteoraError, AttributeError):
+    """A model has no experts to name or to choose from."""
+
+
 class UnsavableError(MeteoraError):
     """A fused model cannot be saved by transformers: the class of its base could not load it."""
 
@@ -116,13 +120,12 @@ def load(
         options["quantization_config"] = quantization_config
     if device is not None and (quantization_config is not None or manifest.base.quantise):
         options["device_map"] = {"": device}  # a quantised model is loaded onto its device
-    if device_map is not None:
-        if device is not None:
-            raise PlacementError(
-                f"device={str(device)!r} and device_map={device_map!r} both say where the model is"
-                " to lie; give one of them"
-            )
-        options |= placed(device_map, max_memory=max_memory, offload_folder=offload_folder)
+    if device_map is not None and device is not None:
+        raise PlacementError(
+            f"device={str(device)!r} and device_map={device_map!r} both say where the model is to"
+            " lie; give one of them"
+        )
+    options |= placed(device_map, max_memory=max_memory, offload_folder=offload_folder)
     of_base = base_download(checkpoint_folder, manifest, download)
     model, tokenizer = load_base(manifest, base_folder, dtype, download=of_base, options=options)
     check_base(manifest, loading.fingerprint(model.config, tokenizer), folder)
@@ -316,9 +319,9 @@ def expert_cache(model: PreTrainedModel) -> ExpertCache | None:
     None if the model was loaded without.
 
     Raises:
-        AttributeError: the model is not a fused one.
+        NotFusedError: the model is not a fused one.
     """
-    return getattr(model, CACHE)
+    return _of_fused(model, CACHE)
 
 
 def expert_names(model: PreTrainedModel) -> list[str]:
@@ -327,9 +330,18 @@ def expert_names(model: PreTrainedModel) -> list[str]:
     After them come `(mean)` and `(base)`, if the mean of all experts or the base is a choice.
 
     Raises:
-        AttributeError: the model is not a fused one.
+        NotFusedError: the model is not a fused one.
     """
-    return list(getattr(model, EXPERTS))
+    return list(_of_fused(model, EXPERTS))
+
+
+def _of_fused(model: PreTrainedModel, attribute: str) -> Any:  # noqa: ANN401  (names, or a cache)
+    try:
+        return getattr(model, attribute)
+    except AttributeError:
+        raise NotFusedError(
+            f"this {type(model).__name__} has no experts; load a fused model with `meteora.load`"
+        ) from None
 
 
 def check_expert(name: str, names: Sequence[str]) -> None:
@@ -349,6 +361,7 @@ def force_expert(model: PreTrainedModel, name: str) -> Generator[None]:
 
     Raises:
         UnknownExpertError: no expert of the model has this name.
+        NotFusedError: the model is not a fused one.
     """
     names = expert_names(model)
     if name == NULL and NULL not in names:

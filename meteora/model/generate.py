@@ -11,7 +11,7 @@ from transformers import TextStreamer
 
 from meteora.artifacts import MeteoraError
 from meteora.base.chat_template import encode_prompt
-from meteora.base.padding import by_length, mask_of, padded, padding_token
+from meteora.base.padding import by_length, padded_and_mask, padding_token
 from meteora.base.placement import input_device
 from meteora.model.shared_prefix import share_prefix
 from meteora.untrusted.findings import for_terminal
@@ -137,8 +137,7 @@ def answer_all(
     pad, ends = padding_token(tokenizer), end_tokens(model, tokenizer)
     answers: list[list[int]] = [[] for _ in prompts]
     for chosen in by_length(prompts, prompts_at_once(model, PROMPTS_PER_BATCH)):
-        batch = [prompts[i] for i in chosen]
-        rows = padded(batch, pad or 0, "left"), mask_of(batch, "left")
+        rows = padded_and_mask([prompts[i] for i in chosen], pad or 0, "left")
         ids, mask = (row.to(input_device(model)) for row in rows)
         with torch.inference_mode():
             started = share_prefix(model, ids, mask, asked=ONE_CACHE).to_generate()

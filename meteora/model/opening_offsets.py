@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora.artifacts import SHARED, RouterOptions
-from meteora.base.padding import mask_of, padded
+from meteora.base.padding import padded, padded_and_mask
 from meteora.base.placement import input_device, replaced_forward
 from meteora.model.fused import expert_names, without_dropout
 from meteora.routing.layer import (
@@ -64,8 +64,8 @@ class _Pairs(Router):
 
     def __init__(self, examples: Sequence[_Example], shared: int, num_choices: int) -> None:
         super().__init__(num_choices, RouterOptions("pairs", 1, 1.0))
-        rows = [example.ids for example in examples]
-        self.ids, self.mask = padded(rows).repeat(2, 1), mask_of(rows).repeat(2, 1)
+        rows = padded_and_mask([example.ids for example in examples])
+        self.ids, self.mask = (part.repeat(2, 1) for part in rows)
         self.own = padded([example.is_own for example in examples]).bool()
         """[B, L]"""
         experts = torch.tensor([[example.expert] for example in examples]).expand_as(self.own)

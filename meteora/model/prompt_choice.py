@@ -35,7 +35,7 @@ from meteora.routing.passes import (
     set_watcher,
 )
 from meteora.routing.prompt_router import HeldChoice, PromptRouter
-from meteora.routing.turns import each_row, questions
+from meteora.routing.turns import ask, each_row, unread
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -68,6 +68,10 @@ class PromptReader(Watcher):
         self.template, self.standard, self.held = template, standard, held
         self.now = Present()
 
+    def watch(self, model: nn.Module) -> None:
+        super().watch(model)
+        self._layers = list(routed_layers(model).values())  # not sought anew for each token
+
     def stop(self) -> None:
         super().stop()
         self._hold(None)
@@ -77,8 +81,8 @@ class PromptReader(Watcher):
         self.held.logits, self.held.on = logits, {}
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        routers = [layer.router for layer in routed_layers(model).values()]
-        if not any(isinstance(router, PromptRouter) for router in routers):
+        if not any(isinstance(layer.router, PromptRouter) for layer in self._layers):
+            self.now.conversation = None
             return  # an expert is forced
         if self.held.measure is not None:
             return  # this pass is the reading itself
@@ -86,8 +90,7 @@ class PromptReader(Watcher):
         self.refuse_packed()
         seen = PassInput.of(arguments)
         conversation = self.follow(seen)
-        turns = questions(seen, self.template, conversation.closed)
-        conversation.closed = turns.closed
+        turns = ask(conversation, seen, self.template)
         if (logits := conversation.held.get(0)) is not self.held.logits:
             self._hold(logits)
         question = turns.asked & (turns.turn == turns.turn[:, -1:])
@@ -95,6 +98,8 @@ class PromptReader(Watcher):
         before = each_row(self.held.logits, len(asks)) if seen.goes_on else None
         if before is not None and not asks.any():
             return
+        if before is None and seen.goes_on and not asks.any():
+            raise unread(len(asks), self.held.logits)
         question = torch.where(question.any(1, keepdim=True), question, seen.there)
         logits = self.read(model, question, arguments)
         if before is not None:  # a sequence without a question keeps its logits

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import Template
-from meteora.base.padding import by_length, mask_of, padded, padding_token
+from meteora.base.padding import by_length, padded_and_mask, padding_token
 from meteora.base.placement import input_device
 from meteora.model.fused import make_router, without_experts
 from meteora.model.generate import PROMPTS_PER_BATCH
@@ -71,14 +71,15 @@ def read_prompts(
             hook = partial(measure, norm, has)
             hooks.enter_context(layer.projection.register_forward_hook(hook))
         for chosen in by_length(prompts, PROMPTS_PER_BATCH):
-            read = [prompts[i] for i in chosen]
             spans.clear()
             for row, i in enumerate(chosen):
                 spans[i] = row, slice(start, max(start + 1, len(prompts[i]) - end))
+            rows = [prompts[i] for i in chosen]
+            ids, mask = padded_and_mask(rows, padding_token(tokenizer) or 0)
             with without_experts(model):
                 states = model(
-                    padded(read, padding_token(tokenizer) or 0).to(device),
-                    attention_mask=mask_of(read).to(device),
+                    ids.to(device),
+                    attention_mask=mask.to(device),
                     use_cache=False,
                     output_hidden_states=True,
                     logits_to_keep=1,

@@ -4,7 +4,8 @@
 
 One cache serves all layers of a model. Hundreds of experts then need no more device memory than the
 few that a text uses. A prefill that uses more experts than the budget holds still runs: they are
-copied one by one.
+copied one by one. The mean of all experts, to which openings go, is copied at each use, and no
+expert has to leave for it.
 """
 
 from __future__ import annotations
@@ -56,10 +57,13 @@ class ExpertCache:
                 self._held.move_to_end(key)
                 return pair
             self.misses += 1
-            self._held[key] = pair = load()
-            self.held_bytes += _size(pair)
+            pair = load()
+            if (size := _size(pair)) > self.budget_bytes:
+                return pair
+            self._held[key] = pair
+            self.held_bytes += size
             while self.held_bytes > self.budget_bytes:
-                _, evicted = self._held.popitem(last=False)  # the new one too, if it does not fit
+                _, evicted = self._held.popitem(last=False)
                 self.held_bytes -= _size(evicted)
             return pair
 

@@ -11,13 +11,14 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, contextmanager
-from threading import Lock, get_ident
+from threading import get_ident
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from meteora.base.placement import input_device
+from meteora.base.shared_block import SharedBlock
 from meteora.routing.layer import routed_layers
 
 if TYPE_CHECKING:
@@ -29,31 +30,8 @@ if TYPE_CHECKING:
     """Weights and choices, both [T, K], of each layer in one pass, by module path."""
 
 
-class _Uncompiled:
-    """Blocks in which no compiled code runs, in any thread; those of several threads may overlap.
-
-    torch has one stance for all threads, and each block would put back the one that it found.
-    """
-
-    def __init__(self) -> None:
-        self._turn, self._num_open, self._stance = Lock(), 0, ExitStack()
-
-    @contextmanager
-    def block(self) -> Generator[None]:
-        with self._turn:
-            if not self._num_open:
-                self._stance.enter_context(torch.compiler.set_stance("force_eager"))
-            self._num_open += 1
-        try:
-            yield
-        finally:
-            with self._turn:
-                self._num_open -= 1
-                if not self._num_open:
-                    self._stance.close()
-
-
-_UNCOMPILED = _Uncompiled()
+_UNCOMPILED = SharedBlock(lambda: torch.compiler.set_stance("force_eager"))
+"""No compiled code runs, in any thread: torch has one stance for all."""
 
 
 @contextmanager
@@ -95,7 +73,7 @@ def _watched(
     device, thread = input_device(model), get_ident()
     with ExitStack() as hooks:
         if "torch._dynamo" in sys.modules:  # slow to import, and without it nothing is compiled
-            hooks.enter_context(_UNCOMPILED.block())
+            hooks.enter_context(_UNCOMPILED.open())
         for path, layer in routed_layers(model).items():
             if layer.router is not None:
 

@@ -137,7 +137,7 @@ class RoutedExperts(nn.Module):
         add_to: Tensor | None,
     ) -> Tensor:
         """As `_delta`, by the grouped kernel; a missing expert is copied to the device."""
-        stack = self.stack
+        stack, blends = self.stack, self.stack.blends
 
         def pair(choice: int) -> tuple[Tensor, Tensor]:
             def load() -> tuple[Tensor, Tensor]:
@@ -146,6 +146,8 @@ class RoutedExperts(nn.Module):
                     b = b.T.to(x.device, x.dtype, copy=True).contiguous()
                     return a.to(x.device, x.dtype, copy=True), b.T
 
+            if choice in blends:  # all experts of the layer: single ones would have to leave
+                return load()
             return cache.fetch((self._key, choice, x.device, x.dtype), load)
 
         return gather_grouped.add_grouped(x, stack, weights, experts, add_to, pair)

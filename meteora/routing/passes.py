@@ -36,6 +36,8 @@ class PassInput:
     """Whether the cache holds earlier tokens."""
     cache: object = None
     """The cache of the pass, perhaps empty; None if it has none."""
+    num_before: int | None = None
+    """Tokens in the cache; None if it is no cache of keys, and cannot be cropped."""
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
@@ -47,7 +49,7 @@ class PassInput:
         num_before = None if past is None else _num_held(past)
         there = _there(arguments.get("attention_mask"), states, num_before)
         goes_on = bool(num_before) if state is None else _holds_a_state(state, states.shape[1])
-        return cls(ids, there, goes_on, past if state is None else state)
+        return cls(ids, there, goes_on, past if state is None else state, num_before)
 
 
 def _num_held(cache: Any) -> int:  # noqa: ANN401  (of many kinds)
@@ -121,7 +123,8 @@ CONVERSATION = "meteora_conversation"
 class Conversation:
     """The decisions for B sequences in a cache, for the passes that continue them.
 
-    It is stored in the cache, and copied and freed with it: two caches may be used in turn.
+    It is stored in the cache, and copied and freed with it: two caches may be used in turn. It
+    remembers earlier turns, since a cache may be cropped.
     """
 
     def __init__(self) -> None:
@@ -129,6 +132,25 @@ class Conversation:
         """The decision [B, C] of each gate, by its number."""
         self.closed: Tensor | None = None
         """[B] bool: see `turns.Questions`"""
+        self._begins = 0
+        """The place in the cache of the first token that decided."""
+        self._earlier: list[tuple[int, dict[int, Tensor], Tensor | None]] = []
+
+    def begin(self, place: int) -> None:
+        """Note that a question begins at this place in the cache, which decides from now on."""
+        self._earlier.append((self._begins, dict(self.held), self.closed))
+        self._begins = place
+
+    def return_to(self, length: int) -> None:
+        """Return to what was decided by the first tokens alone, as many as this."""
+        while self._earlier and self._begins >= length:
+            self._begins, self.held, self.closed = self._earlier.pop()
+
+    def moved_to(self, cache: object) -> None:
+        """Let a cache that is built anew go on, whose tokens lie elsewhere."""
+        last = Conversation()
+        last.held, last.closed = dict(self.held), self.closed
+        setattr(cache, CONVERSATION, last)
 
 
 class Present(PassState):
@@ -180,17 +202,24 @@ class Watcher:
         """Look at a pass before it runs."""
 
     def follow(self, seen: PassInput) -> Conversation:
-        """Return the conversation of a pass, from its cache; the last one if the cache has none."""
-        last = getattr(seen.cache, CONVERSATION, self.now.conversation) if seen.goes_on else None
-        self.now.conversation = conversation = last or Conversation()
+        """Return the conversation of a pass, from its cache: a new one if the cache has none."""
+        conversation = None
+        if seen.goes_on:
+            last = None if _holds(seen.cache) else self.now.conversation
+            conversation = conversation_of(seen.cache) or last
+        if conversation is None:
+            conversation = Conversation()
+        elif seen.num_before is not None:
+            conversation.return_to(seen.num_before)
+        self.now.conversation = conversation
         self._keep_in(seen.cache)
         return conversation
 
     def _keep_in(self, cache: object) -> None:
         conversation = self.now.conversation
-        if cache is None or conversation is None or isinstance(cache, list):
-            return  # RWKV's takes no attribute, so the last conversation goes on
-        if getattr(cache, CONVERSATION, None) is not conversation:
+        if conversation is None or not _holds(cache):
+            return
+        if conversation_of(cache) is not conversation:
             setattr(cache, CONVERSATION, conversation)
 
     def _at_model(
@@ -235,6 +264,16 @@ class Watcher:
                 " and this model decides by whole prompts, one in a row; call `generate` with"
                 " padded prompts, or take a model whose gates decide token by token"
             )
+
+
+def conversation_of(cache: object) -> Conversation | None:
+    """The conversation that a cache holds; None if none of its tokens were read for a decision."""
+    return getattr(cache, CONVERSATION, None)
+
+
+def _holds(cache: object) -> bool:
+    """Whether a cache can hold a conversation; where RWKV's list cannot, the last one goes on."""
+    return cache is not None and not isinstance(cache, list)
 
 
 def watcher_of(model: nn.Module) -> Watcher | None:

@@ -320,9 +320,16 @@ def _without(logits: Tensor, choices: list[int]) -> Tensor:
 
 
 def _factors(stack: ExpertStack) -> Iterator[tuple[Tensor, Tensor]]:
-    """A [r, IN] and scaled B [OUT, r] of each choice, in float32 at least."""
+    """A [r, IN] and scaled B [OUT, r] of each choice, in float32 at least.
+
+    Of several experts at once, whose logits nothing asks for, they have no ranks.
+    """
     wide = torch.promote_types(stack.a.dtype, torch.float32)
+    blends = stack.blends
     for c in range(stack.num_choices):
+        if c in blends:
+            yield stack.a[:0].to(wide), stack.b[:, :0].to(wide)
+            continue
         a, b = stack.pair(c)
         scale = torch.as_tensor(stack.scale(c), dtype=wide, device=b.device)
         yield a.to(wide), b.to(wide) * scale

@@ -18,7 +18,15 @@ import torch
 from torch import Tensor
 
 from meteora.base.chat_template import HEADER, Template
-from meteora.routing.passes import PassInput, Present, UnreadPromptError, Watcher, earlier, ends
+from meteora.routing.passes import (
+    Conversation,
+    PassInput,
+    Present,
+    UnreadPromptError,
+    Watcher,
+    earlier,
+    ends,
+)
 
 
 class Questions(NamedTuple):
@@ -75,6 +83,26 @@ def questions(
     return Questions(turn, asked, closed)
 
 
+def ask(conversation: Conversation, seen: PassInput, template: Template) -> Questions:
+    """The questions of a pass; the conversation notes where the last one begins."""
+    found = questions(seen, template, conversation.closed)
+    if bool(found.asked.any()):
+        turn = found.turn.where(found.asked, -1)
+        first = (turn == turn.amax(1, keepdim=True)).long().argmax(1)
+        conversation.begin((seen.num_before or 0) + int(first.max()))
+    conversation.closed = found.closed
+    return found
+
+
+def unread(num_rows: int, held: Tensor | None) -> UnreadPromptError:
+    """The error where sequences go on whose beginnings have no decisions, or those of others."""
+    return UnreadPromptError(
+        f"{num_rows} sequences go on, and the beginnings of {0 if held is None else len(held)} were"
+        " read on this cache; start with whole prompts, or go on with the cache that read them, or"
+        " with its `copy.deepcopy`"
+    )
+
+
 def each_row(held: Tensor | None, num_rows: int) -> Tensor | None:
     """Repeat the values of B sequences for each row of a pass: a sequence may have several beams.
 
@@ -113,8 +141,7 @@ class Turns(Watcher):
     def see(self, seen: PassInput) -> None:
         """Look at a pass before it runs."""
         conversation, now = self.follow(seen), self.now
-        now.questions = questions(seen, self.template, conversation.closed)
-        conversation.closed = now.questions.closed
+        now.questions = ask(conversation, seen, self.template)
         asks = now.questions.asked.any(1)
         now.goes_on, now.any_asks = seen.goes_on, bool(asks.any())
         now.all_ask = bool((asks | ~seen.there.any(1)).all())  # a row of a batch may be empty
@@ -149,10 +176,7 @@ class TurnChoice:
         held = conversation.held.get(self.number)
         before = each_row(held, num_rows) if now.goes_on else None
         if before is None and not now.all_ask:
-            raise UnreadPromptError(
-                f"{num_rows} sequences go on, and the beginnings of"
-                f" {0 if held is None else len(held)} were read; start with whole prompts"
-            )
+            raise unread(num_rows, held)
         if before is not None and not now.any_asks:
             return before.repeat_interleave(length, 0)
         own = logits_of(tokens)

@@ -32,6 +32,10 @@ class StandIn(nn.Module):
 
     standard: Tensor
     """[3, U] mean, standard deviation and threshold of the scores"""
+    without: Tensor
+    """[U] the choices without examples; int64"""
+    fitted: Tensor
+    """[C - U] the others"""
 
     def __init__(self, score: Router, experts: list[int], standard: Tensor) -> None:
         """Take a scorer and the scale of its scores.
@@ -45,6 +49,12 @@ class StandIn(nn.Module):
         self.score = score
         self.experts = experts
         self.register_buffer("standard", standard.float(), persistent=False)
+        lacking = set(experts)
+        with torch.inference_mode(mode=False):  # gates may be trained later
+            without = torch.tensor(experts, device=standard.device)
+            fitted = [c for c in range(score.num_choices) if c not in lacking]
+            self.register_buffer("without", without, persistent=False)
+            self.register_buffer("fitted", without.new_tensor(fitted), persistent=False)
 
     @classmethod
     def scaled(
@@ -71,15 +81,14 @@ class StandIn(nn.Module):
     def apart(self, tokens: Tensor) -> Tensor:
         """(score - m) / s - t of the experts without examples, [T, U]."""
         mean, deviation, threshold = self.standard
-        apart = (self.score(tokens)[:, self.experts] - mean) / deviation.clamp_min(1e-12)
+        apart = (self.score(tokens)[:, self.without] - mean) / deviation.clamp_min(1e-12)
         return torch.where(deviation > 0, apart, 0.0) - threshold
 
     def forward(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """The logits [T, C] of a gate, with the columns of the experts without examples filled."""
-        fitted = [c for c in range(logits.shape[1]) if c not in self.experts]
-        best = logits[:, fitted].max(-1, keepdim=True).values
+        best = logits[:, self.fitted].max(-1, keepdim=True).values
         filled = logits.clone()
-        filled[:, self.experts] = best + self.apart(tokens).to(best.dtype)
+        filled[:, self.without] = best + self.apart(tokens).to(best.dtype)
         return filled
 
 

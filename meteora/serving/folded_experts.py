@@ -77,4 +77,4 @@ class FoldedExperts(nn.Module):
         shrunk = both[:, : factors.shape[-1]] * factors
         if self.chosen is not None:
             shrunk = shrunk + self.chosen[choice]
-        y.addmm_(shrunk, self.second)
+        y.addmm_(shrunk.to(self.second.dtype), self.second)

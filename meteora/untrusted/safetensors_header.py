@@ -58,7 +58,10 @@ def read_header(file: BinaryIO, file_bytes: int, *, empty: bool = False) -> dict
     """
     if file_bytes < 8:
         raise HeaderError(f"it has {file_bytes} bytes, too few for a header")
-    (size,) = struct.unpack("<Q", file.read(8))
+    start = file.read(8)
+    if len(start) < 8:
+        raise HeaderError("it was cut short while it was read")
+    (size,) = struct.unpack("<Q", start)
     if size > file_bytes - 8:
         raise HeaderError(f"its header claims {size} bytes of the {file_bytes - 8} that follow")
     if size > MAX_HEADER_BYTES:

@@ -31,12 +31,14 @@ from meteora.base.padding import padding_token
 from meteora.base.placement import input_device
 from meteora.model.generate import end_tokens, generate_ids
 from meteora.model.shared_prefix import rotates_by_length, whole_layers
+from meteora.routing.passes import conversation_of
 from pipelines.evaluation.measurements import ALORA, ONE_EXPERT, ORACLE, SINGLE, SWAP
 from pipelines.evaluation.oracle_routing import send_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
+    from meteora.routing.passes import Conversation
     from pipelines.data.dialogues import Dialogue
 
 
@@ -67,6 +69,8 @@ class TurnCache:
     def __init__(self, num_rows: int) -> None:
         self.layers: list[tuple[Tensor, Tensor]] = []
         """Keys and values of each layer, [B, heads, L, D]; empty if nothing is kept."""
+        self.decided: Conversation | None = None
+        """What decides for the last turn, if routers decide by whole turns."""
         self.ids: list[list[int]] = [[] for _ in range(num_rows)]
         """The tokens of each conversation that can be used again."""
         self.slots: list[list[int]] = [[] for _ in range(num_rows)]
@@ -88,6 +92,8 @@ class TurnCache:
         for number, pair in enumerate(self.layers):
             keys, values = (one.take_along_dim(slots.to(one.device), dim=2) for one in pair)
             cache.update(keys, values, number)
+        if self.decided is not None:
+            self.decided.moved_to(cache)
         return cache, reused
 
     def keep(self, cache: object, ids: list[list[int]], slots: list[list[int]]) -> None:
@@ -102,7 +108,7 @@ class TurnCache:
             self.layers = [
                 (cast("Tensor", layer.keys), cast("Tensor", layer.values)) for layer in layers
             ]
-            self.ids, self.slots = ids, slots
+            self.ids, self.slots, self.decided = ids, slots, conversation_of(cache)
 
 
 @dataclass(eq=False)

@@ -136,7 +136,7 @@ def as_tables(rows: Sequence[dict[str, Any]], device: str) -> str:
 
 def cell(row: dict[str, Any], device: str) -> str:
     size, num_experts = row["hidden"], row["experts"]
-    sizes = Sizes(size, size, num_experts, row["R"], row["max_r"])
+    sizes = Sizes(size, size, num_experts, row["R"], row["max_r"], row["max_r"])
     top_k, dtype = min(TOP_K, num_experts), getattr(torch, row["dtype"])
     chosen = dispatch.choose_kernel(row["tokens"], top_k, sizes, dtype, torch.device(device).type)
     best = min(kernels_of(device), key=row.__getitem__)

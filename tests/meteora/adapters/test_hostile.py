@@ -8,6 +8,7 @@ import pickle
 import struct
 import sys
 import tracemalloc
+from io import BytesIO
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -15,6 +16,7 @@ import pytest
 from meteora.adapters import reader
 from meteora.adapters.tensors import sort_tensors
 from meteora.untrusted.findings import AdapterError
+from meteora.untrusted.safetensors_header import HeaderError, read_header
 from tests.clock import little_work
 from tests.meteora.adapters.adapter_maker import (
     Q0,
@@ -323,6 +325,13 @@ def test_a_file_that_shrinks_while_it_is_read_is_an_error(
 
     monkeypatch.setattr(reader, "sort_tensors", cut_and_sort)
     assert "truncated" in codes(folder)
+
+
+@pytest.mark.parametrize("left", [7, 20])
+def test_a_file_that_shrinks_before_its_header_is_read_is_an_error(left: int) -> None:
+    whole = safetensors(pair(Q0))
+    with pytest.raises(HeaderError, match="it was cut short while it was read"):
+        read_header(BytesIO(whole[:left]), len(whole))
 
 
 def test_a_rank_that_no_checkpoint_can_hold_is_refused(tmp_path: Path) -> None:

@@ -6,7 +6,9 @@ import gc
 import json
 import shutil
 import tempfile
-from typing import TYPE_CHECKING
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event
+from typing import TYPE_CHECKING, Any
 
 import gguf
 import pytest
@@ -14,14 +16,16 @@ import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import nn
-from transformers import AutoModelForCausalLM, Llama4TextConfig
+from transformers import AutoConfig, AutoModelForCausalLM, Llama4TextConfig
 from transformers.integrations import accelerate
 from transformers.models.llama4.modeling_llama4 import Llama4Router
+from transformers.utils import logging as hf_logging
 
 from meteora.base.loading import (
     fingerprint_of,
     layers_on_disk,
     linear_sizes,
+    load_config,
     load_folder,
     load_gguf,
     sizes_of,
@@ -232,3 +236,33 @@ def test_a_gguf_file_is_parsed_once_and_without_a_bar(
     assert tokenizer.convert_tokens_to_ids("ab") == model.config.vocab_size - 1
     down = load_file(base / WEIGHTS)["model.layers.1.mlp.down_proj.weight"]
     assert torch.equal(model.get_parameter("model.layers.1.mlp.down_proj.weight"), down)
+
+
+def test_loads_of_several_threads_leave_messages_as_they_were(
+    build_base: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """transformers has one level and one switch for all threads."""
+    folder, read, reads = build_base("llama"), AutoConfig.from_pretrained, iter("ab")
+    begun = {"a": Event(), "b": Event()}
+    a_is_done = Event()
+
+    def overlapping(*args: Any, **kwargs: Any) -> Any:
+        begun[name := next(reads)].set()
+        assert (begun["b"] if name == "a" else a_is_done).wait(timeout=60)
+        assert hf_logging.get_verbosity() == hf_logging.ERROR
+        return read(*args, **kwargs)
+
+    def states() -> tuple[int, bool]:
+        return hf_logging.get_verbosity(), hf_logging.is_progress_bar_enabled()
+
+    monkeypatch.setattr(AutoConfig, "from_pretrained", overlapping)
+    hf_logging.set_verbosity_warning()
+    before = states()
+    with ThreadPoolExecutor(2) as threads:
+        first = threads.submit(load_config, folder)
+        assert begun["a"].wait(timeout=60)
+        second = threads.submit(load_config, folder)
+        first.result()
+        a_is_done.set()
+        second.result()
+    assert states() == before

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from meteora.base.padding import mask_of, padded
+from meteora.base.padding import padded_and_mask
 
 ROWS = [[5, 6], [], [7, 8, 9]]
 
@@ -15,5 +15,4 @@ ROWS = [[5, 6], [], [7, 8, 9]]
     ],
 )
 def test_rows_are_filled_up_at_one_side(side, ids, mask):
-    assert padded(ROWS, 1, side).tolist() == ids
-    assert mask_of(ROWS, side).tolist() == mask
+    assert [part.tolist() for part in padded_and_mask(ROWS, 1, side)] == [ids, mask]

@@ -14,7 +14,15 @@ from safetensors.torch import load, save_file
 import meteora
 from meteora.artifacts import MeteoraError, file_sha256
 from meteora.checkpoint import resolve
-from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError, read_manifest
+from meteora.checkpoint.manifest import (
+    EXPERTS,
+    GATES,
+    MANIFEST,
+    CheckpointError,
+    ModuleEntry,
+    read_manifest,
+)
+from meteora.untrusted.findings import Findings
 from tests.clock import little_work
 from tests.meteora.checkpoint.checkpoint_maker import (
     edit_header,
@@ -98,6 +106,17 @@ def test_a_fault_in_each_of_very_many_modules(folder: Path, count: int, sentence
 
     edit_manifest(folder, fill)
     refused(folder, sentence)
+
+
+def test_a_fault_in_each_of_very_many_ranks_and_scalings() -> None:
+    bad = [*range(-1, -4097, -1)]
+    body = {"in": 1, "out": 1, "ranks": bad, "scaling": bad}
+    found = Findings()
+    ModuleEntry.read("q_proj", body, 4096, found)
+    assert [reason.message for reason in found.refusals] == [
+        "a rank of q_proj is '-1'; it must be 1 to 4096",
+        "a scaling of q_proj is '-1'; it must be a number from 1e-30 to 1e+06",
+    ]
 
 
 @pytest.mark.parametrize("value", [None, "2.0", True, 1e300, -1.0, 0.0, 1e-40, [], {}], ids=repr)

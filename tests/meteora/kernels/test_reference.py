@@ -251,7 +251,7 @@ def test_the_rank_table_names_each_experts_ranks_and_fills_up_with_the_first():
     ],
 )
 def test_the_kernel_is_chosen_as_the_table_says(tokens, experts, r, dtype, kernel):
-    sizes = Sizes(2048, 2048, experts, experts * r, r)
+    sizes = Sizes(2048, 2048, experts, experts * r, r, r)
     assert dispatch.choose_kernel(tokens, 2, sizes, dtype, "cpu") == kernel
 
 
@@ -267,7 +267,7 @@ def test_the_docstring_of_the_choice_stars_what_is_chosen_and_tells_what_was_mea
     }
     told = row.findall(doc)
     for num_experts, r, num_tokens, cells in told:
-        columns, sizes = cells.split(), Sizes(2048, 2048, int(num_experts), 0, int(r))
+        columns, sizes = cells.split(), Sizes(2048, 2048, int(num_experts), 0, int(r), int(r))
         sizes = sizes._replace(num_ranks=sizes.num_choices * sizes.max_rank)
         for dtype, found in (("float32", columns[:3]), ("bfloat16", columns[3:])):
             costs = measured[dtype, int(num_experts), r, int(num_tokens)]
@@ -278,7 +278,7 @@ def test_the_docstring_of_the_choice_stars_what_is_chosen_and_tells_what_was_mea
 
 
 def test_tokens_of_one_task_are_grouped_where_others_are_not():
-    sizes = Sizes(2048, 2048, 28, 28 * 8, 8)
+    sizes = Sizes(2048, 2048, 28, 28 * 8, 8, 8)
     chosen = [dispatch.choose_kernel(256, 2, sizes, torch.float32, "cpu", n) for n in (2, 28)]
     assert chosen == ["grouped", "gather"]
 
@@ -289,7 +289,9 @@ def test_the_choice_loses_two_percent_at_most_where_it_was_measured(dtype):
     losses = []
     for row in map(json.loads, MEASURED.read_text().splitlines()):
         if row["dtype"] == dtype:
-            sizes = Sizes(row["hidden"], row["hidden"], row["experts"], row["R"], row["max_r"])
+            sizes = Sizes(
+                *(row[key] for key in ("hidden", "hidden", "experts", "R", "max_r", "max_r"))
+            )
             chosen = dispatch.choose_kernel(row["tokens"], 2, sizes, getattr(torch, dtype), "cpu")
             losses.append(
                 row[chosen] / min(row[kernel] for kernel in ("dense", "gather", "grouped"))
@@ -313,10 +315,19 @@ def test_accelerators_never_wait_for_the_host(
     tokens, top_k, device_type, dtype, kernel, monkeypatch
 ):
     monkeypatch.setattr(gather_grouped, "has_triton", lambda: True)
-    sizes = Sizes(2048, 2048, 28, 28 * 8, 8)
+    sizes = Sizes(2048, 2048, 28, 28 * 8, 8, 8)
     assert dispatch.choose_kernel(tokens, top_k, sizes, dtype, device_type) == kernel
     monkeypatch.setattr(gather_grouped, "has_triton", lambda: False)
     assert dispatch.choose_kernel(tokens, top_k, sizes, dtype, device_type) == "dense"
+
+
+@pytest.mark.parametrize(("tokens", "kernel"), [(1, "gather_triton"), (256, "grouped_triton")])
+def test_a_mean_of_all_experts_does_not_make_gpus_compute_all(tokens, kernel, monkeypatch):
+    """It is for openings: the tokens behind them choose single experts."""
+    monkeypatch.setattr(gather_grouped, "has_triton", lambda: True)
+    sizes = draw_layer([8] * 28, 1, 64, 64, mean=True)[1].sizes
+    assert sizes.max_width == sizes.num_ranks
+    assert dispatch.choose_kernel(tokens, 2, sizes, torch.bfloat16, "cuda") == kernel
 
 
 def test_an_expert_that_lacks_the_layer_adds_nothing_when_it_is_chosen():

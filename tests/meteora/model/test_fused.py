@@ -15,6 +15,7 @@ from meteora.artifacts import RouterOptions
 from meteora.checkpoint.manifest import EXPERTS as EXPERTS_FILE
 from meteora.checkpoint.manifest import MANIFEST
 from meteora.model.fused import (
+    NotFusedError,
     RoutedAdaptersError,
     UnknownExpertError,
     UnsavableError,
@@ -163,6 +164,15 @@ def test_blocks_may_end_in_any_order(model):
         assert all(now is then for now, then in zip(routers(), newest, strict=True))
     open_blocks["patterns"].__exit__(None, None, None)
     assert all(now is then for now, then in zip(routers(), own, strict=True))
+
+
+def test_a_model_without_experts_is_called_so(world):
+    base, sentence = world.load_base(), "this LlamaForCausalLM has no experts; load a fused model"
+    with pytest.raises(NotFusedError, match=sentence), force_expert(base, "attention"):
+        pass
+    for ask in (expert_names, meteora.expert_cache):
+        with pytest.raises(NotFusedError, match=sentence):
+            ask(base)
 
 
 def test_the_base_can_be_named_where_it_is_no_choice_of_the_routers(world, model, ids):

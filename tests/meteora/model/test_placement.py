@@ -198,6 +198,8 @@ def test_auto_model_takes_a_map(world: World, tmp_path: Path, ids: torch.Tensor)
             "cannot be spread as device_map says: .*does not give any device",
         ),
         ({"device_map": 1.5}, "device_map names 1.5"),
+        ({"max_memory": {"cpu": 9}}, "max_memory without device_map would change nothing"),
+        ({"offload_folder": "there"}, "offload_folder without device_map would change nothing"),
     ],
 )
 def test_what_is_no_place_is_refused_in_one_sentence(

@@ -6,6 +6,7 @@ import copy
 import dataclasses
 import random
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import nullcontext
 
 import pytest
 import torch
@@ -17,9 +18,10 @@ from meteora.artifacts import NULL, RouterOptions
 from meteora.base.chat_template import Template
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError, read_manifest
-from meteora.fitting.background import RIDGE, fit_to_background, standard_of, whitened
+from meteora.fitting.background import RIDGE, Whitening, fit_to_background, standard_of
 from meteora.fitting.sequences import TrainingError
 from meteora.kernels.stack import ExpertStack
+from meteora.model import prompt_choice
 from meteora.model.chat import Chat
 from meteora.model.fused import expert_names, force_expert, insert_experts, without_experts
 from meteora.model.prompt_choice import mean_of_others
@@ -31,6 +33,7 @@ from meteora.routing.prompt_router import HeldChoice, PromptRouter
 from tests.meteora.fitting.test_calibrate import task_tokens
 from tests.meteora.fitting.test_joint import switch
 from tests.meteora.model.test_threads import interrupted, read
+from tests.meteora.routing.test_turns import rebuilt
 from tests.pipelines.conftest import CHAT_TEMPLATE
 
 OPENING, CLOSING = (1, 50, 51, 52), (53, 54)
@@ -176,6 +179,14 @@ def test_prompts_of_one_batch_have_experts_of_their_own(model):
 
 
 @torch.no_grad()
+def test_no_pass_looks_for_the_routed_layers(model, monkeypatch):
+    cache = DynamicCache()
+    model(torch.tensor([asked(0)]), past_key_values=cache)
+    monkeypatch.setattr(prompt_choice, "routed_layers", None)
+    model(torch.tensor([[9]]), past_key_values=cache)
+
+
+@torch.no_grad()
 def test_a_later_turn_is_chosen_anew_and_the_cache_keeps_the_first(model):
     names = expert_names(model)
     first = torch.tensor([asked(1)])
@@ -267,6 +278,19 @@ def test_conversations_on_caches_of_their_own_take_turns(model):
         model(torch.tensor([asked(e)]), past_key_values=caches[-1])
     routes = [routes_of(model, said, cache) for cache in (*caches, caches[0])]
     assert routes[0] == routes[2] != routes[1]
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("how", ["built", "read by a forced expert"])
+def test_a_cache_without_a_choice_takes_no_other_prompt_s(model, how):
+    caches, said = [DynamicCache(), DynamicCache()], torch.tensor([[9]])
+    with force_expert(model, expert_names(model)[0]) if how != "built" else nullcontext():
+        model(torch.tensor([asked(1)]), past_key_values=caches[0])
+    if how == "built":
+        caches[0] = rebuilt(caches[0])
+    model(torch.tensor([asked(2)]), past_key_values=caches[1])
+    with pytest.raises(UnreadPromptError, match="1 sequences go on, and the beginnings of 0"):
+        model(said, past_key_values=caches[0])
 
 
 @torch.no_grad()
@@ -394,12 +418,22 @@ def test_whitened_rows_are_rows_by_the_root_of_the_inverse_of_the_covariance(num
     x, rows = x - x.mean(0), torch.randn(4, 50)
     cov = x.T.double() @ x.double() / (num_tokens - 1)
     covariance = cov + RIDGE * cov.diagonal().mean() * torch.eye(50)
-    found = whitened(rows, x).double()
+    found = Whitening.of(x).of_rows(rows).double()
     expected = rows.double() @ covariance.inverse() @ rows.double().T
     torch.testing.assert_close(found @ found.T, expected, rtol=1e-5, atol=1e-5)
     values, vectors = torch.linalg.eigh(covariance)
     root = vectors @ values.rsqrt().diag() @ vectors.T
     torch.testing.assert_close(found, rows.double() @ root, rtol=1e-5, atol=1e-5)
+
+
+def test_modules_of_one_input_are_whitened_at_once(world, monkeypatch):
+    """Its eigenvectors take seconds where the inputs are wide."""
+    model, found = world.load(), []
+    solve = torch.linalg.eigh
+    monkeypatch.setattr(torch.linalg, "eigh", lambda m: found.append(len(m)) or solve(m))
+    fit_to_background(model, background(), OPTIONS, TEMPLATE)
+    assert len(found) < len(routed_layers(model))
+    assert len(found) == 2 * 4  # the inputs of q, k and v, of o, of gate and up, and of down
 
 
 def test_an_expert_is_compared_with_texts_on_which_the_others_have_as_much():

@@ -9,7 +9,7 @@ from transformers import AutoModelForCausalLM
 import meteora
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import Template
-from meteora.base.padding import mask_of, padded
+from meteora.base.padding import padded_and_mask
 from meteora.model.fused import make_router
 from meteora.model.shared_prefix import SHORTEST, share_prefix
 from meteora.routing.layer import routed_by
@@ -24,7 +24,7 @@ NOT_SHARED = {"mistral", "gemma2", "gemma3", "gemma3n", "gemma4", "mamba", "bloo
 
 
 def batch_of(prompts):
-    return padded(prompts, 0, "left"), mask_of(prompts, "left")
+    return padded_and_mask(prompts, 0, "left")
 
 
 def answers(model, prompts, **batch):
@@ -59,7 +59,7 @@ def test_a_fused_model_answers_as_it_does_without_and_reads_the_prefix_once(worl
 @pytest.mark.parametrize("side", ["left", "right"])
 def test_a_pass_over_the_rest_gives_what_the_whole_pass_gives(world, side):
     model = world.load(dtype="float64")
-    rows = padded(PROMPTS, 0, side), mask_of(PROMPTS, side)
+    rows = padded_and_mask(PROMPTS, 0, side)
     with routed_by(model, lambda layer: make_router(RouterOptions("norm", 2, 1.0), layer)):
         started = share_prefix(model, *rows, at_most=SHORTEST)
         assert started.num_read == SHORTEST

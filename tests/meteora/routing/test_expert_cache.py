@@ -19,7 +19,7 @@ from meteora.base.placement import PlacementError
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, MANIFEST
 from meteora.kernels import gather_grouped
-from meteora.kernels.stack import Choice, ExpertStack, own_choices
+from meteora.kernels.stack import Choice, ExpertStack, mean_of_all, own_choices
 from meteora.model.fused import expert_cache, force_expert, make_router
 from meteora.routing.expert_cache import ExpertCache
 from meteora.routing.layer import MoELoRALinear, routed_by, routed_layers
@@ -78,11 +78,12 @@ def test_a_budget_below_zero_is_refused_before_anything_is_read():
 
 def test_what_is_larger_than_the_budget_passes_through():
     cache = ExpertCache(10)
+    cache.fetch("small", pair_of(8))
     for _ in range(2):
         a, _b = cache.fetch("large", pair_of(40))
         assert a.nbytes == 20
-        assert cache.held_bytes == 0
-    assert cache.misses == 2
+        assert cache.held_bytes == 8
+    assert cache.misses == 3
 
 
 @pytest.mark.parametrize("budget", [0, 3_000, 1 << 20])
@@ -174,6 +175,22 @@ def test_a_choice_of_all_experts_is_copied_as_any_other(num_tokens):
         with torch.no_grad():
             found.append(layer(x))
     torch.testing.assert_close(*found)
+
+
+@pytest.mark.parametrize("budget", [500, 1 << 20])
+def test_the_mean_of_all_experts_takes_no_room(budget):
+    """Each prompt's opening goes to it, at each layer."""
+    ranks, projection, cache = [1, 2, 3], nn.Linear(12, 10), ExpertCache(budget)
+    a, b, x = torch.randn(6, 12), torch.randn(10, 6), torch.randn(3, 12)
+    choices = [*own_choices(ranks), mean_of_all(ranks)]
+    stack = ExpertStack(a, b, ranks, [1.0] * 3, choices, mapped=True)
+    layer = MoELoRALinear(projection, stack, cache=cache)
+    for hits, choice in enumerate([2, 3, 2, 3, 2]):
+        layer.router = Fixed(torch.eye(4)[choice])
+        with torch.no_grad():
+            layer(x)
+        assert cache.held_bytes == 4 * 3 * (12 + 10)
+        assert (cache.hits, cache.misses) == (hits // 2, 1)
 
 
 def test_gates_learn_from_what_was_copied_in_inference_mode():

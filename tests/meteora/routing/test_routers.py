@@ -92,6 +92,8 @@ def test_a_choice_of_several_experts_is_taken_by_gates_alone(factors, kind):
     taken = torch.zeros(50, 5).scatter(1, experts, weights)
     assert not taken[:, 4].any()
     torch.testing.assert_close(taken.sum(1), torch.ones(50))
+    if isinstance(router, Norm):  # nor does it cost a matmul as large as that of all experts
+        assert len(router.folded) == len(Norm(stack_of(*factors), OPTIONS).folded)
 
 
 def test_norms_that_are_large_stay_apart_in_16_bits(factors):

@@ -298,6 +298,47 @@ def test_conversations_on_caches_of_their_own_take_turns(model, given, copied):
     assert found == expected
 
 
+def routes_of(model, row, cache):
+    """The expert of each token at each module."""
+    with recorded_routes(model) as routes:
+        model(torch.tensor([row]), past_key_values=cache)
+    return {path: experts.flatten().tolist() for path, (_, experts) in routes.items()}
+
+
+def rebuilt(cache):
+    return DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
+
+
+@torch.no_grad()
+def test_a_cache_without_decisions_takes_no_other_conversation_s(model):
+    cache = DynamicCache()
+    model(torch.tensor([question(1)]), past_key_values=cache)
+    built = rebuilt(cache)
+    with pytest.raises(UnreadPromptError, match="1 sequences go on, and the beginnings of 0"):
+        model(torch.tensor([[9]]), past_key_values=built)
+    # a question decides for itself
+    built = rebuilt(cache)
+    assert routes_of(model, question(2)[1:], built) == routes_of(model, question(2)[1:], cache)
+
+
+@torch.no_grad()
+def test_a_cache_that_is_cropped_has_the_decision_of_the_turn_in_which_it_ends(model):
+    cache, later = DynamicCache(), question(2)[1:]
+    model(torch.tensor([question(1)]), past_key_values=cache)
+    first = routes_of(model, [9], cache)
+    second = routes_of(model, later, cache)
+    cache.crop(-2)
+    assert {path: [e] for path, (e, *_) in second.items()} == routes_of(model, [9], cache) != first
+    cache.crop(1 - len(later))  # and the 9
+    assert routes_of(model, [9], cache) == first
+    assert routes_of(model, later, cache) == second
+    whole = DynamicCache()  # of what was read at once, only the last decision is kept
+    model(torch.tensor([[*question(1), *later]]), past_key_values=whole)
+    whole.crop(-len(later))
+    with pytest.raises(UnreadPromptError, match="the beginnings of 0"):
+        model(torch.tensor([[9]]), past_key_values=whole)
+
+
 @pytest.mark.parametrize("how", ["argument", "config", "own config"])
 def test_a_prompt_is_not_to_be_cut(model, how, monkeypatch):
     prompt, asked = question(1), {"prefill_chunk_size": 4}

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from dataclasses import replace
 
 import pytest
@@ -14,12 +15,14 @@ from meteora.checkpoint.manifest import GATES, CheckpointError
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.lda import GIVEN_UP
 from meteora.fitting.sequences import TrainingError
+from meteora.model.fused import insert_experts
 from meteora.routing.gates import gates_of, insert_gates
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.layer import routed_layers
 from meteora.routing.routers import Arrow, Gate
 from meteora.routing.weight_scores import StandIn
 from tests.meteora.fitting.test_calibrate import examples, routing_accuracy
+from tests.meteora.routing.test_layer import make
 
 LAYER, LATER = "model.layers.0.self_attn.q_proj", "model.layers.1.self_attn.q_proj"
 
@@ -73,6 +76,24 @@ def test_of_the_tokens_it_is_measured_on_one_in_a_hundred_goes_astray(world):
     assert 0.005 < (found.max(-1).values > 0).float().mean() <= 0.0101
 
 
+class Unsearched(list[int]):
+    def __contains__(self, _one):
+        raise AssertionError("searched")
+
+
+@torch.no_grad()
+def test_no_pass_looks_at_the_choices_one_by_one():
+    """With hundreds of them, that took a millisecond a module and token."""
+    layer = make(ranks=(1, 2, 3, 1))
+    score = Arrow(layer.stack, POINT_GATES)
+    stand_in = StandIn(score, Unsearched([1, 3]), torch.ones(3, 2))
+    tokens, logits = torch.randn(5, 12), torch.randn(5, 4)
+    found = stand_in(logits, tokens)
+    best = logits[:, [0, 2]].max(-1, keepdim=True).values
+    torch.testing.assert_close(found[:, [1, 3]], best + score(tokens)[:, [1, 3]] - 2)
+    assert torch.equal(found[:, [0, 2]], logits[:, [0, 2]])
+
+
 def test_a_mixed_checkpoint_comes_back_equal(world, mixed, tmp_path):
     kind, model = mixed
     names = list(world.adapters)
@@ -93,6 +114,18 @@ def test_a_mixed_checkpoint_comes_back_equal(world, mixed, tmp_path):
     other = replace(manifest, router=replace(entry, stand_ins=tuple(names[2:])))
     with pytest.raises(CheckpointError, match=r"stand_in has the shapes \[\(3, 1\)\]"):
         tensors.read_gates(tmp_path, other)
+
+
+@pytest.mark.parametrize(
+    ("name", "asked"), [("(mean)", {"opening": "shared"}), ("(base)", {"null": True})]
+)
+def test_nothing_stands_in_for_the_tokens_of_all_experts_or_of_none(world, name, asked):
+    model = world.load_base()
+    router = replace(world.manifest.router, **asked)
+    insert_experts(model, world.checkpoint, replace(world.manifest, router=router))
+    options = replace(POINT_GATES, stand_in="norm", **asked)
+    with pytest.raises(TrainingError, match=re.escape(f"expert {name} has 0 examples")):
+        calibrate(model, examples(4, experts=range(3)), options)
 
 
 def test_only_arrow_and_norm_can_stand_in(world):

@@ -13,7 +13,9 @@ from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import Template
 from meteora.checkpoint.manifest import GATES, read_manifest
 from meteora.checkpoint.tensors import write_gates
+from meteora.kernels.stack import ExpertStack
 from meteora.routing.layer import MoELoRALinear, RoutedExperts, routed_layers
+from meteora.routing.routers import Gate
 from meteora.serving import fused_experts
 from meteora.serving.folded_experts import FoldedExperts
 from meteora.serving.fused_experts import Part, ServedExperts, parts_of
@@ -122,6 +124,24 @@ def test_small_experts_of_one_point_are_one_stack_and_others_share_their_first_m
     shares = [layer.shared for layer in large.layers if isinstance(layer, RoutedExperts)]
     assert len({share.matmul for share in shares if share}) == 1
     assert len(shares) == 3
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("with_offsets", [True, False])
+def test_gates_of_16_bits_are_folded_with_experts_of_16_bits(with_offsets):
+    torch.manual_seed(0)
+    stack = ExpertStack(torch.randn(9, 32), torch.randn(16, 9), [4, 2, 3], [0.3, 1.0, 2.0])
+    layer = RoutedExperts(stack)
+    layer.router = Gate(torch.randn(3, 32), torch.randn(3), ROUTERS["one decision a module"])
+    if with_offsets:
+        layer.router.offsets = torch.randn(3, 16)
+    folded = FoldedExperts.of(layer.bfloat16(), torch.bfloat16)
+    assert folded
+    x, y = torch.randn(5, 32).bfloat16(), torch.randn(5, 16).bfloat16()
+    found = y.clone()
+    folded.add(x, found)
+    layer.add(x, y)
+    torch.testing.assert_close(found, y, rtol=2e-2, atol=0.2)
 
 
 @pytest.mark.parametrize(

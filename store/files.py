@@ -13,6 +13,7 @@ from __future__ import annotations
 import fcntl
 import os
 import random
+import secrets
 import shutil
 import time
 from collections.abc import Generator
@@ -71,9 +72,9 @@ def replace_text(path: Path, text: str, *, mode: int = 0o666) -> None:
     Args:
         mode: of the new file, less the bits of the process's umask
     """
-    partial = path.with_name(f".{path.name}.{random.getrandbits(64):016x}.partial")
+    partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
+    partial.touch(mode, exist_ok=False)
     try:
-        partial.touch(mode, exist_ok=False)
         partial.write_text(text, encoding="utf-8")
         sync(partial)
         partial.replace(path)

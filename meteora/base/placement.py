@@ -120,8 +120,8 @@ def _explained(name: str, forward: Callable[..., Any], *args: object, **kwargs: 
             raise
         raise PlacementError(
             f"{name} uses weights of modules that it does not call, so they cannot be read when"
-            " they are needed; take a machine or a device whose memory holds the base, in a recipe"
-            " with `gates: {by_layer: false}`, or another base"
+            " they are needed; take a device whose memory holds the base (a recipe then needs"
+            " `gates: {by_layer: false}`), or another base"
         ) from error
 
 

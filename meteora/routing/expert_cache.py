@@ -4,8 +4,8 @@
 
 One cache serves all layers of a model. Hundreds of experts then need no more device memory than the
 few that a text uses. A prefill that uses more experts than the budget holds still runs: they are
-copied one by one. The mean of all experts, to which openings go, is copied at each use, and no
-expert has to leave for it.
+copied one by one. No expert has to leave for the mean of all, to which openings go: it is copied at
+each use, unless there is room for it, too.
 """
 
 from __future__ import annotations
@@ -48,17 +48,23 @@ class ExpertCache:
         return self.misses / max(self.hits + self.misses, 1)
 
     def fetch(
-        self, key: Hashable, load: Callable[[], tuple[Tensor, Tensor]]
+        self, key: Hashable, load: Callable[[], tuple[Tensor, Tensor]], *, may_evict: bool = True
     ) -> tuple[Tensor, Tensor]:
-        """Return A and B from the cache, or from `load`, which copies them to the device."""
+        """Return A and B from the cache, or from `load`, which copies them to the device.
+
+        Args:
+            may_evict: whether others may leave for them; if not, they stay only where room is left,
+                and a copy counts as no miss
+        """
         with self._turn:
             if (pair := self._held.get(key)) is not None:
                 self.hits += 1
                 self._held.move_to_end(key)
                 return pair
-            self.misses += 1
+            self.misses += may_evict
             pair = load()
-            if (size := _size(pair)) > self.budget_bytes:
+            room = self.budget_bytes - (0 if may_evict else self.held_bytes)
+            if (size := _size(pair)) > room:
                 return pair
             self._held[key] = pair
             self.held_bytes += size

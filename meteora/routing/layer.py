@@ -146,9 +146,9 @@ class RoutedExperts(nn.Module):
                     b = b.T.to(x.device, x.dtype, copy=True).contiguous()
                     return a.to(x.device, x.dtype, copy=True), b.T
 
-            if choice in blends:  # all experts of the layer: single ones would have to leave
-                return load()
-            return cache.fetch((self._key, choice, x.device, x.dtype), load)
+            # a blend is all experts of the layer, so many single ones would have to leave for it
+            key = self._key, choice, x.device, x.dtype
+            return cache.fetch(key, load, may_evict=choice not in blends)
 
         return gather_grouped.add_grouped(x, stack, weights, experts, add_to, pair)
 

@@ -132,19 +132,28 @@ class Conversation:
         """The decision [B, C] of each gate, by its number."""
         self.closed: Tensor | None = None
         """[B] bool: see `turns.Questions`"""
-        self._begins = 0
-        """The place in the cache of the first token that decided."""
-        self._earlier: list[tuple[int, dict[int, Tensor], Tensor | None]] = []
+        self._begins = self._ends = 0
+        """The places in the cache where the last turn begins, and where its question ends."""
+        self._earlier: list[tuple[int, int, dict[int, Tensor], Tensor | None]] = []
 
-    def begin(self, place: int) -> None:
-        """Note that a question begins at this place in the cache, which decides from now on."""
-        self._earlier.append((self._begins, dict(self.held), self.closed))
-        self._begins = place
+    def begin(self, place: int, end: int) -> None:
+        """Note that a turn begins at this place in the cache, and that its question ends there."""
+        self._earlier.append((self._begins, self._ends, dict(self.held), self.closed))
+        self._begins, self._ends = place, end
 
     def return_to(self, length: int) -> None:
-        """Return to what was decided by the first tokens alone, as many as this."""
+        """Return to what was decided by the first tokens alone, as many as this.
+
+        Raises:
+            UnreadPromptError: they end inside a question.
+        """
         while self._earlier and self._begins >= length:
-            self._begins, self.held, self.closed = self._earlier.pop()
+            self._begins, self._ends, self.held, self.closed = self._earlier.pop()
+        if length < self._ends:
+            raise UnreadPromptError(
+                f"the cache was cut at {length} tokens, inside a question, which decides for its"
+                f" turn; crop it to {self._begins} or fewer, and read the question as a whole"
+            )
 
     def moved_to(self, cache: object) -> None:
         """Let a cache that is built anew go on, whose tokens lie elsewhere."""

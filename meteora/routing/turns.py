@@ -84,12 +84,23 @@ def questions(
 
 
 def ask(conversation: Conversation, seen: PassInput, template: Template) -> Questions:
-    """The questions of a pass; the conversation notes where the last one begins."""
+    """The questions of a pass; the conversation notes where its last turn begins.
+
+    Raises:
+        UnreadPromptError: the cache was cut inside a question.
+    """
     found = questions(seen, template, conversation.closed)
-    if bool(found.asked.any()):
-        turn = found.turn.where(found.asked, -1)
-        first = (turn == turn.amax(1, keepdim=True)).long().argmax(1)
-        conversation.begin((seen.num_before or 0) + int(first.max()))
+    is_short = seen.goes_on and seen.there.shape[1] < len(template.question_end)
+    if seen.num_before is not None and not is_short:
+        is_last = found.turn == found.turn.amax(1, keepdim=True)
+        begun = is_last if not seen.goes_on else is_last & (found.turn > 0)
+        begun = torch.where(begun.any(1, keepdim=True), begun, found.asked)
+        if bool(begun.any()):
+            first, end = int(begun.long().argmax(1).max()), 0
+            if template.question_end and bool(found.closed.any()):  # else drafts may be part of it
+                own = (found.asked & is_last & found.closed[:, None]).long()
+                end = int((own * torch.arange(1, own.shape[1] + 1, device=own.device)).max())
+            conversation.begin(seen.num_before + first, seen.num_before + end)
     conversation.closed = found.closed
     return found
 
@@ -98,8 +109,8 @@ def unread(num_rows: int, held: Tensor | None) -> UnreadPromptError:
     """The error where sequences go on whose beginnings have no decisions, or those of others."""
     return UnreadPromptError(
         f"{num_rows} sequences go on, and the beginnings of {0 if held is None else len(held)} were"
-        " read on this cache; start with whole prompts, or go on with the cache that read them, or"
-        " with its `copy.deepcopy`"
+        " read on this cache (none, if it was cropped to before a prompt's last question); start"
+        " with whole prompts, or go on with the cache that read them, or with its `copy.deepcopy`"
     )
 
 

@@ -152,7 +152,7 @@ def pin_folder(folder: Path, subfolder: str = "") -> AdapterRef:
             f"{inner}: there is no such folder; check the path of the adapter, or train one there"
             " with `meteora train`"
         )
-    repo_id = PATH + folder.absolute().name
+    repo_id = PATH + Path(os.path.abspath(folder)).name  # noqa: PTH100  (without links, without `..`)
     source = f"{repo_id}/{subfolder}"
     if not source.isprintable() or not SOURCE.fullmatch(source):
         raise _unnameable(inner, "folders of its experts")

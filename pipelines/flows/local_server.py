@@ -99,8 +99,10 @@ def use_local_server(home: Path) -> bool:
 def _leave_out_the_proxy() -> None:
     """Let this process and those it starts ask this machine itself, and no proxy for it."""
     named = os.environ.get("no_proxy") or os.environ.get("NO_PROXY", "")  # the order of urllib
-    hosts = ",".join([*filter(None, named.split(",")), HOST])
-    os.environ["no_proxy"] = os.environ["NO_PROXY"] = hosts
+    hosts = dict.fromkeys(name.strip() for name in [*named.split(","), HOST] if name.strip())
+    # `*`, no proxy for any host, counts only by itself
+    left_out = "*" if "*" in hosts else ",".join(hosts)
+    os.environ["no_proxy"] = os.environ["NO_PROXY"] = left_out
 
 
 def answers() -> bool:

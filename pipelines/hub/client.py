@@ -168,7 +168,8 @@ def hub_for(
     """
     trusted = not {repo_id, repo_id.partition("/")[0]}.isdisjoint(token_for)
     hub = Hub(endpoint, token=get_token() if trusted else None, allow_http=allow_http)
-    if hub.token and endpoint and hub.url() not in {PUBLIC, Hub(allow_http=allow_http).url()}:
+    sends = hub.token and endpoint and not is_offline()
+    if sends and hub.url() not in {PUBLIC, Hub(allow_http=allow_http).url()}:
         raise HubTokenError(
             f"{repo_id}: the recipe would send your saved token to {hub.url()}; if you trust that"
             f" server, set HF_ENDPOINT={hub.url()}, or else take `endpoint` out of the recipe's"

@@ -11,6 +11,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
+import httpx2  # what huggingface_hub speaks HTTP with
 import torch
 from huggingface_hub import hf_hub_download
 from torch import Tensor
@@ -76,7 +77,7 @@ def main() -> None:
         kind, value = "answer", compare(**request)
     except MeteoraError as error:
         kind, value = "error", str(error)
-    except (OSError, ValueError, RuntimeError) as error:
+    except (OSError, ValueError, RuntimeError, httpx2.HTTPError) as error:
         kind, value = "error", f"{type(error).__name__}: {error}"
     publisher.send(kind, value)
 

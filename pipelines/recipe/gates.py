@@ -21,10 +21,10 @@ def refuse_test_rows(source: str) -> str:
     """
     kind, _, rest = source.partition(":")
     query = rest.partition("?")[2]
-    if kind == "hf" and "split" not in parse_qs(query, keep_blank_values=True):
+    if kind == "hf" and "split" not in parse_qs(query):
         raise ValueError(
-            f"{source} names no split, so its test rows would be read; gates are fitted to others:"
-            f" add {'&' if query else '?'}split=train"
+            f"{source} names no split, so its test rows would be read, and examples may not be"
+            f" those: add {'&' if query else '?'}split=train"
         )
     return source
 

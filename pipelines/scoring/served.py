@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import ssl
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -146,7 +147,8 @@ class Server:
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             raise ServerError(f"{url} does not answer: {brief(error)}") from error
         if not answer.is_success:
-            words = shortened(text[:300].decode("utf-8", "replace"), 300)
+            said = text[:300].decode("utf-8", "replace") or answer.headers.get("location", "")
+            words = shortened(said, 300)
             raise ServerError(f"{url} answers {answer.status_code}: {words}")
         if len(text) > MOST_BYTES:
             raise ServerError(f"{url} answers with more than {MOST_BYTES >> 20} MiB")
@@ -164,9 +166,14 @@ def _client() -> httpx.Client:
     # this machine is not asked through a proxy
     here: dict[str, None] = dict.fromkeys(("all://127.0.0.1", "all://[::1]", "all://localhost"))
     try:
-        return httpx.Client(timeout=TIMEOUT_SECONDS, headers=headers, mounts=here)
+        # the certificates that this machine trusts, a company's own among them
+        trusted = ssl.create_default_context()
+        return httpx.Client(timeout=TIMEOUT_SECONDS, headers=headers, mounts=here, verify=trusted)
     except (ImportError, ValueError, httpx.InvalidURL) as error:
-        raise ServerError(f"the proxy that the environment names: {brief(error)}") from error
+        raise ServerError(
+            f"the proxy that the environment names cannot be used ({brief(error)}); correct"
+            " HTTP_PROXY, HTTPS_PROXY or ALL_PROXY"
+        ) from error
 
 
 def _read(answer: httpx.Response) -> bytes:

@@ -255,7 +255,7 @@ def _read_editable(folder: Path) -> Manifest:
     if not (folder / STATISTICS).is_file():
         made = manifest.gates.get("method") or f"no gates, its router is `{manifest.router.kind}`"
         raise GrowthError(
-            f"{folder}: it has no {STATISTICS}, so experts cannot be added or dropped; only gates"
+            f"{folder} has no {STATISTICS}, so experts cannot be added or dropped; only gates"
             f" of `method: calibrate` come with it (here: {made}): change its recipe and run that"
         )
     return manifest

@@ -262,7 +262,8 @@ def _note_untested(plan: Plan, made: ComparisonBuild) -> None:
     """Name the tasks that a comparison leaves out."""
     tested = {one.score_id for one in made.differences}
     tasks = {one.spec.id: one.spec.task for one in plan.measurements}
-    left_out = [tasks[one.score_id] for one in made.spec.pairs if one.score_id not in tested]
+    untested = (one.score_id for one in made.spec.pairs if one.score_id not in tested)
+    left_out = [*dict.fromkeys(tasks[score] for score in untested)]
     if left_out:
         say(
             f"{listed(left_out, MOST_NAMED)}: {made.spec.system} and {made.spec.other} were asked"

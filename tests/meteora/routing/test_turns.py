@@ -305,6 +305,10 @@ def routes_of(model, row, cache):
     return {path: experts.flatten().tolist() for path, (_, experts) in routes.items()}
 
 
+def cut(cache, length):
+    cache.crop(length - cache.get_seq_length())
+
+
 def rebuilt(cache):
     return DynamicCache([(layer.keys, layer.values) for layer in cache.layers])
 
@@ -337,6 +341,26 @@ def test_a_cache_that_is_cropped_has_the_decision_of_the_turn_in_which_it_ends(m
     whole.crop(-len(later))
     with pytest.raises(UnreadPromptError, match="the beginnings of 0"):
         model(torch.tensor([[9]]), past_key_values=whole)
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("kept", [len(OPENING), len(OPENING) + 2])
+def test_a_cache_that_is_cut_inside_a_question_is_refused(model, kept):
+    """Words that are gone decided: an end of another question would go where they said."""
+    cache = DynamicCache()
+    model(torch.tensor([question(1)]), past_key_values=cache)
+    first = routes_of(model, [9], cache)
+    second = routes_of(model, question(2)[1:], cache)
+    cut(cache, len(question(1)) + kept)
+    with pytest.raises(UnreadPromptError, match=f"crop it to {len(question(1)) + 1} or fewer"):
+        routes_of(model, question(3)[kept:], cache)
+    cut(cache, len(question(1)) + 1)
+    assert routes_of(model, question(2)[1:], cache) == second
+    cut(cache, len(question(1)) + 1)
+    model(torch.tensor([[9, *HEADER]]), past_key_values=cache)  # a draft that is rejected
+    cut(cache, len(question(1)) + 1)
+    draft = routes_of(model, [7, 7, *CLOSING], cache)
+    assert draft == {path: [e] * len(draft[path]) for path, (e,) in first.items()}
 
 
 @pytest.mark.parametrize("how", ["argument", "config", "own config"])

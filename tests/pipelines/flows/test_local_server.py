@@ -225,18 +225,21 @@ def test_a_server_with_a_certificate_of_its_own_answers(
     assert answers_now
 
 
+@pytest.mark.parametrize(
+    ("named", "left_out"), [("intranet.example", "intranet.example,127.0.0.1"), ("*", "*")]
+)
 def test_a_server_on_this_machine_is_asked_without_the_users_proxy(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    named: str, left_out: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     for name in ("HTTP_PROXY", "http_proxy"):
         monkeypatch.setenv(name, "http://127.0.0.1:9")  # where nothing answers
-    monkeypatch.setenv("NO_PROXY", "intranet.example")
+    monkeypatch.setenv("NO_PROXY", named)
     monkeypatch.setenv("no_proxy", "")
     monkeypatch.setattr(local_server.sys, "executable", "/bin/false")
     monkeypatch.delenv("PREFECT_API_URL", raising=False)
     with pytest.raises(local_server.ServerError, match="did not start"):
         local_server.use_local_server(tmp_path)
-    assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == "intranet.example,127.0.0.1"
+    assert os.environ["no_proxy"] == os.environ["NO_PROXY"] == left_out
     with ThreadingHTTPServer(("127.0.0.1", 0), Answers) as server:
         threading.Thread(target=server.serve_forever, args=(0.05,)).start()
         healthy = local_server._is_healthy(f"http://127.0.0.1:{server.server_port}", seconds=5)

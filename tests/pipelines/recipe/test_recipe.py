@@ -86,8 +86,8 @@ def test_a_number_is_one_in_every_form_that_people_write(tmp_path: Path, rate: s
         ),
         pytest.param(
             "base: a/b\nexperts: [{name: a, adapter: a/b, examples: 'hf:a/b?config=c'}]",
-            "experts.0.examples: hf:a/b?config=c names no split, so its test rows would be read;"
-            " gates are fitted to others: add &split=train",
+            "experts.0.examples: hf:a/b?config=c names no split, so its test rows would be read,"
+            " and examples may not be those: add &split=train",
             id="test rows",
         ),
         pytest.param(

@@ -199,10 +199,11 @@ def test_a_test_asks_how_often_random_signs_would_differ_as_much(tmp_path: Path)
 def test_scores_on_other_prompts_are_not_compared(
     tmp_path: Path, capsys: pytest.CaptureFixture[str]
 ) -> None:
-    """As of a task of lm-eval's own, before and after lm-eval or the data set changed."""
+    """As of a task of lm-eval's own, before and after lm-eval or the data set changed. The date in
+    a chat template is no other prompt."""
     ledger, a, b = two_routers(tmp_path)
-    for router, begin in ((a, "old "), (b, "new ")):
-        measure(ledger, router, "same", [1.0] * 4)
+    for router, begin, day in ((a, "old ", 29), (b, "new ", 30)):
+        measure(ledger, router, "same", [1.0] * 4, begin=f"Today Date: {day} Nov 2026. ")
         measure(ledger, router, "other", [1.0] * 4, begin=begin)
         measure(ledger, router, "more", [1.0] * (3 if router is a else 4))
     ledger.ingest()

@@ -506,7 +506,7 @@ def test_what_cannot_grow_says_why(made: tuple[RunContext, Path], tmp_path: Path
             (bare / path.name).symlink_to(path)
     refused = ask("drop", bare, "attention", "--home", work.home)
     assert refused.returncode == 1
-    assert "it has no statistics.safetensors" in " ".join(refused.stderr.split())
+    assert "has no statistics.safetensors" in " ".join(refused.stderr.split())
     assert not [*(work.home / "runs").iterdir()]
 
 

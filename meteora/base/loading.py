@@ -356,7 +356,7 @@ class Shape:
     """Bytes of keys and values of one token in all layers."""
     linears: dict[str, tuple[int, int]]
     """(IN, OUT) by module path."""
-    num_in_head: int = 0
+    head_parameters: int = 0
     """Parameters of the output head, if it does not share those of the embeddings."""
     quantise: str = ""
     """See `BaseSpec.quantise`."""
@@ -367,7 +367,7 @@ class Shape:
         return self.num_parameters * self.dtype.itemsize
 
     @property
-    def num_in_layers(self) -> int:
+    def layer_parameters(self) -> int:
         """Parameters of the linear layers that lie in numbered layers."""
         inside = (size for path, size in self.linears.items() if place_of(path))
         return sum(num_in * num_out for num_in, num_out in inside)
@@ -377,8 +377,8 @@ class Shape:
         """Bytes of the weights in memory."""
         if not self.quantise:
             return self.num_bytes
-        kept = self.num_parameters - self.num_in_layers
-        return kept * self.dtype.itemsize + self.num_in_layers * BITS[self.quantise] / 8
+        kept = self.num_parameters - self.layer_parameters
+        return kept * self.dtype.itemsize + self.layer_parameters * BITS[self.quantise] / 8
 
 
 def shape_of(source: Path) -> Shape:
@@ -409,7 +409,7 @@ def shape_of_model(model: PreTrainedModel, *, dequantised: bool = False) -> Shap
         vocab_size=text.vocab_size,
         cache_bytes_per_token=2 * width * dtype.itemsize,
         linears=linears,
-        num_in_head=0 if head is None else sum(p.numel() for p in head.parameters()),
+        head_parameters=0 if head is None else sum(p.numel() for p in head.parameters()),
     )
 
 

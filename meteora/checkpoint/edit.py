@@ -12,7 +12,12 @@ from torch import Tensor
 
 from meteora.adapters.weights import DTYPES, AdapterWeights
 from meteora.artifacts import MeteoraError
-from meteora.checkpoint.manifest import ModuleEntry, check_name, no_expert, read_manifest
+from meteora.checkpoint.manifest import (
+    ModuleEntry,
+    check_name,
+    read_manifest,
+    unknown_expert_message,
+)
 from meteora.checkpoint.tensors import ExpertsFile, open_experts, write_experts
 
 if TYPE_CHECKING:
@@ -114,7 +119,7 @@ def drop_expert(
     """
     manifest = read_manifest(folder)
     if name not in manifest.names:
-        raise EditError(no_expert(name, manifest.names, folder))
+        raise EditError(unknown_expert_message(name, manifest.names, folder))
     if len(manifest.experts) == 1:
         raise EditError(
             f"{name!r} is the only expert of {folder}, and a checkpoint needs one; `meteora add` a"

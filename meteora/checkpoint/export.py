@@ -24,7 +24,7 @@ from meteora.adapters.files import CONFIG, PEFT_WEIGHTS
 from meteora.adapters.tensors import PREFIX
 from meteora.adapters.weights import DTYPES
 from meteora.artifacts import MeteoraError, file_sha256
-from meteora.checkpoint.manifest import ExpertEntry, Manifest, no_expert, read_manifest
+from meteora.checkpoint.manifest import ExpertEntry, Manifest, read_manifest, unknown_expert_message
 from meteora.checkpoint.tensors import open_experts
 
 WORD = re.compile(r"[\w./-]+")
@@ -53,7 +53,7 @@ def export_expert(folder: Path, name: str, out: Path, base_model: str = "") -> b
     """
     manifest = read_manifest(folder)
     if name not in manifest.names:
-        raise ExportError(no_expert(name, manifest.names, folder))
+        raise ExportError(unknown_expert_message(name, manifest.names, folder))
     e = manifest.names.index(name)
     entry, tensors = manifest.experts[e], dict(_tensors(folder, manifest, e))
     config = adapter_config(manifest, e, base_model)

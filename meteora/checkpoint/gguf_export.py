@@ -20,7 +20,7 @@ from torch import Tensor
 
 from meteora.base.loading import shape_of
 from meteora.checkpoint.export import ExportError, new_folder
-from meteora.checkpoint.manifest import Manifest, no_expert, read_manifest
+from meteora.checkpoint.manifest import Manifest, read_manifest, unknown_expert_message
 from meteora.checkpoint.sound_file import AGAIN
 from meteora.checkpoint.tensors import ExpertsFile, open_experts
 
@@ -72,7 +72,7 @@ def export_gguf(folder: Path, out: Path, name: str = "", base: Path | None = Non
     """
     manifest = read_manifest(folder)
     if name and name not in manifest.names:
-        raise ExportError(no_expert(name, manifest.names, folder))
+        raise ExportError(unknown_expert_message(name, manifest.names, folder))
     names = _tensor_names(folder, manifest)
     asked = [e for e, entry in enumerate(manifest.experts) if name in {"", entry.name}]
     heads = [
@@ -80,7 +80,7 @@ def export_gguf(folder: Path, out: Path, name: str = "", base: Path | None = Non
         for path, own in names.items()
         if own == HEAD and any(manifest.modules[path].ranks[e] for e in asked)
     ]
-    if heads and base and not shape_of(base).num_in_head:
+    if heads and base and not shape_of(base).head_parameters:
         raise ExportError(
             f"{folder}: an expert is on {heads[0]}, whose weights are the embeddings' in this base;"
             " llama.cpp takes no LoRA there, so drop its experts, or name another with --expert"

@@ -373,7 +373,7 @@ def _read_files(field: Field) -> dict[str, str]:
     return {name: fact(name, where=f"files[{shortened(name)}]").matching(SHA256) for name in files}
 
 
-def no_expert(name: str, names: Sequence[str], owner: object) -> str:
+def unknown_expert_message(name: str, names: Sequence[str], owner: object) -> str:
     """Return the message that the owner of experts of these names has no other."""
     similar, known = did_you_mean(name, names), listed([*names], MOST_NAMED)
     return f"there is no expert {name!r}{similar}; {owner} has {known}"

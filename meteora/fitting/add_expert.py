@@ -24,7 +24,7 @@ from meteora.artifacts import NULL, SHARED, RouterOptions
 from meteora.base.placement import input_device
 from meteora.checkpoint.tensors import Gates
 from meteora.fitting.calibrate import sweep_gates
-from meteora.fitting.lda import GIVEN_UP, SingularError, solve_gate
+from meteora.fitting.lda import SHARE_LOST_TO_BASE, SingularError, solve_gate
 from meteora.fitting.logistic import Tokens, scaled
 from meteora.fitting.sequences import (
     MAX_ROWS,
@@ -91,7 +91,7 @@ def grow(
         before = next((path for path in paths if path in statistics), None)
         if before is None:  # a new point: it follows the gate of an earlier one
             return None
-        fitted, checked = _apart(inputs, batches)
+        fitted, checked = _tokens_by_kind(inputs, batches)
         known = statistics[before].to(input_device(model))
         kinds = [(share, x[:: -(-len(x) // MAX_ROWS)]) for share, x in fitted]
         point, covariance = known.grown(kinds, expert)
@@ -159,8 +159,8 @@ def _with_one_more(
     new row would take all of them from the others.
 
     With `null` the base, the last choice, has the lead that was right for the others
-    (`lead_of_last`). The new bias is raised until at most `GIVEN_UP` of the expert's own tokens go
-    to the base, but not further than where it takes `GIVEN_UP` of the others' drawn tokens.
+    (`bias_for_base`). The new bias is raised until at most `SHARE_LOST_TO_BASE` of the expert's own
+    tokens go to the base, but not further than where it takes that share of the others' drawn ones.
     """
     mean = point.means[expert : expert + 1].double()
     row = solve_gate(covariance, mean, point.shift, point.shrinkage)
@@ -182,15 +182,15 @@ def _with_one_more(
     if null:
         ahead = tokens.x @ weight.T + bias
         ahead -= ahead[:, expert : expert + 1].clone()  # of the new row
-        lacks = ahead[tokens.labels == expert, -1].quantile(1 - GIVEN_UP)
+        lacks = ahead[tokens.labels == expert, -1].quantile(1 - SHARE_LOST_TO_BASE)
         ahead[:, expert] = -torch.inf
         of_others = (tokens.labels != expert) & (tokens.labels != len(bias) - 1)
-        room = ahead[of_others].max(1).values.quantile(GIVEN_UP)
+        room = ahead[of_others].max(1).values.quantile(SHARE_LOST_TO_BASE)
         bias[expert] += torch.minimum(lacks, room).clamp_min(0)
     return weight, bias
 
 
-def _apart(
+def _tokens_by_kind(
     inputs: Iterator[Tensor], batches: Sequence[Batch]
 ) -> tuple[list[tuple[float, Tensor]], list[tuple[float, Tensor]]]:
     """The labelled tokens of the sequences to fit, and of the held-out ones, each by kind."""

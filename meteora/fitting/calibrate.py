@@ -32,7 +32,13 @@ from meteora.artifacts.routers import POINT_GATES
 from meteora.base.placement import input_device
 from meteora.fitting.covariance import RowScatter, Scatter, Sums
 from meteora.fitting.layerwise import Sweep
-from meteora.fitting.lda import GIVEN_UP, SingularError, choose_shrinkage, gate_from, lead_of_last
+from meteora.fitting.lda import (
+    SHARE_LOST_TO_BASE,
+    SingularError,
+    bias_for_base,
+    choose_shrinkage,
+    gate_from,
+)
 from meteora.fitting.logistic import ONE_ROUND, Tokens, refine
 from meteora.fitting.sequences import (
     HELDOUT_SHARE,
@@ -192,7 +198,7 @@ def calibrate(
             weight, bias = gate_from(both, shrinkage)
             unseen = ((held, (weight, bias)),)
         if names[-1] == NULL:
-            lead = lead_of_last([(one.x @ g.T + c, one.labels) for one, (g, c) in unseen])
+            lead = bias_for_base([(one.x @ g.T + c, one.labels) for one, (g, c) in unseen])
             for own in (bias, *(of_half for _, of_half in halves.gates)):
                 own[-1] += lead
         if without:
@@ -203,7 +209,7 @@ def calibrate(
         return FittedPoint(weight, bias, statistics, accuracy, spent, halves.gates)
 
     def stand_in_of(layer: MoELoRALinear) -> StandIn | None:
-        asked = options, layer, without, heldout_tokens, GIVEN_UP
+        asked = options, layer, without, heldout_tokens, SHARE_LOST_TO_BASE
         return StandIn.scaled(*asked) if without else None
 
     asked = [asdict(options), refined, offsets, seed, template and asdict(template), crossed]

@@ -23,8 +23,8 @@ if TYPE_CHECKING:
 
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
 """The candidates, in ascending order."""
-GIVEN_UP = 0.01
-"""Share of the experts' own tokens that may go to the base, so that foreign text goes there."""
+SHARE_LOST_TO_BASE = 0.01
+"""The share of the experts' own tokens that may go to the base, so that foreign text goes there."""
 
 TOO_LARGE = 1e18
 """A gate with larger numbers may have logits that are not finite in float32."""
@@ -95,15 +95,15 @@ def choose_shrinkage(
     return best, best_accuracy
 
 
-def lead_of_last(unseen: Sequence[tuple[Tensor, Tensor]]) -> float:
+def bias_for_base(unseen: Sequence[tuple[Tensor, Tensor]]) -> float:
     """A bonus for the logit of the last choice, the base, in nats; never negative.
 
     Examples can cover the experts' tasks, but never all foreign text. So tokens that do not clearly
-    belong to an expert go to the base, even `GIVEN_UP` of the experts' own held-out tokens.
+    belong to an expert go to the base, even `SHARE_LOST_TO_BASE` of the experts' own held-out ones.
 
     Args:
         unseen: logits [T, E] and labels [T] of tokens that the gate was not fitted to, in parts
     """
     own = torch.cat([logits[labels != logits.shape[1] - 1] for logits, labels in unseen])
     ahead = own[:, :-1].max(1).values - own[:, -1]
-    return max(0.0, ahead.float().quantile(GIVEN_UP).item())
+    return max(0.0, ahead.float().quantile(SHARE_LOST_TO_BASE).item())

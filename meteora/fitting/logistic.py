@@ -14,7 +14,7 @@ is convex, and L-BFGS solves it in seconds, in the coordinates x S^-½, in which
 vary alike.
 
 In most layers a gate is sure of most tokens, and these change nothing. So each round of the search
-takes all tokens that the gate is not sure of, and few others (`Tokens.telling`). Time and memory
+takes all tokens that the gate is not sure of, and few others (`Tokens.uncertain`). Time and memory
 grow with tokens times experts, so hundreds of experts give fewer tokens each (`MAX_LOGITS`).
 """
 
@@ -75,8 +75,8 @@ class Tokens(NamedTuple):
         counted = self.weights[taken] * stands_for[taken]
         return Tokens(self.x[taken], self.labels[taken], counted)
 
-    def telling(self, weight: Tensor, bias: Tensor) -> Tokens:
-        """The tokens that the gate G [E, IN], c [E] is not sure of, and a sample of the others."""
+    def uncertain(self, weight: Tensor, bias: Tensor) -> Tokens:
+        """The tokens of which the gate G [E, IN], c [E] is not sure, and a sample of the others."""
         sure = torch.cat(
             [part.losses(part.x @ weight.T + bias) for part in self.parts(len(bias))]
         ).lt(SURE)
@@ -158,7 +158,7 @@ def refine(
     whiten = Whitening(statistics)
     gate = scaled(weight, bias, tokens.limited(len(bias)))
     for iterations in rounds:
-        few = tokens.telling(*gate).limited(len(bias))
+        few = tokens.uncertain(*gate).limited(len(bias))
         gate = search(*gate, few, whiten, iterations)
     return gate
 

@@ -209,12 +209,12 @@ def computed_again(layers: Sequence[nn.Module]) -> Generator[None]:
     """
     with ExitStack() as replaced:
         for layer in layers:
-            again = partial(_checkpointed, layer, layer.forward)
+            again = partial(_with_routes_again, layer, layer.forward)
             replaced.enter_context(replaced_forward(layer, again))
         yield
 
 
-def _checkpointed(
+def _with_routes_again(
     layer: nn.Module,
     forward: Callable[..., Any],
     *args: Any,  # noqa: ANN401

@@ -22,7 +22,7 @@ from meteora.base import loading
 from meteora.base.placement import PlacementError, is_offloaded, placed
 from meteora.base.sources import PATH, weights_sha256
 from meteora.checkpoint import tensors
-from meteora.checkpoint.manifest import Manifest, ModuleEntry, no_expert, read_manifest
+from meteora.checkpoint.manifest import Manifest, ModuleEntry, read_manifest, unknown_expert_message
 from meteora.checkpoint.resolve import base_download, find_checkpoint, load_base
 from meteora.kernels.addmm import experts_dtype, weight_of
 from meteora.kernels.stack import Choice, ExpertStack, mean_of_all, own_choices
@@ -347,7 +347,7 @@ def _of_fused(model: PreTrainedModel, attribute: str) -> Any:  # noqa: ANN401  (
 def check_expert(name: str, names: Sequence[str]) -> None:
     """Raise an `UnknownExpertError` for a name that is not among a model's experts."""
     if name not in names:
-        raise UnknownExpertError(no_expert(name, names, "this model"))
+        raise UnknownExpertError(unknown_expert_message(name, names, "this model"))
 
 
 @contextmanager

@@ -92,10 +92,14 @@ class _Pairs(Router):
         out[is_token] = rows
         return out.view(*x.shape[:-1], -1)
 
-    def give_back(
+    def find_and_add(
         self, path: str, least: float, _module: nn.Module, _inputs: object, output: Tensor
     ) -> Tensor:
-        """Add each expert's mean difference to its tokens after an opening of all experts."""
+        """Keep each expert's mean difference as its offset, if it explains enough, and add it.
+
+        It is added to the expert's tokens after an opening of all experts, so that later modules
+        see it.
+        """
         labels, own = self.labels.to(output.device), self.own.to(output.device)
         pair = output.reshape(2, *own.shape, -1)
         differences = pair[0, own].float() - pair[1, own].float()
@@ -146,7 +150,7 @@ def find_offsets(
                 forward = partial(pairs.without_padding, path, layer, layer.forward)
                 hooks.enter_context(replaced_forward(layer, forward))
             for path in layers if modules is None else modules:
-                hook = partial(pairs.give_back, path, least)
+                hook = partial(pairs.find_and_add, path, least)
                 hooks.enter_context(layers[path].register_forward_hook(hook))
             ids, mask = pairs.ids.to(device), pairs.mask.to(device)
             model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)

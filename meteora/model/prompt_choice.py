@@ -100,7 +100,7 @@ class PromptReader(Watcher):
             return
         if before is None and seen.goes_on and not asks.any():
             raise unread(len(asks), self.held.logits)
-        question = torch.where(question.any(1, keepdim=True), question, seen.there)
+        question = torch.where(question.any(1, keepdim=True), question, seen.is_token)
         logits = self.read(model, question, arguments)
         if before is not None:  # a sequence without a question keeps its logits
             logits = logits.where(asks.cpu().unsqueeze(1), before)

@@ -202,7 +202,7 @@ def every_pass(model: PreTrainedModel) -> Generator[list[Routes]]:
         if get_ident() != thread:
             return None
         seen = PassInput.of(by_name(model, args, kwargs))
-        num_tokens = seen.there.numel()
+        num_tokens = seen.is_token.numel()
         if not seen.goes_on:
             passes.clear()
         return args, with_every_token(kwargs)

@@ -169,8 +169,11 @@ def gates_in(model: PreTrainedModel) -> dict[str, Gate]:
     return {path: router for path, router in routers.items() if isinstance(router, Gate)}
 
 
-def known_of_pass(layers: nn.Module) -> list[PassState]:
-    """The objects with state of the present pass that the routers of some layers only read."""
+def states_read_by(layers: nn.Module) -> list[PassState]:
+    """The states that were written before these layers ran, and that their routers read.
+
+    A recomputation in a backward pass has to see the same.
+    """
     routers = [layer.router for layer in routed_layers(layers).values()]
     gates = [router for router in routers if isinstance(router, Gate)]
     followed: list[PassState] = [r.decision for r in routers if isinstance(r, Follower)]
@@ -188,7 +191,7 @@ def as_in_this_pass(layers: nn.Module, run: Callable[..., Any]) -> Callable[...,
     Args:
         run: calls the layers
     """
-    known = [(one, dict(vars(one))) for one in known_of_pass(layers)]
+    known = [(one, dict(vars(one))) for one in states_read_by(layers)]
     calls = count()
 
     def run_again(*args: Any, **kwargs: Any) -> Any:  # noqa: ANN401
@@ -234,7 +237,7 @@ def _checkpointed(
     layer = next(iter(getattr(run, "args", ())), owner)
     if not isinstance(layer, nn.Module):
         return checkpoint(run, *args, **kwargs)
-    follows = any(isinstance(one, Decision) for one in known_of_pass(layer))
+    follows = any(isinstance(one, Decision) for one in states_read_by(layer))
     routers = [one.router for one in routed_layers(layer).values()]
     weighs = follows and any(isinstance(r, Follower) and r.options.top_k > 1 for r in routers)
     reentrant = getattr(checkpoint, "keywords", {}).get("use_reentrant")

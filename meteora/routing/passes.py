@@ -30,7 +30,7 @@ class PassInput:
 
     ids: Tensor | None
     """[B, L]; None if the pass gets embeddings."""
-    there: Tensor
+    is_token: Tensor
     """[B, L] bool: false for padding."""
     goes_on: bool
     """Whether the cache holds earlier tokens."""
@@ -47,9 +47,9 @@ class PassInput:
         past, *others = (arguments.get(name) for name in CACHES)
         state = next((one for one in others if one is not None), None)
         num_before = None if past is None else _num_held(past)
-        there = _there(arguments.get("attention_mask"), states, num_before)
+        is_token = _without_padding(arguments.get("attention_mask"), states, num_before)
         goes_on = bool(num_before) if state is None else _holds_a_state(state, states.shape[1])
-        return cls(ids, there, goes_on, past if state is None else state, num_before)
+        return cls(ids, is_token, goes_on, past if state is None else state, num_before)
 
 
 def _num_held(cache: Any) -> int:  # noqa: ANN401  (of many kinds)
@@ -66,7 +66,7 @@ def _holds_a_state(cache: Any, length: int) -> bool:  # noqa: ANN401  (of many k
     return length == 1 if has_state is None else has_state(0)  # xLSTM's cache does not tell
 
 
-def _there(mask: object, states: Tensor, num_before: int | None) -> Tensor:
+def _without_padding(mask: object, states: Tensor, num_before: int | None) -> Tensor:
     """The tokens of a pass that a mask of any form does not mask, [B, L] bool.
 
     Args:

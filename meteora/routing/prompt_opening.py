@@ -46,18 +46,18 @@ class PromptOpening(Watcher):
 
     def see(self, seen: PassInput) -> None:
         """Look at a pass before it runs; a pass with earlier tokens in its cache has no opening."""
-        template, input_ids, there = self.template, seen.ids, seen.there
+        template, input_ids, is_token = self.template, seen.ids, seen.is_token
         self.now.opening = self.now.evidence = None
         # one token is never an opening, so decoding ends here
-        if input_ids is None or there.shape[1] < 2 or seen.goes_on or not template.opening:
+        if input_ids is None or is_token.shape[1] < 2 or seen.goes_on or not template.opening:
             return
-        place = there.cumsum(1) - 1  # [B, L] counted from the first token that is no padding
+        place = is_token.cumsum(1) - 1  # [B, L] counted from the first token that is no padding
         expected = input_ids.new_tensor(template.opening)
         size = len(expected)
         same = (input_ids == expected[place.clamp(0, size - 1)]) & (place < size)
-        opening = (same | ~there).long().cumprod(1).bool() & there
+        opening = (same | ~is_token).long().cumprod(1).bool() & is_token
         start = opening.sum(1, keepdim=True)  # [B, 1]
-        evidence = there & (place >= start) & (place < start + WINDOW)
+        evidence = is_token & (place >= start) & (place < start + WINDOW)
         end = template.question_end
         closing = earlier(ends(input_ids, end), len(end))
         evidence &= (closing & (place >= start)).cumsum(1) == 0

@@ -49,18 +49,18 @@ def questions(
     Args:
         previously_closed: [B], `closed` of the pass that this one continues
     """
-    ids, there = seen.ids, seen.there
-    none = torch.zeros_like(there)
+    ids, is_token = seen.ids, seen.is_token
+    none = torch.zeros_like(is_token)
     closed = none.any(1)
     # if later questions have no header, only a closing shows them
     if seen.goes_on and template.header:
-        held = each_row(previously_closed, len(there))
-        closed = closed if held is None else held.to(there.device)
-    short = seen.goes_on and there.shape[1] < len(template.question_end)  # a token of an answer
+        held = each_row(previously_closed, len(is_token))
+        closed = closed if held is None else held.to(is_token.device)
+    short = seen.goes_on and is_token.shape[1] < len(template.question_end)  # a token of an answer
     if ids is None or not template.question_end or short:
-        return Questions(none.long(), none if seen.goes_on else there, closed)
+        return Questions(none.long(), none if seen.goes_on else is_token, closed)
     begun_by = template.header or template.opening[-HEADER:]  # an older checkpoint has no header
-    header, closing = (ends(ids, tokens) & there for tokens in (begun_by, template.question_end))
+    header, closing = (ends(ids, tokens) & is_token for tokens in (begun_by, template.question_end))
     begins = earlier(header, len(begun_by))
     closes = earlier(closing, len(template.question_end))
     turn = begins.cumsum(1)
@@ -68,17 +68,17 @@ def questions(
     # the number of closings that have begun in the token's own turn
     num_closed = closes.cumsum(1)
     before = torch.where(begins, num_closed - closes.long(), 0).cummax(1).values
-    asked = there & behind & (num_closed == before)
+    asked = is_token & behind & (num_closed == before)
     begun = turn > 0
     if seen.goes_on:
-        # before the first header an answer goes on, or a question that ends here and had not ended
-        # before; the latter, since the draft of an answer may repeat the prompt's closing
+        # a pass may begin inside an answer, or inside a question; it is a question only if that ends
+        # here and had not ended before: the draft of an answer may repeat the prompt's closing
         asked &= begun | ((closes & ~begun).any(1) & ~closed).unsqueeze(1)
     else:
         asked &= begun | ~begun.any(1, keepdim=True)
         turn = (turn - 1).clamp_min(0)
         first = turn == 0  # a first turn without a question is decided by all of its tokens
-        asked |= there & first & ~(asked & first).any(1, keepdim=True)
+        asked |= is_token & first & ~(asked & first).any(1, keepdim=True)
     closed = (closing & (turn == turn[:, -1:])).any(1) | closed & ~begun.any(1)
     return Questions(turn, asked, closed)
 
@@ -90,7 +90,7 @@ def ask(conversation: Conversation, seen: PassInput, template: Template) -> Ques
         UnreadPromptError: the cache was cut inside a question.
     """
     found = questions(seen, template, conversation.closed)
-    is_short = seen.goes_on and seen.there.shape[1] < len(template.question_end)
+    is_short = seen.goes_on and seen.is_token.shape[1] < len(template.question_end)
     if seen.num_before is not None and not is_short:
         is_last = found.turn == found.turn.amax(1, keepdim=True)
         begun = is_last if not seen.goes_on else is_last & (found.turn > 0)
@@ -155,7 +155,7 @@ class Turns(Watcher):
         now.questions = ask(conversation, seen, self.template)
         asks = now.questions.asked.any(1)
         now.goes_on, now.any_asks = seen.goes_on, bool(asks.any())
-        now.all_ask = bool((asks | ~seen.there.any(1)).all())  # a row of a batch may be empty
+        now.all_ask = bool((asks | ~seen.is_token.any(1)).all())  # a row of a batch may be empty
 
 
 class TurnChoice:

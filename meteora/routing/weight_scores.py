@@ -7,7 +7,7 @@ standard deviation s on the tokens of the other experts:
     logit_u = max over the gates' logits + (score_u - m_u) / s_u - t
 
 The threshold t is such that only a hundredth of the others' held-out tokens go to such an expert
-(`meteora.fitting.lda.GIVEN_UP`). An expert that lacks the layer is never chosen there.
+(`meteora.fitting.lda.SHARE_LOST_TO_BASE`). An expert that lacks the layer is never chosen there.
 """
 
 from __future__ import annotations
@@ -63,32 +63,35 @@ class StandIn(nn.Module):
         layer: RoutedExperts,
         experts: list[int],
         tokens: Tensor,
-        given_up: float,
+        share_lost: float,
     ) -> Self:
         """Make one for some experts of a layer, scaled on tokens [T, IN] of the other experts.
 
         Args:
-            given_up: the share of these tokens that goes to the experts without examples
+            share_lost: the share of these tokens that goes to the experts without examples
         """
         score = scorer(options, layer).to(tokens.device)
         scores = score(tokens)[:, experts].float()
         mean, deviation = scores.mean(0), scores.std(0)
         largest = ((scores - mean) / deviation.clamp_min(1e-12)).max(-1).values
         # at least one deviation above the mean, whatever the tokens are
-        threshold = largest.quantile(1 - given_up).clamp_min(1.0).expand(len(experts))
+        threshold = largest.quantile(1 - share_lost).clamp_min(1.0).expand(len(experts))
         return cls(score, experts, torch.stack([mean, deviation, threshold]))
 
-    def apart(self, tokens: Tensor) -> Tensor:
-        """(score - m) / s - t of the experts without examples, [T, U]."""
+    def above_best(self, tokens: Tensor) -> Tensor:
+        """(score - m) / s - t of the experts without examples, [T, U].
+
+        It is how far their logits lie above the best fitted one; negative: below it.
+        """
         mean, deviation, threshold = self.standard
-        apart = (self.score(tokens)[:, self.without] - mean) / deviation.clamp_min(1e-12)
-        return torch.where(deviation > 0, apart, 0.0) - threshold
+        above_mean = (self.score(tokens)[:, self.without] - mean) / deviation.clamp_min(1e-12)
+        return torch.where(deviation > 0, above_mean, 0.0) - threshold
 
     def forward(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """The logits [T, C] of a gate, with the columns of the experts without examples filled."""
         best = logits[:, self.fitted].max(-1, keepdim=True).values
         filled = logits.clone()
-        filled[:, self.without] = best + self.apart(tokens).to(best.dtype)
+        filled[:, self.without] = best + self.above_best(tokens).to(best.dtype)
         return filled
 
 

@@ -99,7 +99,7 @@ class OracleRouting:
         seen = PassInput.of(kwargs | {"input_ids": ids})
         if seen.goes_on:
             return [[self._next_expert(i, row)] for i, row in enumerate(ids[:, 0].tolist())]
-        rows = zip(ids.tolist(), seen.there.tolist(), strict=True)
+        rows = zip(ids.tolist(), seen.is_token.tolist(), strict=True)
         return self._prompt_experts([(row, sum(is_there)) for row, is_there in rows])
 
     def _prompt_experts(self, rows: list[tuple[list[int], int]]) -> list[list[str]]:

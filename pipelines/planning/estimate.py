@@ -250,7 +250,7 @@ def reads_by_layer(recipe: Recipe, num_bytes: float, memory_bytes: float) -> boo
 def _bytes_by_layer(shape: Shape, expert_bytes: float) -> float:
     """The bytes of one layer with its experts, and of weights in no layer; without the head."""
     itemsize = shape.dtype.itemsize
-    inside, head = shape.num_in_layers * itemsize, shape.num_in_head * itemsize
+    inside, head = shape.layer_parameters * itemsize, shape.head_parameters * itemsize
     return shape.num_bytes - inside - head + (inside + expert_bytes) / shape.num_layers
 
 

@@ -64,7 +64,7 @@ class Parts(Watcher):
         """[T]"""
 
     def see(self, seen: PassInput) -> None:
-        part = torch.full_like(seen.there, ANSWER, dtype=torch.long)
+        part = torch.full_like(seen.is_token, ANSWER, dtype=torch.long)
         if not seen.goes_on:
             asked = questions(seen, self.template).asked
             begun = asked.cumsum(1) > 0

@@ -109,9 +109,9 @@ def test_a_gate_that_is_too_sure_is_scaled_down_and_its_choices_stay():
 def test_rounds_with_few_of_the_sure_tokens_end_where_a_search_on_all_does():
     tokens, unseen = world(4000), world(seed=1)
     weight, bias, statistics, _ = closed_form(tokens)
-    telling = tokens.telling(weight, bias)
-    assert len(telling.x) < 0.8 * len(tokens.x)
-    assert telling.weights.sum() == pytest.approx(tokens.weights.sum().item(), rel=0.02)
+    uncertain = tokens.uncertain(weight, bias)
+    assert len(uncertain.x) < 0.8 * len(tokens.x)
+    assert uncertain.weights.sum() == pytest.approx(tokens.weights.sum().item(), rel=0.02)
 
     def mean_loss(gate):
         return unseen.losses(unseen.x @ gate[0].T + gate[1]).mean().item()
@@ -124,7 +124,7 @@ def test_rounds_with_few_of_the_sure_tokens_end_where_a_search_on_all_does():
 def test_many_experts_give_fewer_tokens_to_a_round_and_none_is_left_out(monkeypatch):
     tokens = world(4000)
     weight, bias, statistics, _ = closed_form(tokens)
-    accuracy, telling = tokens.accuracy(weight, bias), tokens.telling(weight, bias)
+    accuracy, uncertain = tokens.accuracy(weight, bias), tokens.uncertain(weight, bias)
     every = refine(weight, bias, tokens, statistics)
     sizes = []
     monkeypatch.setattr("meteora.fitting.logistic.MAX_LOGITS", 1200 * E)
@@ -136,9 +136,9 @@ def test_many_experts_give_fewer_tokens_to_a_round_and_none_is_left_out(monkeypa
 
     monkeypatch.setattr("meteora.fitting.logistic.search", noted)
     assert tokens.accuracy(weight, bias) == pytest.approx(accuracy)
-    assert torch.equal(tokens.telling(weight, bias).x, telling.x)
+    assert torch.equal(tokens.uncertain(weight, bias).x, uncertain.x)
     gate = refine(weight, bias, tokens, statistics)
-    assert max(sizes) <= 1200 < len(telling.x)
+    assert max(sizes) <= 1200 < len(uncertain.x)
     unseen = world(seed=1)
     assert unseen.accuracy(*gate) > unseen.accuracy(weight, bias)
     assert unseen.accuracy(*gate) == pytest.approx(unseen.accuracy(*every), abs=0.02)

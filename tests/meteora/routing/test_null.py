@@ -9,7 +9,7 @@ import torch
 
 from meteora.artifacts import NULL
 from meteora.fitting.calibrate import calibrate
-from meteora.fitting.lda import lead_of_last
+from meteora.fitting.lda import bias_for_base
 from meteora.model.fused import expert_names, force_expert, insert_experts, without_experts
 from meteora.routing.gates import gates_of
 from meteora.routing.hooks import recorded_routes
@@ -61,9 +61,11 @@ def test_the_base_leads_by_as_much_as_the_experts_can_spare():
     logits = torch.randn(1000, 4)
     labels = torch.arange(1000) % 4
     logits[torch.arange(1000), labels] += 9
-    lead = lead_of_last([(logits, labels)])
+    lead = bias_for_base([(logits, labels)])
     assert lead > 4
     logits[:, 3] += lead
     lost = (logits.argmax(1) == 3)[labels != 3]
     assert 0.005 < lost.float().mean() < 0.015
-    assert lead_of_last([(logits + torch.tensor([0, 0, 0, 99.0]), labels)]) == 0  # never a handicap
+    assert (
+        bias_for_base([(logits + torch.tensor([0, 0, 0, 99.0]), labels)]) == 0
+    )  # never a handicap

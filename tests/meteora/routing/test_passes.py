@@ -163,5 +163,5 @@ def test_of_a_mask_of_queries_and_keys_a_token_is_there_that_sees_itself(num_key
     }[form]
     given = {"input_ids": torch.ones(2, 3).long(), "past_key_values": Behind()}
     seen = PassInput.of(given | {"attention_mask": mask})
-    assert seen.there.tolist() == [[form != "one for all", True, True], [False, True, True]]
+    assert seen.is_token.tolist() == [[form != "one for all", True, True], [False, True, True]]
     assert seen.goes_on

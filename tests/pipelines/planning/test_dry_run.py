@@ -375,7 +375,7 @@ def shape() -> Shape:
         vocab_size=999,
         cache_bytes_per_token=10_000,
         linears=SHAPE_SIZES,
-        num_in_head=64 * 999,
+        head_parameters=64 * 999,
     )
 
 

@@ -71,8 +71,8 @@ def questions(
     asked = is_token & behind & (num_closed == before)
     begun = turn > 0
     if seen.goes_on:
-        # a pass may begin inside an answer, or inside a question; it is a question only if that ends
-        # here and had not ended before: the draft of an answer may repeat the prompt's closing
+        # a pass may begin inside an answer or a question: it is a question only if that ends here
+        # and had not ended before, since the draft of an answer may repeat the prompt's closing
         asked &= begun | ((closes & ~begun).any(1) & ~closed).unsqueeze(1)
     else:
         asked &= begun | ~begun.any(1, keepdim=True)

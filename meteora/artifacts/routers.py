@@ -131,7 +131,7 @@ class RouterSpec(Spec):
     """How many solved prompts each of `composites` shows before its questions; empty: none does."""
     opening_share: float = 0.0
     """`ANSWER_START_SHARE` in a fit to mixed prompts in closed form: `calibrate`, or `joint` that
-    starts from there."""
+    starts from there. Records have this older name."""
     conversations: tuple[int, ...] = ()
     """Numbers of turns of the conversations that gates are fitted to; every example is one turn of
     one conversation."""

@@ -127,9 +127,9 @@ def stack(run: Run, plan: Plan) -> None:
 
 
 @task(cache_policy=NO_CACHE)
-def deal_pool(run: Run, plan: Plan) -> Plan:
+def divide_pool(run: Run, plan: Plan) -> Plan:
     """Divide the pool's prompts among the experts; returns the final plan."""
-    run.child.call("deal_pool", plan, deadline_seconds=run.deadlines.gates)
+    run.child.call("divide_pool", plan, deadline_seconds=run.deadlines.gates)
     return complete(run.context, plan)
 
 
@@ -269,7 +269,7 @@ def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
     with device_lock.held(*slots):
         with run.stage(Stage.gates):
             if not plan.is_pool_divided:
-                plan = deal_pool(run, plan)
+                plan = divide_pool(run, plan)
             gates = fit_gates(run, plan)
         if until is Stage.gates:
             return None

@@ -208,9 +208,9 @@ def estimate(
             fitted = loaded + in_file * expert_bytes / shape.num_layers
             need = _gates(pace, fitted, disk, work)
         if pool is not None:
-            dealing = _dealing_seconds(recipe, pace, pool)
-            parts = {"dealing the pool": dealing, "fitting": need.seconds}
-            need = replace(need, seconds=dealing + need.seconds, parts=parts)
+            dividing = _dividing_seconds(recipe, pace, pool)
+            parts = {"dividing the pool": dividing, "fitting": need.seconds}
+            need = replace(need, seconds=dividing + need.seconds, parts=parts)
         needs.append(need)
     elif recipe.router.kind == "prompt":
         rows = 2.0 * sum(rank * shape.linears[p][0] for p, rank in experts.ranks.items())
@@ -219,7 +219,7 @@ def estimate(
     return needs
 
 
-def _dealing_seconds(recipe: Recipe, pace: Pace, pool: Rows) -> float:
+def _dividing_seconds(recipe: Recipe, pace: Pace, pool: Rows) -> float:
     """The time of `data.pool.divide`."""
     num_examples = min(pool.count, recipe.gates.examples_per_expert * pace.experts.count)
     tokens = (pool.count + num_examples) * pool.prompt_tokens

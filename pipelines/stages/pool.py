@@ -28,7 +28,7 @@ if TYPE_CHECKING:
     from pipelines.workspace.context import RunContext
 
 
-def deal_pool(work: RunContext, plan: Plan) -> None:
+def divide_pool(work: RunContext, plan: Plan) -> None:
     """Divide the plan's pool, record it, and print the number of each expert's prompts.
 
     After a stop only the experts that had not answered all their prompts are asked again.

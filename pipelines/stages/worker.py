@@ -56,7 +56,7 @@ STAGES: dict[str, Callable[..., Any]] = {
     "build_base": build.build_base,
     "check_prompts": measure.check_prompts,
     "stack": build.stack,
-    "deal_pool": pool.deal_pool,
+    "divide_pool": pool.divide_pool,
     "fit_gates": build.fit_gates,
     "measure": measure.measure,
     "write_checkpoint": build.write_checkpoint,
@@ -90,7 +90,7 @@ def _serve(work: RunContext, run: Channel) -> None:
 
 
 SMALLER = {
-    "deal_pool": "a pool (`gates.pool`) without its longest prompts",
+    "divide_pool": "a pool (`gates.pool`) without its longest prompts",
     "fit_gates": "a smaller `gates.examples_per_expert` (with `method: joint`, `gates.batch_size`)",
     "measure": "a smaller `benchmark.batch_size`",
 }

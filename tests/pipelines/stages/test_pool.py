@@ -24,7 +24,7 @@ from pipelines.planning.resolve import complete
 from pipelines.planning.row_faults import faults_of_rows
 from pipelines.recipe.recipe import Recipe, RecipeError
 from pipelines.stages import build
-from pipelines.stages.pool import deal_pool
+from pipelines.stages.pool import divide_pool
 from pipelines.workspace.context import RunContext, new_run_id
 from store.ledger import Ledger
 from tests.pipelines.conftest import (
@@ -171,8 +171,8 @@ def test_a_plan_waits_for_its_pool(open_recipe: Callable[..., RunContext]) -> No
     assert found.plan is not None
     assert found.plan.pool_prompts == planned.pool_prompts
     build.stack(work, planned)
-    deal_pool(work, planned)
-    deal_pool(work, planned)  # it was done
+    divide_pool(work, planned)
+    divide_pool(work, planned)  # it was done
     whole = complete(work, planned)
     assert not whole.pool_prompts
     assert whole.router.pool_id == planned.pool.id if planned.pool else False
@@ -186,7 +186,7 @@ def test_a_pool_that_changes_while_it_is_dealt_ends_the_run(
     work = open_recipe()
     planned = plan_of(work)
     build.stack(work, planned)
-    deal_pool(work, planned)
+    divide_pool(work, planned)
     write(
         work.folder / "pool.jsonl", [{"prompt": t} for t in (*planned.pool_prompts[5:], *changed)]
     )
@@ -211,10 +211,10 @@ def test_a_dealing_that_is_killed_leaves_no_record_and_keeps_the_answers_it_has(
 
     monkeypatch.setattr("pipelines.data.pool.answer_all", answer)
     with pytest.raises(KeyboardInterrupt):
-        deal_pool(work, planned)
+        divide_pool(work, planned)
     assert not work.holds(planned.pool.id)
     assert len([*(work.home / "answers").iterdir()]) == 1
-    deal_pool(work, planned)
+    divide_pool(work, planned)
     assert asked == [12] * 3  # of two experts, the first is not asked again
     assert not [*(work.home / "answers").iterdir()]
     whole = complete(work, planned)
@@ -225,7 +225,7 @@ def test_a_dealing_that_is_killed_leaves_no_record_and_keeps_the_answers_it_has(
     at_once = replace(work, ledger=Ledger(tmp_path / "other"))
     planned = plan_of(at_once)
     build.stack(at_once, planned)
-    deal_pool(at_once, planned)
+    divide_pool(at_once, planned)
     assert complete(at_once, planned).examples == whole.examples
 
 
@@ -248,7 +248,7 @@ def test_an_expert_with_examples_keeps_them(
         known = len(fewer.known_prompts["low"])
         assert (known, known + len(fewer.pool_prompts)) == (min(most // 2, count), most)
     build.stack(work, planned)
-    deal_pool(work, planned)
+    divide_pool(work, planned)
     whole = complete(work, planned)
     assert [row.prompt for row in whole.examples["low"]] == own
     assert len(whole.examples["high"]) == 12

@@ -145,7 +145,7 @@ def print_steps(context: RunContext, looked: Look, until: Stage = Stage.publish)
     from pipelines.planning import dry_run
     from pipelines.workspace.console import plain_console
 
-    if looked.finished:
+    if looked.summary:
         plain_console().print(f"{context.name}: everything is in the ledger already")
         return True
     return dry_run.print_steps(
@@ -174,7 +174,7 @@ def _run_all(
     to_do = [
         context
         for context in contexts
-        if not looks[context.key].finished or context.ledger.unended_here(context.key)
+        if not looks[context.key].summary or context.ledger.unended_here(context.key)
     ]
     for context in contexts:
         if context not in to_do:
@@ -275,17 +275,16 @@ def _show(
     from pipelines.flows.up_to_date import look
 
     seconds = made.seconds if made else {}
-    if until not in WHOLE and not looked.finished:
+    if until not in WHOLE and not looked.summary:
         if as_json:
             print(json.dumps({"name": context.name, "until": until, "seconds": seconds}))
         return True
-    finished = made.finished if made else looked.finished or look(context, until).finished
-    if finished is None:
+    found = made or (looked if looked.summary else look(context, until))
+    if (plan := found.plan) is None or found.summary is None:
         return False
-    plan = finished.plan
     folder, base = context.checkpoint_folder(plan.router.id), context.base_folder(plan.base)
     score_table.print_scores(
-        context.name, folder, plan, finished.summary, seconds, base=base, as_json=as_json
+        context.name, folder, plan, found.summary, seconds, base=base, as_json=as_json
     )
     return True
 

@@ -26,7 +26,7 @@ from meteora.artifacts import BaseSpec, BuiltBase, MeteoraError, RouterBuild
 from meteora.base.sources import PATH
 from pipelines.admission import sources, verdicts
 from pipelines.flows import device_lock, missed_runs, run_page
-from pipelines.flows.up_to_date import Finished, Look, look_or_reason
+from pipelines.flows.up_to_date import Look, look_or_reason
 from pipelines.hub.upload import hub_to_publish
 from pipelines.planning.resolve import Steps, complete, recording, resolve
 from pipelines.recipe.recipe import (
@@ -50,6 +50,7 @@ if TYPE_CHECKING:
     from prefect.tasks import Task
 
     from pipelines.planning.plan import Plan
+    from pipelines.reports.summary import Summary
 
 
 def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
@@ -83,8 +84,10 @@ class Made:
 
     seconds: dict[str, float]
     """The seconds of each stage, in the order of the stages."""
-    finished: Finished | None
+    plan: Plan | None
     """None if the run stops before the benchmark, as `until` says."""
+    summary: Summary | None
+    """None if there is no plan."""
 
 
 @dataclass(frozen=True)
@@ -217,7 +220,7 @@ def _run(context: RunContext, until: Stage, looked: Look | None) -> Any:  # noqa
         missed_runs.skip_late(context)
         if missed_runs.is_scheduled():
             looked = look_or_reason(context, until)
-            if looked.finished:
+            if looked.summary:
                 say(f"{context.name}: nothing new")
                 return Completed(message="nothing new: everything is in the ledger already")
         return _recorded(context, until, looked or Look(None))
@@ -232,10 +235,10 @@ def _recorded(context: RunContext, until: Stage, looked: Look) -> Made:
         asked = context.recipe_sha256
         with recorded(context, context.key, asked, device, run.seconds), closing(child):
             plan = _stages(run, until, looked)
-    return Made(run.seconds, _show(context, plan) if plan else None)
+    return Made(run.seconds, plan, _show(context, plan) if plan else None)
 
 
-def _show(context: RunContext, plan: Plan) -> Finished:
+def _show(context: RunContext, plan: Plan) -> Summary:
     """Show the results on the run's page, compared with those of the last checkpoint."""
     changes = regressions.since_last(context.ledger, plan.router.id)
     for line in regressions.describe(changes):
@@ -243,7 +246,7 @@ def _show(context: RunContext, plan: Plan) -> Finished:
     summary = summarise(context.ledger, plan, context.base_folder(plan.base))
     assert summary is not None  # noqa: S101  (the checkpoint was written with it)
     run_page.show_results(context, plan, summary, changes)
-    return Finished(plan, summary)
+    return summary
 
 
 def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:

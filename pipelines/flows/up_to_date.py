@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import BaseSpec, BuiltBase, MeteoraError
@@ -22,14 +22,6 @@ if TYPE_CHECKING:
 
 
 @dataclass(frozen=True)
-class Finished:
-    """A recipe whose every result is in the ledger."""
-
-    plan: Plan
-    summary: Summary
-
-
-@dataclass(frozen=True)
 class Look:
     """The results of a recipe on this disk, as far as they are known without a download.
 
@@ -44,8 +36,8 @@ class Look:
     """None until the base is downloaded and hashed."""
     plan: Plan | None = None
     """None until every adapter is downloaded, or if a run will refuse one."""
-    finished: Finished | None = None
-    """None if anything is left to do."""
+    summary: Summary | None = None
+    """Of all results; None if anything is left to do."""
 
 
 def look(context: RunContext, until: Stage = Stage.publish) -> Look:
@@ -75,11 +67,10 @@ def look(context: RunContext, until: Stage = Stage.publish) -> Look:
         if not isinstance(error, (sources.NotHereError, NoExpertsError)):
             _raise_unless_it_may_pass(error)
         return Look(base, built=built)
-    found = Look(base, built=built, plan=plan)
     summary = _summary(context, plan) if plan.is_pool_divided else None
-    if summary is None or (until is Stage.publish and not _is_published(context, plan)):
-        return found
-    return replace(found, finished=Finished(plan, summary))
+    if summary and until is Stage.publish and not _is_published(context, plan):
+        summary = None
+    return Look(base, built=built, plan=plan, summary=summary)
 
 
 def look_or_reason(context: RunContext, until: Stage) -> Look:

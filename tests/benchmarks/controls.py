@@ -149,9 +149,9 @@ def ask(
 def recorded_values(work: RunContext, system: str = FUSED) -> dict[str, list[float]]:
     """What a system's answers were worth by task, row by row, where the recipe was run."""
     values: dict[str, list[float]] = {}
-    if (found := look(work).finished) is None:
+    found = look(work)
+    if (planned := found.plan) is None or found.summary is None:
         return values
-    planned = found.plan
     recorded = work.ledger.scores_of(one.spec.id for one in planned.measurements)
     for one in planned.measurements:
         is_first = one.spec.metric == planned.tasks[one.spec.task].metrics[0]

@@ -102,8 +102,8 @@ def finished(work: RunContext) -> Plan | None:
     """The plan of a recipe with every result in the ledger; None if anything is left to do."""
     from pipelines.flows.up_to_date import look
 
-    found = look(work).finished
-    return found.plan if found else None
+    found = look(work)
+    return found.plan if found.summary else None
 
 
 def print_steps(work: RunContext, until: Stage = Stage.publish) -> None:
@@ -111,7 +111,7 @@ def print_steps(work: RunContext, until: Stage = Stage.publish) -> None:
     from pipelines.cli.run import print_steps
     from pipelines.flows.up_to_date import look
 
-    print_steps(work, replace(look(work), finished=None), until)
+    print_steps(work, replace(look(work), summary=None), until)
 
 
 def base_of(work: RunContext) -> BuiltBase:

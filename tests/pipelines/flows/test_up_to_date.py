@@ -104,22 +104,23 @@ def test_a_checkpoint_that_lacks_a_file_is_made_whole_and_a_signed_one_stays(
     one = yaml.safe_load((recipe_folder / "recipe.yaml").read_text())["experts"][:1]
     work = workplace(benchmark={**few, "compare": []}, experts=one)
     run(work)
-    done = look(work).finished
-    assert done is not None
+    done = look(work)
+    assert done.plan is not None
+    assert done.summary is not None
     folder = work.checkpoint_folder(done.plan.router.id)
     _, statistics = map(work.ledger.blobs.path_of, work.ledger.blobs_of(done.plan.router.id))
     texts = [folder / name for name in (CARD, CONFIG, LINEAGE)]
     for path in (folder / GATES, folder / MANIFEST, statistics, *texts):
         away = path.rename(path.with_name("away"))
-        assert look(work).finished is None
+        assert look(work).summary is None
         away.rename(path)
-    assert look(work).finished
+    assert look(work).summary
     lost = {path: path.read_bytes() for path in (folder / GATES, statistics, *texts)}
     for path in lost:
         path.unlink()
     run(work)
     assert {path: path.read_bytes() for path in lost} == lost
-    assert look(work).finished
+    assert look(work).summary
 
     (folder / SIGNATURE).write_text("{}")
     before = {path.name: path.read_bytes() for path in folder.iterdir()}
@@ -127,7 +128,7 @@ def test_a_checkpoint_that_lacks_a_file_is_made_whole_and_a_signed_one_stays(
     run(more)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == before
     assert "is signed, so its card stays as it is, without new scores" in capsys.readouterr().err
-    assert look(more).finished
+    assert look(more).summary
 
     (folder / CARD).unlink()
     run(more)
@@ -152,7 +153,7 @@ def test_a_thousand_runs_with_nothing_to_do_leave_nothing_behind(
     def once() -> None:
         again = replace(work, ledger=Ledger(work.home))
         with again.ledger.running(again.key):
-            assert look(again).finished
+            assert look(again).summary
 
     for _ in range(100):
         once()

@@ -167,7 +167,7 @@ def test_a_plan_waits_for_its_pool(open_recipe: Callable[..., RunContext]) -> No
     assert not faults_of_rows(shown, planned.base, read_rows)
     work = open_recipe(gates=spans)
     found = look(work)
-    assert found.finished is None
+    assert found.summary is None
     assert found.plan is not None
     assert found.plan.pool_prompts == planned.pool_prompts
     build.stack(work, planned)

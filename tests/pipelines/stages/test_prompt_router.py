@@ -45,15 +45,16 @@ def test_adapters_alone_become_a_model_that_chooses_by_the_prompt(
         benchmark={"limit": 1, "compare": ["oracle"], "max_new_tokens": 1},
     )
     run(work)
-    finished = look(work).finished
-    assert finished is not None
-    planned, folder = finished.plan, work.checkpoint_folder(finished.plan.router.id)
-    assert set(finished.summary.sizes) >= {"experts", "gates"}
+    found = look(work)
+    assert found.plan is not None
+    assert found.summary is not None
+    planned, folder = found.plan, work.checkpoint_folder(found.plan.router.id)
+    assert set(found.summary.sizes) >= {"experts", "gates"}
     assert not (folder / STATISTICS).exists()
     assert "prompt, top_k 1" in (folder / CARD).read_text()
     manifest = read_manifest(folder)
     assert manifest.gates["method"] == "background"
-    assert manifest.files[GATES] == finished.summary.gates.weights_sha256
+    assert manifest.files[GATES] == found.summary.gates.weights_sha256
 
     model, tokenizer = meteora.load(folder, base_folder=recipe_folder / "base")
     assert expert_names(model)[-1] == NULL

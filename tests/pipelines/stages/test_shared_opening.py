@@ -89,8 +89,9 @@ def test_it_goes_with_the_other_options_of_gates(
     strange = [{"name": "strange", "rows": "jsonl:strange.jsonl"}]
     work = workplace(benchmark=QUICK | {"tasks": strange}, **asked, **more)
     run(work)
-    found = look(work).finished
-    assert found is not None
+    found = look(work)
+    assert found.plan is not None
+    assert found.summary is not None
     planned, routing = found.plan, found.summary.routing
     assert routing is not None
     folder = work.checkpoint_folder(planned.router.id)

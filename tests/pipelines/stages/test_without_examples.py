@@ -41,13 +41,14 @@ def test_it_is_told_by_its_weights_and_card_and_summary_say_so(
         benchmark={"limit": 1, "compare": [], "max_new_tokens": 1},
     )
     run(work)
-    finished = look(work).finished
-    assert finished is not None
-    planned = finished.plan
+    found = look(work)
+    planned = found.plan
+    assert planned is not None
+    assert found.summary is not None
     assert planned.router.stand_ins == ("attention",)
     folder = work.checkpoint_folder(planned.router.id)
     assert "No examples were given for attention" in (folder / CARD).read_text()
-    score_table.print_scores("x", folder, planned, finished.summary, {})
+    score_table.print_scores("x", folder, planned, found.summary, {})
     assert "No examples were given for attention" in capsys.readouterr().out
     assert read_manifest(folder).router.stand_in == "arrow"
     meteora.load(folder, base_folder=recipe_folder / "base")

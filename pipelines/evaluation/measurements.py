@@ -45,14 +45,9 @@ class Measurement:
 
     system: str
     """`fused`, `base`, one of `ORACLES`, `expert:<name>`, the kind of a router or of a merge."""
-    expert: str
-    """The expert that the task belongs to; `oracle` forces it. Empty for other tasks."""
+    adapter: str
+    """The expert that is forced for every token; empty if none is."""
     spec: BenchmarkSpec
-
-    @property
-    def adapter(self) -> str:
-        """The expert that is forced for every token; empty if none is."""
-        return forced_expert(self.system, self.expert)
 
 
 def control_of(system: str, task: Task) -> str:
@@ -117,10 +112,10 @@ def find_measurements(
         for system in systems_of(
             settings, alone, task.expert, task.part_metrics, in_turns=bool(task.dialogues)
         ):
-            expert = forced_expert(system, task.expert)
-            subject_id = alone[expert] if expert else subjects.id_of(system)
+            adapter = task.expert if system == ORACLE else system.partition(":")[2]
+            subject_id = alone[adapter] if adapter else subjects.id_of(system)
             measurements += [
-                Measurement(system, task.expert, spec)
+                Measurement(system, adapter, spec)
                 for spec in _specs(task, subject_id, subjects.base.id)
             ]
     return tuple(measurements)
@@ -153,11 +148,6 @@ def systems_of(
                 yield system
         elif own and system == ORACLE:
             yield system
-
-
-def forced_expert(system: str, own: str) -> str:
-    """The expert that a system uses for every token; empty if none is forced."""
-    return own if system == ORACLE else system.partition(":")[2]
 
 
 def _specs(task: Task, subject_id: ArtifactId, base_id: ArtifactId) -> Iterator[BenchmarkSpec]:

@@ -134,5 +134,5 @@ def _download_options(
     hub = hub_for(repo_id, token_for)
     hub.url()  # refuses an endpoint that anyone on the network could answer for
     if not (is_here or is_offline()):
-        hub.ask("refs", repo_id, repo_id)  # without a network, the Hub's client retries for 23 s
+        hub.ask("refs", repo_id)  # without a network, the Hub's client retries for 23 s
     return {"token": hub.token or False}

@@ -37,7 +37,7 @@ def facts_of(ref: AdapterRef, cache_dir: Path, *, hub: Hub = DEFAULT) -> HubSour
     """
     saved = cache_dir / ref.repo_id.replace("/", "--") / f"{ref.revision}.about"
     try:
-        about = hub.ask("about", ref.repo_id, ref.repo_id, revision=ref.revision)
+        about = hub.ask("about", ref.repo_id, revision=ref.revision)
     except HubError:
         try:
             return HubSource.from_dict(json.loads(saved.read_text(encoding="utf-8")))

@@ -98,7 +98,7 @@ class Hub:
         seconds = self.timeout_seconds + num_bytes / MIN_BYTES_PER_SECOND
         return replace(self, timeout_seconds=seconds)
 
-    def ask(self, operation: str, what: str, repo_id: str = "", **arguments: Any) -> Any:  # noqa: ANN401  (JSON)
+    def ask(self, operation: str, repo_id: str, what: str = "", /, **arguments: Any) -> Any:  # noqa: ANN401  (JSON)
         """Run one operation of the worker.
 
         After a rate limit with a stated time it waits that time, and asks once more: a recipe with
@@ -106,18 +106,17 @@ class Hub:
 
         Args:
             operation: A name of `worker.OPERATIONS`.
-            what: The thing to ask for; an error message begins with it.
+            what: An error message begins with it; empty: with the repository.
 
         Raises:
             HubError: One of its subclasses, with `retry` true if waiting can help.
         """
-        url = self.url()
+        url, what = self.url(), what or repo_id
         if is_offline():
             offline = {"kind": "offline", "status": 0, "text": ""}
             raise hub_error(what, offline, url)
-        named = {"repo_id": repo_id} if repo_id else {}
-        request = {"operation": operation, "endpoint": url, "token": self.token or False}
-        request |= named | arguments
+        request = {"endpoint": url, "token": self.token or False}
+        request |= {"operation": operation, "repo_id": repo_id, **arguments}
         try:
             return self._ask_once(request, what, url)
         except HubRateLimitError as error:

@@ -28,7 +28,7 @@ def where(ref: AdapterRef) -> str:
 def list_folder(hub: Hub, ref: AdapterRef, folder: str) -> list[ListedFile]:
     """The entries of one folder at a commit; folders have the size -1."""
     asked = {"revision": ref.revision, "folder": folder, "most": MAX_ENTRIES + 1}
-    entries = hub.ask("listing", where(ref), ref.repo_id, **asked)
+    entries = hub.ask("listing", ref.repo_id, where(ref), **asked)
     if len(entries) > MAX_ENTRIES:
         raise HubSizeError(f"{where(ref)} holds more than {MAX_ENTRIES} files in one folder")
     return [ListedFile(**entry) for entry in entries]
@@ -59,7 +59,7 @@ def fetch_files(hub: Hub, ref: AdapterRef, files: Sequence[ListedFile], into: Pa
     asked = {"revision": ref.revision, "files": sizes, "into": str(into)}
     before = _bytes_in(into)
     with growing(f"downloading {ref.repo_id}", num_bytes, lambda: _bytes_in(into) - before):
-        hub.for_bytes(num_bytes).ask("fetch", where(ref), ref.repo_id, **asked)
+        hub.for_bytes(num_bytes).ask("fetch", ref.repo_id, where(ref), **asked)
     shutil.rmtree(into / ".cache", ignore_errors=True)  # the client's notes
     for file in files:
         check_file(file, into, where(ref))

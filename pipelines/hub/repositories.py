@@ -67,7 +67,7 @@ def resolve(text: str, *, subfolder: str = "", hub: Hub = DEFAULT) -> AdapterRef
             f" network off, so it cannot be looked up; write {repo_id}@<commit of 40 hex digits>"
         )
     wanted = revision or "main"
-    refs = hub.ask("refs", text, repo_id, pull_requests=wanted.startswith(PULL_REQUEST))
+    refs = hub.ask("refs", repo_id, text, pull_requests=wanted.startswith(PULL_REQUEST))
     if wanted not in refs:
         some = ", ".join(sorted(refs)[:10]) or "none"
         raise HubRevisionError(f"{repo_id} has no branch or tag {wanted!r}; it has: {some}")
@@ -139,7 +139,7 @@ def discover(
     """
     if not REPO_ID.fullmatch(base):
         raise HubReferenceError(f"{base!r} is not owner/name; adapters are found by their base's")
-    found = hub.ask("search", f"adapters of {base}", base=base, tags=list(tags), limit=limit)
+    found = hub.ask("search", base, f"adapters of {base}", tags=list(tags), limit=limit)
     return [
         AdapterRef(entry["repo_id"], entry["revision"])
         for entry in found[:limit]
@@ -149,7 +149,7 @@ def discover(
 
 def _check_commit(hub: Hub, ref: AdapterRef) -> None:
     # without a network this fails at once; the Hub's client tries to list files for 23 s
-    if ref.revision in hub.ask("refs", ref.repo_id, ref.repo_id).values():
+    if ref.revision in hub.ask("refs", ref.repo_id).values():
         return
     try:
         list_folder(hub, ref, "")

@@ -237,7 +237,6 @@ class Repository:
         self.hub.for_bytes(num_bytes).ask(
             "commit",
             self.repo_id,
-            self.repo_id,
             branch=branch,
             parent=parent,
             message="Publish a fused checkpoint",
@@ -307,7 +306,7 @@ class Repository:
         return self._trees[commit]
 
     def _ask(self, operation: str, **arguments: object) -> Any:  # noqa: ANN401
-        return self.hub.ask(operation, self.repo_id, self.repo_id, **arguments)
+        return self.hub.ask(operation, self.repo_id, **arguments)
 
 
 def hub_to_publish(recipe: Recipe, repo_id: str) -> Hub:

@@ -136,11 +136,10 @@ def fetch(api: HfApi, repo_id: str, *, revision: str, files: dict[str, int], int
         )
 
 
-def search(api: HfApi, *, base: str, tags: list[str], limit: int) -> list[dict[str, Any]]:
+def search(api: HfApi, repo_id: str, *, tags: list[str], limit: int) -> list[dict[str, Any]]:
     """The most downloaded adapters of a base, each with the commit of its main branch."""
-    found = api.list_models(
-        filter=[f"base_model:adapter:{base}", *tags], sort="downloads", limit=limit, expand=["sha"]
-    )
+    asked = [f"base_model:adapter:{repo_id}", *tags]
+    found = api.list_models(filter=asked, sort="downloads", limit=limit, expand=["sha"])
     return [{"repo_id": _text(model.id), "revision": _text(model.sha or "")} for model in found]
 
 

@@ -20,12 +20,12 @@ if TYPE_CHECKING:
 class HubHere(Hub):
     """The worker's own operations without a process for each, which only costs time here."""
 
-    def ask(self, operation: str, what: str, repo_id: str = "", **arguments: Any) -> Any:
+    def ask(self, operation: str, repo_id: str, what: str = "", /, **arguments: Any) -> Any:
         api = HfApi(endpoint=self.endpoint, token=self.token or False)
         try:
             return worker.OPERATIONS[operation](api, repo_id=repo_id, **arguments)
         except Exception as error:
-            raise hub_error(what, worker.describe(error), self.endpoint) from error
+            raise hub_error(what or repo_id, worker.describe(error), self.endpoint) from error
 
 
 class WorkerHere:

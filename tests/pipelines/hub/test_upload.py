@@ -376,7 +376,7 @@ def test_it_works_through_the_processes_that_can_be_killed(server: HubServer, fo
     """A Hub that takes the commit and never answers is given up, and then found to have it."""
     hub, began = Hub(server.endpoint, "writer"), time.monotonic()
     with pytest.raises(HubNotFoundError):
-        hub.ask("is_private", NAME, NAME)
+        hub.ask("is_private", NAME)
     limit = 3 + 3 * (time.monotonic() - began)  # on a busy machine a process takes long to start
     server.faults["commit"] = Fault(hang=True, applied=True, times=1, path="main")
     repository = Repository(NAME, replace(hub, timeout_seconds=limit), (0.0,))

@@ -30,9 +30,9 @@ def compare(ledger: Ledger, spec: ComparisonSpec) -> ComparisonBuild:
     better: list[tuple[float, float, float]] = []
     for pair in spec.pairs:
         ours, theirs = scores[pair.score_id], scores[pair.other_id]
-        if not have_same_rows(ledger, ours, theirs):
+        values = values_on_same_rows(ledger, ours, theirs)
+        if values is None:
             continue
-        values = values_of(ledger, ours), values_of(ledger, theirs)
         graded = not {*values[0], *values[1]} <= {0.0, 1.0}
         test = partial(intervals.sign_flip, seed=spec.seed) if graded else intervals.mcnemar
         low, high = intervals.difference_interval(*values, graded=graded, seed=spec.seed)
@@ -61,28 +61,26 @@ def compare(ledger: Ledger, spec: ComparisonSpec) -> ComparisonBuild:
     return ComparisonBuild(spec, tuple(differences), *intervals.mean_difference(better))
 
 
-def have_same_rows(ledger: Ledger, one: Score, other: Score) -> bool:
-    """Whether two scores on one task are of the same rows, by their recorded answers.
+def values_on_same_rows(
+    ledger: Ledger, one: Score, other: Score
+) -> tuple[list[float], list[float]] | None:
+    """The value of each row of two scores on one task, by their recorded answers.
 
-    A task of lm-eval's own has its rows and prompts from lm-eval and a data set, and
-    `rows_sha256` holds the version of neither. On two bases, whose templates may differ, the
-    references count in place of the prompts. Dates do not count: templates write today's.
+    None if they are not of the same rows. A task of lm-eval's own has its rows and prompts from
+    lm-eval and a data set, and `rows_sha256` holds the version of neither. On two bases, whose
+    templates may differ, the references count in place of the prompts. Dates do not count:
+    templates write today's.
     """
     column = "prompt" if one.spec.base_id == other.spec.base_id else "reference"
-    asked, asked_other = (
-        [
-            DATE.sub("", str(row.get(column)))
-            for row in read_outputs(ledger.blobs.path_of(score.outputs_sha256), [column])
-        ]
-        for score in (one, other)
-    )
-    return asked == asked_other
 
+    def read(score: Score) -> tuple[list[str], list[float]]:
+        metric, path = score.spec.metric, ledger.blobs.path_of(score.outputs_sha256)
+        rows = read_outputs(path, [column, metric])
+        asked = [DATE.sub("", str(row.get(column))) for row in rows]
+        return asked, [float(row[metric]) for row in rows]
 
-def values_of(ledger: Ledger, score: Score) -> list[float]:
-    """The value of each row of a score, from its recorded outputs."""
-    rows = read_outputs(ledger.blobs.path_of(score.outputs_sha256), [score.spec.metric])
-    return [float(row[score.spec.metric]) for row in rows]
+    (asked, values), (asked_other, others) = read(one), read(other)
+    return (values, others) if asked == asked_other else None
 
 
 def scores_in_common(
@@ -101,7 +99,7 @@ def scores_in_common(
     askings: dict[ArtifactId, list[tuple[Score, Score]]] = {}
     last: dict[str, ArtifactId] = {}
     for one, twin in zip(ours, twins, strict=True):
-        if twin in theirs and have_same_rows(ledger, one, theirs[twin]):
+        if twin in theirs and values_on_same_rows(ledger, one, theirs[twin]) is not None:
             asking = last[one.spec.task] = replace(one.spec, metric="").id
             askings.setdefault(asking, []).append((one, theirs[twin]))
     return {task: askings[asking] for task, asking in last.items()}

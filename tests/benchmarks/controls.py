@@ -35,8 +35,7 @@ from pipelines.evaluation.measurements import FUSED
 from pipelines.evaluation.tasks import Task, make_tasks
 from pipelines.flows.up_to_date import look
 from pipelines.scoring import intervals
-from pipelines.scoring.compare import values_of
-from pipelines.scoring.outputs import write_outputs
+from pipelines.scoring.outputs import read_outputs, write_outputs
 from pipelines.stages.train_adapters import fit, lessons, shuffled_for_ever, training_rows
 from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext
@@ -156,7 +155,9 @@ def recorded_values(work: RunContext, system: str = FUSED) -> dict[str, list[flo
     for one in planned.measurements:
         is_first = one.spec.metric == planned.tasks[one.spec.task].metrics[0]
         if one.system == system and is_first and one.spec.id in recorded:
-            values[one.spec.task] = values_of(work.ledger, recorded[one.spec.id])
+            answers = work.ledger.blobs.path_of(recorded[one.spec.id].outputs_sha256)
+            rows = read_outputs(answers, [one.spec.metric])
+            values[one.spec.task] = [float(row[one.spec.metric]) for row in rows]
     return values
 
 

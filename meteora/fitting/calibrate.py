@@ -119,9 +119,6 @@ def _put(gate: Gate, tensors: _Tensors) -> None:
         parameter.data = tensor.to(parameter.device)
 
 
-_WHOLE = _Halves()
-
-
 def calibrate(
     model: PreTrainedModel,
     sequences: Sequence[LabelledSequence],
@@ -252,7 +249,7 @@ def _divided(
     missing = tuple(name for e, name in enumerate(names) if crossed and e not in both)
     divide = in_halves if crossed and not missing else batched
     batches = sampled(list(divide(sequences, heldout, device)), len(names), share)
-    return batches, _Halves(batches) if divide is in_halves else _WHOLE, missing
+    return batches, _Halves(batches if divide is in_halves else ()), missing
 
 
 def _spread(
@@ -345,7 +342,7 @@ def sweep_gates(
     stand_in_of: Callable[[MoELoRALinear], StandIn | None] = lambda _layer: None,
     leaves_out: bool = False,
     offsets: Mapping[str, Tensor] = MappingProxyType({}),
-    halves: _Halves = _WHOLE,
+    halves: _Halves | None = None,
     scratch: Path | None = None,
     progress: Callable[[int, int], None] = lambda _done, _total: None,
 ) -> None:
@@ -360,7 +357,7 @@ def sweep_gates(
         offsets: by module path, as `find_offsets` returns them
         halves: routes each half of the sequences by the other half's gates until a layer is done
     """
-    layers = routed_layers(model)
+    layers, halves = routed_layers(model), halves or _Halves()
     _refuse_readers_of_the_cache(layers, options)
     with swept(model):
         watcher = watch_prompts(model, template, options)

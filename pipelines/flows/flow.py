@@ -38,7 +38,7 @@ from pipelines.recipe.recipe import (
     locate,
 )
 from pipelines.recipe.stage import Stage
-from pipelines.reports.summary import summarise
+from pipelines.reports.summary import Summary, summarise
 from pipelines.scoring import regressions
 from pipelines.stages.worker_client import StageProcess
 from pipelines.workspace.console import CONSOLE, say
@@ -51,7 +51,6 @@ if TYPE_CHECKING:
     from prefect.tasks import Task
 
     from pipelines.planning.plan import Plan
-    from pipelines.reports.summary import Summary
 
 
 def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:

@@ -8,7 +8,6 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
-import tempfile
 import threading
 import weakref
 from collections.abc import Collection, Generator, Iterable, Mapping
@@ -33,7 +32,12 @@ from transformers.utils import logging as hf_logging
 from meteora.artifacts import Fingerprint, MeteoraError, canonical_sha256
 from meteora.artifacts.specs import place_of
 from meteora.base import placement
-from meteora.base.placement import explain_offloading, is_out_of_memory, spreading
+from meteora.base.placement import (
+    explain_offloading,
+    is_out_of_memory,
+    spreading,
+    written_weights,
+)
 from meteora.base.shared_block import SharedBlock
 from meteora.base.sources import SourceError
 from meteora.untrusted.findings import brief, shortened
@@ -278,16 +282,16 @@ def _load_model(source: Path, options: dict[str, Any]) -> PreTrainedModel:
     """
     fault = "the model cannot be loaded"
     with ExitStack() as made, _reading(source, fault):
-        written = ""
+        written = None
         if "device_map" in options and "offload_folder" not in options:
-            written = made.enter_context(tempfile.TemporaryDirectory(prefix="meteora-"))
+            written = made.enter_context(written_weights())
             options = {**options, "offload_folder": written}
         with spreading(options):
             loaded: Any = AutoModelForCausalLM.from_pretrained(
                 **_named(source), trust_remote_code=False, output_loading_info=True, **options
             )
         model, info = loaded
-        if written and any(Path(written).iterdir()):
+        if written and any(written.iterdir()):
             weakref.finalize(model, made.pop_all().close)
     if missing := sorted(info["missing_keys"]):
         raise SourceError(

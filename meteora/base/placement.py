@@ -9,11 +9,16 @@ them to the device for the time of one call.
 from __future__ import annotations
 
 import errno
+import fcntl
+import os
+import shutil
+import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from functools import partial, update_wrapper
 from itertools import chain
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -29,6 +34,8 @@ if TYPE_CHECKING:
 
 WHOLE = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of `device_map` from which Accelerate makes a map."""
+WRITTEN = "meteora-offload-"
+"""How the names of temporary folders with offloaded weights begin."""
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 """Part of torch's RuntimeError when CPU memory is not enough."""
 
@@ -96,6 +103,31 @@ def spreading(options: Mapping[str, Any]) -> Generator[None]:
         raise PlacementError(
             f"the model cannot be spread as device_map says: {shortened(error)}"
         ) from error
+
+
+@contextmanager
+def written_weights() -> Generator[Path]:
+    """A temporary folder for offloaded weights; what killed processes left of theirs is removed.
+
+    A process locks its folder before it writes there. The kernel frees the lock when the process
+    ends, however it ends.
+    """
+    for left in Path(tempfile.gettempdir()).glob(f"{WRITTEN}*"):
+        with suppress(OSError), _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
+            if any(left.iterdir()):  # an empty one may be about to be locked
+                shutil.rmtree(left)
+    with tempfile.TemporaryDirectory(prefix=WRITTEN) as name, _locked(Path(name), fcntl.LOCK_EX):
+        yield Path(name)
+
+
+@contextmanager
+def _locked(folder: Path, operation: int) -> Generator[None]:
+    descriptor = os.open(folder, os.O_RDONLY)
+    try:
+        fcntl.flock(descriptor, operation)
+        yield
+    finally:
+        os.close(descriptor)
 
 
 def explain_offloading(model: nn.Module) -> None:

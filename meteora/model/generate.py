@@ -21,7 +21,12 @@ if TYPE_CHECKING:
     from transformers._typing import GenerativePreTrainedModel
 
 PROMPTS_PER_BATCH = 16
-ONE_BY_ONE = {"minimax", "recurrent_gemma", "rwkv", "xlstm"}
+PLACED_WITH_PADDING = {
+    "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp",
+    "pegasus", "plbart", "prophetnet", "trocr", "whisper",
+}  # fmt: skip
+"""Decoders of encoder-decoder models, in which padding moves the positions of a prompt's tokens."""
+ONE_BY_ONE = {"minimax", "recurrent_gemma", "rwkv", "xlstm"} | PLACED_WITH_PADDING
 """Architectures in which, in transformers, a batch's prompts or padding change its answers."""
 ONE_CACHE: dict[str, Any] = {"use_cache": True, "num_beams": 1, "cache_implementation": None}
 """Arguments of `generate` with which each token is read once, whatever a base's own config says.

@@ -26,7 +26,7 @@ from pipelines.admission.experts import Expert, Refusal, Requirements, read_expe
 from pipelines.admission.silent_experts import no_effect
 from pipelines.admission.sources import pin_folder
 from pipelines.hub import repositories
-from pipelines.hub.adapter import download
+from pipelines.hub.adapter import download, is_downloaded
 from pipelines.hub.client import hub_of
 from pipelines.hub.errors import UnusableRepositoryError
 from pipelines.recipe.recipe import HubSection, PolicySection, Recipe
@@ -156,7 +156,10 @@ def _resolve(context: RunContext, candidate: Candidate) -> tuple[AdapterRef, Cal
     if (local / candidate.subfolder).exists() or candidate.adapter.startswith(PATH):
         return pin_folder(local, candidate.subfolder), lambda: local / candidate.subfolder
     hub = hub_of(context.recipe, candidate.adapter.partition("@")[0])
-    ref = repositories.resolve(candidate.adapter, subfolder=candidate.subfolder, hub=hub)
+    is_here = partial(is_downloaded, cache_dir=context.adapters_folder)
+    ref = repositories.resolve(
+        candidate.adapter, subfolder=candidate.subfolder, hub=hub, is_here=is_here
+    )
     return ref, partial(
         download, ref, context.adapters_folder, hub=hub, modules_to_save=candidate.modules_to_save
     )

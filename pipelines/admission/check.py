@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Collection
 from dataclasses import asdict, replace
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -14,7 +15,7 @@ from meteora.base.sources import PATH, path_from
 from meteora.untrusted.findings import AdapterError
 from pipelines.hub import repositories
 from pipelines.hub.about import facts_of
-from pipelines.hub.adapter import download
+from pipelines.hub.adapter import download, is_downloaded
 from pipelines.hub.card import licence_of
 from pipelines.hub.client import hub_for
 from pipelines.hub.errors import HubError
@@ -49,7 +50,8 @@ def inspect(
     hub = hub_for(repo_id, token_for)
     facts: dict[str, Any] = {"repo_id": repo_id, "subfolder": subfolder}
     try:
-        ref = repositories.resolve(where, subfolder=subfolder, hub=hub)
+        is_here = partial(is_downloaded, cache_dir=cache)
+        ref = repositories.resolve(where, subfolder=subfolder, hub=hub, is_here=is_here)
         facts["revision"] = ref.revision
         about = facts_of(ref, cache, hub=hub)
         facts |= asdict(about) if about else {}

@@ -6,6 +6,7 @@ import os
 import re
 from collections.abc import Callable, Collection
 from collections.abc import Set as AbstractSet
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -21,7 +22,7 @@ from meteora.base.sources import (
 )
 from meteora.checkpoint.manifest import SOURCE
 from pipelines.hub import repositories
-from pipelines.hub.adapter import adapter_bytes, download, downloaded
+from pipelines.hub.adapter import adapter_bytes, download, downloaded, is_downloaded
 from pipelines.hub.client import hub_for, hub_of
 from pipelines.recipe.recipe import LONGEST_NAME, ExpertSection, FoundExpert, Recipe
 
@@ -70,8 +71,16 @@ def resolve_base(context: RunContext) -> BaseSpec:
             raise _unnameable(local, "folder of its base")
         return spec
     _refuse_folder(source, folder)
-    ref = repositories.resolve(source, hub=hub_of(recipe, source.partition("@")[0]))
-    return BaseSpec(ref.repo_id, ref.revision, quantise)
+
+    def spec_of(ref: AdapterRef) -> BaseSpec:
+        return BaseSpec(ref.repo_id, ref.revision, quantise)
+
+    hub = hub_of(recipe, source.partition("@")[0])
+    return spec_of(
+        repositories.resolve(
+            source, hub=hub, is_here=lambda ref: context.base_folder(spec_of(ref)).is_dir()
+        )
+    )
 
 
 def discover(recipe: Recipe) -> Recipe:
@@ -118,7 +127,10 @@ def resolve_adapter(context: RunContext, expert: ExpertSection) -> AdapterRef:
         return pin_folder(_named_folder(context, expert), expert.subfolder)
     _refuse_folder(expert.adapter, context.folder)
     hub = hub_of(context.recipe, expert.adapter.partition("@")[0])
-    return repositories.resolve(expert.adapter, subfolder=expert.subfolder, hub=hub)
+    is_here = partial(is_downloaded, cache_dir=context.adapters_folder)
+    return repositories.resolve(
+        expert.adapter, subfolder=expert.subfolder, hub=hub, is_here=is_here
+    )
 
 
 def _unnameable(folder: Path, what: str) -> SourceError:

@@ -76,7 +76,11 @@ def verify(
         int, options.count("How many scores to compute again, drawn at random.", least=0)
     ] = 20,
     served: Annotated[
-        str, typer.Option(metavar="URL", help="A server with OpenAI's interface, to ask.")
+        str,
+        typer.Option(
+            metavar="URL",
+            help="A server with OpenAI's interface, to ask. Its key, if any, is METEORA_API_KEY.",
+        ),
     ] = "",
     answers: Annotated[int, options.count("How many recorded answers to ask for again.")] = 24,
     model: Annotated[
@@ -126,13 +130,15 @@ def verify(
 
 def _serves(folder: Path, home: Path, url: str, count: int, model: str, *, as_json: bool) -> bool:
     """Print whether a server gives the recorded answers of a checkpoint."""
+    import os
+
     from meteora.artifacts import ArtifactId
     from meteora.checkpoint.manifest import read_manifest
-    from pipelines.scoring.served import Server, recorded_answers
+    from pipelines.scoring.served import KEY, Server, recorded_answers
 
     ledger = options.open_ledger(home)
     asked = recorded_answers(ledger, ArtifactId(read_manifest(folder).router_id), count)
-    server = Server(url, model)
+    server = Server(url, model, os.environ.get(KEY, ""))
     found = server.answers(asked)
     return output.print_served(server, asked, found, as_json=as_json)
 

@@ -96,6 +96,12 @@ def downloaded(
     return None
 
 
+def is_downloaded(ref: AdapterRef, cache_dir: Path) -> bool:
+    """Whether `download` has left an adapter, or its refused config; nothing is hashed."""
+    folder = _snapshot(ref, cache_dir)
+    return any(read_manifest(known) is not None for known in (folder, _claims(folder)))
+
+
 def adapter_bytes(ref: AdapterRef, *, hub: Hub = DEFAULT) -> int:
     """The bytes to download, by the Hub's listing; raises `download`'s errors of a listing."""
     weights, small = _adapter_files(hub, ref)

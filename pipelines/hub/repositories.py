@@ -8,13 +8,14 @@ repository's own listing.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 
 from meteora.artifacts import COMMIT, REPO_ID, AdapterRef, BaseSpec
 from meteora.base.sources import INDEX, SHARD, TEXTS
 from pipelines.hub.client import DEFAULT, Hub, is_offline
 from pipelines.hub.errors import (
+    HubConnectionError,
     HubFilesError,
     HubOfflineError,
     HubProtocolError,
@@ -39,10 +40,19 @@ MAX_PROFILE_BYTES = 64 << 20
 MAX_BASE_BYTES = 160 << 30
 
 
-def resolve(text: str, *, subfolder: str = "", hub: Hub = DEFAULT) -> AdapterRef:
+def resolve(
+    text: str,
+    *,
+    subfolder: str = "",
+    hub: Hub = DEFAULT,
+    is_here: Callable[[AdapterRef], bool] = lambda _ref: False,
+) -> AdapterRef:
     """Pin `owner/name[@revision]` to its present commit.
 
     A revision is a branch, a tag, a commit, or a pull request of the Hub, as `refs/pr/1`.
+
+    Args:
+        is_here: Whether the files of a commit are on this disk. Then the Hub is not asked for it.
 
     Raises:
         HubReferenceError: The text or the subfolder has the wrong form.
@@ -58,16 +68,23 @@ def resolve(text: str, *, subfolder: str = "", hub: Hub = DEFAULT) -> AdapterRef
     if subfolder and (not SUBFOLDER.fullmatch(subfolder) or ".." in subfolder):
         raise HubReferenceError(f"{text}: {subfolder!r} is not a folder inside a repository")
     if COMMIT.fullmatch(revision):
-        if not is_offline():  # offline, the download checks it
+        pinned = AdapterRef(repo_id, revision, subfolder)
+        if not (is_offline() or is_here(pinned)):  # offline, the download checks it
             _check_commit(hub, AdapterRef(repo_id, revision))
-        return AdapterRef(repo_id, revision, subfolder)
+        return pinned
     if is_offline():
         raise HubOfflineError(
             f"{text} names no commit, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE switches the"
             f" network off, so it cannot be looked up; write {repo_id}@<commit of 40 hex digits>"
         )
     wanted = revision or "main"
-    refs = hub.ask("refs", repo_id, text, pull_requests=wanted.startswith(PULL_REQUEST))
+    try:
+        refs = hub.ask("refs", repo_id, text, pull_requests=wanted.startswith(PULL_REQUEST))
+    except HubConnectionError as error:
+        raise HubConnectionError(
+            f"{error}; what an earlier run downloaded is used without the Hub if its commit of 40"
+            " hex digits is named after the @"
+        ) from error
     if wanted not in refs:
         some = ", ".join(sorted(refs)[:10]) or "none"
         raise HubRevisionError(f"{repo_id} has no branch or tag {wanted!r}; it has: {some}")

@@ -24,6 +24,8 @@ from pipelines.scoring.outputs import read_outputs
 if TYPE_CHECKING:
     from store.ledger import Ledger
 
+KEY = "METEORA_API_KEY"
+"""The environment variable that holds a server's key."""
 AT_ONCE = 8
 """Requests at a time."""
 TIMEOUT_SECONDS = 600.0
@@ -94,12 +96,13 @@ def recorded_answers(ledger: Ledger, router_id: ArtifactId, count: int) -> list[
 class Server:
     """A server with OpenAI's HTTP interface."""
 
-    def __init__(self, url: str, model: str = "") -> None:
+    def __init__(self, url: str, model: str = "", key: str = "") -> None:
         """Ask for the served models.
 
         Args:
             url: with or without `/v1`
             model: the model's name on the server; empty for the first that the server lists
+            key: sent to this server as a bearer token, and in no message; redirects are refused
 
         Raises:
             ServerError: it does not answer, or lists no model.
@@ -108,8 +111,11 @@ class Server:
             raise ServerError(
                 f"{url} is no address of a server; it begins with http:// or https://"
             )
+        if not (key.isascii() and key.isprintable()):  # httpx would quote it in its error
+            raise ServerError(f"{KEY} holds characters that no HTTP header takes; set it again")
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
-        with _client() as client:
+        self._key = key
+        with _client(key) as client:
             data = self._get(client, "/models").get("data")
         listed = [one for one in data if isinstance(one, dict)] if isinstance(data, list) else []
         names = [one["id"] for one in listed if isinstance(one.get("id"), str)]
@@ -123,7 +129,7 @@ class Server:
         Raises:
             ServerError: it does not answer one of them, or not by the interface.
         """
-        with _client() as client, ThreadPoolExecutor(AT_ONCE) as pool:
+        with _client(self._key) as client, ThreadPoolExecutor(AT_ONCE) as pool:
             return list(pool.map(partial(self._answer, client), asked))
 
     def _answer(self, client: httpx.Client, asked: RecordedAnswer) -> str:
@@ -147,9 +153,10 @@ class Server:
         except (httpx.HTTPError, httpx.InvalidURL, UnicodeError) as error:
             raise ServerError(f"{url} does not answer: {brief(error)}") from error
         if not answer.is_success:
-            said = text[:300].decode("utf-8", "replace") or answer.headers.get("location", "")
-            words = shortened(said, 300)
-            raise ServerError(f"{url} answers {answer.status_code}: {words}")
+            said = text.decode("utf-8", "replace") or answer.headers.get("location", "")
+            words = shortened(said.replace(self._key, "***") if self._key else said, 300)
+            advice = f"; put the server's API key into {KEY}" if answer.status_code == 401 else ""
+            raise ServerError(f"{url} answers {answer.status_code}: {words}{advice}")
         if len(text) > MOST_BYTES:
             raise ServerError(f"{url} answers with more than {MOST_BYTES >> 20} MiB")
         try:
@@ -161,8 +168,10 @@ class Server:
         return found
 
 
-def _client() -> httpx.Client:
+def _client(key: str) -> httpx.Client:
     headers = {"Content-Type": "application/json", "Accept-Encoding": "identity"}
+    if key:
+        headers["Authorization"] = f"Bearer {key}"
     # this machine is not asked through a proxy
     here: dict[str, None] = dict.fromkeys(("all://127.0.0.1", "all://[::1]", "all://localhost"))
     try:

@@ -13,7 +13,7 @@ from pydantic import ValidationError
 from meteora.artifacts import ArtifactId, MeteoraError, canonical_sha256, short
 from meteora.base.sources import PATH, path_from
 from meteora.checkpoint.manifest import CARD, MANIFEST, Manifest, read_manifest
-from meteora.untrusted.findings import MOST_NAMED, did_you_mean, listed
+from meteora.untrusted.findings import MOST_NAMED, did_you_mean, listed, shortened
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.row_sources import read_rows
 from pipelines.evaluation.tasks import Task, make_tasks
@@ -156,6 +156,8 @@ def _choose_tasks(
         adapters = {one.name: ArtifactId(one.adapter_id) for one in manifest.experts}
         recorded = recorded_tasks(ledger, stack_in(manifest).base_id, adapters, router_id)
         settings = _settings_of(recorded)
+        if given:
+            _note_template(recorded, settings)
     else:
         recipe, folder = Recipe.load(request.recipe), folder_of(request.recipe)
         settings, compare = recipe.benchmark, recipe.benchmark.compare
@@ -234,6 +236,20 @@ def _settings_of(recorded: dict[str, Task]) -> BenchmarkSection:
             "limit": max(len(task.rows) for task in recorded.values()),
         }
     )
+
+
+def _note_template(recorded: dict[str, Task], settings: BenchmarkSection) -> None:
+    """Say how new rows are asked if recorded tasks do not agree on it."""
+    ways = {(task.template, task.system_prompt) for task in recorded.values()}
+    if len(ways) > 1:
+        prompt = settings.system_prompt
+        under = "the default system prompt" if prompt is None else f"system_prompt {prompt!r}"
+        say(
+            f"the recorded tasks have {len(ways)} templates or system prompts; new rows are asked"
+            f" as {next(iter(recorded))} was, with template {settings.template} and"
+            f" {shortened(under)}; choose others in a recipe, with --recipe",
+            "note",
+        )
 
 
 def _absolute(source: str) -> str:

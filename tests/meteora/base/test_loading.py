@@ -30,7 +30,7 @@ from meteora.base.loading import (
     load_gguf,
     sizes_of,
 )
-from meteora.base.placement import PlacementError, own_head
+from meteora.base.placement import WRITTEN, PlacementError, own_head, written_weights
 from meteora.base.sources import SourceError
 from meteora.checkpoint.manifest import CONFIG, CONFIG_TEXT
 
@@ -128,6 +128,22 @@ def test_a_mixture_is_read_from_the_disk_and_what_is_written_for_it_goes_with_it
     del read
     gc.collect()
     assert not any(tmp_path.glob("meteora-*"))
+
+
+def test_what_a_killed_process_left_is_removed_and_a_living_ones_stays(
+    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    dead = tmp_path / f"{WRITTEN}dead"  # its lock went with its process
+    dead.mkdir()
+    (dead / "weights").touch()
+    with written_weights() as one:
+        assert not dead.exists()
+        (one / "weights").touch()
+        with written_weights() as other:
+            assert (one / "weights").exists()
+            assert other != one
+    assert not any(tmp_path.iterdir())
 
 
 def test_nothing_stays_of_a_folder_in_which_nothing_is_written(

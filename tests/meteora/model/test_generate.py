@@ -8,6 +8,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
+from transformers import BartConfig, BartForCausalLM
 
 import meteora
 from meteora.artifacts import RouterOptions
@@ -162,6 +163,20 @@ def test_progress_counts_each_prompt_once(model, tokenizer, monkeypatch) -> None
         model, tokenizer, [tokenizer(prompt).input_ids for prompt in PROMPTS], 1, counts.append
     )
     assert counts == [2, 1]
+
+
+def test_a_base_whose_positions_count_padding_is_asked_one_by_one(tokenizer):
+    torch.manual_seed(0)
+    config = BartConfig(
+        vocab_size=259, d_model=32, decoder_layers=2, decoder_attention_heads=4, decoder_ffn_dim=64
+    )
+    model = BartForCausalLM(config).eval()
+    for parameter in model.parameters():
+        if parameter.dim() > 1:
+            torch.nn.init.normal_(parameter, std=0.3)  # else all answers are alike
+    prompts = [[5, 6, 7], [8, 9, 10, 11, 12, 13, 14]]
+    alone = [answer_all(model, tokenizer, [prompt], 6)[0] for prompt in prompts]
+    assert answer_all(model, tokenizer, prompts, 6) == alone
 
 
 class NoDoubles(TorchDispatchMode):

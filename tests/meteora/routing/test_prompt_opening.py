@@ -9,7 +9,7 @@ from meteora.base.chat_template import Template
 from meteora.checkpoint.tensors import Gates
 from meteora.routing.gates import insert_gates
 from meteora.routing.hooks import recorded_logits
-from meteora.routing.passes import PassInput
+from meteora.routing.passes import PassInput, UnreadPromptError
 from meteora.routing.prompt_opening import WINDOW, PromptOpening
 
 OPENING, CLOSING = (5, 6, 5), (7, 8)
@@ -120,6 +120,14 @@ def test_generating_with_a_cache_equals_generating_without(model):
     rows = torch.tensor([ONE, OTHER])
     cached = model.generate(rows, use_cache=True, **asked)
     assert torch.equal(cached, model.generate(rows, use_cache=False, **asked))
+
+
+def test_a_prompt_is_not_to_be_cut(model):
+    asked = {"max_new_tokens": 2, "do_sample": False, "attention_mask": torch.ones(1, 8).long()}
+    whole, rows = model.generate(torch.tensor([ONE]), **asked), torch.tensor([ONE])
+    with pytest.raises(UnreadPromptError, match="prefill_chunk_size=4 cuts a prompt of 8 tokens"):
+        model.generate(rows, prefill_chunk_size=4, **asked)
+    assert torch.equal(model.generate(rows, prefill_chunk_size=8, **asked), whole)
 
 
 def test_a_later_turn_that_begins_like_a_prompt_opens_none(model):

@@ -9,7 +9,10 @@ import pytest
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError
 from pipelines.admission import sources
-from pipelines.hub.errors import HubOfflineError
+from pipelines.admission.check import inspect
+from pipelines.flows.up_to_date import look
+from pipelines.hub.errors import HubConnectionError, HubOfflineError
+from pipelines.recipe.recipe import ExpertSection
 from pipelines.recipe.stage import Stage
 from pipelines.stages.build import build_base
 from pipelines.workspace.bases import unfinished
@@ -26,6 +29,7 @@ if TYPE_CHECKING:
     from tests.pipelines.hub.hub_server import HubServer
 
 COMMIT = "a" * 40
+AWAY = "http://127.0.0.1:9"
 BASE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.safetensors")
 
 
@@ -47,12 +51,14 @@ def found(work: RunContext, memory_limit_bytes: int = 1 << 30) -> Sequence[Exper
     return planned.experts
 
 
-def asking(workplace: Callable[..., RunContext], server: HubServer, at: str = "") -> RunContext:
+def asking(
+    workplace: Callable[..., RunContext], server: HubServer, at: str = "", endpoint: str = ""
+) -> RunContext:
     return workplace(
         base=f"org/base{at}",
         experts=[{"name": "one", "adapter": f"a/adapter{at}"}],
         router={"kind": "arrow"},
-        hub={"endpoint": server.endpoint},
+        hub={"endpoint": endpoint or server.endpoint},
     )
 
 
@@ -68,6 +74,33 @@ def test_what_is_here_is_used_offline_by_its_commit(
     assert len(server.requests) == before
     with pytest.raises(HubOfflineError, match="names no commit"):
         found(asking(workplace, server))
+
+
+@pytest.mark.usefixtures("hub_here")
+def test_what_is_here_by_its_commit_needs_no_hub(
+    workplace: Callable[..., RunContext],
+    server: HubServer,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Without HF_HUB_OFFLINE: nobody has to know that the Hub is away."""
+    (expert,) = found(asking(workplace, server, f"@{COMMIT}"))
+    pinned = asking(workplace, server, f"@{COMMIT}", AWAY)
+    looked = look(pinned)
+    assert looked.plan is not None
+    assert looked.plan.experts[0].ref == expert.ref
+    assert found(pinned)[0].adapter.spec == expert.adapter.spec
+    print_steps(pinned)
+    said = capsys.readouterr().out
+    assert f"org/base at {COMMIT[:12]}, here already" in said
+    assert f"a/adapter at {COMMIT[:12]}, here already" in said
+    monkeypatch.setenv("HF_ENDPOINT", AWAY)
+    assert inspect(f"a/adapter@{COMMIT}", pinned.adapters_folder).verdict != "refuse"
+    with pytest.raises(HubConnectionError, match=r"a/adapter@main.*if its commit of 40 hex"):
+        sources.resolve_adapter(
+            asking(workplace, server, "@main", AWAY),
+            ExpertSection(name="one", adapter="a/adapter@main"),
+        )
 
 
 def test_two_runs_at_once_download_a_base_once(

@@ -231,6 +231,71 @@ def test_this_machine_is_asked_without_a_proxy_and_a_proxy_that_is_none_is_named
         Server(url)
 
 
+class Guarded(Handler):
+    """Answers who has its key, and repeats the key to who has another."""
+
+    def do_GET(self) -> None:
+        if self._may():
+            super().do_GET()
+
+    def do_POST(self) -> None:
+        if self._may():
+            super().do_POST()
+
+    def _may(self) -> bool:
+        sent = self.headers.get("Authorization", "nothing")
+        if sent == "Bearer sk-right":
+            return True
+        data = f"{sent} is wrong".encode()
+        self.send_response(401)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data)
+        return False
+
+
+def test_a_key_is_sent_and_never_shown(
+    ledger: Ledger, world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    manifest = json.loads(world.manifest.to_json()) | {"router_id": ROUTER.id}
+    (tmp_path / MANIFEST).write_text(json.dumps(manifest))
+    monkeypatch.delenv("METEORA_API_KEY", raising=False)
+    with running(Guarded) as url:
+        command = "verify", tmp_path, "--served", url
+        said = meteora(*command, home=ledger.home)
+        assert "answers 401: nothing is wrong; put the server's API key into METEORA" in said.stderr
+        monkeypatch.setenv("METEORA_API_KEY", "sk-right")
+        assert meteora(*command, home=ledger.home).returncode == 0
+        monkeypatch.setenv("METEORA_API_KEY", "sk-other")
+        said = meteora(*command, home=ledger.home)
+        assert "answers 401: Bearer *** is wrong" in said.stderr
+        with pytest.raises(ServerError, match="METEORA_API_KEY holds characters that") as error:
+            Server(url, key="sk-right\r\n")
+    assert "sk-" not in said.stdout + said.stderr + str(error.value)
+
+
+def test_a_key_follows_no_redirect() -> None:
+    followed = []
+
+    class Elsewhere(Handler):
+        def do_GET(self) -> None:
+            followed.append(self.headers.get("Authorization"))
+            super().do_GET()
+
+    with running(Elsewhere) as other:
+
+        class Redirecting(Handler):
+            def do_GET(self) -> None:
+                self.send_response(307)
+                self.send_header("Location", f"{other}{self.path}")
+                self.send_header("Content-Length", "0")
+                self.end_headers()
+
+        with running(Redirecting) as url, pytest.raises(ServerError, match="answers 307: http"):
+            Server(url, key="sk-right")
+    assert followed == []
+
+
 def test_the_command_counts_equal_answers_and_fails_below_all(
     ledger: Ledger, url: str, world: World, tmp_path: Path
 ) -> None:

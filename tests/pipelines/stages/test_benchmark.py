@@ -7,6 +7,7 @@ import json
 import re
 import shlex
 import shutil
+from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
 from typing import TYPE_CHECKING, cast
@@ -228,6 +229,31 @@ def test_new_rows_of_an_expert_are_scored_as_its_others_are(
     _, tasks, _ = _choose_tasks(Ledger(tmp_path / "home"), world.manifest, "", request)
     assert (tasks[name].metrics, tasks[name].max_new_tokens) == (("rougeL",), 200)
     assert [row.prompt for row in tasks[name].rows] == ["a"]
+
+
+def test_how_new_rows_are_asked_is_said_where_recorded_tasks_differ_in_it(
+    world: World,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    (tmp_path / "new.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    first, second, *_ = world.manifest.names
+    recorded = {
+        name: Task(name, ("rougeL",), "plain", 9, [Row("q", "r")]) for name in (first, second)
+    }
+    monkeypatch.setattr("pipelines.stages.benchmark.recorded_tasks", lambda *_about: recorded)
+    asked = Ledger(tmp_path / "home"), world.manifest, ""
+    request = BenchmarkRequest((f"sums=jsonl:{tmp_path / 'new.jsonl'}",))
+    _choose_tasks(*asked, request)
+    assert capsys.readouterr().err == ""
+    recorded[second] = replace(recorded[second], system_prompt="Arr.")
+    _choose_tasks(*asked, BenchmarkRequest())
+    assert capsys.readouterr().err == ""
+    _choose_tasks(*asked, request)
+    said = " ".join(capsys.readouterr().err.split())
+    assert f"have 2 templates or system prompts; new rows are asked as {first} was" in said
+    assert "with template plain and the default system prompt; choose others in a recipe" in said
 
 
 def test_rows_of_a_shipped_recipe_lie_in_the_working_folder(

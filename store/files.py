@@ -28,6 +28,9 @@ FICLONE = 0x40049409  # linux/fs.h: share the extents of another file, copy on w
 CHUNK_BYTES = 1 << 20
 STALE_SECONDS = 3600.0
 """A temporary file older than this counts as a leftover."""
+HEX_DIGIT = "[0-9a-f]"
+PARTIAL = f"tmp/[0-9]*-{HEX_DIGIT * 16}"
+"""The paths of `partial_file`, as a pattern: a home may lie in a folder whose `tmp` has others."""
 
 
 @contextmanager
@@ -145,7 +148,7 @@ def discard(path: Path) -> None:
         ) from error
 
 
-def leftovers(root: Path, pattern: str = "tmp/*") -> list[Path]:
+def leftovers(root: Path, pattern: str = PARTIAL) -> list[Path]:
     """Leftovers of killed writers: paths of a pattern that have not changed for an hour."""
     oldest = time.time() - STALE_SECONDS
     stale = []

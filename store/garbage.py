@@ -8,14 +8,21 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from store.files import STALE_SECONDS, leftovers, size_of
+from store.files import HEX_DIGIT, STALE_SECONDS, leftovers, size_of
 
 if TYPE_CHECKING:
     from store.blobs import Blobs
     from store.records import Records
 
-STOPPED = ("bases/*.partial", "adapters/*/*.partial", "runs/*/", "training/*", "answers/*")
-"""Work of runs that were stopped; a run that needs it continues it. Files in `runs` are locks."""
+STOPPED = (
+    "bases/*.partial",
+    "adapters/*/*.partial",
+    f"runs/{'[0-9]' * 8}T{'[0-9]' * 6}-{HEX_DIGIT * 8}",
+    f"training/{HEX_DIGIT * 16}",
+    f"answers/{HEX_DIGIT * 32}.jsonl",
+)
+"""Work of runs that were stopped; a run that needs it continues it. Only what has a name of ours:
+whoever gives a project's folder as home may have other files in its `runs` or `training`."""
 SHA256_IN_TEXT = re.compile(rb"[0-9a-f]{64}")
 
 

@@ -61,7 +61,10 @@ class Remote:
         try:
             self._store = from_url(url, client_options=client, retry_config=retries)
         except (obstore.exceptions.BaseError, ValueError) as error:  # ValueError: it is no URL
-            raise StoreError(f"{url} cannot be used as shared storage: {brief(error)}") from None
+            raise StoreError(
+                f"{url} cannot be used as shared storage ({brief(error)}); give an address such as"
+                " s3://bucket/prefix"
+            ) from None
 
     def prove(self) -> None:
         """Check that the storage refuses a second writer of a name.

@@ -61,6 +61,16 @@ def path_from(folder: Path, name: str) -> Path:
     return folder / (Path(name).expanduser() if name.startswith("~/") else name)
 
 
+def names_path(name: str) -> bool:
+    """Whether `name`, a path or `owner/name[@revision]`, is a path from the working folder.
+
+    `a/b` is one if it exists, or a folder `a` does.
+    """
+    path = path_from(Path(), name.removeprefix(PATH))
+    is_repository = REPO_ID.fullmatch(name.partition("@")[0])
+    return not is_repository or path.exists() or path.parent.is_dir()
+
+
 def find_gguf(source: str) -> Path:
     """Find a GGUF file in an installed Python package; nothing of the package is imported.
 

@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, NoReturn
 from meteora.adapters.compatibility import IncompatibleAdaptersError, check_duplicates, check_memory
 from meteora.adapters.update_norm import check_proportion
 from meteora.base import loading
-from meteora.base.sources import PATH, path_from
+from meteora.base.sources import PATH, names_path, path_from
 from meteora.checkpoint import edit
 from meteora.model.silent_experts import silent_experts
 from meteora.untrusted.findings import AdapterError, Findings
@@ -48,7 +48,7 @@ class Candidate:
 
     name: str
     adapter: str
-    """A folder, or `owner/name[@revision]`."""
+    """A folder, or `owner/name[@revision]`, as in `names_path`."""
     subfolder: str = ""
     modules_to_save: OnExtras = "refuse"
     token_for: tuple[str, ...] = ()
@@ -152,8 +152,8 @@ class Admission:
 
 def _resolve(context: RunContext, candidate: Candidate) -> tuple[AdapterRef, Callable[[], Path]]:
     """The adapter, pinned, and a function that returns its folder, downloaded if need be."""
-    local = path_from(Path(), candidate.adapter.removeprefix(PATH))
-    if (local / candidate.subfolder).exists() or candidate.adapter.startswith(PATH):
+    if names_path(candidate.adapter):
+        local = path_from(Path(), candidate.adapter.removeprefix(PATH))
         return pin_folder(local, candidate.subfolder), lambda: local / candidate.subfolder
     hub = hub_of(context.recipe, candidate.adapter.partition("@")[0])
     is_here = partial(is_downloaded, cache_dir=context.adapters_folder)

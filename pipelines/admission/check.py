@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 from meteora.adapters import reader
 from meteora.adapters.reader import Verdict
-from meteora.artifacts import REPO_ID, Reason
-from meteora.base.sources import PATH, path_from
+from meteora.artifacts import Reason
+from meteora.base.sources import PATH, names_path, path_from
 from meteora.untrusted.findings import AdapterError
 from pipelines.hub import repositories
 from pipelines.hub.about import facts_of
@@ -35,18 +35,17 @@ def inspect(
     """The verdict on the adapter at `where`; its faults become reasons, not exceptions.
 
     Args:
-        where: A folder, a config, weights, or `owner/name[@revision]`. `a/b` is a path, and no
-            repository, if it exists or a folder `a` does.
+        where: A folder, a config, weights, or `owner/name[@revision]`, as in `names_path`.
         cache: The folder of downloaded adapters.
         subfolder: The adapter's folder inside the folder or the repository.
         modules_to_save: What to do with whole modules beside the LoRA, as in a recipe's policy.
         token_for: Owners, or `owner/name`, to whom the saved token is sent.
     """
-    path = path_from(Path(), where.removeprefix(PATH))
+    if names_path(where):
+        path = path_from(Path(), where.removeprefix(PATH)) / subfolder
+        verdict = reader.check(path, modules_to_save=modules_to_save)
+        return replace(verdict, facts=verdict.facts | {"licence": licence_of(path)})
     repo_id = where.partition("@")[0]
-    if not REPO_ID.fullmatch(repo_id) or path.exists() or path.parent.is_dir():
-        verdict = reader.check(path / subfolder, modules_to_save=modules_to_save)
-        return replace(verdict, facts=verdict.facts | {"licence": licence_of(path / subfolder)})
     hub = hub_for(repo_id, token_for)
     facts: dict[str, Any] = {"repo_id": repo_id, "subfolder": subfolder}
     try:

@@ -73,8 +73,8 @@ def output(text: str) -> OptionInfo:
     return typer.Option("--output", "-o", help=text)
 
 
-PARTS = ("records", "blobs", "ledger.duckdb", "store.toml", "adapters", "bases", "runs", "prefect")
-"""Files and folders of a home; every home has some of them."""
+PARTS = ("records", "blobs", "ledger.duckdb", "store.toml", "locks")
+"""What tells a home from a project's folder, which may have `adapters` and `runs`, too."""
 
 
 def text_or_input(text: str) -> str:

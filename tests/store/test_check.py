@@ -175,6 +175,10 @@ def test_records_that_wait_are_no_fault(filled: Shelf) -> None:
     assert not filled.ledger.verify().findings
 
 
+PARTIAL = "1-0123456789abcdef"
+"""What a writer calls a file that is not complete."""
+
+
 def old(path: Path) -> Path:
     os.utime(path, (0, 0), follow_symlinks=False)
     return path
@@ -188,7 +192,7 @@ def test_gc_lists_what_nothing_refers_to_and_removes_it_only_when_asked(filled: 
     young = ledger.blobs.put_bytes(b"a run will record it soon")
     old(ledger.blobs.path_of(unused))
     roots = (ledger.home, ledger.blobs.root, ledger.records.root, ledger.records.segments.root)
-    left = {root / "tmp" / "1-2" for root in roots}
+    left = {root / "tmp" / PARTIAL for root in roots}
     for path in left:
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_bytes(b"half")
@@ -213,12 +217,19 @@ def test_gc_lists_what_nothing_refers_to_and_removes_it_only_when_asked(filled: 
 
 
 @pytest.mark.parametrize(
-    "place", ["bases/b.partial", "adapters/a--b/c.partial", "runs/r", "training/t", "answers/a"]
+    "place",
+    [
+        "bases/1.partial",
+        "adapters/a--b/1.partial",
+        "runs/20260801T030000-0123abcd",
+        f"training/{'a1' * 8}",
+        f"answers/{'a1' * 16}.jsonl",
+    ],
 )
 def test_gc_finds_work_that_was_stopped(filled: Shelf, place: str) -> None:
     """A base of many gigabytes that nobody wants any more is nowhere else to be seen."""
     stopped = filled.ledger.home / place
-    going_on = stopped.with_name(f"new-{stopped.name}")
+    going_on = stopped.with_name(stopped.name.replace("1", "2"))
     for folder in (stopped, going_on):
         folder.mkdir(parents=True)
         old(folder)
@@ -254,14 +265,14 @@ def test_gc_removes_nothing_while_a_record_cannot_be_read(filled: Shelf) -> None
 
 
 def test_a_run_sweeps_what_killed_writers_left(filled: Shelf) -> None:
-    left = [root / "tmp" / "1-2" for root in (filled.home, filled.ledger.records.root)]
+    left = [root / "tmp" / PARTIAL for root in (filled.home, filled.ledger.records.root)]
     for path in left:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"half")
         old(path)
-    young = filled.ledger.blobs.root / "tmp" / "3-4"
+    young = filled.ledger.blobs.root / "tmp" / f"3-{'4' * 16}"
     young.write_bytes(b"someone writes it now")
-    spilt, spilling = (filled.home / "tmp" / name for name in ("5-6", "7-8"))
+    spilt, spilling = (filled.home / "tmp" / name for name in (f"5-{'6' * 16}", f"7-{'8' * 16}"))
     for folder in (spilt, spilling):
         folder.mkdir()
         (folder / "part").write_bytes(b"what did not fit in memory")
@@ -272,3 +283,17 @@ def test_a_run_sweeps_what_killed_writers_left(filled: Shelf) -> None:
         assert not any(path.exists() for path in (*left, spilt))
         assert young.exists()
         assert (spilling / "part").exists()
+
+
+def test_what_a_home_did_not_write_stays(filled: Shelf) -> None:
+    """The home may be a project's folder, with a `tmp`, `runs` and `training` of its own."""
+    places = ("tmp/notes.txt", "runs/Aug01_tensorboard/events", "training/rows", "answers/a.jsonl")
+    theirs = [filled.home / place for place in places]
+    for path in theirs:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text("mine")
+        old(path)
+        old(path.parent)
+    assert not filled.ledger.gc(remove=True)
+    with filled.ledger.running("nightly"):
+        assert all(path.exists() for path in theirs)

@@ -2,7 +2,7 @@ from __future__ import annotations
 
 import pytest
 
-from meteora.base.sources import SourceError, find_gguf
+from meteora.base.sources import SourceError, find_gguf, names_path
 
 
 def test_a_file_that_a_package_lists_and_lacks_is_not_there(tmp_path, monkeypatch):
@@ -18,3 +18,10 @@ def test_a_file_that_a_package_lists_and_lacks_is_not_there(tmp_path, monkeypatc
     file.parent.mkdir()
     file.touch()
     assert find_gguf("gguf:small-base/base.gguf") == file
+
+
+def test_a_mistyped_folder_is_a_path_and_no_repository(tmp_path, monkeypatch):
+    (tmp_path / "adapters").mkdir()
+    monkeypatch.chdir(tmp_path)
+    assert all(map(names_path, ("adapters", "adapters/sum", "path:org/sum", "../x/sum", "/x/sum")))
+    assert not any(map(names_path, ("org/sum", "org/sum@v1")))

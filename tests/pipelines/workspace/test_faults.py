@@ -128,9 +128,9 @@ def test_a_mistyped_home_makes_no_store(words: list[str], tmp_path: Path) -> Non
 
 
 def test_a_folder_of_other_things_is_no_home_and_an_empty_one_is(tmp_path: Path) -> None:
-    (tmp_path / "letter.txt").write_text("Dear")
+    (tmp_path / "adapters").mkdir()  # as a project has them, and a home, too
     refused(meteora("sql", home=tmp_path), "there is no store in it")
-    assert [path.name for path in tmp_path.iterdir()] == ["letter.txt"]
+    assert [path.name for path in tmp_path.iterdir()] == ["adapters"]
     Ledger(tmp_path / "home").ingest()
     assert meteora("sql", "SELECT 1", home=tmp_path / "home").returncode == 0
 

@@ -12,7 +12,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Generator
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -25,11 +25,10 @@ from prefect.states import Completed
 from meteora.artifacts import BaseSpec, BuiltBase, MeteoraError, RouterBuild
 from meteora.base.sources import PATH
 from pipelines.admission import sources, verdicts
-from pipelines.admission.base_identity import look_up_on_hub
 from pipelines.flows import device_lock, missed_runs, run_page
 from pipelines.flows.up_to_date import Look, look_or_reason
 from pipelines.hub.upload import hub_to_publish
-from pipelines.planning.resolve import Steps, complete, resolve
+from pipelines.planning.resolve import Steps, complete, recording, resolve
 from pipelines.recipe.recipe import (
     DeadlinesSection,
     ExpertSection,
@@ -287,19 +286,15 @@ def _stages(run: Run, until: Stage, looked: Look) -> Plan | None:
 
 
 def _steps(run: Run, built: BuiltBase) -> Steps:
-    """The steps of a run: adapters are downloaded, verdicts printed and recorded.
-
-    Those that use the network or may end the run are Prefect tasks.
-    """
-    context, ask = run.context, partial(run.child.call, deadline_seconds=run.deadlines.stack)
-    return Steps(
-        look_up_on_hub(context, built.spec, context.base_folder(built.spec)),
+    """The steps of a run; those that use the network or may end the run are Prefect tasks."""
+    ask = partial(run.child.call, deadline_seconds=run.deadlines.stack)
+    memory_limit_bytes = ask("memory")
+    return replace(
+        recording(run.context, built, partial(ask, "proportion"), memory_limit_bytes),
         discover=_discover,
         resolve_adapter=_at_the_network_unless_local(resolve_adapter),
         fetch_adapter=_at_the_network_unless_local(fetch_adapter),
-        accept=partial(verdicts.accept, context, built.norms, partial(ask, "proportion")),
-        refuse=partial(verdicts.refuse, context),
-        check_stack=partial(require_stackable, context, ask("memory")),
+        check_stack=partial(require_stackable, run.context, memory_limit_bytes),
     )
 
 

@@ -15,8 +15,8 @@ from typing import TYPE_CHECKING
 from meteora.adapters.compatibility import IncompatibleAdaptersError
 from meteora.artifacts import WITH_GATES, AdapterRef, BaseSpec, BuiltBase, MeteoraError, Reason
 from meteora.untrusted.findings import AdapterError
-from pipelines.admission import sources
-from pipelines.admission.base_identity import saved_verdict
+from pipelines.admission import sources, verdicts
+from pipelines.admission.base_identity import look_up_on_hub, saved_verdict
 from pipelines.admission.experts import Missing, Refusal, Requirements, read_expert
 from pipelines.data.rows import ExamplesError
 from pipelines.hub.errors import UnusableRepositoryError
@@ -26,6 +26,7 @@ from pipelines.recipe.recipe import FoundExpert
 if TYPE_CHECKING:
     from pipelines.admission.base_identity import LookUp
     from pipelines.admission.experts import Expert, Outcome
+    from pipelines.admission.verdicts import Proportion
     from pipelines.recipe.recipe import ExpertSection, Recipe
     from pipelines.workspace.context import RunContext
 
@@ -62,6 +63,24 @@ class Steps:
 def local_steps(context: RunContext, base: BaseSpec) -> Steps:
     """The steps of a look: they use only files on this disk."""
     return Steps(partial(saved_verdict, context, base))
+
+
+def recording(
+    context: RunContext, built: BuiltBase, proportion: Proportion, memory_limit_bytes: int
+) -> Steps:
+    """The steps of a run: adapters are downloaded, verdicts printed and recorded.
+
+    Args:
+        proportion: `update_norm.check_proportion`, or a call of it in the worker process.
+        memory_limit_bytes: The most memory for a stack.
+    """
+    return Steps(
+        look_up_on_hub(context, built.spec, context.base_folder(built.spec)),
+        fetch_adapter=sources.fetch_adapter,
+        accept=partial(verdicts.accept, context, built.norms, proportion),
+        refuse=partial(verdicts.refuse, context),
+        check_stack=partial(verdicts.require_stackable, context, memory_limit_bytes),
+    )
 
 
 def resolve(context: RunContext, built: BuiltBase, steps: Steps, made: Plan | None = None) -> Plan:

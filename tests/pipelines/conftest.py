@@ -8,7 +8,6 @@ import json
 import random
 import shutil
 from dataclasses import dataclass, replace
-from functools import partial
 from itertools import count
 from types import MappingProxyType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, Self
@@ -126,19 +125,10 @@ def base_of(work: RunContext) -> BuiltBase:
 def plan_of(work: RunContext, memory_limit_bytes: int = 1 << 30) -> Plan:
     """What a run is to do, without a scheduler."""
     from meteora.adapters.update_norm import check_proportion
-    from pipelines.admission import sources, verdicts
-    from pipelines.admission.base_identity import look_up_on_hub
-    from pipelines.planning.resolve import Steps, resolve
+    from pipelines.planning.resolve import recording, resolve
 
     built = base_of(work)
-    steps = Steps(
-        look_up_on_hub(work, built.spec, work.base_folder(built.spec)),
-        fetch_adapter=sources.fetch_adapter,
-        accept=partial(verdicts.accept, work, built.norms, check_proportion),
-        refuse=partial(verdicts.refuse, work),
-        check_stack=partial(verdicts.require_stackable, work, memory_limit_bytes),
-    )
-    return resolve(work, built, steps)
+    return resolve(work, built, recording(work, built, check_proportion, memory_limit_bytes))
 
 
 @pytest.fixture(scope="session")

@@ -15,8 +15,9 @@ if TYPE_CHECKING:
     from store.records import Records
 
 STOPPED = (
-    "bases/*.partial",
-    "adapters/*/*.partial",
+    f"bases/{HEX_DIGIT * 64}.partial",
+    f"adapters/*/{HEX_DIGIT * 40}*.partial",
+    f"adapters/*/.*.{HEX_DIGIT * 16}.partial",
     f"runs/{'[0-9]' * 8}T{'[0-9]' * 6}-{HEX_DIGIT * 8}",
     f"training/{HEX_DIGIT * 16}",
     f"answers/{HEX_DIGIT * 32}.jsonl",

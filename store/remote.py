@@ -61,9 +61,9 @@ class Remote:
         try:
             self._store = from_url(url, client_options=client, retry_config=retries)
         except (obstore.exceptions.BaseError, ValueError) as error:  # ValueError: it is no URL
+            advice = "" if "://" in url else "; give an address such as s3://bucket/prefix"
             raise StoreError(
-                f"{url} cannot be used as shared storage ({brief(error)}); give an address such as"
-                " s3://bucket/prefix"
+                f"{url} cannot be used as shared storage: {brief(error)}{advice}"
             ) from None
 
     def prove(self) -> None:

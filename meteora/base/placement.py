@@ -11,6 +11,7 @@ from __future__ import annotations
 import errno
 import fcntl
 import os
+import platform
 import shutil
 import tempfile
 from collections import Counter
@@ -34,8 +35,9 @@ if TYPE_CHECKING:
 
 WHOLE = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of `device_map` from which Accelerate makes a map."""
-WRITTEN = "meteora-offload-"
-"""How the names of temporary folders with offloaded weights begin."""
+WRITTEN = f"meteora-offload-{platform.node()}-"
+"""How the names of temporary folders with offloaded weights begin. Each machine has its own: others
+with the same temporary folder may not see its locks."""
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 """Part of torch's RuntimeError when CPU memory is not enough."""
 
@@ -116,13 +118,15 @@ def written_weights() -> Generator[Path]:
         with suppress(OSError), _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
             if any(left.iterdir()):  # an empty one may be about to be locked
                 shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=WRITTEN) as name, _locked(Path(name), fcntl.LOCK_EX):
+    with tempfile.TemporaryDirectory(prefix=WRITTEN) as name, ExitStack() as held:
+        with suppress(OSError):  # a file system without locks: nobody can clean up there either
+            held.enter_context(_locked(Path(name), fcntl.LOCK_EX))
         yield Path(name)
 
 
 @contextmanager
 def _locked(folder: Path, operation: int) -> Generator[None]:
-    descriptor = os.open(folder, os.O_RDONLY)
+    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
     try:
         fcntl.flock(descriptor, operation)
         yield

@@ -64,11 +64,11 @@ def path_from(folder: Path, name: str) -> Path:
 def names_path(name: str) -> bool:
     """Whether `name`, a path or `owner/name[@revision]`, is a path from the working folder.
 
-    `a/b` is one if it exists, or a folder `a` does.
+    `a/b` is one if it exists, or a folder `a` does; `a/b@main` only if it exists.
     """
     path = path_from(Path(), name.removeprefix(PATH))
     is_repository = REPO_ID.fullmatch(name.partition("@")[0])
-    return not is_repository or path.exists() or path.parent.is_dir()
+    return not is_repository or path.exists() or ("@" not in name and path.parent.is_dir())
 
 
 def find_gguf(source: str) -> Path:

@@ -45,7 +45,7 @@ def resolve(
     *,
     subfolder: str = "",
     hub: Hub = DEFAULT,
-    is_here: Callable[[AdapterRef], bool] = lambda _ref: False,
+    is_here: Callable[[AdapterRef], bool] | None = None,
 ) -> AdapterRef:
     """Pin `owner/name[@revision]` to its present commit.
 
@@ -69,7 +69,7 @@ def resolve(
         raise HubReferenceError(f"{text}: {subfolder!r} is not a folder inside a repository")
     if COMMIT.fullmatch(revision):
         pinned = AdapterRef(repo_id, revision, subfolder)
-        if not (is_offline() or is_here(pinned)):  # offline, the download checks it
+        if not (is_offline() or (is_here and is_here(pinned))):  # offline, the download checks it
             _check_commit(hub, AdapterRef(repo_id, revision))
         return pinned
     if is_offline():
@@ -81,6 +81,8 @@ def resolve(
     try:
         refs = hub.ask("refs", repo_id, text, pull_requests=wanted.startswith(PULL_REQUEST))
     except HubConnectionError as error:
+        if is_here is None:
+            raise
         raise HubConnectionError(
             f"{error}; what an earlier run downloaded is used without the Hub if its commit of 40"
             " hex digits is named after the @"

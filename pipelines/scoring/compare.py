@@ -72,15 +72,19 @@ def values_on_same_rows(
     templates write today's.
     """
     column = "prompt" if one.spec.base_id == other.spec.base_id else "reference"
-
-    def read(score: Score) -> tuple[list[str], list[float]]:
-        metric, path = score.spec.metric, ledger.blobs.path_of(score.outputs_sha256)
-        rows = read_outputs(path, [column, metric])
-        asked = [DATE.sub("", str(row.get(column))) for row in rows]
-        return asked, [float(row[metric]) for row in rows]
-
-    (asked, values), (asked_other, others) = read(one), read(other)
-    return (values, others) if asked == asked_other else None
+    ours, theirs = (
+        read_outputs(ledger.blobs.path_of(score.outputs_sha256), [column, score.spec.metric])
+        for score in (one, other)
+    )
+    asked, asked_other = (
+        [DATE.sub("", str(row.get(column))) for row in rows] for rows in (ours, theirs)
+    )
+    if asked != asked_other:
+        return None
+    return (
+        [float(row[one.spec.metric]) for row in ours],
+        [float(row[other.spec.metric]) for row in theirs],
+    )
 
 
 def scores_in_common(

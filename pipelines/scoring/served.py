@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import json
 import random
+import re
 import ssl
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -26,6 +27,8 @@ if TYPE_CHECKING:
 
 KEY = "METEORA_API_KEY"
 """The environment variable that holds a server's key."""
+KEY_TEXT = re.compile("[!-~]*")
+"""The characters of a key; with others httpx repeats it in its error."""
 AT_ONCE = 8
 """Requests at a time."""
 TIMEOUT_SECONDS = 600.0
@@ -111,8 +114,11 @@ class Server:
             raise ServerError(
                 f"{url} is no address of a server; it begins with http:// or https://"
             )
-        if not (key.isascii() and key.isprintable()):  # httpx would quote it in its error
-            raise ServerError(f"{KEY} holds characters that no HTTP header takes; set it again")
+        if not KEY_TEXT.fullmatch(key):
+            raise ServerError(
+                f"{KEY} holds a space, a line break or another character that no key has; set it"
+                " again"
+            )
         self.url = url.rstrip("/").removesuffix("/v1") + "/v1"
         self._key = key
         with _client(key) as client:
@@ -155,7 +161,10 @@ class Server:
         if not answer.is_success:
             said = text.decode("utf-8", "replace") or answer.headers.get("location", "")
             words = shortened(said.replace(self._key, "***") if self._key else said, 300)
-            advice = f"; put the server's API key into {KEY}" if answer.status_code == 401 else ""
+            what = (
+                "the key in it is not the server's" if self._key else "put the server's key into it"
+            )
+            advice = f"; {KEY}: {what}" if answer.status_code == 401 else ""
             raise ServerError(f"{url} answers {answer.status_code}: {words}{advice}")
         if len(text) > MOST_BYTES:
             raise ServerError(f"{url} answers with more than {MOST_BYTES >> 20} MiB")

@@ -219,8 +219,10 @@ def test_gc_lists_what_nothing_refers_to_and_removes_it_only_when_asked(filled: 
 @pytest.mark.parametrize(
     "place",
     [
-        "bases/1.partial",
-        "adapters/a--b/1.partial",
+        f"bases/{'a1' * 32}.partial",
+        f"adapters/a--b/{'a1' * 20}.partial",
+        f"adapters/a--b/{'a1' * 20}--inside.partial",
+        f"adapters/named-bases/.1.json.{'a1' * 8}.partial",
         "runs/20260801T030000-0123abcd",
         f"training/{'a1' * 8}",
         f"answers/{'a1' * 16}.jsonl",
@@ -287,7 +289,13 @@ def test_a_run_sweeps_what_killed_writers_left(filled: Shelf) -> None:
 
 def test_what_a_home_did_not_write_stays(filled: Shelf) -> None:
     """The home may be a project's folder, with a `tmp`, `runs` and `training` of its own."""
-    places = ("tmp/notes.txt", "runs/Aug01_tensorboard/events", "training/rows", "answers/a.jsonl")
+    places = (
+        "tmp/notes.txt",
+        "runs/Aug01_tensorboard/events",
+        "training/rows",
+        "answers/a.jsonl",
+        "adapters/sums/model.partial",
+    )
     theirs = [filled.home / place for place in places]
     for path in theirs:
         path.parent.mkdir(parents=True, exist_ok=True)

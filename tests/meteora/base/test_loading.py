@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import gc
 import json
+import os
 import shutil
 import tempfile
 from concurrent.futures import ThreadPoolExecutor
@@ -137,7 +138,9 @@ def test_what_a_killed_process_left_is_removed_and_a_living_ones_stays(
     dead = tmp_path / f"{WRITTEN}dead"  # its lock went with its process
     dead.mkdir()
     (dead / "weights").touch()
+    os.mkfifo(pipe := tmp_path / f"{WRITTEN}pipe")  # by anybody: opened as a file it never ends
     with written_weights() as one:
+        pipe.unlink()
         assert not dead.exists()
         (one / "weights").touch()
         with written_weights() as other:

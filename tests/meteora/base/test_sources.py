@@ -24,4 +24,4 @@ def test_a_mistyped_folder_is_a_path_and_no_repository(tmp_path, monkeypatch):
     (tmp_path / "adapters").mkdir()
     monkeypatch.chdir(tmp_path)
     assert all(map(names_path, ("adapters", "adapters/sum", "path:org/sum", "../x/sum", "/x/sum")))
-    assert not any(map(names_path, ("org/sum", "org/sum@v1")))
+    assert not any(map(names_path, ("org/sum", "org/sum@v1", "adapters/sum@v1")))

@@ -263,15 +263,19 @@ def test_a_key_is_sent_and_never_shown(
     with running(Guarded) as url:
         command = "verify", tmp_path, "--served", url
         said = meteora(*command, home=ledger.home)
-        assert "answers 401: nothing is wrong; put the server's API key into METEORA" in said.stderr
+        assert "answers 401: nothing is wrong; METEORA_API_KEY: put the server's" in said.stderr
         monkeypatch.setenv("METEORA_API_KEY", "sk-right")
         assert meteora(*command, home=ledger.home).returncode == 0
         monkeypatch.setenv("METEORA_API_KEY", "sk-other")
         said = meteora(*command, home=ledger.home)
-        assert "answers 401: Bearer *** is wrong" in said.stderr
-        with pytest.raises(ServerError, match="METEORA_API_KEY holds characters that") as error:
-            Server(url, key="sk-right\r\n")
-    assert "sk-" not in said.stdout + said.stderr + str(error.value)
+        assert (
+            "answers 401: Bearer *** is wrong; METEORA_API_KEY: the key in it is not" in said.stderr
+        )
+        for odd in ("sk-right\r\n", "sk-right ", "sk-ri\xe9"):
+            with pytest.raises(ServerError, match="METEORA_API_KEY holds a space") as error:
+                Server(url, key=odd)
+            assert "sk-" not in str(error.value)
+    assert "sk-" not in said.stdout + said.stderr
 
 
 def test_a_key_follows_no_redirect() -> None:

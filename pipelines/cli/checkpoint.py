@@ -319,7 +319,7 @@ def import_adapters(
         typer.Option(
             metavar="FOLDER",
             help="Where their rows are: NAME/train.jsonl and NAME/test.jsonl, or NAME.train.jsonl"
-            " and NAME.test.jsonl. Default: beside each adapter.",
+            " and NAME.test.jsonl. Default: in each adapter's own folder.",
         ),
     ] = None,
     pool: Annotated[

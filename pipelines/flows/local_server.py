@@ -219,8 +219,8 @@ def _wait_until_healthy(server: subprocess.Popen[bytes] | None, url: str, log: P
         server.kill()
         server.wait()
     raise ServerError(
-        f"the local Prefect server did not start; {log} says why, or set PREFECT_API_URL to a"
-        " server that runs"
+        f"the local Prefect server did not start; {log} says why if it ended by itself; on a very"
+        " busy machine try again, or set PREFECT_API_URL to a server that runs"
     )
 
 

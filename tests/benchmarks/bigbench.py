@@ -6,8 +6,8 @@
 BASE is a folder with SmolLM2-135M-Instruct as safetensors, DATA has `<task>/{train,test}.jsonl` of
 {"prompt", "response"} (BIG-bench, Apache-2.0; not shipped here). OUT gets `adapters/`, `tasks/` and
 `recipe.yaml`: the adapters trained here and the quickstart's own, fourteen in all. Adapters differ
-in rank, targets and scaling, as those of strangers do. Gates are fitted to rows that no adapter was
-trained on: the last 128 of each train file.
+in rank, targets and scaling, as those of strangers do. Every task is asked 200 rows. No adapter was
+trained on rows of the gates or of the tests.
 """
 
 from __future__ import annotations
@@ -22,17 +22,26 @@ import yaml
 
 from pipelines.recipe.recipe import locate
 from pipelines.stages.train_adapters import shuffled_for_ever
-from tests.quickstart.make import ATTENTION, MLP, Training, as_expert, train, write_rows
+from tests.quickstart.make import (
+    ATTENTION,
+    MLP,
+    Training,
+    as_expert,
+    seen_in_training,
+    train,
+    write_rows,
+    write_splits,
+)
 from tests.quickstart.make import TRAININGS as QUICKSTART
 
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
 SHIPPED = locate("quickstart").parent
-NUM_EXAMPLES = 128
+NUM_TEST, NUM_EXAMPLES = 200, 64
 GATES = {"examples_per_expert": 64}
 BENCHMARK = {
-    "limit": 60,
+    "limit": NUM_TEST,
     "max_new_tokens": 24,
     "batch_size": 30,
     "conversation": [{"n": 3, "count": 67}, {"n": 10, "count": 20}],
@@ -58,6 +67,19 @@ def read(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
+def split(task: str, data: Path, out: Path) -> list[dict[str, str]]:
+    """Write a task's rows for tests and gates, and give the others to train an adapter on.
+
+    BIG-bench's own test rows are fewer than `NUM_TEST`; the end of its train file has the rest.
+    """
+    test, train = (read(data / task / f"{name}.jsonl") for name in ("test", "train"))
+    gates_end = len(train) - (NUM_TEST - len(test))
+    train_end = gates_end - NUM_EXAMPLES
+    write_rows(out / "tasks" / task / "test.jsonl", test + train[gates_end:])
+    write_rows(out / "tasks" / task / "train.jsonl", train[train_end:gates_end])
+    return train[:train_end]
+
+
 def write_recipe(file: Path, tasks: Sequence[str], **sections: Any) -> None:
     """Write a recipe for tasks, those of the quickstart among them, whose files come beside it."""
     for folder in ("adapters", "tasks"):
@@ -75,14 +97,12 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", default=list(TRAININGS), choices=TRAININGS)
     arguments = parser.parse_args()
     for task in arguments.only:
-        rows = read(arguments.data / task / "train.jsonl")
-        write_rows(arguments.out / "tasks" / task / "train.jsonl", rows[-NUM_EXAMPLES:])
-        held_out = read(arguments.data / task / "test.jsonl")
-        write_rows(arguments.out / "tasks" / task / "test.jsonl", held_out)
-        stream = shuffled_for_ever(rows[:-NUM_EXAMPLES])
+        stream = shuffled_for_ever(split(task, arguments.data, arguments.out))
         train(arguments.base, task, TRAININGS[task], stream, arguments.out)
     tasks = [*TRAININGS, *QUICKSTART]
     write_recipe(arguments.out / "recipe.yaml", tasks, gates=GATES, benchmark=BENCHMARK)
+    for task in QUICKSTART:
+        write_splits(task, arguments.out, seen_in_training(task), NUM_TEST)
 
 
 if __name__ == "__main__":

@@ -5,8 +5,8 @@
 
 BASE and DATA are those of `tests.benchmarks.bigbench`, and TRAINED is what that script left. OUT
 gets TRAINED's fourteen adapters, one for each of three more tasks of BIG-bench and eleven of
-reasoning-gym, and a recipe over all. Every task is asked 120 rows, as many as BIG-bench's have. No
-adapter was trained on rows of the gates or of the tests.
+reasoning-gym, and a recipe over all. Every task is asked 200 rows. No adapter was trained on rows
+of the gates or of the tests.
 """
 
 from __future__ import annotations
@@ -23,16 +23,14 @@ import yaml
 
 from pipelines.stages.train_adapters import BATCH_SIZE, shuffled_for_ever
 from tests.benchmarks import bigbench
-from tests.benchmarks.bigbench import read
+from tests.benchmarks.bigbench import NUM_EXAMPLES, NUM_TEST, split
 from tests.quickstart import make
 from tests.quickstart.make import ATTENTION, MLP, Training
 
 if TYPE_CHECKING:
     from collections.abc import Iterator
 
-NUM_TEST = 120
-NUM_EXAMPLES = 64
-BENCHMARK = bigbench.BENCHMARK | {"limit": NUM_TEST, "max_new_tokens": 32}
+BENCHMARK = bigbench.BENCHMARK | {"max_new_tokens": 32}
 LONGEST = {"language_identification": 300}
 """Characters of a prompt to train on, where a few long ones would take most of the time."""
 MOST_ENTRIES = 20_000
@@ -90,23 +88,20 @@ def prepare(task: str, data: Path, out: Path) -> Iterator[dict[str, str]]:
     """Write a task's rows for gates and tests, and give the others to train an adapter on."""
     if task in MADE:
         rows = made(task, NUM_TEST + NUM_EXAMPLES + TRAININGS[task].steps * BATCH_SIZE)
-        test, train = rows[:NUM_TEST], rows[NUM_TEST:]
+        train_start = NUM_TEST + NUM_EXAMPLES
+        make.write_rows(out / "tasks" / task / "test.jsonl", rows[:NUM_TEST])
+        make.write_rows(out / "tasks" / task / "train.jsonl", rows[NUM_TEST:train_start])
+        others = rows[train_start:]
     else:
-        test, train = read(data / task / "test.jsonl"), read(data / task / "train.jsonl")
-    make.write_rows(out / "tasks" / task / "test.jsonl", test[:NUM_TEST])
-    make.write_rows(out / "tasks" / task / "train.jsonl", train[:NUM_EXAMPLES])
+        others = split(task, data, out)
     longest = LONGEST.get(task, sys.maxsize)
-    short = [row for row in train[NUM_EXAMPLES:] if len(row["prompt"]) <= longest]
+    short = [row for row in others if len(row["prompt"]) <= longest]
     return shuffled_for_ever(short)
 
 
 def write_recipe(trained: Path, out: Path) -> None:
-    shutil.copytree(trained / "adapters", out / "adapters", dirs_exist_ok=True)
-    for task in bigbench.TRAININGS:
-        shutil.copytree(trained / "tasks" / task, out / "tasks" / task, dirs_exist_ok=True)
-    for task in make.TRAININGS:
-        make.write_splits(task, out, make.seen_in_training(task), NUM_TEST)
-    recipe = yaml.safe_load((trained / "recipe.yaml").read_text())
+    shutil.copytree(trained, out, dirs_exist_ok=True)
+    recipe = yaml.safe_load((out / "recipe.yaml").read_text())
     tasks = itertools.chain(bigbench.TRAININGS, make.TRAININGS, TRAININGS)
     recipe["experts"] = list(map(make.as_expert, tasks))
     recipe["benchmark"] = BENCHMARK

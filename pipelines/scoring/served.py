@@ -161,11 +161,11 @@ class Server:
         if not answer.is_success:
             said = text.decode("utf-8", "replace") or answer.headers.get("location", "")
             words = shortened(said.replace(self._key, "***") if self._key else said, 300)
-            what = (
-                "the key in it is not the server's" if self._key else "put the server's key into it"
-            )
-            advice = f"; {KEY}: {what}" if answer.status_code == 401 else ""
-            raise ServerError(f"{url} answers {answer.status_code}: {words}{advice}")
+            if answer.status_code == 401 and self._key:
+                words += f"; {KEY} holds another key than the server's"
+            elif answer.status_code == 401:
+                words += f"; put the server's key into {KEY}"
+            raise ServerError(f"{url} answers {answer.status_code}: {words}")
         if len(text) > MOST_BYTES:
             raise ServerError(f"{url} answers with more than {MOST_BYTES >> 20} MiB")
         try:

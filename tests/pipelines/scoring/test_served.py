@@ -263,14 +263,12 @@ def test_a_key_is_sent_and_never_shown(
     with running(Guarded) as url:
         command = "verify", tmp_path, "--served", url
         said = meteora(*command, home=ledger.home)
-        assert "answers 401: nothing is wrong; METEORA_API_KEY: put the server's" in said.stderr
+        assert "answers 401: nothing is wrong; put the server's key into METEORA" in said.stderr
         monkeypatch.setenv("METEORA_API_KEY", "sk-right")
         assert meteora(*command, home=ledger.home).returncode == 0
         monkeypatch.setenv("METEORA_API_KEY", "sk-other")
         said = meteora(*command, home=ledger.home)
-        assert (
-            "answers 401: Bearer *** is wrong; METEORA_API_KEY: the key in it is not" in said.stderr
-        )
+        assert "answers 401: Bearer *** is wrong; METEORA_API_KEY holds another" in said.stderr
         for odd in ("sk-right\r\n", "sk-right ", "sk-ri\xe9"):
             with pytest.raises(ServerError, match="METEORA_API_KEY holds a space") as error:
                 Server(url, key=odd)

@@ -82,7 +82,7 @@ def fit_to_background(
         sweep = Sweep(model, [(b.input_ids, b.attention_mask) for b in batches], scratch=scratch)
         for index in range(len(sweep.layers)):
             with sweep.held(index):
-                for paths in sweep.points(index):
+                for paths in sweep.points[index]:
                     inputs = zip(sweep.inputs(index, paths[0]), chosen, strict=True)
                     x = torch.cat([part[mask].float() for part, mask in inputs])  # [T, IN]
                     if not x.isfinite().all():

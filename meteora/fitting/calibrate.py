@@ -367,7 +367,7 @@ def sweep_gates(
         sharing = Sharing(options.share, len(sweep.layers))
 
         def fit_layer(index: int) -> None:
-            for paths in sweep.points(index):
+            for paths in sweep.points[index]:
                 point = [layers[path] for path in paths]
                 decided = sharing.decided(index)
                 if decided is None:

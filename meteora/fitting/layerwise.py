@@ -56,7 +56,7 @@ class Sweep:
 
     Between calls everything is kept in CPU memory, so that a device holds the states of one batch.
 
-    Use in order: for each layer, inside `held`: for each of its points, `inputs`; then `advance`.
+    Use in order: for each layer, inside `held`: for each of its `points`, `inputs`; then `advance`.
     """
 
     def __init__(
@@ -84,6 +84,8 @@ class Sweep:
         prefix, self._routed = _by_layer(model)
         """The routed modules of each layer, by module path."""
         self.layers = cast("nn.ModuleList", model.get_submodule(prefix))
+        self.points: list[list[list[str]]] = []
+        """Of each layer: the routed modules in groups that share an input, in call order."""
         self._num_outputs = 0
         """The length of the tuple that a layer returns, hidden states first; 0 if it returns no
         tuple, but hidden states alone."""
@@ -124,7 +126,7 @@ class Sweep:
         self._hidden.append(hidden)
         for index in range(len(self.layers)):
             with self.held(index):
-                self.points(index)
+                self.points.append(self._points(index))
                 self.advance(index)
         if not torch.allclose(self._hidden.pop(), ends[0].cpu(), 1e-3, 1e-3, equal_nan=True):
             raise SweepError(
@@ -233,8 +235,8 @@ class Sweep:
         """
         self._decision = decision
 
-    def points(self, index: int) -> list[list[str]]:
-        """The routed modules of a layer, grouped by the input that they share, in call order.
+    def _points(self, index: int) -> list[list[str]]:
+        """The routed modules of a layer that share an input, by running it on the first batch.
 
         Raises:
             SweepError: the model does not call one of them, or calls one several times.

@@ -165,7 +165,7 @@ def mean_inputs(world: World, model: PreTrainedModel) -> Gates:
     num_experts = len(world.names)
     for index in range(len(sweep.layers)):
         with sweep.held(index):
-            for paths in sweep.points(index):
+            for paths in sweep.points[index]:
                 inputs = list(sweep.inputs(index, paths[0]))
                 sums = torch.zeros(num_experts, inputs[0].shape[-1])
                 counts = torch.zeros(num_experts)

@@ -235,7 +235,7 @@ def test_what_layers_are_called_with_is_made_again_where_hidden_states_lie_in_fi
     monkeypatch.setattr(layerwise, "MAX_HIDDEN_BYTES", 0)
     filed = layerwise.Sweep(model, batches, scratch=tmp_path)
     for index in range(2):
-        for path in [path for paths in kept.points(index) for path in paths]:
+        for path in [path for paths in kept.points[index] for path in paths]:
             for one, other in zip(kept.inputs(index, path), filed.inputs(index, path), strict=True):
                 assert torch.equal(one, other)
                 assert len(filed._calls) == 1 < len(kept._calls) == len(batches)

@@ -385,7 +385,7 @@ def test_layers_that_hand_on_more_than_hidden_states_are_refused(linked):
         with pytest.raises(SweepError, match="hand each other more than hidden states"):
             Sweep(model, batches)
     else:
-        assert Sweep(model, batches).points(1) == [["layers.1.proj"]]
+        assert Sweep(model, batches).points[1] == [["layers.1.proj"]]
 
 
 def routed(model, path):

@@ -68,20 +68,32 @@ def encode_messages(
     if not tokenizer.chat_template:
         raise ConversationError(
             "the base's tokenizer has no chat template, so it has no conversations; ask it with"
-            " `meteora generate`"
+            " `meteora generate`, or a server at /v1/completions"
         )
     try:
         text = rendered(tokenizer, messages)
-        text.encode()
     except TemplateError as error:
         raise ConversationError(
             f"the base's chat template does not take these messages: {error}"
         ) from error
+    return encode_text(tokenizer, text, add_special_tokens=False)
+
+
+def encode_text(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, add_special_tokens: bool = True
+) -> list[int]:
+    """Return the token ids of a text as it stands, in no chat template.
+
+    Raises:
+        ConversationError: the text is no Unicode.
+    """
+    try:
+        text.encode()
     except UnicodeEncodeError as error:
         raise ConversationError(
-            "a message has half of a surrogate pair, which is no character"
+            "the prompt has half of a surrogate pair, which is no character"
         ) from error
-    return list(tokenizer(text, add_special_tokens=False).input_ids)
+    return list(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> list[int]:

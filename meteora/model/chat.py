@@ -22,7 +22,12 @@ from torch import Tensor
 from transformers import StoppingCriteriaList
 
 from meteora.artifacts import NULL
-from meteora.base.chat_template import ConversationError, common_beginning, encode_messages
+from meteora.base.chat_template import (
+    ConversationError,
+    common_beginning,
+    encode_messages,
+    encode_text,
+)
 from meteora.base.placement import input_device
 from meteora.model.fused import expert_names, force_expert
 from meteora.model.generate import batch_of, end_tokens, generate_ids
@@ -103,6 +108,8 @@ class _Reading:
 
     expert: str
     """The forced expert; empty if the routers decide."""
+    is_text: bool
+    """Whether the last prompt was a text, and no conversation."""
     num_first: int
     """The length of the first prompt."""
     num_prompt: int
@@ -147,7 +154,7 @@ class Chat:
 
     def answer(
         self,
-        messages: Sequence[Mapping[str, str]],
+        messages: Sequence[Mapping[str, str]] | str,
         *,
         expert: str = "",
         max_new_tokens: int = 256,
@@ -155,10 +162,11 @@ class Chat:
         stop: Collection[str] = (),
         on_token: Callable[[Token], None] = lambda _token: None,
     ) -> Answer:
-        """Answer the last of the messages.
+        """Answer the last of the messages, or continue a text.
 
         Args:
-            messages: `role` and `content` of each, the oldest first
+            messages: `role` and `content` of each, the oldest first; or a text as it stands, which
+                needs no chat template
             expert: one of `experts`, which gets every token; empty for the model's own routing
             max_new_tokens: the answer is cut at this many tokens, or at the model's longest text
             stop: texts that end the answer, and are no part of it
@@ -167,10 +175,13 @@ class Chat:
 
         Raises:
             ConversationError: the chat template does not take the messages, or they are too long.
-            EmptyPromptError: the chat template makes no tokens of them.
+            EmptyPromptError: they have no tokens.
             UnknownExpertError: no expert of the model has this name.
         """
-        ids = encode_messages(self.tokenizer, messages)
+        if isinstance(messages, str):
+            is_text, ids = True, encode_text(self.tokenizer, messages)
+        else:
+            is_text, ids = False, encode_messages(self.tokenizer, messages)
         self.check_length(ids)
         max_new_tokens = min(max_new_tokens, self.longest - len(ids))
         ends = end_tokens(self.model, self.tokenizer)
@@ -180,7 +191,7 @@ class Chat:
             every_pass(self.model) as passes,
             _seeded(sampling, input_device(self.model)),
         ):
-            before = self._take(ids, expert)
+            before = self._take(ids, expert, is_text=is_text)
             listener = _Listener(self, passes, ends, stop, on_token)
             out = generate_ids(
                 self.model,
@@ -195,7 +206,7 @@ class Chat:
             read_last(self.model, out)
             listener.finish()
         num_cached = len(before.ids) if before else 0
-        self._keep(ids, out, passes, expert, before)
+        self._keep(ids, out, passes, expert, before, is_text=is_text)
         return Answer(
             text=listener.text,
             tokens=tuple(listener.tokens),
@@ -243,7 +254,7 @@ class Chat:
         """Drop the last conversation."""
         self._reading = None
 
-    def _take(self, ids: list[int], expert: str) -> _Reading | None:
+    def _take(self, ids: list[int], expert: str, *, is_text: bool) -> _Reading | None:
         """Take the last reading, cut to its common beginning with a prompt; None if it is no use.
 
         It is always removed: an answer that is interrupted leaves a cache in an unknown state.
@@ -254,6 +265,8 @@ class Chat:
         watcher, least = watcher_of(self.model), 1
         if not expert and isinstance(watcher, PromptReader):
             return None  # the last question decides for all turns
+        if watcher is not None and (is_text or reading.is_text):
+            return None  # only the chat template shows where the question ends that decides
         # if routers look ahead, the question that decided their routes must be the same
         if isinstance(watcher, Turns):
             least = reading.num_prompt
@@ -272,6 +285,8 @@ class Chat:
         passes: list[Routes],
         expert: str,
         before: _Reading | None,
+        *,
+        is_text: bool,
     ) -> None:
         """Keep the tokens, cache and routes for the next answer and for a trace."""
         read = out.sequences[0].tolist()
@@ -284,6 +299,7 @@ class Chat:
         is_kept = whole_layers(cache) is not None and not rotates_by_length(config)
         self._reading = _Reading(
             expert=expert,
+            is_text=is_text,
             num_first=before.num_first if before else len(ids),
             num_prompt=len(ids),
             ids=read,

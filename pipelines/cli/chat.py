@@ -94,7 +94,7 @@ def chat_server(
     dtype: options.Dtype = "auto",
     home: options.Home = options.DEFAULT_HOME,
 ) -> None:
-    """Serve a fused model to clients of OpenAI's chat API; a request may name one expert.
+    """Serve a fused model to clients of OpenAI's API; a request may name one expert.
 
     Requests are answered one after the other. The server listens on loopback unless you give
     --host, and asks for no key.

@@ -1,4 +1,4 @@
-"""A fused model behind OpenAI's chat API.
+"""A fused model behind OpenAI's API.
 
 requests      the fields of a request, and their limits
 answers       replies: whole, or as a stream of events

@@ -18,7 +18,7 @@ if TYPE_CHECKING:
     from torch import nn
 
     from meteora.model.trace import Token
-    from pipelines.serving.requests import ChatRequest
+    from pipelines.serving.requests import AnyRequest
 
     Item = Token | Answer | Exception
 
@@ -74,7 +74,7 @@ class ModelThread:
         self._stopped = True
 
     async def answer(
-        self, asked: ChatRequest, expert: str, client: Request
+        self, request: AnyRequest, expert: str, client: Request
     ) -> AsyncGenerator[Token | Answer]:
         """Yield each token at once, and the answer at the end; stop if the client leaves.
 
@@ -83,7 +83,7 @@ class ModelThread:
             client: the HTTP request, which knows whether its client is still connected
         """
         outbox = _Outbox()
-        self._pool.submit(self._work, asked, expert, outbox)
+        self._pool.submit(self._work, request, expert, outbox)
         try:
             while not await client.is_disconnected():
                 if self._stopped:
@@ -100,17 +100,17 @@ class ModelThread:
         finally:
             outbox.closed.set()
 
-    def _work(self, asked: ChatRequest, expert: str, outbox: _Outbox) -> None:
+    def _work(self, request: AnyRequest, expert: str, outbox: _Outbox) -> None:
         """Answer a request, in the model's thread."""
         try:
             outbox.look()
             with _before_each_layer(self.chat.model, outbox.look):
                 answer = self.chat.answer(
-                    [message.plain() for message in asked.messages],
+                    request.asked,
                     expert=expert,
-                    max_new_tokens=asked.max_new_tokens,
-                    sampling=asked.sampling,
-                    stop=asked.stops,
+                    max_new_tokens=request.max_new_tokens,
+                    sampling=request.sampling,
+                    stop=request.stops,
                     on_token=outbox.put,
                 )
             outbox.put(answer)

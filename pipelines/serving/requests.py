@@ -1,8 +1,12 @@
-"""The requests of `/v1/chat/completions`; fields that would have no effect are refused."""
+"""The requests of `/v1/chat/completions` and `/v1/completions`.
+
+Fields that would have no effect are refused.
+"""
 
 from __future__ import annotations
 
 import asyncio
+from abc import ABC, abstractmethod
 from typing import TYPE_CHECKING, Annotated, Any, Literal
 
 from fastapi import HTTPException
@@ -24,9 +28,12 @@ takes about a kilobyte; a template adds tokens for each message, even without te
 Stop = Annotated[str, Field(min_length=1, max_length=256)]
 Zero = Annotated[float, Field(ge=0, le=0)]
 MAX_NEW_TOKENS = 512
-"""The default for requests that name no number."""
+"""The default for conversations that name no number."""
+MAX_NEW_TOKENS_OF_TEXT = 16
+"""The default for texts that are continued: OpenAI's."""
 MAX_CHARACTERS = 4_000_000
-"""The most characters of all messages: more fit into no model, and take minutes to tokenize."""
+"""The most characters of a prompt: more fit into no model, and take minutes to tokenize."""
+Prompt = Annotated[str, Field(max_length=MAX_CHARACTERS)]
 
 
 class BoundedBodies:
@@ -100,17 +107,15 @@ class ResponseFormat(BaseModel):
     type: Literal["text"]
 
 
-class ChatRequest(BaseModel):
-    """A request. Without a temperature, decoding is greedy."""
+class AnyRequest(BaseModel, ABC):
+    """The fields of every request. Without a temperature, decoding is greedy."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, allow_inf_nan=False)
 
     model: str
-    messages: list[Message] = Field(min_length=1)
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     max_tokens: int | None = Field(None, ge=1)
-    max_completion_tokens: int | None = Field(None, ge=1)
     temperature: float | None = Field(None, ge=0, le=2)
     top_p: float | None = Field(None, gt=0, le=1)
     seed: int | None = Field(None, ge=-(2**63), lt=2**63)
@@ -120,25 +125,12 @@ class ChatRequest(BaseModel):
 
     # these are accepted only with values that ask for nothing
     n: Literal[1] | None = None
-    logprobs: Literal[False] | None = None
     frequency_penalty: Zero | None = None
     presence_penalty: Zero | None = None
-    tools: Annotated[list[object], Field(max_length=0)] | None = None
-    tool_choice: Literal["none", "auto"] | None = None
-    top_logprobs: Literal[0] | None = None
     logit_bias: Annotated[dict[str, object], Field(max_length=0)] | None = None
-    response_format: ResponseFormat | None = None
-    modalities: list[Literal["text"]] | None = None
-    service_tier: Literal["auto", "default"] | None = None
 
-    # these change no answer
-    parallel_tool_calls: bool | None = None
     user: str | None = None
-    metadata: dict[str, str] | None = None
-    store: bool | None = None
-    prompt_cache_key: str | None = None
-    prompt_cache_retention: str | None = None
-    safety_identifier: str | None = None
+    """It changes no answer."""
 
     @model_validator(mode="before")
     @classmethod
@@ -161,17 +153,14 @@ class ChatRequest(BaseModel):
             waiting.extend(inside)
         return sent
 
-    @field_validator("messages")
-    @classmethod
-    def _refuse_too_long(cls, messages: list[Message]) -> list[Message]:
-        length = sum(len(message.plain()["content"]) for message in messages)
-        if length > MAX_CHARACTERS:
-            raise ValueError(f"they have {length} characters; at most {MAX_CHARACTERS} are taken")
-        return messages
+    @property
+    @abstractmethod
+    def asked(self) -> list[dict[str, str]] | str:
+        """What `Chat.answer` takes: messages, or a text."""
 
     @property
-    def max_new_tokens(self) -> int:
-        return self.max_completion_tokens or self.max_tokens or MAX_NEW_TOKENS
+    @abstractmethod
+    def max_new_tokens(self) -> int: ...
 
     @property
     def sampling(self) -> Sampling:
@@ -186,3 +175,61 @@ class ChatRequest(BaseModel):
     def wants_usage(self) -> bool:
         """Whether a stream ends with the token counts."""
         return self.stream_options is not None and bool(self.stream_options.include_usage)
+
+
+class ChatRequest(AnyRequest):
+    """A request to answer a conversation."""
+
+    messages: list[Message] = Field(min_length=1)
+    max_completion_tokens: int | None = Field(None, ge=1)
+
+    # these are accepted only with values that ask for nothing
+    logprobs: Literal[False] | None = None
+    top_logprobs: Literal[0] | None = None
+    tools: Annotated[list[object], Field(max_length=0)] | None = None
+    tool_choice: Literal["none", "auto"] | None = None
+    response_format: ResponseFormat | None = None
+    modalities: list[Literal["text"]] | None = None
+    service_tier: Literal["auto", "default"] | None = None
+
+    # these change no answer
+    parallel_tool_calls: bool | None = None
+    metadata: dict[str, str] | None = None
+    store: bool | None = None
+    prompt_cache_key: str | None = None
+    prompt_cache_retention: str | None = None
+    safety_identifier: str | None = None
+
+    @field_validator("messages")
+    @classmethod
+    def _refuse_too_long(cls, messages: list[Message]) -> list[Message]:
+        length = sum(len(message.plain()["content"]) for message in messages)
+        if length > MAX_CHARACTERS:
+            raise ValueError(f"they have {length} characters; at most {MAX_CHARACTERS} are taken")
+        return messages
+
+    @property
+    def asked(self) -> list[dict[str, str]]:
+        return [message.plain() for message in self.messages]
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.max_completion_tokens or self.max_tokens or MAX_NEW_TOKENS
+
+
+class CompletionRequest(AnyRequest):
+    """A request to continue a text, which is put into no chat template."""
+
+    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=1)]
+
+    # these are accepted only with values that ask for nothing
+    best_of: Literal[1] | None = None
+    echo: Literal[False] | None = None
+
+    @property
+    def asked(self) -> str:
+        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+
+    @property
+    def max_new_tokens(self) -> int:
+        return self.max_tokens or MAX_NEW_TOKENS_OF_TEXT

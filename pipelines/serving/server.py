@@ -23,11 +23,16 @@ from starlette.exceptions import HTTPException as AnyHTTPException
 from meteora.artifacts import MeteoraError
 from meteora.model.chat import Answer, Chat
 from meteora.untrusted.findings import MOST_NAMED, brief, did_you_mean, listed, shortened
-from pipelines.serving.answers import Reply, error_body, event
+from pipelines.serving.answers import ChatReply, Reply, TextReply, error_body, event
 from pipelines.serving.host_names import KnownHostsOnly
 from pipelines.serving.model_thread import ModelThread, StoppedError
 from pipelines.serving.page import HEADERS
-from pipelines.serving.requests import BoundedBodies, ChatRequest
+from pipelines.serving.requests import (
+    AnyRequest,
+    BoundedBodies,
+    ChatRequest,
+    CompletionRequest,
+)
 from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
@@ -40,7 +45,7 @@ MOST_CONNECTIONS = 128
 
 
 def make_app(thread: ModelThread, name: str, *, names: Collection[str], page: str = "") -> FastAPI:
-    """The app: `/v1/models` and `/v1/chat/completions`, and a page at `/` if there is one.
+    """The app: models, chat and plain completions under `/v1`, and a page at `/` if there is one.
 
     Args:
         name: of the model; each of its experts is a model `name:expert`, too, and so is its base
@@ -68,10 +73,17 @@ def make_app(thread: ModelThread, name: str, *, names: Collection[str], page: st
         return _model(model)
 
     @app.post("/v1/chat/completions", response_model=None)
-    async def complete(asked: ChatRequest, http: Request) -> dict[str, Any] | Response:
+    async def chat(asked: ChatRequest, http: Request) -> dict[str, Any] | Response:
+        return await respond(asked, ChatReply(asked, experts), http)
+
+    @app.post("/v1/completions", response_model=None)
+    async def complete(asked: CompletionRequest, http: Request) -> dict[str, Any] | Response:
+        return await respond(asked, TextReply(asked, experts), http)
+
+    async def respond(asked: AnyRequest, reply: Reply, http: Request) -> dict[str, Any] | Response:
         items = thread.answer(asked, _expert_of(models, asked.model), http)
         try:
-            return await _respond(Reply(asked, experts), items, stream=bool(asked.stream))
+            return await _respond(reply, items, stream=bool(asked.stream))
         except (MeteoraError, HTTPException):
             raise
         except Exception as error:
@@ -121,7 +133,8 @@ async def _stream(
 ) -> AsyncGenerator[str]:
     """The events of one answer. An error in the middle becomes the last event."""
     async with aclosing(items):
-        yield reply.first()
+        if beginning := reply.first():
+            yield beginning
         if first is not None:
             yield reply.last(first) if isinstance(first, Answer) else reply.token(first)
         try:
@@ -165,8 +178,8 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
     sentence = str(error.detail)
     if sentence == HTTPStatus.NOT_FOUND.phrase:  # the router's own word
         sentence = (
-            f"there is nothing at {shortened(request.url.path)}; there are /v1/chat/completions and"
-            " /v1/models"
+            f"there is nothing at {shortened(request.url.path)}; there are /v1/chat/completions,"
+            " /v1/completions and /v1/models"
         )
     # the reply to a refused method has a header with the allowed ones
     return JSONResponse(error_body(sentence), error.status_code, headers=error.headers)

@@ -183,6 +183,31 @@ def test_a_router_that_looks_ahead_answers_on_one_cache_as_without(looking_ahead
     assert chat.answer([user("what else is there?")], max_new_tokens=6).num_cached == 0
 
 
+def test_a_text_is_continued_as_generate_does_and_on_the_cache_of_its_beginning(model, tokenizer):
+    tokenizer.chat_template = None
+    chat, prompt = Chat(model, tokenizer), "digits 12"
+    found = chat.answer(prompt, max_new_tokens=6)
+    assert found.text == meteora.generate(model, tokenizer, prompt, max_new_tokens=6)
+    longer = chat.answer(f"{prompt}{found.text} and more", max_new_tokens=6)
+    assert longer.num_cached >= len(tokenizer(prompt).input_ids)
+    alone = Chat(model, tokenizer).answer(f"{prompt}{found.text} and more", max_new_tokens=6)
+    assert (longer.text, alone.num_cached) == (alone.text, 0)
+    with pytest.raises(ConversationError, match="half of a surrogate pair"):
+        chat.answer("\ud800")
+
+
+def test_a_text_shares_no_cache_where_its_question_decides(looking_ahead, talking):
+    """Without a template nothing shows that the longer text is another question."""
+    chat = Chat(looking_ahead, talking)
+    first = chat.answer("digits 12", max_new_tokens=6)
+    for asked in ("digits 12 and 13", [user("digits 12")], "digits"):
+        found = chat.answer(asked, max_new_tokens=6)
+        alone = Chat(looking_ahead, talking).answer(asked, max_new_tokens=6)
+        assert found.num_cached == 0
+        assert (found.text, found.tokens) == (alone.text, alone.tokens)
+    assert first.num_cached == 0
+
+
 def test_two_conversations_on_one_model_answer_as_each_alone(looking_ahead, talking):
     """Gates hold one question: the other conversation's, by the time that the first goes on."""
     one, other = Chat(looking_ahead, talking), Chat(looking_ahead, talking)

@@ -33,8 +33,18 @@ PROMPTS = ["one", "two and two", "three", "four, at last"]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tiny", "tiny:(base)"])
-def test_lm_evals_command_has_the_answers_of_the_benchmark(chat, tmp_path: Path, name: str) -> None:
+@pytest.mark.parametrize(
+    ("name", "kind"), [("tiny", "chat"), ("tiny:(base)", "chat"), ("tiny", "text")]
+)
+def test_lm_evals_command_has_the_answers_of_the_benchmark(
+    chat, tmp_path: Path, monkeypatch, name: str, kind: str
+) -> None:
+    path, client = "chat/completions", ["local-chat-completions", "--apply_chat_template"]
+    settings = ""
+    if kind == "text":
+        monkeypatch.setattr(chat.tokenizer, "chat_template", None)
+        path, client = "completions", ["local-completions"]
+        settings = ",tokenizer_backend=None,tokenized_requests=False"
     with without_experts(chat.model) if "base" in name else nullcontext():
         harness = Harness(chat.model, chat.tokenizer, batch_size=1)
         answers = [text for text, _ in harness.generate(PROMPTS, 8)]
@@ -47,8 +57,8 @@ def test_lm_evals_command_has_the_answers_of_the_benchmark(chat, tmp_path: Path,
         said = subprocess.run(
             [
                 sys.executable, "-W", "ignore", "-m", "lm_eval",
-                "--model", "local-chat-completions", "--apply_chat_template",
-                "--model_args", f"model={name},base_url={address}/v1/chat/completions",
+                "--model", *client,
+                "--model_args", f"model={name},base_url={address}/v1/{path}{settings}",
                 "--tasks", str(tmp_path / "echoes.yaml"),
                 "--log_samples", "--output_path", str(tmp_path / "out"),
             ],

@@ -22,6 +22,8 @@ from meteora.artifacts import MeteoraError
 from meteora.model.chat import Chat
 from meteora.model.trace import Token
 from meteora.routing.layer import routed_layers
+from pipelines.evaluation.harness import Harness
+from pipelines.scoring.served import RecordedAnswer, Server
 from pipelines.serving import model_thread, requests, server
 from pipelines.serving.host_names import names_of
 from pipelines.serving.requests import ChatRequest
@@ -262,6 +264,57 @@ def test_bad_input_is_one_sentence_and_a_status(url, change, status: int, senten
     assert not found.json()["error"]["message"].startswith("model.model")
 
 
+def test_a_text_is_continued_without_a_template_whole_and_streamed(client, chat) -> None:
+    asked = {"model": "tiny:q_and_v", "prompt": "hello", "max_tokens": 8}
+    found = client.completions.create(**asked, extra_body={"trace": True})
+    expected = chat.answer("hello", expert="q_and_v", max_new_tokens=8)
+    assert (found.object, found.choices[0].text) == ("text_completion", expected.text)
+    assert found.choices[0].finish_reason == "length"
+    assert found.usage.prompt_tokens == len(chat.tokenizer("hello").input_ids)
+    assert {one["expert"] for one in found.choices[0].trace} == {"q_and_v"}
+    options = {"include_usage": True}
+    *parts, usage = client.completions.create(**asked, stream=True, stream_options=options)
+    assert "".join(part.choices[0].text for part in parts) == expected.text
+    assert [part.choices[0].finish_reason for part in parts[-2:]] == [None, "length"]
+    assert usage.usage.total_tokens == found.usage.total_tokens
+    assert client.completions.create(model="tiny", prompt=["hello"]).usage.completion_tokens == 16
+
+
+def test_a_base_without_a_chat_template_is_served_as_it_was_measured(chat, monkeypatch) -> None:
+    monkeypatch.setattr(chat.tokenizer, "chat_template", None)
+    prompts = ["one", "two and two"]
+    answers = Harness(chat.model, chat.tokenizer, batch_size=1).generate(prompts, 8)
+    with serving(chat) as address:
+        refused = post(f"{address}/v1", {"model": "tiny", "messages": HELLO})
+        asked = [RecordedAnswer("task", one, "", 8, templated=False) for one in prompts]
+        assert Server(address).answers(asked) == [text for text, _ in answers]
+    assert refused.status_code == 400
+    assert refused.json()["error"]["message"].endswith("or a server at /v1/completions")
+
+
+@pytest.mark.parametrize(
+    ("change", "sentence"),
+    [
+        ({"prompt": ["one", "two"]}, "prompt: List should have at most 1 item"),
+        ({"prompt": [1, 2]}, "prompt: List should have at most 1 item"),
+        ({"prompt": None}, "prompt: Field required"),
+        ({"prompt": "x" * 600}, "the model takes 512 with its answer"),
+        ({"prompt": "\ud800"}, "prompt: Input should be a valid string"),
+        ({"echo": True}, "echo: Input should be False"),
+        ({"best_of": 2}, "best_of: Input should be 1"),
+        ({"logprobs": 1}, "logprobs: Extra inputs are not permitted"),
+        ({"suffix": "end"}, "suffix: Extra inputs are not permitted"),
+        ({"max_completion_tokens": 8}, "max_completion_tokens: Extra inputs are not permitted"),
+    ],
+)
+def test_a_text_that_cannot_be_continued_is_one_sentence(url, change, sentence: str) -> None:
+    body = json.dumps({"model": "tiny", "prompt": "hello", **change})
+    kind = {"content-type": "application/json"}
+    found = httpx.post(f"{url}/completions", content=body, headers=kind)
+    assert found.status_code == 400
+    assert sentence in found.json()["error"]["message"]
+
+
 @pytest.mark.parametrize(
     ("body", "kind"),
     [
@@ -339,7 +392,8 @@ def test_an_unknown_path_and_method_have_their_status(url) -> None:
     unknown = post(f"{url}/..", {"model": "tiny", "messages": HELLO})  # an address without /v1
     assert unknown.status_code == 404
     assert unknown.json()["error"]["message"] == (
-        "there is nothing at /chat/completions; there are /v1/chat/completions and /v1/models"
+        "there is nothing at /chat/completions; there are /v1/chat/completions, /v1/completions and"
+        " /v1/models"
     )
     refused = httpx.get(f"{url}/chat/completions")
     assert refused.status_code == 405

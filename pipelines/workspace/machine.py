@@ -72,7 +72,8 @@ def measure_machine(dtype: torch.dtype) -> Machine:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        name = f"cpu with {torch.get_num_threads()} threads"
+        count = torch.get_num_threads()
+        name = f"cpu with {count} thread{'s' if count > 1 else ''}"
     is_cpu = device.type == "cpu"
     return Machine(name, flops, reads, 1 / calls, hashed, memory_bytes(device), is_cpu)
 

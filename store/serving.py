@@ -6,8 +6,6 @@ Quack is an extension of DuckDB. It is loaded if it is installed, but never inst
 snapshot starts a new server on the same address; clients have to attach again.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Generator, Iterator

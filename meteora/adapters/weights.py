@@ -4,8 +4,6 @@ Bytes are read with `pread` and never mapped: a mapped file that becomes shorter
 process. A file that has changed since `reader.read` checked it is refused.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

@@ -1,7 +1,5 @@
 """Measurements: scores, comparisons, speed and routing."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar

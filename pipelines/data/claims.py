@@ -1,7 +1,5 @@
 """Claims: the expert that got each prompt of a pool. `pool` makes them, and plans use them."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass

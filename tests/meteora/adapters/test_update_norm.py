@@ -1,7 +1,5 @@
 """Experts that change nothing, and experts whose update is too large, are reported."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file

@@ -8,8 +8,6 @@ a committed transaction silently if its write-ahead log is damaged. No fact is l
 that is missing in the index is ingested again.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Collection, Sequence
@@ -17,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import duckdb
 
@@ -25,12 +22,10 @@ from store.errors import BusyError, DamagedError, NewerLedgerError, StoreError, 
 from store.files import copy, locked, partial_file, settle
 from store.intake import add, count, offer, offer_texts, rank
 from store.query import memory, quoted
+from store.records import Records
 from store.schema import migrate, schema
 from store.segments import SUFFIX
 from store.snapshot import SnapshotReader
-
-if TYPE_CHECKING:
-    from store.records import Records
 
 logger = logging.getLogger(__name__)
 

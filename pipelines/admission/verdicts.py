@@ -20,8 +20,8 @@ if TYPE_CHECKING:
     from pipelines.admission.experts import Expert, Refusal
     from pipelines.workspace.context import RunContext
 
-    Proportion = Callable[[Adapter, Mapping[str, float]], Sequence[Reason]]
-    """Warnings about an adapter whose update is far too large beside the base's weights."""
+Proportion = Callable[["Adapter", Mapping[str, float]], Sequence[Reason]]
+"""Warnings about an adapter whose update is far too large beside the base's weights."""
 
 
 def accept(

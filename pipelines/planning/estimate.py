@@ -9,12 +9,10 @@ generated token one pass over the weights, and a number of calls per layer. Spee
 rows as full, so times are rather too long. Estimates are good to a factor of two or so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
+from meteora.base.loading import Shape
 from meteora.fitting.calibrate import MAX_TOKEN_BYTES
 from meteora.fitting.layerwise import MAX_HIDDEN_BYTES, MAX_OUTPUT_BYTES
 from meteora.fitting.logistic import MAX_LOGITS, ONE_ROUND, ROUNDS
@@ -39,12 +37,9 @@ from pipelines.planning.batch_size import rows_at_once, working_bytes
 from pipelines.planning.plan import prompt_shapes
 from pipelines.recipe.benchmark import ConversationSection, metric_names
 from pipelines.recipe.gates import CalibrateSection, JointSection
+from pipelines.recipe.recipe import Recipe
 from pipelines.scoring.metrics import METRICS
 from pipelines.workspace.machine import Machine, is_too_large
-
-if TYPE_CHECKING:
-    from meteora.base.loading import Shape
-    from pipelines.recipe.recipe import Recipe
 
 PROGRAM_BYTES = 600e6
 """Memory of Python with the model libraries loaded."""

@@ -2,10 +2,8 @@
 
 # ruff: noqa: PLC0415
 
-from __future__ import annotations
-
 import random
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -22,12 +20,7 @@ from pipelines.data.claims import (
     write_claims,
 )
 from pipelines.data.rows import ExamplesError, Row
-from tests.pipelines.conftest import ALPHABETS, CHAT_TEMPLATE, prompts_in
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.pipelines.conftest import Knowing
+from tests.pipelines.conftest import ALPHABETS, CHAT_TEMPLATE, Knowing, prompts_in
 
 NOBODYS = "0123456789"
 

@@ -121,11 +121,7 @@ class Index:
             return Ingest(0, waiting, str(error))
 
     def rebuild(self, *, deadline_seconds: float) -> Ingest:
-        """Make the index again from the records alone; the old one is set aside.
-
-        Raises:
-            StoreError: no index can be made now; the old one stays.
-        """
+        """As `Ledger.rebuild`."""
         with locked(self.lock, deadline_seconds=deadline_seconds):
             names = self._records.parts()
             try:

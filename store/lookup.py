@@ -66,11 +66,7 @@ class Lookup:
         return [record for record, _ in _about(self._read(sha256s), kind, subjects)]
 
     def artifact_id(self, prefix: str) -> ArtifactId:
-        """The one artifact whose id, or whose digest, begins with `prefix`.
-
-        Raises:
-            UnknownError: there is none, or there are several.
-        """
+        """As `Recording.resolve`."""
         ids = self._ids_with_prefix(prefix) if prefix else []
         if len(ids) == 1:
             return ArtifactId(ids[0])

@@ -113,9 +113,6 @@ class Experts:
     ranks: Mapping[str, int]
     """The sum of all experts' ranks, by module path."""
 
-    def bytes_by_module(self, shape: Shape) -> list[int]:
-        return [ASSUMED_ITEMSIZE * r * sum(shape.linears[p]) for p, r in self.ranks.items()]
-
 
 @dataclass(frozen=True)
 class Pace:
@@ -169,7 +166,7 @@ def estimate(
     shape = replace(shape, quantise=recipe.quantise or "")
     pace = Pace(shape, experts, machine)
     hash_seconds = 1 / machine.hash_bytes_per_second
-    by_module = experts.bytes_by_module(shape)
+    by_module = [ASSUMED_ITEMSIZE * r * sum(shape.linears[p]) for p, r in experts.ranks.items()]
     expert_bytes = sum(by_module)
     largest = max(size[0] * size[1] for size in shape.linears.values())
     widths = {path: shape.linears[path][0] for path in experts.ranks}

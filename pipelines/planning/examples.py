@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 from meteora.artifacts import NULL, FusedSpec, PoolSpec, canonical_sha256
 from pipelines.admission.card_examples import NoCardExamplesError, read_card_examples
 from pipelines.admission.experts import Expert
-from pipelines.data.claims import Claim, examples_of, prompts_of, read_claims
+from pipelines.data.claims import Claim, examples_of, read_claims
 from pipelines.data.composites import compose, mixable
 from pipelines.data.row_sources import pin_source, read_rows
 from pipelines.data.rows import ExamplesError, Row
@@ -145,13 +145,17 @@ def pool_prompts(
     Raises:
         ExamplesError: There are fewer than two.
     """
-    prompts = prompts_of(rows, examples)
+    known = {row.sha256 for own in examples.values() for row in own}
+    prompts: dict[str, str] = {}
+    for row in rows:
+        if row.sha256 not in known:
+            prompts.setdefault(row.sha256, row.prompt)
     if len(prompts) < 2:
         raise ExamplesError(
             f"gates.pool, {source}: {len(prompts)} prompts that are no examples already; a pool"
             " needs many of each expert's task"
         )
-    return prompts
+    return [*prompts.values()]
 
 
 def with_claims(

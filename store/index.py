@@ -47,8 +47,6 @@ CIRCUMSTANCES = (
 
 @dataclass(frozen=True)
 class Ingest:
-    """The result of an ingest."""
-
     num_records: int
     """The number of records that are new in the index."""
     num_waiting: int

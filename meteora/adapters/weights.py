@@ -54,7 +54,6 @@ class AdapterWeights:
         self._file.close()
 
     def holds(self, key: str, dtype: torch.dtype) -> bool:
-        """Return whether a tensor is of this dtype."""
         return DTYPES[self._header[key]["dtype"]] is dtype
 
     def tensor(self, key: str) -> Tensor:

@@ -241,7 +241,6 @@ def _router(
 
 
 def stack_of(base: BaseSpec, experts: Sequence[Expert]) -> FusedSpec:
-    """The spec of a stack of experts on a base."""
     ids = tuple(expert.adapter.spec.id for expert in experts)
     return FusedSpec(base.id, tuple(expert.name for expert in experts), ids)
 

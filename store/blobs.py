@@ -3,21 +3,16 @@
 If homes share a storage, a blob of another home is fetched when it is first used.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import os
 from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from meteora.artifacts import SHA256, file_sha256
 from store.errors import DamagedError, MissingBlobError, StoreError, UnreachableError
 from store.files import copy, discard, partial_file, settle, write_whole
-
-if TYPE_CHECKING:
-    from store.remote import Remote
+from store.remote import Remote
 
 logger = logging.getLogger(__name__)
 

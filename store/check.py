@@ -1,7 +1,5 @@
 """Verify the store: compare files with their names, look for missing blobs, check the index."""
 
-from __future__ import annotations
-
 import os
 import re
 import tempfile
@@ -9,21 +7,18 @@ from collections.abc import Collection, Generator, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import duckdb
 
 from meteora.artifacts import file_sha256
+from store.blobs import Blobs
 from store.errors import DamagedError, StoreError
 from store.files import copy, locked, partial_file
+from store.index import Index
 from store.query import memory, quoted
+from store.records import Records
 from store.segments import SUFFIX, Segments
-
-if TYPE_CHECKING:
-    from store.blobs import Blobs
-    from store.index import Index
-    from store.records import Records
-    from store.sharing import Sharing
+from store.sharing import Sharing
 
 NAMES = re.compile(r"[0-9a-f]{2}/[0-9a-f]{62}(\.json)?|packed/[0-9a-f]{64}\.parquet")
 LOCK_SECONDS = 60.0

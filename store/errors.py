@@ -1,7 +1,5 @@
 """The errors of the store. Each message says what, where, and what to do."""
 
-from __future__ import annotations
-
 from meteora.artifacts import MeteoraError
 
 

@@ -40,8 +40,6 @@ class AdapterVerdict(Noun):
 
 @dataclass(frozen=True)
 class RunStarted(Noun):
-    """The start of a run."""
-
     run_id: str
     recipe_name: str
     recipe_sha256: str
@@ -58,8 +56,6 @@ class RunStarted(Noun):
 
 @dataclass(frozen=True)
 class RunEnded(Noun):
-    """The end of a run."""
-
     run_id: str
     outcome: Outcome
     reason: str

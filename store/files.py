@@ -8,8 +8,6 @@ A killed process leaves its files in a `tmp` folder, which `sweep` empties. Lock
 need a local disk: several network file systems ignore them.
 """
 
-from __future__ import annotations
-
 import fcntl
 import os
 import random

@@ -1,18 +1,13 @@
 """Find files that nothing refers to any more."""
 
-from __future__ import annotations
-
 import re
 import time
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from store.blobs import Blobs
 from store.files import HEX_DIGIT, STALE_SECONDS, leftovers, size_of
-
-if TYPE_CHECKING:
-    from store.blobs import Blobs
-    from store.records import Records
+from store.records import Records
 
 STOPPED = (
     f"bases/{HEX_DIGIT * 64}.partial",

@@ -8,8 +8,6 @@ a committed transaction silently if its write-ahead log is damaged. No fact is l
 that is missing in the index is ingested again.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Collection, Sequence
@@ -17,7 +15,6 @@ from contextlib import suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import duckdb
 
@@ -25,12 +22,10 @@ from store.errors import BusyError, DamagedError, NewerLedgerError, StoreError, 
 from store.files import copy, locked, partial_file, settle
 from store.intake import add, count, offer, offer_texts, rank
 from store.query import memory, quoted
+from store.records import Records
 from store.schema import migrate, schema
 from store.segments import SUFFIX
 from store.snapshot import SnapshotReader
-
-if TYPE_CHECKING:
-    from store.records import Records
 
 logger = logging.getLogger(__name__)
 
@@ -52,8 +47,6 @@ CIRCUMSTANCES = (
 
 @dataclass(frozen=True)
 class Ingest:
-    """The result of an ingest."""
-
     num_records: int
     """The number of records that are new in the index."""
     num_waiting: int
@@ -126,11 +119,7 @@ class Index:
             return Ingest(0, waiting, str(error))
 
     def rebuild(self, *, deadline_seconds: float) -> Ingest:
-        """Make the index again from the records alone; the old one is set aside.
-
-        Raises:
-            StoreError: no index can be made now; the old one stays.
-        """
+        """As `Ledger.rebuild`."""
         with locked(self.lock, deadline_seconds=deadline_seconds):
             names = self._records.parts()
             try:

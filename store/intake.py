@@ -1,7 +1,5 @@
 """Turn records into rows of the index, in one transaction; unreadable ones are set aside."""
 
-from __future__ import annotations
-
 import logging
 from importlib import resources
 

@@ -9,30 +9,25 @@
 `recording` writes facts and looks up single ones. This file adds the index and its upkeep.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import duckdb
 
 from meteora.artifacts import ArtifactId, Score, canonical_sha256
 from store import check
+from store.check import Verification
 from store.errors import BusyError, DamagedError, StoreError
 from store.events import RunEnded, RunStarted
 from store.files import discard, locked, sweep
 from store.garbage import Garbage, find_garbage
+from store.index import Ingest
 from store.query import LIMITS, Answer, Limits, ask
 from store.recording import WRITE_DEADLINE_SECONDS, Recording
 from store.records import now
-
-if TYPE_CHECKING:
-    from store.check import Verification
-    from store.index import Ingest
 
 logger = logging.getLogger(__name__)
 

@@ -4,20 +4,16 @@ The index only names the records. Their contents are read from their files and c
 names. Records that are not in the index yet are few, and are all read.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection, Iterable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from meteora.artifacts import ArtifactId, Noun, Publication, Score, short
 from store.errors import UnknownError
 from store.events import RunStarted
+from store.index import Index
 from store.records import Record, Records
 from store.segments import SUFFIX
-
-if TYPE_CHECKING:
-    from store.index import Index
 
 logger = logging.getLogger(__name__)
 
@@ -70,11 +66,7 @@ class Lookup:
         return [record for record, _ in _about(self._read(sha256s), kind, subjects)]
 
     def artifact_id(self, prefix: str) -> ArtifactId:
-        """The one artifact whose id, or whose digest, begins with `prefix`.
-
-        Raises:
-            UnknownError: there is none, or there are several.
-        """
+        """As `Recording.resolve`."""
         ids = self._ids_with_prefix(prefix) if prefix else []
         if len(ids) == 1:
             return ArtifactId(ids[0])

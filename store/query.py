@@ -5,8 +5,6 @@ But SQL itself gets no files, no network, no extensions, no settings, and limite
 rows.
 """
 
-from __future__ import annotations
-
 import os
 import threading
 from concurrent.futures import ThreadPoolExecutor

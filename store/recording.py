@@ -3,8 +3,6 @@
 A fact is on disk when `record_…` returns. Recording it again does nothing.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path

@@ -6,8 +6,6 @@ A fact is committed when its file has its name. The index can be made again from
 records can be packed into few files (`segments`), byte for byte, and are still found.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -16,7 +14,7 @@ from collections.abc import Collection, Iterable
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, Self
 
 from meteora.artifacts import canonical_json
 from store.errors import DamagedError, StoreError
@@ -66,7 +64,7 @@ class Record:
             ) from error
 
     @classmethod
-    def from_bytes(cls, data: bytes) -> Record:
+    def from_bytes(cls, data: bytes) -> Self:
         """Read what `to_bytes` wrote, without fields that only a newer release knows."""
         known = {name: value for name, value in json.loads(data).items() if name in TYPES}
         return cls(blobs=tuple(known.pop("blobs")), **known)

@@ -141,7 +141,6 @@ class Remote:
             return {entry["path"] for page in pages for entry in page}
 
     def remove(self, names: Collection[str]) -> None:
-        """Remove objects."""
         with self._reached():
             self._obstore.delete(self._store, sorted(names))
 

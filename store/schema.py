@@ -1,15 +1,11 @@
 """Make tables and views from the numbered files of `migrations` and from `views.sql`."""
 
-from __future__ import annotations
-
 import hashlib
 from importlib import resources
-from typing import TYPE_CHECKING
+
+import duckdb
 
 from store.errors import DamagedError, NewerLedgerError
-
-if TYPE_CHECKING:
-    import duckdb
 
 
 def sources() -> dict[int, tuple[str, str]]:

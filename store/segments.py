@@ -6,8 +6,6 @@ A segment is written once, and its name is the SHA-256 of its bytes. `text` hold
 each record, which hash to the record's own name.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from collections.abc import Collection

@@ -6,8 +6,6 @@ Quack is an extension of DuckDB. It is loaded if it is installed, but never inst
 snapshot starts a new server on the same address; clients have to attach again.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Generator, Iterator
@@ -18,6 +16,7 @@ import duckdb
 
 from store.errors import StoreError, brief
 from store.query import NO_EXTENSIONS, harden
+from store.snapshot import SnapshotReader
 
 logger = logging.getLogger(__name__)
 
@@ -37,13 +36,15 @@ def serve(snapshot: Path, address: str, token: str) -> Iterator[str]:
     Raises:
         StoreError: there is no Quack, no snapshot, or the address is taken.
     """
-    while True:
-        before = _stamp(snapshot)
+    reader = SnapshotReader(snapshot)
+    while before := reader.stamp():
         with _serving(snapshot, address, token) as url:
             yield url
-            while _stamp(snapshot) == before:
+            while (now := reader.stamp()) == before:
                 time.sleep(LOOK_SECONDS)
-        logger.info("%s is new: serving it", snapshot.name)
+        if now:
+            logger.info("%s is new: serving it", snapshot.name)
+    raise StoreError(f"{snapshot} is not there; `meteora store rebuild` makes it")
 
 
 @contextmanager
@@ -68,11 +69,3 @@ def _serving(snapshot: Path, address: str, token: str) -> Generator[str]:
             yield str(started[1])
         finally:
             connection.execute("CALL quack_stop(?)", [address])
-
-
-def _stamp(snapshot: Path) -> tuple[int, int]:
-    try:
-        status = snapshot.stat()
-    except FileNotFoundError:
-        raise StoreError(f"{snapshot} is not there; `meteora store rebuild` makes it") from None
-    return status.st_ino, status.st_mtime_ns

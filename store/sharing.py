@@ -8,8 +8,6 @@ downloaded with every ingest, blobs when they are first used. If the storage doe
 records wait in the home, and no run fails.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import platform
@@ -21,16 +19,14 @@ from collections.abc import Collection
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Self
 
+from store.blobs import Blobs
 from store.errors import DamagedError, StoreError
 from store.files import write_whole
+from store.records import Records
 from store.remote import Remote
 from store.segments import SUFFIX
-
-if TYPE_CHECKING:
-    from store.blobs import Blobs
-    from store.records import Records
 
 logger = logging.getLogger(__name__)
 
@@ -54,7 +50,7 @@ class Setting:
     """The name of this home among those that share. A home closes only its own killed runs."""
 
     @classmethod
-    def load(cls, home: Path) -> Setting:
+    def load(cls, home: Path) -> Self:
         """Read the file; without one, the home does not share.
 
         Raises:

@@ -4,20 +4,15 @@ Opening it takes some ten times as long as looking a record up. When nobody asks
 closed: an open file keeps its disk from being unmounted, and a deleted one keeps its room.
 """
 
-from __future__ import annotations
-
 import atexit
 import threading
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
+
+import duckdb
 
 from store.query import LIMITS, Limits, opened
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
-    from pathlib import Path
-
-    import duckdb
 
 IDLE_SECONDS = 5.0
 """Time after a query for which the file stays open."""

@@ -1,14 +1,9 @@
 """How long a piece of work takes, told by another: processors differ, and others use them too."""
 
-from __future__ import annotations
-
 import signal
 import time
+from collections.abc import Generator
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
 
 LITTLE = 100
 """Yardsticks that reading a stranger's file may take: ten times what the worst file takes, while

@@ -1,14 +1,9 @@
 """The pages for users: the README and those that it links to, in pieces."""
 
-from __future__ import annotations
-
 import re
 import shlex
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 ROOT = Path(__file__).parent.parent
 DOCS = sorted((ROOT / "pipelines" / "docs").glob("*.md"))

@@ -1,7 +1,5 @@
 """Who may know whom: what import contracts cannot see, since it happens when modules load."""
 
-from __future__ import annotations
-
 import ast
 import re
 import subprocess

@@ -1,7 +1,5 @@
 """Every path that a page names exists, and the pages name every room."""
 
-from __future__ import annotations
-
 import re
 from pathlib import PurePath
 

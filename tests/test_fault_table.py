@@ -1,7 +1,5 @@
 """The table of faults names tests that exist, and every error of ours is raised in a test."""
 
-from __future__ import annotations
-
 import ast
 import re
 from pathlib import Path

@@ -1,13 +1,12 @@
 """The pages for users are true: commands parse, recipes are valid, output and messages exist."""
 
-from __future__ import annotations
-
 import ast
 import json
 import re
 import shutil
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import typer
@@ -19,9 +18,6 @@ from pipelines.data.spans import read_spans
 from pipelines.recipe.recipe import Recipe, locate
 from tests.pages import DOCS, PAGES, ROOT, commands, fences, quoted, text_of
 from tests.pipelines.cli.command_line import ask
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 PLACEHOLDERS = {"COMMAND": "run", "STAGE": "gates", "N": "2", "SYSTEM": "base"}
 SECTION = re.compile(r"(?:router|gates|benchmark|publish|policy|hub|discover|deadlines): \{.*\}")

@@ -1,7 +1,5 @@
 """What the README and its pages say is true: commands exist, and the first recipe is shipped."""
 
-from __future__ import annotations
-
 import io
 import re
 

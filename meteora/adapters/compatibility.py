@@ -1,20 +1,14 @@
 """Whether an adapter fits a base, and whether several adapters can be stacked."""
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
+from meteora.adapters.tensors import Adapter
+from meteora.artifacts import AdapterSpec, Reason
 from meteora.artifacts.specs import place_of
 from meteora.untrusted.findings import AdapterError, Findings, listed
 from meteora.untrusted.safetensors_header import ITEMSIZE
-
-if TYPE_CHECKING:
-    from meteora.adapters.tensors import Adapter
-    from meteora.artifacts import AdapterSpec, Reason
-
 
 SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 """As mixtures were made up to version 4 of transformers, of a linear layer for each expert."""

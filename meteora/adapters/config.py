@@ -4,8 +4,6 @@ PEFT itself does not validate untrusted configs: it runs their regular expressio
 an alpha, and only warns of keys that it does not know.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """Find an adapter's config and weights, or name the other files that lie there."""
 
-from __future__ import annotations
-
 import stat
 from collections.abc import Iterable
 from pathlib import Path

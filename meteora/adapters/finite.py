@@ -4,13 +4,10 @@ The bits of a float without its sign, read as an integer, sort like the floats, 
 infinity. So the largest integer decides, and bfloat16, which numpy lacks, needs no conversion.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
-if TYPE_CHECKING:
-    from meteora.untrusted.safetensors_header import TensorInfo
+from meteora.untrusted.safetensors_header import TensorInfo
 
 CHUNK = 1 << 18
 """Bytes that are read at once."""

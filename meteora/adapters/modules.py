@@ -1,20 +1,15 @@
 """Rank and scaling of each module: shapes from the tensors, alphas from the config, as in PEFT."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from meteora.adapters.config import Claim
 from meteora.adapters.tensors import DTYPES, HEADS, AdapterTensors
 from meteora.artifacts.specs import AdapterModule, place_of
 from meteora.untrusted.config_fields import MAX_RANK, Field
 from meteora.untrusted.findings import Findings, listed, shortened
 from meteora.untrusted.patterns import Budget, PatternError, matching
-
-if TYPE_CHECKING:
-    from meteora.adapters.config import Claim
-    from meteora.untrusted.safetensors_header import TensorInfo
+from meteora.untrusted.safetensors_header import TensorInfo
 
 MAX_SCALING = 1_000
 """A larger scaling gets a warning."""

@@ -11,8 +11,6 @@ The safetensors header is the truth, and the config is a claim about it. Nothing
 adapter is run, and importing this module loads no tensor library.
 """
 
-from __future__ import annotations
-
 import hashlib
 import time
 from collections.abc import Generator, Mapping
@@ -20,18 +18,16 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from io import BufferedReader
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal
+from typing import Any, Literal
 
 from meteora.adapters import finite
+from meteora.adapters.config import Claim, OnExtras
 from meteora.adapters.files import CONFIG, find_files, is_regular, other_format, read_claim
 from meteora.adapters.modules import read_modules
 from meteora.adapters.tensors import Adapter, AdapterTensors, Stamp, refuse_variants, sort_tensors
 from meteora.artifacts import AdapterSpec, Reason
 from meteora.untrusted.findings import AdapterError, Findings, listed
 from meteora.untrusted.safetensors_header import HeaderError, TensorInfo, read_header
-
-if TYPE_CHECKING:
-    from meteora.adapters.config import Claim, OnExtras
 
 TICK_NS = 100_000_000
 """File systems have coarse clocks: a change so soon after another may leave the same time."""

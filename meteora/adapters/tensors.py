@@ -5,21 +5,17 @@ model.layers.0.self_attn.q_proj.lora_A.default.weight               without pref
 model.layers.0.self_attn.q_proj.lora_a                              MLX-LM, transposed
 """
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Collection, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO, NamedTuple, Self
+from typing import BinaryIO, NamedTuple, Self
 
+from meteora.adapters.config import Claim, OnExtras
+from meteora.artifacts import AdapterSpec, Reason
 from meteora.untrusted.findings import Findings, listed
-
-if TYPE_CHECKING:
-    from meteora.adapters.config import Claim, OnExtras
-    from meteora.artifacts import AdapterSpec, Reason
-    from meteora.untrusted.safetensors_header import TensorInfo
+from meteora.untrusted.safetensors_header import TensorInfo
 
 DTYPES = ("F32", "F16", "BF16")
 MAX_DEPTH = 40

@@ -1,18 +1,13 @@
 """How large an adapter's update is, compared with the weights that it changes."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping
-from typing import TYPE_CHECKING
 
+from torch import Tensor
+
+from meteora.adapters.tensors import Adapter
 from meteora.adapters.weights import AdapterWeights
 from meteora.artifacts import Reason
-
-if TYPE_CHECKING:
-    from torch import Tensor
-
-    from meteora.adapters.tensors import Adapter
 
 LIMIT = 0.5
 """The largest ratio of Frobenius norms, of update to weight, without a warning.

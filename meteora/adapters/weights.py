@@ -4,8 +4,6 @@ Bytes are read with `pread` and never mapped: a mapped file that becomes shorter
 process. A file that has changed since `reader.read` checked it is refused.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os
@@ -56,7 +54,6 @@ class AdapterWeights:
         self._file.close()
 
     def holds(self, key: str, dtype: torch.dtype) -> bool:
-        """Return whether a tensor is of this dtype."""
         return DTYPES[self._header[key]["dtype"]] is dtype
 
     def tensor(self, key: str) -> Tensor:

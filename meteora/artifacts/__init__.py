@@ -13,8 +13,6 @@ is the hash of the bytes that were made. A spec's `parents` are the ids that it 
     scores    what is measured: benchmarks, comparisons, routing, speed
 """
 
-from __future__ import annotations
-
 from meteora.artifacts.identity import (
     COMMIT,
     REPO_ID,

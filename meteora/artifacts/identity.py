@@ -1,7 +1,5 @@
 """Base classes of all nouns: JSON and back, and for specs an id that is a hash of the fields."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

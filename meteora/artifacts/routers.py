@@ -1,7 +1,5 @@
 """Routers: how a fused model routes, and the result of fitting its gates."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, fields
 from itertools import zip_longest
 from typing import Any, ClassVar, Self

@@ -1,7 +1,5 @@
 """Measurements: scores, comparisons, speed and routing."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import dataclass
 from typing import ClassVar
@@ -170,8 +168,6 @@ def mark_of(difference: float, p_holm: float, *, higher_is_better: bool) -> str:
 
 @dataclass(frozen=True)
 class ComparisonBuild(Noun):
-    """The result of a comparison."""
-
     spec: ComparisonSpec
     differences: tuple[Difference, ...]
     """One for each pair of scores on the same prompts."""

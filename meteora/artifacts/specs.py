@@ -1,10 +1,8 @@
 """Bases, adapters and what is wrong with them, stacks of adapters, merges, and pools of prompts."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import dataclass, fields, replace
-from typing import ClassVar, NamedTuple
+from typing import ClassVar, NamedTuple, Self
 
 from meteora.artifacts.identity import COMMIT, SHA256, ArtifactId, Noun, Spec
 
@@ -23,7 +21,7 @@ class Fingerprint(Noun):
     vocabulary_sha256: str
     """Of the canonical JSON of the tokenizer's {token: id}."""
 
-    def differences(self, other: Fingerprint) -> list[str]:
+    def differences(self, other: Self) -> list[str]:
         """The differing fields, as "hidden_size 576, not 960"; empty for the same base."""
         return [
             f"{f.name} {_brief(getattr(self, f.name))}, not {_brief(getattr(other, f.name))}"
@@ -54,7 +52,7 @@ class BaseSpec(Spec):
     """One of `QUANTISED`."""
 
     @property
-    def stored(self) -> BaseSpec:
+    def stored(self) -> Self:
         """The base as its files hold it, without quantisation."""
         return replace(self, quantise="")
 

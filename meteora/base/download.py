@@ -4,8 +4,6 @@ Each file is named, and the base is then loaded from the folder. transformers it
 for other files, and would send the saved token with some of these requests, whatever `token` is.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any

@@ -1,7 +1,5 @@
 """Blocks that change a setting of the whole process, for several threads at once."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
 from threading import Lock

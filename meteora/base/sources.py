@@ -1,7 +1,5 @@
 """Find the files of a base and hash them. Standard library only, so that planning stays light."""
 
-from __future__ import annotations
-
 import hashlib
 import importlib.metadata
 import re

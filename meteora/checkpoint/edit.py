@@ -1,28 +1,24 @@
 """Add or drop one expert of a checkpoint, without the adapters that it was made from."""
 
-from __future__ import annotations
-
 from collections.abc import Set as AbstractSet
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from meteora.adapters.tensors import Adapter
 from meteora.adapters.weights import DTYPES, AdapterWeights
 from meteora.artifacts import MeteoraError
 from meteora.checkpoint.manifest import (
+    ExpertEntry,
+    Manifest,
     ModuleEntry,
     check_name,
     read_manifest,
     unknown_expert_message,
 )
 from meteora.checkpoint.tensors import ExpertsFile, open_experts, write_experts
-
-if TYPE_CHECKING:
-    from meteora.adapters.tensors import Adapter
-    from meteora.checkpoint.manifest import ExpertEntry, Manifest
 
 
 class EditError(MeteoraError):

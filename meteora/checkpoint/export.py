@@ -4,8 +4,6 @@ The stack holds the numbers of an adapter unchanged. Where its tensors had PEFT'
 exported file is byte for byte the original, and its hash proves that.
 """
 
-from __future__ import annotations
-
 import json
 import math
 import re

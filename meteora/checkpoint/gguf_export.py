@@ -7,25 +7,20 @@ alpha, its B is scaled. llama.cpp orders the rows of q and k differently for som
 here. There are no gates: llama.cpp takes one adapter for a whole request.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import gguf
 import torch
 from gguf import MODEL_ARCH
 from torch import Tensor
 
+from meteora.artifacts import Fingerprint
 from meteora.base.loading import shape_of
 from meteora.checkpoint.export import ExportError, new_folder
 from meteora.checkpoint.manifest import Manifest, read_manifest, unknown_expert_message
 from meteora.checkpoint.sound_file import AGAIN
 from meteora.checkpoint.tensors import ExpertsFile, open_experts
-
-if TYPE_CHECKING:
-    from meteora.artifacts import Fingerprint
 
 ARCHITECTURES = {
     "CohereForCausalLM": MODEL_ARCH.COMMAND_R,

@@ -10,25 +10,20 @@ one layout, which saves time in Python. `torch.cat` of a whole module has half o
 (tests/benchmarks/results/fuse.md).
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from itertools import accumulate, groupby
 from math import gcd
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 import torch
 from torch import Tensor
 
-from meteora.adapters.weights import bytes_of
+from meteora.adapters.tensors import AdapterTensors
+from meteora.adapters.weights import AdapterWeights, bytes_of
 
-if TYPE_CHECKING:
-    from meteora.adapters.tensors import AdapterTensors
-    from meteora.adapters.weights import AdapterWeights
-
-    Source = tuple[AdapterWeights, AdapterTensors]
-    """An open adapter, and the names of its factors of one module."""
+Source = tuple[AdapterWeights, AdapterTensors]
+"""An open adapter, and the names of its factors of one module."""
 
 BLOCK = 1 << 19
 """Bytes that are joined at once; twice that fits into the second-level cache of common CPUs."""

@@ -4,8 +4,6 @@ A checkpoint may come from a stranger: the type and range of each field are chec
 apply before anything large is parsed. Reading needs no tensors, and so no torch.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from collections.abc import Collection, Mapping, Sequence

@@ -5,8 +5,6 @@ float type; the file has the SHA-256 that the manifest names, if it names one; n
 infinite.
 """
 
-from __future__ import annotations
-
 from collections.abc import Collection, Generator
 from contextlib import contextmanager
 from pathlib import Path

@@ -8,28 +8,22 @@ The numbers are copied and never changed: the slice of expert e equals the tenso
 the scaling is in the manifest, not in the tensors.
 """
 
-from __future__ import annotations
-
 import errno
 import resource
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from meteora.adapters.tensors import Adapter, AdapterTensors
 from meteora.adapters.weights import DTYPES, AdapterWeights
 from meteora.artifacts import AdapterModule, AdapterSpec, MeteoraError
 from meteora.checkpoint.interleave import StackOfB, rows_of_a, staging
 from meteora.checkpoint.manifest import ModuleEntry
 from meteora.checkpoint.tensors import write_experts
-
-if TYPE_CHECKING:
-    from meteora.adapters.tensors import Adapter, AdapterTensors
-
 
 OTHER_FILES = 256
 """Files beside the adapters that a process may have open."""

@@ -16,8 +16,6 @@
 never copied, and new gates leave the file of experts unchanged.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 import math
@@ -29,9 +27,10 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field, fields
 from functools import reduce
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, BinaryIO
+from typing import Any, BinaryIO
 
 import torch
+from safetensors import safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
@@ -39,16 +38,18 @@ from meteora.adapters.weights import DTYPES, bytes_of
 from meteora.artifacts import canonical_json
 from meteora.artifacts.specs import place_of
 from meteora.base.chat_template import Template
-from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError
+from meteora.checkpoint.manifest import (
+    EXPERTS,
+    GATES,
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    ModuleEntry,
+)
 from meteora.checkpoint.sound_file import AGAIN, open_sound
 from meteora.untrusted.config_fields import Field, fields_of, refuse_unknown
 from meteora.untrusted.findings import Findings, listed, shortened
 from meteora.untrusted.strict_json import StrictJSONError, parse_object
-
-if TYPE_CHECKING:
-    from safetensors import safe_open
-
-    from meteora.checkpoint.manifest import Manifest, ModuleEntry
 
 NOTES = "meteora"
 """The metadata key of a gates file that holds everything but tensors, as JSON."""

@@ -60,14 +60,13 @@ from meteora.model.fused import expert_names, without_dropout
 from meteora.model.opening_offsets import find_offsets
 from meteora.routing.gates import (
     Sharing,
-    give_follower,
     give_gate,
     give_offsets,
     old_routers_after_error,
     watch_prompts,
 )
 from meteora.routing.layer import MoELoRALinear, routed_layers
-from meteora.routing.routers import Gate, Router
+from meteora.routing.routers import Follower, Gate, Router
 from meteora.routing.weight_scores import StandIn
 
 if TYPE_CHECKING:
@@ -388,7 +387,7 @@ def sweep_gates(
                             halves.place(layer.router)
                         point = point[len(leaders) :]
                 for layer in point:
-                    give_follower(layer, decided, options)
+                    layer.router = Follower(decided, layer.num_choices, options)
                 for path in paths:
                     give_offsets(layers[path], offsets.get(path))
 

@@ -5,8 +5,6 @@ keeps tokens [T, IN] and solves the same equations with matrices [T, T]. The cal
 with the smaller matrix, so that a point with 14,336 inputs and few tokens is cheap.
 """
 
-from __future__ import annotations
-
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace

@@ -8,18 +8,13 @@ is the best linear gate if classes are normally distributed with one covariance.
 is chosen on held-out sequences. A `scatter` holds the sums over tokens from which mu and S follow.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from meteora.artifacts import MeteoraError
-
-if TYPE_CHECKING:
-    from meteora.fitting.covariance import Covariance, Sums
+from meteora.fitting.covariance import Covariance, Sums
 
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
 """The candidates, in ascending order."""

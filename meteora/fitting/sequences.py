@@ -3,8 +3,6 @@
 A label is the number of the expert that a token belongs to.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Iterator, Sequence

@@ -3,12 +3,10 @@
 `Fit`, the result of a fit, has those of all points.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from safetensors.torch import save_file
@@ -16,11 +14,9 @@ from torch import Tensor
 
 from meteora.checkpoint.manifest import GATES, STATISTICS, CheckpointError, Manifest
 from meteora.checkpoint.sound_file import AGAIN, open_sound
+from meteora.checkpoint.tensors import Gates
 from meteora.fitting.covariance import Covariance, Rows, Sums
 from meteora.untrusted.findings import shortened
-
-if TYPE_CHECKING:
-    from meteora.checkpoint.tensors import Gates
 
 MAX_DIRECTIONS = 256
 """Most directions of the covariance that a fit has of a point."""

@@ -21,8 +21,6 @@ size over modules is 0.005 to 0.07, by adapter, and the largest of all is 0.34. 
 with the addend: the error is 1.07 if the bias is a third of W x, and 1.27 if it is as large.
 """
 
-from __future__ import annotations
-
 from typing import NamedTuple, Self
 
 import torch

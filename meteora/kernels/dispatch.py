@@ -1,19 +1,15 @@
 """Choose the fastest kernel for a layer, by a cost model that is fitted to measurements."""
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import lru_cache
-from typing import TYPE_CHECKING, Literal
+from typing import Literal
+
+import torch
+from torch import Tensor
 
 from meteora.kernels import gather_grouped, reference
-
-if TYPE_CHECKING:
-    import torch
-    from torch import Tensor
-
-    from meteora.kernels.stack import Sizes
+from meteora.kernels.stack import Sizes
 
 KernelName = Literal["dense", "gather", "grouped", "gather_triton", "grouped_triton"]
 """`reference.lora_delta_dense`, or a function of `gather_grouped` or `triton_launch`."""

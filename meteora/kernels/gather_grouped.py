@@ -9,14 +9,12 @@ None copies A or B for each token, and none needs [T, IN] or [T, OUT] beside its
 `add_to` they add to the projection's own output, a few rows at a time.
 """
 
-from __future__ import annotations
-
 import warnings
 from collections.abc import Callable
 from functools import cache
 from importlib.util import find_spec
 from types import ModuleType
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -24,9 +22,7 @@ from torch.autograd.function import once_differentiable
 
 from meteora.artifacts import MeteoraError
 from meteora.kernels import reference
-
-if TYPE_CHECKING:
-    from meteora.kernels.stack import ExpertStack
+from meteora.kernels.stack import ExpertStack
 
 ROWS_AT_ONCE = 256
 """Rows [·, IN] or [·, OUT] that are in memory beside the result, whatever T is."""

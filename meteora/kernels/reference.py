@@ -10,15 +10,10 @@ Axes, everywhere in `meteora`:
 the definition; every other `lora_delta_…` is a faster kernel of the same signature.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
 import torch
 from torch import Tensor
 
-if TYPE_CHECKING:
-    from meteora.kernels.stack import ExpertStack
+from meteora.kernels.stack import ExpertStack
 
 
 def route(

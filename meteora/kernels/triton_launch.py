@@ -8,10 +8,8 @@ of its choice. Sums are in float32 at least. Shapes do not depend on the choices
 for the host. Import this module by `gather_grouped.triton_launch`, since it imports Triton.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 import triton
@@ -21,9 +19,7 @@ from torch.autograd.function import once_differentiable
 from triton import knobs
 
 from meteora.kernels import reference, triton_kernels
-
-if TYPE_CHECKING:
-    from meteora.kernels.stack import ExpertStack
+from meteora.kernels.stack import ExpertStack
 
 BLOCK_IN = 128
 BLOCK_OUT = 128

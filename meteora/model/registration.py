@@ -4,8 +4,6 @@ If the auto classes are loaded already, they learn them at once, else right afte
 `import meteora` does not load transformers, and the order of imports does not matter.
 """
 
-from __future__ import annotations
-
 import importlib.machinery
 import sys
 from collections.abc import Sequence

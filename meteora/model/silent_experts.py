@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from meteora.base.chat_template import encode_prompt
-from meteora.model.fused import expert_names, force_expert, without_experts
+from meteora.model.fused import force_expert, without_experts
 from meteora.model.generate import batch_of
 
 if TYPE_CHECKING:
@@ -24,14 +24,9 @@ it, in float32 and in bfloat16. Rounding alone (B scaled to nearly zero) changes
 
 @torch.inference_mode()
 def silent_experts(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    names: Sequence[str] | None = None,
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, names: Sequence[str]
 ) -> dict[str, float]:
-    """The experts that, if forced, change nothing on one short prompt beyond rounding.
-
-    Args:
-        names: of the experts to try; None: all
+    """Those of some experts that, if forced, change nothing on one short prompt beyond rounding.
 
     Returns:
         For each silent expert, the largest change of any logit as a share of the base's largest
@@ -42,7 +37,7 @@ def silent_experts(
     with without_experts(model):
         base = model(ids, use_cache=False).logits.float()
     silent = {}
-    for name in expert_names(model) if names is None else names:
+    for name in names:
         with force_expert(model, name):
             logits = model(ids, use_cache=False).logits.float()
         change = ((logits - base).abs().max() / base.abs().max()).item()

@@ -8,17 +8,14 @@ copied one by one. No expert has to leave for the mean of all, to which openings
 each use, unless there is room for it, too.
 """
 
-from __future__ import annotations
-
 import threading
 from collections import OrderedDict
 from collections.abc import Callable, Hashable
-from typing import TYPE_CHECKING, Self
+from typing import Self
+
+from torch import Tensor
 
 from meteora.base.placement import PlacementError
-
-if TYPE_CHECKING:
-    from torch import Tensor
 
 
 class ExpertCache:

@@ -68,7 +68,7 @@ def give_router(
 ) -> None:
     """Route the layer at `path` by its own gate, or by the decision of the gate it follows."""
     if path in gates.follows:
-        give_follower(layer, decisions[gates.follows[path]], options)
+        layer.router = Follower(decisions[gates.follows[path]], layer.num_choices, options)
     else:
         stand_in = None
         if gates.without_examples:
@@ -150,11 +150,6 @@ def give_gate(
         stand_in=stand_in,
     )
     layer.router = gate.to(layer.device).requires_grad_(requires_grad=False)
-
-
-def give_follower(layer: RoutedExperts, decision: Decision, options: RouterOptions) -> None:
-    """Route a layer by the decision of an earlier gate in the same pass."""
-    layer.router = Follower(decision, layer.num_choices, options)
 
 
 def give_offsets(layer: RoutedExperts, offsets: Tensor | None) -> None:

@@ -9,11 +9,8 @@ The layer keeps the signature of the projection that it replaces, so the base mo
 runs unchanged: caches, padding, batches and beams included. Hooks record a router's decisions.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Generator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor, nn
@@ -22,13 +19,11 @@ from meteora.artifacts import MeteoraError
 from meteora.base.placement import device_of, held, is_offloaded
 from meteora.kernels import dispatch, gather_grouped, reference
 from meteora.kernels.addmm import Plain, experts_dtype, is_autocast, weight_of
+from meteora.kernels.dispatch import KernelName
+from meteora.kernels.stack import ExpertStack
+from meteora.routing.expert_cache import ExpertCache
+from meteora.routing.routers import Router
 from meteora.routing.shared_input import Product, Share, SharedMatmul
-
-if TYPE_CHECKING:
-    from meteora.kernels.dispatch import KernelName
-    from meteora.kernels.stack import ExpertStack
-    from meteora.routing.expert_cache import ExpertCache
-    from meteora.routing.routers import Router
 
 
 class RoutedExperts(nn.Module):

@@ -6,18 +6,14 @@ the whole prompt: at every layer, the first tokens of the prompt itself decide f
 Tokens that are generated later do not count, so generation with a cache equals generation without.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING
+from typing import Self
 
 import torch
 from torch import Tensor
 
+from meteora.base.chat_template import Template
 from meteora.routing.passes import PassInput, Present, Watcher, earlier, ends
-
-if TYPE_CHECKING:
-    from meteora.base.chat_template import Template
 
 WINDOW = 64
 """Tokens after the opening that decide for it: the first task of a prompt with several."""
@@ -42,7 +38,7 @@ class PromptOpening(Watcher):
     def __init__(self, template: Template) -> None:
         self.template, self.now = template, _Opening()
 
-    def at_gate(self) -> PromptOpening:
+    def at_gate(self) -> Self:
         """The rule of one gate: the same object for all gates of a model."""
         return self
 

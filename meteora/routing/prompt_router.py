@@ -4,20 +4,15 @@ The router of a module measures tokens, and uses the decision of all modules tog
 `meteora.model.prompt_choice` reads the prompt and decides.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
-from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
+from meteora.artifacts import RouterOptions
+from meteora.kernels.stack import ExpertStack
 from meteora.routing.passes import UnreadPromptError
 from meteora.routing.routers import PassState, Router
-
-if TYPE_CHECKING:
-    from meteora.artifacts import RouterOptions
-    from meteora.kernels.stack import ExpertStack
 
 LEAST_SIZE = 1e-12
 """The least size of an update, so that its logarithm is finite."""

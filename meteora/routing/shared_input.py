@@ -10,22 +10,18 @@ if it is called with the same input and decision (the same objects). No memory i
 layer's A becomes a view of the joined one.
 """
 
-from __future__ import annotations
-
 import threading
 import weakref
 from collections.abc import Sequence
 from itertools import accumulate
-from typing import TYPE_CHECKING, NamedTuple, Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
 
 from meteora.kernels import gather_grouped, reference
+from meteora.kernels.dispatch import KernelName
 from meteora.kernels.stack import ExpertStack, RankTable
-
-if TYPE_CHECKING:
-    from meteora.kernels.dispatch import KernelName
 
 
 class Member(Protocol):
@@ -55,7 +51,7 @@ class Product(NamedTuple):
 class Share(NamedTuple):
     """A layer's share in a matmul."""
 
-    matmul: SharedMatmul
+    matmul: "SharedMatmul"
     place: int
     """The place of the layer in the order of calls; the first computes."""
 

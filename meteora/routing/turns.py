@@ -9,8 +9,6 @@ So a token's route depends on later tokens, up to the end of its question: this 
 Without a chat template the whole first pass is a question.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -144,7 +142,7 @@ class Turns(Watcher):
         self.template, self.now = template, _Turns()
         self._num_gates = 0
 
-    def at_gate(self) -> TurnChoice:
+    def at_gate(self) -> "TurnChoice":
         """The rule of one more gate."""
         self._num_gates += 1
         return TurnChoice(self, self._num_gates)

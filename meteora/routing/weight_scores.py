@@ -10,18 +10,14 @@ The threshold t is such that only a hundredth of the others' held-out tokens go 
 (`meteora.fitting.lda.SHARE_LOST_TO_BASE`). An expert that lacks the layer is never chosen there.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
 from meteora.artifacts import MeteoraError, RouterOptions
+from meteora.routing.layer import RoutedExperts
 from meteora.routing.routers import Arrow, Norm, Router
-
-if TYPE_CHECKING:
-    from meteora.routing.layer import RoutedExperts
 
 KINDS = {"arrow": Arrow, "norm": Norm}
 """The routers that score experts by their weights."""

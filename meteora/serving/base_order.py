@@ -5,8 +5,6 @@ q, k, v when it loads them. Experts change outputs in the file's order, so in vL
 the wrong ones, without an error.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from pathlib import Path
 

@@ -8,18 +8,14 @@ A server that decodes a few requests spends more on the calls of small matmuls t
 arithmetic.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 import torch
 from torch import Tensor, nn
 
+from meteora.kernels.stack import ExpertStack
+from meteora.routing.layer import RoutedExperts
 from meteora.routing.routers import ByQuestion, Gate
-
-if TYPE_CHECKING:
-    from meteora.kernels.stack import ExpertStack
-    from meteora.routing.layer import RoutedExperts
 
 
 class FoldedExperts(nn.Module):

@@ -7,13 +7,11 @@ The server computes its projection, and the experts of each part are added to th
 output. Routers, experts and kernels are those that the model has in transformers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack
 from functools import cached_property
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, Self
+from typing import NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -21,6 +19,7 @@ from torch import Tensor, nn
 from meteora.artifacts.routers import ONE_INPUT
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import Manifest, read_manifest
+from meteora.checkpoint.tensors import ExpertsFile, Gates
 from meteora.kernels import dispatch
 from meteora.kernels.stack import ExpertStack
 from meteora.model.fused import choices_of, make_router, stack_for
@@ -30,9 +29,6 @@ from meteora.routing.routers import Decision, Follower, Gate
 from meteora.serving.folded_experts import FoldedExperts
 from meteora.serving.served_folder import UnservableError
 from meteora.serving.served_turns import ServedTurns
-
-if TYPE_CHECKING:
-    from meteora.checkpoint.tensors import ExpertsFile, Gates
 
 
 class Part(NamedTuple):

@@ -8,8 +8,6 @@ The checkpoint is in its own folder, since vLLM takes every tensor beside config
 of the base.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import shutil

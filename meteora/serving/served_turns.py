@@ -10,21 +10,17 @@ Before a pass, `see` writes into tensors which tokens decide for which. The gate
 arithmetic, which torch.compile takes into its graph.
 """
 
-from __future__ import annotations
-
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 
+from meteora.base.chat_template import Template
 from meteora.routing.passes import PassInput, UnreadPromptError
 from meteora.routing.turns import questions
-
-if TYPE_CHECKING:
-    from meteora.base.chat_template import Template
 
 
 class Requests(NamedTuple):
@@ -84,7 +80,7 @@ class ServedTurns(nn.Module):
         """All tensors that `see` writes."""
         return [self.row, self.asked, self.num_asked, self.goes_on, self.slot, self.next_slot]
 
-    def at_gate(self) -> ServedTurnChoice:
+    def at_gate(self) -> "ServedTurnChoice":
         """The rule of one gate."""
         return ServedTurnChoice(self)
 

@@ -4,8 +4,6 @@ It registers `quant_method: meteora`, which the config of a served folder has. v
 every model, so it neither fails nor imports much.
 """
 
-from __future__ import annotations
-
 from contextlib import suppress
 from typing import Any
 

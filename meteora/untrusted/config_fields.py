@@ -7,17 +7,12 @@ Each reading records what is wrong in `found` and returns a neutral value, so th
 every fault.
 """
 
-from __future__ import annotations
-
+import re
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any, TypeGuard, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from meteora.untrusted.findings import Findings, listed, shortened
-
-if TYPE_CHECKING:
-    import re
-
 
 T = TypeVar("T")
 
@@ -156,7 +151,7 @@ class Field:
             return ()
         return tuple(sorted(set(value)))
 
-    def patterns(self, read: Callable[[Field], T]) -> tuple[tuple[str, T], ...]:
+    def patterns(self, read: Callable[["Field"], T]) -> tuple[tuple[str, T], ...]:
         """Read a table of patterns, in the order of the file; `read` reads one of its values."""
         table = self.value or {}
         if not isinstance(table, dict) or len(table) > MAX_ENTRIES:

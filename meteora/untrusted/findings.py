@@ -1,7 +1,5 @@
 """Reasons against an adapter, collected while it is read, and the error that carries them."""
 
-from __future__ import annotations
-
 import codecs
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field

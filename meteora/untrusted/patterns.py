@@ -7,8 +7,6 @@ excludes look-around, back references and inline flags.
 Other patterns raise `PatternError`, and the caller decides what that means.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

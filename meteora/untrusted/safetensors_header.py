@@ -5,8 +5,6 @@ million empty tensors (35 s and 2.9 GB to open), shapes of a thousand dimensions
 only a flat table of named tensors of limited size that fill the file exactly.
 """
 
-from __future__ import annotations
-
 import math
 import re
 import struct

@@ -1,7 +1,5 @@
 """JSON with exactly one meaning: text that parsers read in different ways is refused."""
 
-from __future__ import annotations
-
 import json
 from collections import Counter
 from typing import Any

@@ -1,7 +1,5 @@
 """YAML with one meaning: no key twice, no deep nesting, and nothing that makes a bomb."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from typing import Any

@@ -33,10 +33,8 @@ if TYPE_CHECKING:
     from pipelines.recipe.recipe import PolicySection
     from pipelines.workspace.context import RunContext
 
-    LookUp = Callable[[str], "BaseVerdict"]
-    """Takes a base's `owner/name`, and returns the verdict on it."""
-
-
+LookUp = Callable[[str], "BaseVerdict"]
+"""Takes a base's `owner/name`, and returns the verdict on it."""
 WORKER = "pipelines.admission.base_worker"
 DEADLINE_SECONDS = 300
 """For a comparison; most of the time goes to loading the libraries."""

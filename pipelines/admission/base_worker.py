@@ -3,8 +3,6 @@
 It is a process of its own because a stranger's tokenizer file can crash the parser.
 """
 
-from __future__ import annotations
-
 from pathlib import Path
 from typing import Any
 

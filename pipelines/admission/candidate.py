@@ -24,12 +24,9 @@ from pipelines.admission import verdicts
 from pipelines.admission.base_identity import look_up_on_hub
 from pipelines.admission.experts import Expert, Refusal, Requirements, read_expert
 from pipelines.admission.silent_experts import no_effect
-from pipelines.admission.sources import pin_folder
-from pipelines.hub import repositories
-from pipelines.hub.adapter import download, is_downloaded
-from pipelines.hub.client import hub_of
+from pipelines.admission.sources import fetch_adapter, pin_folder, resolve_adapter
 from pipelines.hub.errors import UnusableRepositoryError
-from pipelines.recipe.recipe import HubSection, PolicySection, Recipe
+from pipelines.recipe.recipe import ExpertSection, HubSection, PolicySection, Recipe
 from pipelines.workspace.console import say
 from pipelines.workspace.machine import memory_bytes
 
@@ -155,11 +152,7 @@ def _resolve(context: RunContext, candidate: Candidate) -> tuple[AdapterRef, Cal
     if names_path(candidate.adapter):
         local = path_from(Path(), candidate.adapter.removeprefix(PATH))
         return pin_folder(local, candidate.subfolder), lambda: local / candidate.subfolder
-    hub = hub_of(context.recipe, candidate.adapter.partition("@")[0])
-    is_here = partial(is_downloaded, cache_dir=context.adapters_folder)
-    ref = repositories.resolve(
-        candidate.adapter, subfolder=candidate.subfolder, hub=hub, is_here=is_here
-    )
-    return ref, partial(
-        download, ref, context.adapters_folder, hub=hub, modules_to_save=candidate.modules_to_save
-    )
+    name, adapter, subfolder = candidate.name, candidate.adapter, candidate.subfolder
+    section = ExpertSection(name=name, adapter=adapter, subfolder=subfolder)
+    ref = resolve_adapter(context, section)
+    return ref, partial(fetch_adapter, context, section, ref)

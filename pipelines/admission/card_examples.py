@@ -4,8 +4,6 @@ A card is a stranger's text. So `datasets` reads the data set and runs none of i
 set whose columns are unclear is not used.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from itertools import pairwise
 from pathlib import Path

@@ -1,14 +1,13 @@
 """`meteora check`: the verdict on one adapter, in a folder or on the Hub, without its base."""
 
-from __future__ import annotations
-
 from collections.abc import Collection
 from dataclasses import asdict, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from meteora.adapters import reader
+from meteora.adapters.config import OnExtras
 from meteora.adapters.reader import Verdict
 from meteora.artifacts import Reason
 from meteora.base.sources import PATH, names_path, path_from
@@ -19,9 +18,6 @@ from pipelines.hub.adapter import download, is_downloaded
 from pipelines.hub.card import licence_of
 from pipelines.hub.client import hub_for
 from pipelines.hub.errors import HubError
-
-if TYPE_CHECKING:
-    from meteora.adapters.config import OnExtras
 
 
 def inspect(

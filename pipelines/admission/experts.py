@@ -1,26 +1,20 @@
 """What an adapter of a recipe turns out to be: an expert, refused with reasons, or missing."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from meteora.adapters import reader
 from meteora.adapters.compatibility import IncompatibleAdaptersError, fit_to_base
+from meteora.adapters.tensors import Adapter
 from meteora.artifacts import AdapterRef, BaseSpec, Reason
 from meteora.artifacts.specs import place_of
 from meteora.untrusted.findings import AdapterError, listed
-from pipelines.admission.base_identity import identify_base
+from pipelines.admission.base_identity import LookUp, identify_base
+from pipelines.hub.about import HubSource
 from pipelines.hub.card import datasets_of, licence_of
-
-if TYPE_CHECKING:
-    from meteora.adapters.tensors import Adapter
-    from pipelines.admission.base_identity import LookUp
-    from pipelines.hub.about import HubSource
-    from pipelines.hub.errors import UnusableRepositoryError
-    from pipelines.recipe.recipe import PolicySection
+from pipelines.hub.errors import UnusableRepositoryError
+from pipelines.recipe.recipe import PolicySection
 
 
 @dataclass(frozen=True)

@@ -1,14 +1,11 @@
 """The sources of a recipe's base and adapters: each name is pinned, then its files are fetched."""
 
-from __future__ import annotations
-
 import os
 import re
 from collections.abc import Callable, Collection
 from collections.abc import Set as AbstractSet
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from meteora.artifacts import AdapterRef, BaseSpec, MeteoraError, canonical_sha256, file_sha256
 from meteora.base.sources import (
@@ -25,9 +22,7 @@ from pipelines.hub import repositories
 from pipelines.hub.adapter import adapter_bytes, download, downloaded, is_downloaded
 from pipelines.hub.client import hub_for, hub_of
 from pipelines.recipe.recipe import LONGEST_NAME, ExpertSection, FoundExpert, Recipe
-
-if TYPE_CHECKING:
-    from pipelines.workspace.context import RunContext
+from pipelines.workspace.context import RunContext
 
 
 class NotHereError(MeteoraError):

@@ -1,27 +1,21 @@
 """Verdicts on adapters: printed, and recorded in the ledger."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import replace
-from typing import TYPE_CHECKING
 
 from meteora.adapters.compatibility import check_stackable
-from meteora.artifacts import COMMIT, Reason
+from meteora.adapters.tensors import Adapter
+from meteora.artifacts import COMMIT, AdapterRef, Reason
 from meteora.untrusted.findings import AdapterError
+from pipelines.admission.experts import Expert, Refusal
 from pipelines.hub.about import HubSource, facts_of
 from pipelines.hub.client import hub_of
 from pipelines.workspace.console import say
+from pipelines.workspace.context import RunContext
 from store.events import AdapterVerdict, Failure, Judgement
 
-if TYPE_CHECKING:
-    from meteora.adapters.tensors import Adapter
-    from meteora.artifacts import AdapterRef
-    from pipelines.admission.experts import Expert, Refusal
-    from pipelines.workspace.context import RunContext
-
-    Proportion = Callable[[Adapter, Mapping[str, float]], Sequence[Reason]]
-    """Warnings about an adapter whose update is far too large beside the base's weights."""
+Proportion = Callable[[Adapter, Mapping[str, float]], Sequence[Reason]]
+"""Warnings about an adapter whose update is far too large beside the base's weights."""
 
 
 def accept(

@@ -3,8 +3,6 @@
 Exit codes: 0 done, 1 refused or failed (with one sentence), 2 wrong usage, 130 interrupted.
 """
 
-from __future__ import annotations
-
 import os
 import re
 import sys

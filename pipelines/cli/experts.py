@@ -3,24 +3,20 @@
 `add` and `drop` change a checkpoint by one expert.
 """
 
-from __future__ import annotations
-
 import json
 import shlex
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from meteora.artifacts import ArtifactId, short
+from meteora.checkpoint.manifest import Manifest
 from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.cli import options
 from pipelines.cli.benchmark import run_benchmark
 from pipelines.workspace.console import say
-
-if TYPE_CHECKING:
-    from meteora.checkpoint.manifest import Manifest
 
 app = typer.Typer()
 

@@ -1,17 +1,13 @@
 """`meteora recipe`: the recipes that ship, and every key that a recipe can have."""
 
-from __future__ import annotations
-
 import textwrap
 from dataclasses import astuple, fields
-from typing import TYPE_CHECKING, Annotated
+from typing import Annotated
 
 import typer
 
 from pipelines.cli import options, output
-
-if TYPE_CHECKING:
-    from pipelines.recipe.keys import Key
+from pipelines.recipe.keys import Key
 
 app = typer.Typer()
 recipe = typer.Typer(no_args_is_help=True, help="Show shipped recipes, and the keys of a recipe.")

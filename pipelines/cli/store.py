@@ -1,7 +1,5 @@
 """The ledger: `meteora sql` queries it, `verify` checks it, `store …` maintains it."""
 
-from __future__ import annotations
-
 import json
 import sys
 from importlib.util import find_spec

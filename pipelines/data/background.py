@@ -4,8 +4,6 @@ The texts were written for this package. Questions have no answers: the base ans
 since routing must not change the base's own answers.
 """
 
-from __future__ import annotations
-
 import json
 from pathlib import Path
 

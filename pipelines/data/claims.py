@@ -1,9 +1,7 @@
 """Claims: the expert that got each prompt of a pool. `pool` makes them, and plans use them."""
 
-from __future__ import annotations
-
 import json
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 
 from meteora.artifacts import Noun, PoolShare, canonical_json
@@ -66,17 +64,3 @@ def read_claims(text: str) -> list[Claim]:
     """Read the claims that `write_claims` wrote."""
     lines = text.split("\n")  # `splitlines` also splits at characters that JSON may hold
     return [Claim.from_dict(json.loads(line)) for line in lines if line]
-
-
-def prompts_of(rows: Iterable[Row], others: Mapping[str, Sequence[Row]]) -> list[str]:
-    """The different prompts of rows, without prompts of examples.
-
-    Args:
-        others: examples, by expert
-    """
-    known = {row.sha256 for own in others.values() for row in own}
-    prompts: dict[str, str] = {}
-    for row in rows:
-        if row.sha256 not in known:
-            prompts.setdefault(row.sha256, row.prompt)
-    return [*prompts.values()]

@@ -8,8 +8,6 @@
 Unlike a `Conversation`, to which gates are fitted, a dialogue has no answers before it is asked.
 """
 
-from __future__ import annotations
-
 import random
 from collections import Counter
 from collections.abc import Mapping, Sequence
@@ -48,7 +46,7 @@ class Dialogue(Noun):
         turns = (Turn(question.task, question.row.prompt, answer) for question, answer in pairs)
         return Conversation(tuple(turns), self.system)
 
-    def alone(self, place: int) -> Dialogue:
+    def alone(self, place: int) -> "Dialogue":
         """The question at a place, without those before it."""
         return Dialogue((self.questions[place],), self.system)
 

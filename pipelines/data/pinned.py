@@ -7,8 +7,6 @@ again.
     HF_HOME/meteora/<hash of the request>.json
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable
 from concurrent.futures import Future

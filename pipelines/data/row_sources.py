@@ -11,8 +11,6 @@ columns. More options: `ask` is a text before every prompt; `part` is train or t
 without a test split; `longest` leaves out prompts with more characters.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, replace

@@ -1,7 +1,5 @@
 """A row: a question and its answer. Gates are fitted to rows, and benchmarks ask them."""
 
-from __future__ import annotations
-
 import unicodedata
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, fields

@@ -10,8 +10,6 @@ The machine may be taken away at any time: the same command on another one goes 
 stage, or score, that was finished. Credentials are the usual `AWS_…` variables.
 """
 
-from __future__ import annotations
-
 import argparse
 import signal
 import subprocess

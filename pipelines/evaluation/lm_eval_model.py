@@ -8,8 +8,6 @@ functions that a task file names before it looks for the model. So FILE names th
 Importing the class also registers fused models with transformers, so `--model hf` takes them, too.
 """
 
-from __future__ import annotations
-
 from contextlib import ExitStack
 from typing import Any, cast
 

@@ -1,12 +1,10 @@
 """Tasks of lm-eval's own: it makes the prompts and computes the value of each row."""
 
-from __future__ import annotations
-
 import json
 import math
 from collections.abc import Mapping
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from accelerate.utils import set_seed
 from lm_eval.api.metrics import mean
@@ -15,10 +13,8 @@ from lm_eval.tasks import TaskManager
 
 from meteora.untrusted.findings import brief, did_you_mean, listed, shortened
 from pipelines.evaluation.harness import HARNESS, BenchmarkError, Harness
+from pipelines.evaluation.tasks import Task
 from pipelines.scoring.outputs import RowValues
-
-if TYPE_CHECKING:
-    from pipelines.evaluation.tasks import Task
 
 
 @cache

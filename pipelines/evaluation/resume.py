@@ -7,8 +7,6 @@ batches, as one that was never stopped; its answers are equal to the last bit. (
 smaller if memory runs out.)
 """
 
-from __future__ import annotations
-
 import fcntl
 import json
 from collections.abc import Callable, Generator, Sequence

@@ -6,8 +6,6 @@ of the same server. To let more runs share the device, raise the limit on the se
 slot of a killed run is free again when its lease ends.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager

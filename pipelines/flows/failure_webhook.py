@@ -6,8 +6,6 @@ machine wakes, the run goes on.) Chats and mail gateways accept such calls. Othe
 mail through your own server, can be added to the automation on its page.
 """
 
-from __future__ import annotations
-
 from datetime import timedelta
 from typing import Any
 from uuid import UUID

@@ -6,13 +6,11 @@ the same time, by the ledger's lock: a killed run cannot leave it behind, as it 
 on a server. Both kinds of skipped runs are recorded.
 """
 
-from __future__ import annotations
-
 from datetime import UTC, datetime
-from typing import TYPE_CHECKING
 
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter
+from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.sorting import FlowRunSort
 from prefect.context import FlowRunContext
 from prefect.events import emit_event
@@ -20,12 +18,8 @@ from prefect.runtime import deployment
 from prefect.states import Cancelled
 
 from pipelines.workspace.console import say
+from pipelines.workspace.context import RunContext
 from store.events import Outcome, RunEnded, RunStarted
-
-if TYPE_CHECKING:
-    from prefect.client.schemas.objects import FlowRun, State
-
-    from pipelines.workspace.context import RunContext
 
 
 def is_scheduled() -> bool:

@@ -4,15 +4,14 @@ Dask or Ray assigns the runs, through Prefect's task runner for it: to processes
 to the workers of a cluster. Locks work as for other runs: one run of a recipe, one run on a GPU.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
+from prefect.task_runners import TaskRunner
 
 from meteora.artifacts import MeteoraError
 from pipelines.flows import flow as flows
@@ -20,10 +19,6 @@ from pipelines.flows import local_server
 from pipelines.recipe.stage import Stage
 from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext
-
-if TYPE_CHECKING:
-    from prefect.task_runners import TaskRunner
-
 
 RAY = {
     "RAY_USAGE_STATS_ENABLED": "0",  # no telemetry

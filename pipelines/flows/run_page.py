@@ -3,14 +3,11 @@
 The ledger is the record; the page is a view. If the server does not answer, the run goes on.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import socket
 from collections.abc import Generator, Mapping, Sequence
 from contextlib import contextmanager
-from typing import TYPE_CHECKING
 from uuid import UUID
 
 import httpx
@@ -32,13 +29,11 @@ from prefect.states import Crashed
 from meteora.artifacts import COMMIT, Score, canonical_sha256
 from meteora.checkpoint.manifest import CARD
 from pipelines.hub.client import hub_of
-
-if TYPE_CHECKING:
-    from pipelines.planning.plan import Plan
-    from pipelines.recipe.stage import Stage
-    from pipelines.reports.summary import Summary
-    from pipelines.scoring.regressions import Change
-    from pipelines.workspace.context import RunContext
+from pipelines.planning.plan import Plan
+from pipelines.recipe.stage import Stage
+from pipelines.reports.summary import Summary
+from pipelines.scoring.regressions import Change
+from pipelines.workspace.context import RunContext
 
 logger = logging.getLogger(__name__)
 TAG = "meteora"

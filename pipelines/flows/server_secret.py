@@ -4,8 +4,6 @@ Loopback is open to every account of the machine, and the server starts programs
 So it asks for this secret, which only the owner of the home can read.
 """
 
-from __future__ import annotations
-
 import os
 import secrets
 import stat

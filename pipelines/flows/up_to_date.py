@@ -1,13 +1,11 @@
 """Whether anything is left to do; found out without a model library or a scheduler."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
 from meteora.artifacts import BaseSpec, BuiltBase, MeteoraError
 from meteora.base.sources import texts_sha256
 from pipelines.admission import sources
+from pipelines.planning.plan import Plan
 from pipelines.planning.resolve import NoExpertsError, local_steps, resolve
 from pipelines.publishing.signing import is_signed
 from pipelines.recipe.stage import Stage
@@ -15,10 +13,7 @@ from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import Summary, summarise
 from pipelines.workspace.bases import require_sound
 from pipelines.workspace.checkpoints import is_whole
-
-if TYPE_CHECKING:
-    from pipelines.planning.plan import Plan
-    from pipelines.workspace.context import RunContext
+from pipelines.workspace.context import RunContext
 
 
 @dataclass(frozen=True)

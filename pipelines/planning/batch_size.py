@@ -1,12 +1,7 @@
 """How many prompts are answered together, by the memory that their answers need."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from meteora.base.loading import Shape
-    from pipelines.recipe.benchmark import BenchmarkSection
+from meteora.base.loading import Shape
+from pipelines.recipe.benchmark import BenchmarkSection
 
 AT_ONCE = (64, 32, 16, 8, 4, 2)
 """Prompts that `batch_size: auto` tries to answer together."""

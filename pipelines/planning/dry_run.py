@@ -1,13 +1,13 @@
 """`--dry-run`: the steps of a run. Names are resolved; nothing is downloaded or written."""
 
-from __future__ import annotations
-
 import sys
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import replace
 from functools import cache
-from typing import TYPE_CHECKING, Any
+from typing import Any
+
+from rich.console import Console
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError, check_stackable
 from meteora.artifacts import COMMIT, BaseSpec, BuiltBase
@@ -21,18 +21,14 @@ from pipelines.hub.client import hub_of
 from pipelines.hub.errors import HubError, HubOfflineError
 from pipelines.hub.upload import describe_destination
 from pipelines.planning.needs import print_estimates, shape_at_hand
+from pipelines.planning.plan import Plan
 from pipelines.planning.resolve import local_steps, read_adapters
 from pipelines.planning.row_faults import faults_of_rows
+from pipelines.recipe.recipe import Recipe
 from pipelines.recipe.stage import Stage
 from pipelines.workspace.bases import unfinished
 from pipelines.workspace.console import plain_console
-
-if TYPE_CHECKING:
-    from rich.console import Console
-
-    from pipelines.planning.plan import Plan
-    from pipelines.recipe.recipe import Recipe
-    from pipelines.workspace.context import RunContext
+from pipelines.workspace.context import RunContext
 
 MOST_ALIKE = 32
 """Most adapters with the same outcome and warnings that have a line; each refused one has its."""

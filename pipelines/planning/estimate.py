@@ -9,12 +9,10 @@ generated token one pass over the weights, and a number of calls per layer. Spee
 rows as full, so times are rather too long. Estimates are good to a factor of two or so.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING
 
+from meteora.base.loading import Shape
 from meteora.fitting.calibrate import MAX_TOKEN_BYTES
 from meteora.fitting.layerwise import MAX_HIDDEN_BYTES, MAX_OUTPUT_BYTES
 from meteora.fitting.logistic import MAX_LOGITS, ONE_ROUND, ROUNDS
@@ -39,12 +37,9 @@ from pipelines.planning.batch_size import rows_at_once, working_bytes
 from pipelines.planning.plan import prompt_shapes
 from pipelines.recipe.benchmark import ConversationSection, metric_names
 from pipelines.recipe.gates import CalibrateSection, JointSection
+from pipelines.recipe.recipe import Recipe
 from pipelines.scoring.metrics import METRICS
 from pipelines.workspace.machine import Machine, is_too_large
-
-if TYPE_CHECKING:
-    from meteora.base.loading import Shape
-    from pipelines.recipe.recipe import Recipe
 
 PROGRAM_BYTES = 600e6
 """Memory of Python with the model libraries loaded."""
@@ -118,9 +113,6 @@ class Experts:
     ranks: Mapping[str, int]
     """The sum of all experts' ranks, by module path."""
 
-    def bytes_by_module(self, shape: Shape) -> list[int]:
-        return [ASSUMED_ITEMSIZE * r * sum(shape.linears[p]) for p, r in self.ranks.items()]
-
 
 @dataclass(frozen=True)
 class Pace:
@@ -174,7 +166,7 @@ def estimate(
     shape = replace(shape, quantise=recipe.quantise or "")
     pace = Pace(shape, experts, machine)
     hash_seconds = 1 / machine.hash_bytes_per_second
-    by_module = experts.bytes_by_module(shape)
+    by_module = [ASSUMED_ITEMSIZE * r * sum(shape.linears[p]) for p, r in experts.ranks.items()]
     expert_bytes = sum(by_module)
     largest = max(size[0] * size[1] for size in shape.linears.values())
     widths = {path: shape.linears[path][0] for path in experts.ranks}

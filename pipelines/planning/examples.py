@@ -1,25 +1,20 @@
 """The examples that gates are fitted to: of the recipe, of cards, or of a pool."""
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING
 
 from meteora.artifacts import NULL, FusedSpec, PoolSpec, canonical_sha256
 from pipelines.admission.card_examples import NoCardExamplesError, read_card_examples
-from pipelines.data.claims import Claim, examples_of, prompts_of, read_claims
+from pipelines.admission.experts import Expert
+from pipelines.data.claims import Claim, examples_of, read_claims
 from pipelines.data.composites import compose, mixable
 from pipelines.data.row_sources import pin_source, read_rows
 from pipelines.data.rows import ExamplesError, Row
+from pipelines.data.spans import SpannedRow, SpannedTurns
 from pipelines.recipe.recipe import AUTO, Recipe
-
-if TYPE_CHECKING:
-    from pipelines.admission.experts import Expert
-    from pipelines.data.spans import SpannedRow, SpannedTurns
-    from pipelines.workspace.context import RunContext
-    from store.ledger import Ledger
+from pipelines.workspace.context import RunContext
+from store.ledger import Ledger
 
 MAX_PROMPTS = 8192
 """The most prompts of a pool and the known prompts together. The distances of all pairs are in
@@ -150,13 +145,17 @@ def pool_prompts(
     Raises:
         ExamplesError: There are fewer than two.
     """
-    prompts = prompts_of(rows, examples)
+    known = {row.sha256 for own in examples.values() for row in own}
+    prompts: dict[str, str] = {}
+    for row in rows:
+        if row.sha256 not in known:
+            prompts.setdefault(row.sha256, row.prompt)
     if len(prompts) < 2:
         raise ExamplesError(
             f"gates.pool, {source}: {len(prompts)} prompts that are no examples already; a pool"
             " needs many of each expert's task"
         )
-    return prompts
+    return [*prompts.values()]
 
 
 def with_claims(

@@ -3,12 +3,9 @@
 Nothing here loads a model or opens a database, so a finished run is recognised within a second.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from meteora.artifacts import (
     NULL,
@@ -23,6 +20,7 @@ from meteora.artifacts import (
     canonical_sha256,
 )
 from meteora.artifacts.routers import ANSWER_START_SHARE
+from pipelines.admission.experts import Expert
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.background import background_rows
 from pipelines.data.claims import rows_without_expert
@@ -50,13 +48,10 @@ from pipelines.planning.examples import (
     with_claims,
 )
 from pipelines.planning.overlaps import check_overlaps
+from pipelines.recipe.benchmark import BenchmarkSection
 from pipelines.recipe.gates import CalibrateSection, JointSection, numbers_of
-
-if TYPE_CHECKING:
-    from pipelines.admission.experts import Expert
-    from pipelines.recipe.benchmark import BenchmarkSection
-    from pipelines.recipe.recipe import Recipe
-    from pipelines.workspace.context import RunContext
+from pipelines.recipe.recipe import Recipe
+from pipelines.workspace.context import RunContext
 
 
 @dataclass(frozen=True)
@@ -246,7 +241,6 @@ def _router(
 
 
 def stack_of(base: BaseSpec, experts: Sequence[Expert]) -> FusedSpec:
-    """The spec of a stack of experts on a base."""
     ids = tuple(expert.adapter.spec.id for expert in experts)
     return FusedSpec(base.id, tuple(expert.name for expert in experts), ids)
 

@@ -1,18 +1,13 @@
 """Tasks of earlier benchmarks, made again from the recorded answers; no file of rows is needed."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING
 
+from meteora.artifacts import ArtifactId, Score
 from pipelines.data.rows import Row
 from pipelines.evaluation.tasks import Task
 from pipelines.scoring.outputs import read_outputs
-
-if TYPE_CHECKING:
-    from meteora.artifacts import ArtifactId, Score
-    from store.ledger import Ledger
+from store.ledger import Ledger
 
 OWN_TASK = """
 SELECT id FROM scores

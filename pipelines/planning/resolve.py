@@ -4,31 +4,23 @@ A run, the look (the check whether anything is left to do), and `--dry-run` shar
 differ in their `Steps`: a run downloads and records, the others use the files on this disk.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError
 from meteora.artifacts import WITH_GATES, AdapterRef, BaseSpec, BuiltBase, MeteoraError, Reason
 from meteora.untrusted.findings import AdapterError
 from pipelines.admission import sources, verdicts
-from pipelines.admission.base_identity import look_up_on_hub, saved_verdict
-from pipelines.admission.experts import Missing, Refusal, Requirements, read_expert
+from pipelines.admission.base_identity import LookUp, look_up_on_hub, saved_verdict
+from pipelines.admission.experts import Expert, Missing, Outcome, Refusal, Requirements, read_expert
+from pipelines.admission.verdicts import Proportion
 from pipelines.data.rows import ExamplesError
 from pipelines.hub.errors import UnusableRepositoryError
 from pipelines.planning.plan import Plan, make_plan, stack_of
-from pipelines.recipe.recipe import FoundExpert
-
-if TYPE_CHECKING:
-    from pipelines.admission.base_identity import LookUp
-    from pipelines.admission.experts import Expert, Outcome
-    from pipelines.admission.verdicts import Proportion
-    from pipelines.recipe.recipe import ExpertSection, Recipe
-    from pipelines.workspace.context import RunContext
+from pipelines.recipe.recipe import ExpertSection, FoundExpert, Recipe
+from pipelines.workspace.context import RunContext
 
 
 class NoExpertsError(MeteoraError):

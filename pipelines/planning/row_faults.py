@@ -1,11 +1,10 @@
 """Why a run would refuse the rows that are on this disk, as `--dry-run` says."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from meteora.artifacts import BaseSpec
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.data.spans import read_spans
 from pipelines.evaluation.harness import BenchmarkError
@@ -14,13 +13,10 @@ from pipelines.planning.examples import asks_for_spans, most_prompts, pool_promp
 from pipelines.planning.overlaps import check_overlaps, place_of_example
 from pipelines.planning.room import check_names, check_rows
 from pipelines.recipe.recipe import AUTO
+from pipelines.workspace.context import RunContext
 
-if TYPE_CHECKING:
-    from meteora.artifacts import BaseSpec
-    from pipelines.workspace.context import RunContext
-
-    Read = Callable[..., Sequence[Row]]
-    """`read_rows`; may keep what it read."""
+Read = Callable[..., Sequence[Row]]
+"""`read_rows`; may keep what it read."""
 
 HUB = "hf:"
 """The beginning of sources of rows that are on the Hub."""

@@ -1,7 +1,5 @@
 """The section `benchmark` of a recipe: the measurements, and the systems to compare with."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from typing import Annotated, Literal, Self, get_args

@@ -1,16 +1,12 @@
 """What is wrong in a recipe, in the words of those who write them."""
 
-from __future__ import annotations
-
 import json
 from datetime import date
-from typing import TYPE_CHECKING
+
+from pydantic import BaseModel, ValidationError
+from pydantic_core import ErrorDetails
 
 from pipelines.recipe.keys import keys_of, suggest
-
-if TYPE_CHECKING:
-    from pydantic import BaseModel, ValidationError
-    from pydantic_core import ErrorDetails
 
 INPUT = "Input should be "
 """The beginning of pydantic's messages about types and ranges."""

@@ -1,7 +1,5 @@
 """`meteora import`: make a recipe from a folder of PEFT adapters, with defaults to change."""
 
-from __future__ import annotations
-
 import math
 import os
 import re

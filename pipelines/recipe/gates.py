@@ -1,7 +1,5 @@
 """The section `gates` of a recipe: the fit of the gates."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Annotated, Literal
 from urllib.parse import parse_qs

@@ -1,7 +1,5 @@
 """The section `publish` of a recipe: the repository of its model, and the allowed licences."""
 
-from __future__ import annotations
-
 import re
 
 from pydantic import field_validator

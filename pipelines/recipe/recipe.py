@@ -1,7 +1,5 @@
 """The recipe: a YAML file that describes a run; it is read and checked here."""
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 from dataclasses import replace
@@ -25,7 +23,7 @@ from pipelines.recipe.benchmark import MIX, BenchmarkSection, Section, known_met
 from pipelines.recipe.faults import explain
 from pipelines.recipe.gates import CalibrateSection, Examples, GatesSection
 from pipelines.recipe.keys import TIME
-from pipelines.recipe.publish import PublishSection  # noqa: TC001  (pydantic reads it)
+from pipelines.recipe.publish import PublishSection
 
 LONGEST_NAME = 64
 AUTO = "auto"

@@ -1,7 +1,5 @@
 """The names of a run's stages."""
 
-from __future__ import annotations
-
 from enum import StrEnum
 
 
@@ -15,6 +13,6 @@ class Stage(StrEnum):
     benchmark = "benchmark"
     publish = "publish"
 
-    def and_before(self) -> list[Stage]:
+    def and_before(self) -> list["Stage"]:
         """The stages of a run that is to stop after this one."""
         return [*Stage][: [*Stage].index(self) + 1]

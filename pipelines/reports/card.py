@@ -1,21 +1,16 @@
 """The text of a checkpoint's model card, and the sentences that the score table shares with it."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
-from typing import TYPE_CHECKING
 
 from meteora.artifacts import RouterBuild, Score, short
+from meteora.artifacts.scores import Abstention
 from meteora.base.sources import GGUF, PATH
+from meteora.checkpoint.manifest import Manifest
 from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.hub.client import page_of
 from pipelines.reports.hub_metadata import card_metadata, shots
+from pipelines.reports.summary import Summary
 from pipelines.scoring.metrics import METRICS
-
-if TYPE_CHECKING:
-    from meteora.artifacts.scores import Abstention
-    from meteora.checkpoint.manifest import Manifest
-    from pipelines.reports.summary import Summary
 
 METHODS = {"calibrate": "calibrated", "joint": "trained by gradient descent"}
 """How the card says that the gates were made, by the method in a recipe."""

@@ -3,13 +3,13 @@
 The `name` of a chart is the start of its HTML ids: unique on a page.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from itertools import cycle
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from markupsafe import Markup
+from matplotlib.figure import Figure
 from matplotlib.patches import Rectangle
 from matplotlib.ticker import MaxNLocator, PercentFormatter
 
@@ -30,10 +30,6 @@ from pipelines.reports.svg import (
     draw_wide_and_narrow,
     new_axes,
 )
-
-if TYPE_CHECKING:
-    from markupsafe import Markup
-    from matplotlib.figure import Figure
 
 UPRIGHT = 26
 """Below this width in pixels, columns have vertical names: diagonal names would touch."""

@@ -1,7 +1,5 @@
 """HTML pages from the folder `templates`. Every value is escaped, so text stays text."""
 
-from __future__ import annotations
-
 import json
 import os
 from collections.abc import Mapping

@@ -8,11 +8,9 @@ guessed from the source of the rows. Entries have no field for the number of row
 both are in the notes.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 from huggingface_hub import (
@@ -23,12 +21,10 @@ from huggingface_hub import (
 )
 
 from meteora.artifacts import REPO_ID
+from meteora.checkpoint.manifest import Manifest
 from pipelines.evaluation.measurements import FUSED
-
-if TYPE_CHECKING:
-    from meteora.checkpoint.manifest import Manifest
-    from pipelines.recipe.benchmark import TaskSection
-    from pipelines.reports.summary import Summary
+from pipelines.recipe.benchmark import TaskSection
+from pipelines.reports.summary import Summary
 
 TAGS = ["meteora", "lora", "mixture-of-experts", "merge"]
 LICENCES = {

@@ -7,13 +7,14 @@
 On a phone the four boxes stand below each other.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from markupsafe import Markup
+from matplotlib.axes import Axes
+from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from matplotlib.path import Path
 
@@ -28,12 +29,6 @@ from pipelines.reports.svg import (
     draw_wide_and_narrow,
     new_axes,
 )
-
-if TYPE_CHECKING:
-    from markupsafe import Markup
-    from matplotlib.axes import Axes
-    from matplotlib.figure import Figure
-
 
 MOST = 14
 """The most lines for adapters; if there are more, the last line has the number of the others."""

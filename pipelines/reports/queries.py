@@ -4,20 +4,16 @@ The queries are in `queries.sql`; each is about one routed model. A report shows
 result, so a reader who has the ledger can run it again.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import resources
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from meteora.artifacts import ArtifactId, MeteoraError, short
 from meteora.artifacts.scores import mark_of
+from store.ledger import Ledger
 from store.query import Answer, titled
-
-if TYPE_CHECKING:
-    from store.ledger import Ledger
 
 ROUTER_ID = re.compile(r"router:[0-9a-f]{64}")
 

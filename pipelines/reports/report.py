@@ -1,7 +1,5 @@
 """Reports on one checkpoint and on two: a page that opens offline, with charts of the results."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping, Sequence
 from functools import partial
 from typing import Any

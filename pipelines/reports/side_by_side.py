@@ -3,27 +3,24 @@
 Experts, options and sizes come from the checkpoints' own files, the rest from the ledger.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple
+from typing import Any, NamedTuple
 
 from meteora.artifacts import (
     ArtifactId,
     ComparisonBuild,
     ComparisonSpec,
+    Difference,
+    Score,
     ScorePair,
     short,
 )
 from meteora.checkpoint.manifest import TENSORS, ExpertEntry, Manifest, read_manifest
 from pipelines.reports.queries import ROUTER_ID, QueryResult, ReportError, ask_queries
 from pipelines.scoring.compare import compare, recorded_scores, scores_in_common
-
-if TYPE_CHECKING:
-    from meteora.artifacts import Difference, Score
-    from store.ledger import Ledger
+from store.ledger import Ledger
 
 LABELS = ("A", "B")
 COSTS = (

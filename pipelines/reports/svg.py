@@ -5,21 +5,17 @@ serves the light and the dark theme. Every figure is drawn twice, for a wide pag
 if one drawing were scaled down, its text would be too small to read.
 """
 
-from __future__ import annotations
-
 import io
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import matplotlib as mpl
 from markupsafe import Markup
+from matplotlib.axes import Axes
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
-
-if TYPE_CHECKING:
-    from matplotlib.axes import Axes
 
 INK, SOFT, RULE, ACCENT, SECOND, PAPER = (f"#0a0b0{i}" for i in range(6))
 """Placeholder colours; see VARIABLES."""

@@ -1,19 +1,14 @@
 """Compare two systems on the same rows: the difference, its interval, and a test."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
 
 from meteora.artifacts import ArtifactId, ComparisonBuild, ComparisonSpec, Difference, Score
 from pipelines.scoring import intervals
 from pipelines.scoring.metrics import ATTEMPTED
 from pipelines.scoring.outputs import read_outputs
-
-if TYPE_CHECKING:
-    from store.ledger import Ledger
+from store.ledger import Ledger
 
 DATE = re.compile(r"\d{1,2} [A-Z][a-z]{2,8} \d{4}|\d{4}-\d\d-\d\d")
 """Today's date, as chat templates write it: `26 Jul 2024`."""

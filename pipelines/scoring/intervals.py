@@ -5,8 +5,6 @@ McNemar's exact test. For rows that may be partly right: a bootstrap over rows, 
 Tests are paired: both systems answered the same rows.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -4,18 +4,13 @@ The id of such a score depends on the questions, but not on the metric of each. 
 an expert's metric, the old values would count for the new recipe.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
-from typing import TYPE_CHECKING
 
 from meteora.artifacts import ArtifactId, MeteoraError, Score
 from store.errors import DamagedError
-
-if TYPE_CHECKING:
-    from store.ledger import Ledger
+from store.ledger import Ledger
 
 
 class JudgedError(MeteoraError):

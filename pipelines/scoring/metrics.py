@@ -11,8 +11,6 @@ An empty answer has value 0 and counts like any other. With several right answer
 of the nearest.
 """
 
-from __future__ import annotations
-
 import inspect
 import math
 import re

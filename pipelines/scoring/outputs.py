@@ -4,8 +4,6 @@ A file has one row for each question, composite or conversation. It holds prompt
 values can be computed from it again, by the same functions as right after the measurement.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

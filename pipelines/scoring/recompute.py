@@ -1,18 +1,13 @@
 """Compute recorded scores again from recorded answers, and find those that differ."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
+from meteora.artifacts import Score
 from pipelines.data.rows import ExamplesError
 from pipelines.scoring.outputs import OutputsError, RowValues, compute_values, read_outputs
 from store.check import Finding
 from store.errors import DamagedError
-
-if TYPE_CHECKING:
-    from meteora.artifacts import Score
-    from store.ledger import Ledger
+from store.ledger import Ledger
 
 TOLERANCE = 1e-9
 """Scores, and ends of intervals, that differ by less count as equal."""

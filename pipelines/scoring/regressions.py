@@ -1,14 +1,10 @@
 """Whether a new checkpoint is worse than the previous one of the same recipe."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
 
-if TYPE_CHECKING:
-    from meteora.artifacts import ArtifactId
-    from store.ledger import Ledger
+from meteora.artifacts import ArtifactId
+from store.ledger import Ledger
 
 
 @dataclass(frozen=True)

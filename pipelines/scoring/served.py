@@ -4,8 +4,6 @@ Any server with OpenAI's HTTP interface works. Greedy answers of the same model 
 float32; a server without the adapters, or with another model, answers differently.
 """
 
-from __future__ import annotations
-
 import json
 import random
 import re
@@ -14,16 +12,14 @@ from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 
 from meteora.artifacts import ArtifactId, MeteoraError
 from meteora.untrusted.findings import brief, shortened
 from pipelines.scoring.outputs import read_outputs
-
-if TYPE_CHECKING:
-    from store.ledger import Ledger
+from store.ledger import Ledger
 
 KEY = "METEORA_API_KEY"
 """The environment variable that holds a server's key."""

@@ -5,12 +5,9 @@ ids, computed from the bytes of its files. Under the ids in the manifest, a run 
 would mistake a stranger's files for its own results.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from meteora.artifacts import (
     WITH_GATES,
@@ -26,8 +23,17 @@ from meteora.artifacts import (
     short,
 )
 from meteora.base.sources import PATH, weights_sha256
-from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, STATISTICS, read_manifest
+from meteora.checkpoint.manifest import (
+    EXPERTS,
+    GATES,
+    MANIFEST,
+    STATISTICS,
+    ExpertEntry,
+    Manifest,
+    read_manifest,
+)
 from meteora.checkpoint.sound_file import open_sound
+from pipelines.admission.checkpoints import FoundCheckpoint
 from pipelines.stages.build import build_base
 from pipelines.stages.checkpoint import place_checkpoint, record_router, record_stack
 from pipelines.stages.open_model import stack_in
@@ -37,11 +43,7 @@ from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext, checkpoint_at
 from pipelines.workspace.faults import require_space
 from store.events import AdapterVerdict
-
-if TYPE_CHECKING:
-    from meteora.checkpoint.manifest import ExpertEntry, Manifest
-    from pipelines.admission.checkpoints import FoundCheckpoint
-    from store.ledger import Ledger
+from store.ledger import Ledger
 
 
 @dataclass(frozen=True)

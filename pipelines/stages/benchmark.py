@@ -1,12 +1,9 @@
 """Measure a checkpoint without the recipe that made it, such as one with an expert more or less."""
 
-from __future__ import annotations
-
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from pydantic import ValidationError
 
@@ -14,6 +11,7 @@ from meteora.artifacts import ArtifactId, MeteoraError, canonical_sha256, short
 from meteora.base.sources import PATH, path_from
 from meteora.checkpoint.manifest import CARD, MANIFEST, Manifest, read_manifest
 from meteora.untrusted.findings import MOST_NAMED, did_you_mean, listed, shortened
+from pipelines.admission.checkpoints import FoundCheckpoint
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.row_sources import read_rows
 from pipelines.evaluation.tasks import Task, make_tasks
@@ -43,10 +41,7 @@ from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext, new_run_id
 from pipelines.workspace.machine import choose_device, device_name
 from pipelines.workspace.recorded_run import one_stage
-
-if TYPE_CHECKING:
-    from pipelines.admission.checkpoints import FoundCheckpoint
-    from store.ledger import Ledger
+from store.ledger import Ledger
 
 COMPARE = ("base", "oracle")
 """Systems to compare with by default; their scores on recorded tasks are mostly recorded, too."""

@@ -1,9 +1,6 @@
 """A checkpoint's folder with its texts, and the records of its stack and router."""
 
-from __future__ import annotations
-
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from meteora.artifacts import ArtifactId, FusedCheckpoint, FusedSpec, RouterBuild
 from meteora.checkpoint.manifest import CARD, CONFIG, CONFIG_TEXT, LINEAGE, MANIFEST, Manifest
@@ -11,11 +8,9 @@ from pipelines.publishing.in_toto import write_lineage
 from pipelines.publishing.signing import is_signed
 from pipelines.reports import card
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
+from pipelines.reports.summary import Summary
 from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext, put_in_place
-
-if TYPE_CHECKING:
-    from pipelines.reports.summary import Summary
 
 
 def write_texts(

@@ -4,17 +4,16 @@ The checkpoint may come from anywhere. It includes the statistics that its gates
 the recipe, the examples and the adapters of its other experts are not needed.
 """
 
-from __future__ import annotations
-
 from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from pydantic import TypeAdapter, ValidationError
 
+from meteora.adapters.tensors import Adapter
 from meteora.artifacts import (
     AdapterSpec,
     ArtifactId,
@@ -38,6 +37,7 @@ from meteora.checkpoint.manifest import (
 )
 from meteora.checkpoint.resolve import load_base
 from meteora.checkpoint.stack import common_dtype
+from meteora.checkpoint.tensors import Gates
 from meteora.fitting import add_expert
 from meteora.fitting.sequences import UNLABELLED
 from meteora.fitting.statistics import read_statistics, write_statistics
@@ -45,6 +45,7 @@ from meteora.model.fused import check_base, insert_experts
 from meteora.routing.gates import gates_of
 from meteora.untrusted.findings import listed
 from pipelines.admission.candidate import Admission, Candidate
+from pipelines.admission.checkpoints import FoundCheckpoint
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.labels import Labeller
 from pipelines.data.row_sources import read_rows, row_place
@@ -65,12 +66,7 @@ from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import RunContext, new_run_id
 from pipelines.workspace.machine import choose_device, device_name, is_too_large, memory_bytes
 from pipelines.workspace.recorded_run import one_stage
-
-if TYPE_CHECKING:
-    from meteora.adapters.tensors import Adapter
-    from meteora.checkpoint.tensors import Gates
-    from pipelines.admission.checkpoints import FoundCheckpoint
-    from store.ledger import Ledger
+from store.ledger import Ledger
 
 EXAMPLES = 64
 """The most examples of a new expert; the same as a recipe's default."""

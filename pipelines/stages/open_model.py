@@ -85,7 +85,6 @@ def describe(work: RunContext, plan: Plan, gates: RouterBuild | None) -> Manifes
 
 
 def entry_of(expert: Expert) -> ExpertEntry:
-    """The entry of an expert in a manifest."""
     return ExpertEntry(
         name=expert.name,
         adapter_id=expert.adapter.spec.id,
@@ -98,7 +97,6 @@ def entry_of(expert: Expert) -> ExpertEntry:
 
 
 def stack_in(manifest: Manifest) -> FusedSpec:
-    """The stack that a manifest describes."""
     base_id = manifest.base.spec.id
     adapter_ids = tuple(ArtifactId(entry.adapter_id) for entry in manifest.experts)
     stack = FusedSpec(base_id, tuple(manifest.names), adapter_ids)

@@ -346,7 +346,6 @@ def lesson(tokenizer: PreTrainedTokenizerBase, row: Row) -> Lesson:
 def lessons(
     tokenizer: PreTrainedTokenizerBase, stream: Iterator[Row], batch_size: int = BATCH_SIZE
 ) -> Iterator[list[Lesson]]:
-    """Batches of the answers of rows from `stream`."""
     while batch := list(itertools.islice(stream, batch_size)):
         yield [lesson(tokenizer, row) for row in batch]
 

@@ -3,19 +3,18 @@
 `worker_client` starts it.
 """
 
-from __future__ import annotations
-
 import pickle
 import time
 import traceback
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
 from meteora.adapters.update_norm import check_proportion
 from meteora.artifacts import MeteoraError
 from meteora.base.placement import is_out_of_memory
+from pipelines.planning.plan import Plan
 from pipelines.publishing import publish
 from pipelines.stages import build, measure, pool
 from pipelines.stages.open_model import is_spread
@@ -26,9 +25,6 @@ from pipelines.workspace.context import RunContext
 from pipelines.workspace.machine import choose_device, device_name, memory_bytes
 from pipelines.workspace.processes import Channel, connect_to_parent
 from store.ledger import Ledger
-
-if TYPE_CHECKING:
-    from pipelines.planning.plan import Plan
 
 PROGRESS_SECONDS = 2.0
 

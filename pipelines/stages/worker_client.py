@@ -4,18 +4,14 @@ One process serves all stages of a run, so the model libraries are loaded once. 
 returns artifacts and plans, never a tensor: large results are in the store.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from meteora.artifacts import MeteoraError
+from pipelines.workspace.context import RunContext
 from pipelines.workspace.environment import SETTINGS
 from pipelines.workspace.processes import ChildDiedError, ChildProcess, ChildTimeoutError
-
-if TYPE_CHECKING:
-    from pipelines.workspace.context import RunContext
 
 
 class StageError(MeteoraError):

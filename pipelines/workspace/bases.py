@@ -5,23 +5,19 @@ the hash of every file. A file is hashed again when its size or its time differs
 `meteora verify` hashes all of them.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Sequence
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Self
+from typing import Self
 
 from meteora.artifacts import SHA256, ArtifactId, BaseSpec, MeteoraError, Noun, file_sha256
 from meteora.base.sources import combined_sha256
 from store.check import Finding
 from store.errors import StoreError
 from store.files import READ_ONLY, write_whole
-
-if TYPE_CHECKING:
-    from store.ledger import Ledger
+from store.ledger import Ledger
 
 NOTE = ".sealed.json"
 """The note in the folder of a base; deleting the folder deletes it, too."""

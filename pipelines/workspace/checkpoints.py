@@ -1,7 +1,5 @@
 """The folder of a checkpoint that a person names, and of its base."""
 
-from __future__ import annotations
-
 import shlex
 from pathlib import Path
 

@@ -4,8 +4,6 @@
 this process listens to it, to pass lines and progress on.
 """
 
-from __future__ import annotations
-
 import logging
 import os
 import sys
@@ -15,7 +13,6 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import copy_context
 from datetime import timedelta
-from typing import TYPE_CHECKING
 
 from rich import console as rich_console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
@@ -24,11 +21,10 @@ from rich.text import Text
 
 from meteora.untrusted.findings import for_terminal
 
-if TYPE_CHECKING:
-    MessageListener = Callable[[str], None]
-    """Called with each line, without its colours."""
-    ProgressListener = Callable[[str, int, int], None]
-    """Called with a bar's name, the units done, and all units."""
+MessageListener = Callable[[str], None]
+"""Called with each line, without its colours."""
+ProgressListener = Callable[[str, int, int], None]
+"""Called with a bar's name, the units done, and all units."""
 
 QUIET = "METEORA_QUIET"
 """An environment variable; if it is not empty, only errors are shown."""

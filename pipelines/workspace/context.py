@@ -1,7 +1,5 @@
 """The context of a run: the ledger, the recipe and its folder, and the run's id."""
 
-from __future__ import annotations
-
 import hashlib
 import secrets
 import tempfile

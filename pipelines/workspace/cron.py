@@ -1,7 +1,5 @@
 """Check a schedule without Prefect, which must not be imported before its server runs."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
 

@@ -1,7 +1,5 @@
 """Environment variables to set before torch, Prefect and Hugging Face libraries load."""
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

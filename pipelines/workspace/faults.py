@@ -1,7 +1,5 @@
 """Faults of the machine, each in one sentence: a full disk, a read-only folder, no network."""
 
-from __future__ import annotations
-
 import errno
 import re
 import shutil

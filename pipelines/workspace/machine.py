@@ -1,7 +1,5 @@
 """The device that models run on, and its speed: measured in a second, for estimates."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import time

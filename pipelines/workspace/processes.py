@@ -11,8 +11,6 @@ The two exchange messages, each a kind and a value: a "request" to the child, an
 Imports only the standard library: every request to the Hub starts such a process.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import pickle
@@ -26,11 +24,10 @@ from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from multiprocessing import Pipe
 from multiprocessing.connection import Connection, wait
-from typing import TYPE_CHECKING, Any, Self, cast
+from typing import Any, Self, cast
 
-if TYPE_CHECKING:
-    Listeners = Mapping[str, Callable[..., None]]
-    """Functions by kind of message; each is called with the value's items."""
+Listeners = Mapping[str, Callable[..., None]]
+"""Functions by kind of message; each is called with the value's items."""
 
 
 class ChildError(Exception):

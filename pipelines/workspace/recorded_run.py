@@ -1,21 +1,16 @@
 """The record of a run: its start, versions and device, its outcome, and the time of each stage."""
 
-from __future__ import annotations
-
 import shutil
 import time
 from collections.abc import Generator, Sequence
 from contextlib import contextmanager
 from importlib.metadata import version
-from typing import TYPE_CHECKING
 
 from meteora.artifacts import MeteoraError
 from meteora.untrusted.findings import AdapterError
+from pipelines.workspace.context import RunContext
 from store.events import RunEnded, RunStarted
-
-if TYPE_CHECKING:
-    from pipelines.workspace.context import RunContext
-    from store.ledger import Ledger
+from store.ledger import Ledger
 
 VERSIONS = ("torch", "transformers", "safetensors", "prefect", "duckdb", "lm-eval")
 

@@ -10,13 +10,12 @@ in rank, targets and scaling, as those of strangers do. Every task is asked 200 
 trained on rows of the gates or of the tests.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import shutil
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -33,9 +32,6 @@ from tests.quickstart.make import (
     write_splits,
 )
 from tests.quickstart.make import TRAININGS as QUICKSTART
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 SHIPPED = locate("quickstart").parent
 NUM_TEST, NUM_EXAMPLES = 200, 64

@@ -7,29 +7,23 @@ running the same tokens once through the projection that reads that input, in th
 the sweep does anyway.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing
 import resource
 import time
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, fields
 from itertools import pairwise
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 from meteora.fitting import calibrate
 from meteora.fitting.lda import choose_shrinkage, gate_from
 from meteora.fitting.sequences import LabelledSequence, batched, hold_out, sampled, token_weights
 from meteora.fitting.statistics import PointStatistics
 from tests.benchmarks.timing import machine
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-
-    from torch import Tensor
 
 EXPERTS, TOKENS_EACH = 28, 32
 SIZES = (

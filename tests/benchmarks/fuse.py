@@ -6,8 +6,6 @@ included; memory is what stacking adds to the peak of that process, in units of 
 largest module. `cat` is the same with `torch.cat` a module. No GPU takes part.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import multiprocessing
@@ -17,9 +15,10 @@ import shutil
 import sys
 import tempfile
 import time
+from collections.abc import Callable, Iterator
 from contextlib import ExitStack
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from safetensors.torch import save_file
@@ -29,9 +28,6 @@ from meteora.adapters.weights import DTYPES, AdapterWeights
 from meteora.checkpoint.stack import module_entries, stack_adapters
 from meteora.checkpoint.tensors import write_experts
 from tests.benchmarks import timing
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
 
 HIDDEN, INTERMEDIATE = 4096, 11008
 SIZES = {

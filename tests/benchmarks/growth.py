@@ -6,8 +6,6 @@ CHECKPOINT is what `meteora run quickstart` came to, BASE its base as safetensor
 (module, token) pairs of 24 test rows a task, behind the template's opening, with one thread.
 """
 
-from __future__ import annotations
-
 import argparse
 import tempfile
 from pathlib import Path

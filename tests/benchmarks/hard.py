@@ -9,20 +9,15 @@ adapter has rank 16 on q and v alone, and a high learning rate for 300 steps, so
 opening that it computed itself.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import random
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 from tests.benchmarks.bigbench import write_recipe
 from tests.quickstart import make
 from tests.quickstart.make import NUM_TRAIN, Training, write_rows
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 TASK = "close_brackets"
 TRAINING = Training(16, 32, ("q_proj", "v_proj"), steps=300)

@@ -10,8 +10,6 @@ those of real ones. Their rows are tasks of reasoning-gym that no adapter has, s
 to one that one has, and then the functions of one Python module each, asked in one of six ways.
 """
 
-from __future__ import annotations
-
 import argparse
 import ast
 import hashlib
@@ -19,8 +17,8 @@ import itertools
 import random
 import shutil
 import sysconfig
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 import yaml
@@ -30,9 +28,6 @@ from safetensors.torch import load_file, save_file
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import ExamplesError
 from tests.benchmarks.bigbench import write_rows
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 LONGEST = {"prompt": 400, "response": 120}
 """Characters of a row."""

@@ -8,11 +8,9 @@ adapter's recorded answers are asked again over HTTP, greedy: on the base in 32 
 it is, and, to see that an expert matters, on the base in 32 bits without it.
 """
 
-from __future__ import annotations
-
 import argparse
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import gguf
 import numpy as np
@@ -22,13 +20,8 @@ from meteora.artifacts import ArtifactId
 from meteora.base.sources import find_gguf
 from meteora.checkpoint.gguf_export import export_gguf
 from meteora.checkpoint.manifest import read_manifest
-from pipelines.scoring.served import Server, recorded_answers
+from pipelines.scoring.served import RecordedAnswer, Server, recorded_answers
 from store.ledger import Ledger
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
-
-    from pipelines.scoring.served import RecordedAnswer
 
 MOST = 1_000_000
 

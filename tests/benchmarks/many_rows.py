@@ -12,13 +12,12 @@ knows the task; and conversations, of which each is one row. OUT/tasks serves
 `tests.benchmarks.parts`, too.
 """
 
-from __future__ import annotations
-
 import argparse
 import re
+from collections.abc import Iterator
 from itertools import compress
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import yaml
 
@@ -31,9 +30,6 @@ from tests.benchmarks.paired import Pair, difference, mean_score
 from tests.benchmarks.prompts import SYSTEMS
 from tests.benchmarks.timing import table, tell
 from tests.quickstart import make
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 ASKED_UNDER = ("default", "none", "long", "longer")
 TALKS = "conversations"

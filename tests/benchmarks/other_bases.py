@@ -10,8 +10,6 @@ that are there. If the base has no chat template, a prompt is the task's, with a
 line of its own, where a template would have opened the answer.
 """
 
-from __future__ import annotations
-
 import argparse
 from dataclasses import replace
 from pathlib import Path

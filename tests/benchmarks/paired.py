@@ -1,14 +1,9 @@
 """Two systems that were asked the same rows of one task or several."""
 
-from __future__ import annotations
-
+from collections.abc import Iterable, Sequence
 from statistics import fmean
-from typing import TYPE_CHECKING
 
 from pipelines.scoring.intervals import difference_interval, mean_difference
-
-if TYPE_CHECKING:
-    from collections.abc import Iterable, Sequence
 
 Pair = tuple["Sequence[float]", "Sequence[float]"]
 """What the rows of a task are worth: ours, and the other system's."""

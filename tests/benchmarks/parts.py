@@ -8,19 +8,18 @@ answer. All parts but the named ones are left to the gates. `--system` asks unde
 prompts of `tests.benchmarks.prompts`, which is then part of the opening.
 """
 
-from __future__ import annotations
-
 import argparse
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
+from torch import Tensor
 
 import meteora
 from meteora.base.chat_template import Template, encode_messages
 from meteora.model.generate import answer_all
 from meteora.routing.layer import routed_layers
-from meteora.routing.passes import Present, Watcher
+from meteora.routing.passes import PassInput, Present, Watcher
 from meteora.routing.routers import Gate
 from meteora.routing.turns import questions
 from pipelines.data.row_sources import read_rows
@@ -28,13 +27,6 @@ from pipelines.scoring.metrics import exact_match
 from tests.benchmarks.paired import difference, mean_score
 from tests.benchmarks.prompts import SYSTEMS
 from tests.benchmarks.timing import table, tell
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from torch import Tensor
-
-    from meteora.routing.passes import PassInput
 
 OPENING, QUESTION, CLOSING, ANSWER = PARTS = (0, 1, 2, 3)
 FORCED = {

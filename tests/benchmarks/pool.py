@@ -14,14 +14,12 @@ prompts are, and its own answers with the right ones. `draws` reads the prompts 
 recipe once, and deals those of a few, drawn 20 times, beside so many examples of each other one.
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import random
 from collections import Counter
+from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import numpy as np
 import yaml
@@ -37,9 +35,6 @@ from pipelines.data.rows import Row
 from pipelines.recipe.recipe import locate
 from store.ledger import Ledger
 from tests.benchmarks.timing import table
-
-if TYPE_CHECKING:
-    from collections.abc import Sequence
 
 NUM_DRAWS = 20
 SYSTEMS = ["oracle"]

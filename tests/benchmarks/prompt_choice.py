@@ -6,8 +6,6 @@
 It takes the examples out, and gives the recipe the router `prompt`.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

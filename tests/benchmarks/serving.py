@@ -15,8 +15,6 @@ a time. Servers stand side by side and take turns, so that a busy moment meets a
     memory      of a server's processes, proportional set size
 """
 
-from __future__ import annotations
-
 import argparse
 import json
 import os
@@ -24,10 +22,11 @@ import statistics
 import subprocess
 import sys
 import time
+from collections.abc import Generator, Iterable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import httpx
 import torch
@@ -42,9 +41,6 @@ from pipelines.data.rows import Row
 from pipelines.scoring.metrics import exact_match
 from tests.benchmarks.bigbench import SHIPPED, read
 from tests.benchmarks.timing import machine, table
-
-if TYPE_CHECKING:
-    from collections.abc import Generator, Iterable, Sequence
 
 AT_ONCE = 8
 LONGEST = 32

@@ -4,8 +4,6 @@ Tables in Markdown. The first has many processes that write and ingest at once, 
 others a home of millions of scores, as `store_home` makes it, its rebuild and what questions take.
 """
 
-from __future__ import annotations
-
 import argparse
 import os
 import platform
@@ -14,9 +12,9 @@ import subprocess
 import sys
 import tempfile
 import time
+from collections.abc import Callable
 from pathlib import Path
 from statistics import median
-from typing import TYPE_CHECKING
 
 import duckdb
 import numpy as np
@@ -25,9 +23,6 @@ from store.ledger import Ledger
 from store.query import Limits, examples
 from tests.benchmarks.store_home import Size, make_home
 from tests.store.conftest import BASE, Shelf, adapter
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 ASKED = {
     "a model's places": "FROM leaderboard WHERE subject_id = '{router}'",

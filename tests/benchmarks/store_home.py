@@ -4,10 +4,11 @@ Each record is the text that `Record` writes of a noun whose names are marks, an
 numbers for the marks: so ten million take minutes, and each is what a `Ledger` would have written.
 """
 
-from __future__ import annotations
-
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
+
+import duckdb
 
 from meteora.artifacts import (
     ArtifactId,
@@ -23,11 +24,6 @@ from store.query import memory, quoted
 from store.records import Record
 from store.segments import ROW_GROUP_RECORDS, SEGMENT_RECORDS, SUFFIX
 from tests.store.conftest import BASE, adapter, benchmark, score
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    import duckdb
 
 NUM_EXPERTS = 16
 ROUTERS_A_STACK = 15

@@ -1,7 +1,5 @@
 """The benchmarks run: every variant, at sizes where the figures mean nothing."""
 
-from __future__ import annotations
-
 import importlib
 import json
 import shutil

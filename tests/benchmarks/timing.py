@@ -5,23 +5,17 @@ the ratio of the best times. One thread on a CPU is timed by the time that it co
 on the machine do to it then shows in its caches alone. Threads and GPUs are timed by the clock.
 """
 
-from __future__ import annotations
-
 import argparse
 import platform
 import sys
 import time
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import peft
 import torch
 import transformers
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Mapping, Sequence
-
-    from torch import nn
+from torch import nn
 
 
 def ask(parser: argparse.ArgumentParser) -> None:

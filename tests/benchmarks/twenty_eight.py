@@ -9,14 +9,13 @@ reasoning-gym, and a recipe over all. Every task is asked 200 rows. No adapter w
 of the gates or of the tests.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import shutil
 import sys
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import reasoning_gym
 import yaml
@@ -26,9 +25,6 @@ from tests.benchmarks import bigbench
 from tests.benchmarks.bigbench import NUM_EXAMPLES, NUM_TEST, split
 from tests.quickstart import make
 from tests.quickstart.make import ATTENTION, MLP, Training
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 BENCHMARK = bigbench.BENCHMARK | {"max_new_tokens": 32}
 LONGEST = {"language_identification": 300}

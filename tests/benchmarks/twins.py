@@ -6,29 +6,24 @@ stands its floor, the arithmetic of the gate and of the chosen experts alone. Th
 function chooses, and the kernel that was better where another was; `--json` has all.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json
 import sys
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 from torch import nn
 
 from meteora.artifacts import RouterOptions
 from meteora.kernels import dispatch, gather_grouped
+from meteora.kernels.dispatch import KernelName
 from meteora.kernels.stack import ExpertStack, Sizes
 from meteora.routing.layer import MoELoRALinear
 from meteora.routing.routers import Gate
 from tests.benchmarks import timing
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator, Sequence
-
-    from meteora.kernels.dispatch import KernelName
 
 TOP_K = 2
 MIXED = [4, 8, 16, 64]

@@ -8,8 +8,6 @@ examples, `written.yaml` with none, and `prompt.yaml`, whose router needs none. 
 one home.
 """
 
-from __future__ import annotations
-
 import argparse
 from pathlib import Path
 

@@ -1,7 +1,5 @@
 """`import meteora` gives exactly the names that the pages use, and loads nothing heavy."""
 
-from __future__ import annotations
-
 import ast
 import inspect
 import re

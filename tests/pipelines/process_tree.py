@@ -1,7 +1,5 @@
 """Which processes descend from which, and whether they end."""
 
-from __future__ import annotations
-
 import time
 from contextlib import suppress
 from pathlib import Path

@@ -6,14 +6,12 @@ leaves one under the store's home); OUT gets `adapters/<task>/` as PEFT saves th
 differ on purpose in rank, targets and scaling: that is what adapters from the Hub do.
 """
 
-from __future__ import annotations
-
 import argparse
 import itertools
 import json
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import torch
 from peft import LoraConfig, get_peft_model
@@ -21,13 +19,8 @@ from transformers import AutoModelForCausalLM
 
 from meteora.base.loading import load_tokenizer
 from pipelines.data.rows import Row
-from pipelines.stages.train_adapters import BATCH_SIZE, fit, lessons, save
+from pipelines.stages.train_adapters import BATCH_SIZE, Lesson, fit, lessons, save
 from tests.quickstart.tasks import rows
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterable, Iterator
-
-    from pipelines.stages.train_adapters import Lesson
 
 ATTENTION = ("q_proj", "k_proj", "v_proj", "o_proj")
 MLP = ("gate_proj", "up_proj", "down_proj")

@@ -6,13 +6,8 @@ that all tasks share, so that no fixed first word tells the tasks apart. No prom
 what adapters are trained on, what gates are fitted to and what tests ask never meets.
 """
 
-from __future__ import annotations
-
 import random
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator
 
 Row = dict[str, str]
 """`{"prompt", "response"}`, as a line of the JSONL files."""

@@ -1,16 +1,11 @@
-from __future__ import annotations
-
 import itertools
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from pipelines.recipe.recipe import locate
 from tests.quickstart.make import NUM_TEST, NUM_TRAIN, TRAININGS, seen_in_training, write_splits
 from tests.quickstart.tasks import TASKS, in_words, rows
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SHIPPED = locate("quickstart").parent
 

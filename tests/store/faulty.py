@@ -5,30 +5,23 @@ strike happens in a process of its own, on a home of its own, and so does the lo
 the process that forks never uses DuckDB.
 """
 
-from __future__ import annotations
-
 import ctypes
 import hashlib
 import os
 import shutil
 import sys
 import traceback
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING
 
-from meteora.artifacts import MeteoraError
+from meteora.artifacts import MeteoraError, Spec
 from store.index import STORAGE_VERSION
 from store.ledger import Ledger
 from store.query import memory, quoted
 from store.schema import sources
 from tests.store.conftest import BASE, adapter
 from tests.store.worker import say
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from meteora.artifacts import Spec
 
 NEVER = 1 << 40
 PROMISES = 3

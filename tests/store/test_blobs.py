@@ -1,12 +1,11 @@
 """A blob is a file under the hash of its bytes, whoever put it there and however."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os
 import stat
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -14,10 +13,6 @@ from meteora.artifacts import file_sha256
 from store.blobs import Blobs
 from store.errors import DamagedError, MissingBlobError, StoreError
 from store.files import sweep
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 DATA = b"gates" * 1000
 SHA256 = hashlib.sha256(DATA).hexdigest()

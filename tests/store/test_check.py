@@ -1,21 +1,16 @@
 """What changed on disk is found, with all that rests on it; what nothing needs can go."""
 
-from __future__ import annotations
-
 import os
-from typing import TYPE_CHECKING, Any
+from contextlib import AbstractContextManager
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from meteora.artifacts import ComparisonSpec, ScorePair
 from store import check, files
 from store.errors import BusyError, DamagedError
-
-if TYPE_CHECKING:
-    from contextlib import AbstractContextManager
-    from pathlib import Path
-
-    from tests.store.conftest import Shelf
+from tests.store.conftest import Shelf
 
 pytestmark = pytest.mark.usefixtures("disk_is_not_waited_for")
 

@@ -1,9 +1,6 @@
 """The clock steps back, or stands still: nothing is overwritten, and no fact changes."""
 
-from __future__ import annotations
-
 from datetime import UTC, datetime, timedelta
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -11,9 +8,7 @@ import store.recording
 from pipelines.workspace import context
 from store.events import Failure, RunEnded, RunStarted
 from store.records import Record
-
-if TYPE_CHECKING:
-    from tests.store.conftest import Shelf
+from tests.store.conftest import Shelf
 
 NOON = datetime(2026, 10, 25, 12, tzinfo=UTC)
 

@@ -3,8 +3,6 @@
 `faults.c` stands between the program and the C library, so that it sees both; `faulty` strikes.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess

@@ -1,17 +1,12 @@
 """Files that people and other programs read are whole, too."""
 
-from __future__ import annotations
-
 import errno
 import stat
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from store import files
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def test_a_text_is_replaced_whole_or_not_at_all(

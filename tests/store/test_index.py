@@ -1,7 +1,5 @@
 """The index can be lost, damaged, outdated or locked, and nothing is lost with it."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import random
@@ -10,10 +8,10 @@ import shutil
 import sqlite3
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from importlib import resources
 from pathlib import Path
-from typing import TYPE_CHECKING
 from unittest.mock import Mock
 
 import duckdb
@@ -29,11 +27,7 @@ from store.ledger import Ledger
 from store.query import LIMITS, memory, opened, quoted
 from store.records import Record
 from store.schema import migrate, sources
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.store.conftest import Shelf
+from tests.store.conftest import Shelf
 
 pytestmark = pytest.mark.usefixtures("disk_is_not_waited_for")
 

@@ -1,12 +1,11 @@
 """What is recorded is recorded once, for good, and answered whether or not it was ingested."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -21,12 +20,7 @@ from store.errors import (
 from store.events import Outcome, RunEnded, RunStarted
 from store.ledger import Ledger
 from store.records import Record, Records
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from tests.store.conftest import Shelf
+from tests.store.conftest import Shelf
 
 pytestmark = pytest.mark.usefixtures("disk_is_not_waited_for")
 

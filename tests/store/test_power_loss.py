@@ -4,8 +4,6 @@ A layer over Python's calls notes which bytes and which names are on the disk. `
 rest away, as a file system may. DuckDB's files count as lost: they are made again from the records.
 """
 
-from __future__ import annotations
-
 import os
 from pathlib import Path
 

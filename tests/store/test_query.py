@@ -1,14 +1,12 @@
 """Questions have their answers, and can do nothing else than be answered."""
 
-from __future__ import annotations
-
 import errno
 import re
 import signal
 import threading
 import time
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -20,9 +18,6 @@ from store.ledger import Ledger
 from store.query import Limits, examples
 from store.records import Record
 from tests.store.conftest import Shelf
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 COMMIT = "c0ffee" + "0" * 34
 Q_PROJ = "model.layers.{}.self_attn.q_proj"

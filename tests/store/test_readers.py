@@ -1,14 +1,11 @@
 """People open the snapshot with the DuckDB that they have: an older one, a shell, a notebook."""
 
-from __future__ import annotations
-
 import json
 import os
 import socket
 import subprocess
 import sys
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import duckdb
 import pytest
@@ -16,9 +13,7 @@ import pytest
 from store.errors import StoreError
 from store.ledger import Ledger
 from store.serving import serve
-
-if TYPE_CHECKING:
-    from tests.store.conftest import Shelf
+from tests.store.conftest import Shelf
 
 ROOT = Path(__file__).parents[2]
 OLDER = ["1.4.5", "1.5.6"]

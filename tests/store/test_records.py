@@ -1,12 +1,10 @@
 """The record is one file, whole and unchangeable."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import stat
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -16,11 +14,7 @@ from meteora.artifacts import canonical_json
 from store.errors import DamagedError, StoreError
 from store.files import write_whole
 from store.records import Record, Records
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.store.conftest import Shelf
+from tests.store.conftest import Shelf
 
 texts = st.text(st.characters(exclude_categories=["Cs"]))
 bodies = st.recursive(

@@ -1,12 +1,12 @@
 """Packed records are the same records: found, checked, rebuilt, and never lost on the way."""
 
-from __future__ import annotations
-
 import os
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
+import duckdb
 import pytest
 
 from store import segments
@@ -14,14 +14,7 @@ from store.errors import DamagedError, StoreError
 from store.ledger import Ledger
 from store.query import memory
 from store.records import Record
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    import duckdb
-
-    from tests.store.conftest import Shelf
+from tests.store.conftest import Shelf
 
 pytestmark = pytest.mark.usefixtures("disk_is_not_waited_for")
 

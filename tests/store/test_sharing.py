@@ -1,11 +1,11 @@
 """Homes that share a storage: a real server that speaks S3 on loopback, obstore as it ships."""
 
-from __future__ import annotations
-
 import http.client
 import logging
 import shutil
-from typing import TYPE_CHECKING
+import subprocess
+from collections.abc import Callable, Generator
+from pathlib import Path
 
 import obstore
 import pytest
@@ -17,13 +17,7 @@ from store.events import RunStarted
 from store.ledger import Ledger
 from store.remote import Remote
 from store.sharing import SETTING, connect
-
-if TYPE_CHECKING:
-    import subprocess
-    from collections.abc import Callable, Generator
-    from pathlib import Path
-
-    from tests.store.conftest import Shelf
+from tests.store.conftest import Shelf
 
 pytestmark = pytest.mark.usefixtures("disk_is_not_waited_for")
 

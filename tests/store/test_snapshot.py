@@ -1,13 +1,10 @@
 """The snapshot stays open from one query to the next, and nobody notices but for the time."""
 
-from __future__ import annotations
-
 import subprocess
 import sys
 import time
 from contextlib import closing
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import duckdb
 import pytest
@@ -16,9 +13,7 @@ import store.snapshot
 from store.errors import QueryError
 from store.query import LIMITS, Limits
 from tests.clock import no_stall
-
-if TYPE_CHECKING:
-    from tests.store.conftest import Shelf
+from tests.store.conftest import Shelf
 
 COUNT = "SELECT count(*) FROM artifacts"
 

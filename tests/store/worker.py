@@ -1,17 +1,12 @@
 """Processes that use one home at the same time; a line for each promise kept."""
 
-from __future__ import annotations
-
 import sys
 import time
 from pathlib import Path
-from typing import TYPE_CHECKING
 
+from meteora.artifacts import ArtifactId, Spec
 from store.ledger import Ledger
 from tests.store.conftest import adapter
-
-if TYPE_CHECKING:
-    from meteora.artifacts import ArtifactId, Spec
 
 
 def say(*words: object) -> None:

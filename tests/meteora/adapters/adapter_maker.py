@@ -1,14 +1,10 @@
 """Adapters as files, written byte by byte: sound ones, and ones that no library writes."""
 
-from __future__ import annotations
-
 import json
 import math
 import struct
-from typing import TYPE_CHECKING, Any
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from pathlib import Path
+from typing import Any
 
 ITEMSIZE = {"F64": 8, "F32": 4, "F16": 2, "BF16": 2, "I32": 4, "BOOL": 1}
 ONE = {"F64": "<d", "F32": "<f", "F16": "<e"}

@@ -1,11 +1,11 @@
 """For any bytes, `check` gives one verdict, in little time and memory."""
 
-from __future__ import annotations
-
 import json
 import struct
 import tracemalloc
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -22,10 +22,6 @@ from tests.meteora.adapters.adapter_maker import (
     with_header,
     write_adapter,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 fuzz = settings(
     max_examples=300,

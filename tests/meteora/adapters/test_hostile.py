@@ -1,7 +1,5 @@
 """Files that are no adapters, or that were made to break their reader."""
 
-from __future__ import annotations
-
 import json
 import os
 import pickle
@@ -9,7 +7,8 @@ import struct
 import sys
 import tracemalloc
 from io import BytesIO
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -20,17 +19,13 @@ from meteora.untrusted.safetensors_header import HeaderError, read_header
 from tests.clock import little_work
 from tests.meteora.adapters.adapter_maker import (
     Q0,
+    Tensors,
     key,
     pair,
     safetensors,
     with_header,
     write_adapter,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.meteora.adapters.adapter_maker import Tensors
 
 
 def codes(path: Path) -> dict[str, str]:

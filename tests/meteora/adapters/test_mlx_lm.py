@@ -1,8 +1,8 @@
 """MLX-LM itself, on a CPU: a forced expert answers as its adapter does there."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -10,10 +10,6 @@ import torch
 
 import meteora
 from tests.meteora.adapters.adapter_maker import write_mlx
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 mx = pytest.importorskip("mlx.core", reason="mlx is not installed")
 mlx = pytest.importorskip("mlx.utils")

@@ -1,10 +1,10 @@
 """Rank and scaling of each module are those that PEFT itself computes, on nine architectures."""
 
-from __future__ import annotations
-
 import json
+from collections.abc import Callable
 from dataclasses import fields
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -15,10 +15,6 @@ from transformers import AutoModelForCausalLM
 from meteora.adapters import reader
 from meteora.adapters.config import UNDERSTOOD, VARIANTS, WITHOUT_EFFECT
 from meteora.untrusted.findings import AdapterError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 LLAMA = ["q_proj", "v_proj", "down_proj"]
 UNSLOTH = (

@@ -1,12 +1,12 @@
 """Adapters are read as PEFT means them, or refused with a reason."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import json
 import math
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -26,18 +26,13 @@ from tests.meteora.adapters.adapter_maker import (
     Q1,
     V0,
     V1,
+    Tensors,
     key,
     pair,
     safetensors,
     write_adapter,
     write_mlx,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from tests.meteora.adapters.adapter_maker import Tensors
 
 
 def codes(folder: Path, **policy: Any) -> dict[str, str]:

@@ -1,7 +1,5 @@
 """Text to ids, alike for fitting, measuring and answering."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

@@ -1,15 +1,15 @@
 """A base that is not whole is refused: nothing is drawn at random in its place."""
 
-from __future__ import annotations
-
 import gc
 import json
 import os
 import shutil
 import tempfile
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
 from threading import Event
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import gguf
 import pytest
@@ -34,10 +34,6 @@ from meteora.base.loading import (
 from meteora.base.placement import WRITTEN, PlacementError, own_head, written_weights
 from meteora.base.sources import SourceError
 from meteora.checkpoint.manifest import CONFIG, CONFIG_TEXT
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
 

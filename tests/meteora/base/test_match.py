@@ -1,19 +1,15 @@
 """Bases are compared by their sizes first, then their tokens, then their class."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 from transformers import AutoTokenizer
 
 from meteora.base.match import UnreadableBaseError, compare_bases
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 
 @pytest.fixture

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 
 from meteora.base.padding import padded_and_mask

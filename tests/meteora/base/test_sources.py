@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import pytest
 
 from meteora.base.sources import SourceError, find_gguf, names_path

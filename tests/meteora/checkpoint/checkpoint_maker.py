@@ -1,28 +1,22 @@
 """A small sound checkpoint with gates, and its files taken apart to be changed byte by byte."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil
 import struct
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import torch
 
 from meteora.artifacts import RouterOptions, file_sha256
 from meteora.base.chat_template import Template
 from meteora.base.loading import fingerprint
-from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, read_manifest
+from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, Manifest, read_manifest
 from meteora.checkpoint.tensors import Gates, read_experts, read_gates, write_gates
 from meteora.model.fused import check_base, insert_experts, insert_routers
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from meteora.checkpoint.manifest import Manifest
-    from tests.conftest import World
+from tests.conftest import World
 
 
 def gated(world: World, folder: Path, *, hashed: bool = True) -> Manifest:

@@ -1,25 +1,21 @@
 """Changes to a sound checkpoint, drawn from a seed: to its JSON, its tensors and its folder."""
 
-from __future__ import annotations
-
 import contextlib
 import copy
 import json
 import os
+import random
 import shutil
 import struct
-from typing import TYPE_CHECKING, Any
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
 
 import torch
 from safetensors.torch import load, save
 
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, OPENINGS, SHARES, TENSORS
 from tests.meteora.checkpoint.checkpoint_maker import joined, split
-
-if TYPE_CHECKING:
-    import random
-    from collections.abc import Iterator, Mapping, Sequence
-    from pathlib import Path
 
 VALUES: list[Any] = [
     None, True, False, 0, 1, -1, 2, 4, 5_000, 2**31, 2**70, 10**400, 0.0, 0.5, -1.0, 1e300, 1e-300,

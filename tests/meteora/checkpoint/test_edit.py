@@ -1,7 +1,5 @@
 """Adding or dropping an expert leaves the numbers of the others bit for bit as they were."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

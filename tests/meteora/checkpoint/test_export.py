@@ -1,10 +1,10 @@
 """An exported expert is the file that was stacked, and PEFT loads it."""
 
-from __future__ import annotations
-
 import json
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -14,12 +14,7 @@ from meteora.adapters import reader
 from meteora.adapters.files import CONFIG, PEFT_WEIGHTS
 from meteora.artifacts import file_sha256
 from meteora.checkpoint.export import ExportError, adapter_config, export_expert, new_folder
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from tests.conftest import World
+from tests.conftest import World
 
 
 @pytest.mark.parametrize("name", ["all_seven", "attention", "q_and_v", "patterns"])

@@ -6,8 +6,6 @@ does it a hundred thousand times, and prints the figures; `--basetemp=/dev/shm/f
 small files off the disk, where they take longer than the work.
 """
 
-from __future__ import annotations
-
 import itertools
 import json
 import logging
@@ -15,8 +13,10 @@ import random
 import resource
 import shutil
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -25,20 +25,14 @@ import meteora
 from meteora.artifacts import COMMIT, MeteoraError
 from meteora.base.sources import SourceError
 from meteora.checkpoint import edit, export, gguf_export, resolve
-from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, STATISTICS
+from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, STATISTICS, Manifest
 from meteora.checkpoint.tensors import MAX_TOKEN, read_gates
 from meteora.fitting import add_expert
 from meteora.fitting.statistics import PointStatistics, read_statistics, write_statistics
 from tests.clock import little_work, no_stall
+from tests.conftest import World
 from tests.meteora.checkpoint import mutator
 from tests.meteora.checkpoint.checkpoint_maker import gated, read_all
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from meteora.checkpoint.manifest import Manifest
-    from tests.conftest import World
 
 LONGEST = 3_000
 """Characters of a message."""

@@ -1,11 +1,11 @@
 """Checkpoints that a stranger made to harm: each is refused in one sentence, in little time."""
 
-from __future__ import annotations
-
 import json
 import struct
 import tracemalloc
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -24,6 +24,7 @@ from meteora.checkpoint.manifest import (
 )
 from meteora.untrusted.findings import Findings
 from tests.clock import little_work
+from tests.conftest import World
 from tests.meteora.checkpoint.checkpoint_maker import (
     edit_header,
     edit_manifest,
@@ -31,12 +32,6 @@ from tests.meteora.checkpoint.checkpoint_maker import (
     gated,
     read_all,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from tests.conftest import World
 
 MOST_MEMORY = 200 << 20
 """Bytes that Python may take to refuse a checkpoint, whatever its size."""

@@ -1,7 +1,5 @@
 """Stacking copies: the slice of an expert holds exactly the numbers of its file."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import resource

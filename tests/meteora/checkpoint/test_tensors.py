@@ -1,7 +1,5 @@
 """The files of a fused checkpoint: written, read again, and refused when they are not whole."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil

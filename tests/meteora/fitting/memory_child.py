@@ -3,8 +3,6 @@
 python -m tests.meteora.fitting.memory_child CHECKPOINT BASE [by-layer]
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """An expert more or less, without the others' examples."""
 
-from __future__ import annotations
-
 import dataclasses
 import random
 

@@ -1,7 +1,5 @@
 """Calibrating: only gates change, they separate what can be separated, and the same every time."""
 
-from __future__ import annotations
-
 import hashlib
 import random
 from dataclasses import replace

@@ -1,7 +1,5 @@
 """Two forms of one covariance: second moments are the definition, rows of tokens their twin."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

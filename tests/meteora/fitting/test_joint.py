@@ -1,7 +1,5 @@
 """Joint training: only gates learn, they learn what is asked, and a stop changes nothing."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import nullcontext
 from dataclasses import replace

@@ -1,13 +1,10 @@
 """Gates that several processes train together are those that one trains."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -17,10 +14,8 @@ from meteora.artifacts.routers import POINT_GATES
 from meteora.checkpoint import tensors
 from meteora.fitting.joint import train_jointly
 from meteora.routing.gates import gates_of
+from tests.conftest import World
 from tests.meteora.fitting.joint_worker import SETTINGS, sequences
-
-if TYPE_CHECKING:
-    from tests.conftest import World
 
 ROOT = Path(__file__).parents[3]
 # what `accelerate launch` starts for several GPUs; for several CPUs it would ask for MPI

@@ -1,7 +1,5 @@
 """The closed form against textbook linear discriminant analysis, in numpy and float64."""
 
-from __future__ import annotations
-
 import numpy as np
 import pytest
 import torch

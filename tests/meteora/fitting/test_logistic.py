@@ -1,7 +1,5 @@
 """Logistic regression from the closed form, against gradient descent on the same loss."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """In 16 bits a plain projection and its experts are one sum: rounded once, as the bare layer's."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from torch import nn

@@ -1,7 +1,5 @@
 """Every kernel equals the definition, for values and for gradients."""
 
-from __future__ import annotations
-
 import copy
 import json
 import pickle

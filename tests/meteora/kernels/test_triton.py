@@ -1,7 +1,5 @@
 """Triton's kernels: equal to the definition, on CPUs under Triton's interpreter and on GPUs."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -8,8 +8,6 @@ compiled: its name, the dtype and the largest rank that it was first launched fo
 that it needs, in bytes, and whether it multiplies on tensor cores.
 """
 
-from __future__ import annotations
-
 import json
 import sys
 import warnings

@@ -1,7 +1,5 @@
 """No architecture is known to the code: each of these is found, routed and calibrated alike."""
 
-from __future__ import annotations
-
 import json
 import random
 import shutil

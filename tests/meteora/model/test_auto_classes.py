@@ -1,11 +1,9 @@
 """After `import meteora` the auto classes of transformers take fused checkpoints as their own."""
 
-from __future__ import annotations
-
 import shutil
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -15,11 +13,7 @@ import meteora
 from meteora.checkpoint.manifest import CONFIG, CONFIG_TEXT
 from meteora.model import registration
 from meteora.model.auto_classes import MeteoraConfig, UnsupportedArgumentError
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.conftest import World
+from tests.conftest import World
 
 FIRST = "import meteora, sys; assert not {'torch', 'transformers'} & set(sys.modules)\n"
 THEN = "from transformers import AutoModelForCausalLM, AutoTokenizer, pipeline\n"

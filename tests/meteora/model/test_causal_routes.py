@@ -1,7 +1,5 @@
 """Routes that depend on a token and what precedes it alone: one answer in every shape of prompt."""
 
-from __future__ import annotations
-
 import dataclasses
 from dataclasses import replace
 

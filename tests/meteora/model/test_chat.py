@@ -1,7 +1,5 @@
 """A conversation on one cache answers as it would without, and each token has its expert."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from itertools import pairwise

@@ -1,7 +1,5 @@
 """A fused model is PEFT where it is told to be, and the base where it has no experts."""
 
-from __future__ import annotations
-
 import dataclasses
 import shutil
 

@@ -1,7 +1,5 @@
 """The layer keeps the signature that it replaces: caches, padding, batches and beams just work."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

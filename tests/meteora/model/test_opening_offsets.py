@@ -1,7 +1,5 @@
 """Offsets give back, in the mean, what an expert lacks behind an opening by all experts."""
 
-from __future__ import annotations
-
 import dataclasses
 from contextlib import ExitStack
 

@@ -1,7 +1,5 @@
 """One expert for a prompt: found without examples, held for the answer, chosen anew each turn."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import random

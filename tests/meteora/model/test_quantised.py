@@ -1,8 +1,8 @@
 """A base in 8 or 4 bit: experts in full precision on it are what PEFT makes of them there."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -16,10 +16,6 @@ from meteora.fitting.calibrate import calibrate
 from meteora.routing.layer import routed_layers
 from tests.conftest import ATTENTION, MLP, peft_is_behind
 from tests.meteora.model.test_architectures import sequences
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
 
 pytest.importorskip("bitsandbytes", reason="the extra `quantised` is not installed")
 

@@ -1,7 +1,5 @@
 """What the prompts of a batch begin with is read once, and each answer is what it was."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from transformers import AutoModelForCausalLM

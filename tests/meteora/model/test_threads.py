@@ -1,7 +1,5 @@
 """Several threads call one model at once: each gets the answer that it gets alone."""
 
-from __future__ import annotations
-
 from concurrent.futures import ThreadPoolExecutor
 from threading import Event, get_ident
 

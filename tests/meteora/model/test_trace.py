@@ -1,7 +1,5 @@
 """A trace says where every token went: what the layers did, and not what they would have done."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models

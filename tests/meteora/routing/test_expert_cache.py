@@ -1,7 +1,5 @@
 """Experts in the mapped file, the hot ones copied: the same results, within the budget."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import sys

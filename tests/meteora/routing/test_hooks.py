@@ -1,7 +1,5 @@
 """What is recorded is what the layers did, and nothing is paid outside the block."""
 
-from __future__ import annotations
-
 from contextlib import ExitStack, suppress
 from typing import Any
 

@@ -1,7 +1,5 @@
 """The routed layer: every kernel the same, no copies of weights, one graph."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 import weakref

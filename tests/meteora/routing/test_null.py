@@ -1,7 +1,5 @@
 """The base as one of the choices: text of no adapter is left to it."""
 
-from __future__ import annotations
-
 import dataclasses
 
 import pytest

@@ -1,7 +1,5 @@
 """What a pass is called with is read however it is called, and by the watcher of that model."""
 
-from __future__ import annotations
-
 import copy
 import pickle
 

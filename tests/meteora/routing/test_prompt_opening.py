@@ -1,7 +1,5 @@
 """The opening of a prompt follows what the prompt says, in every batch and at every step."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

@@ -1,7 +1,5 @@
 """Routers against the plain, dense formula of each."""
 
-from __future__ import annotations
-
 import copy
 
 import pytest

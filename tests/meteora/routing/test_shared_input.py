@@ -1,7 +1,5 @@
 """Layers of one input compute A x once: the same results, whatever is done to the model."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import pickle

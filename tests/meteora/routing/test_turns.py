@@ -1,7 +1,5 @@
 """One decision a turn: by its question, for its answer, in any batch and on any cache."""
 
-from __future__ import annotations
-
 import copy
 import itertools
 import random

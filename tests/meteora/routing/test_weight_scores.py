@@ -1,7 +1,5 @@
 """Experts without examples, in company of experts that have some."""
 
-from __future__ import annotations
-
 import re
 from dataclasses import replace
 

@@ -1,7 +1,5 @@
 """A server that puts the outputs of a projection in another order is refused."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 from safetensors.torch import load_file, save_file

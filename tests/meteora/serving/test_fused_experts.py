@@ -1,7 +1,5 @@
 """Experts added to a server's joined projections give what the routed layers give."""
 
-from __future__ import annotations
-
 import pickle
 from dataclasses import replace
 

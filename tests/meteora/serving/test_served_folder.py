@@ -1,7 +1,5 @@
 """The folder that vLLM serves: what is in it, and what is refused before anything is loaded."""
 
-from __future__ import annotations
-
 import dataclasses
 import errno
 import json

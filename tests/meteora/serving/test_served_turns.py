@@ -1,7 +1,5 @@
 """Many requests in one pass: each turn has the decision that it has in a pass of its own."""
 
-from __future__ import annotations
-
 import pytest
 import torch
 

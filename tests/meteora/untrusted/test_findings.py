@@ -1,7 +1,5 @@
 """What a message says of strangers' files and of other libraries' errors."""
 
-from __future__ import annotations
-
 from meteora.untrusted.findings import causes
 
 

@@ -1,7 +1,5 @@
 """Patterns from strangers match what `re` matches, in linear time, or are refused."""
 
-from __future__ import annotations
-
 import contextlib
 import random
 import re

@@ -1,7 +1,5 @@
 """JSON and YAML from strangers have one meaning, or are refused with a clause that says why."""
 
-from __future__ import annotations
-
 import datetime as dt
 
 import pytest

@@ -1,30 +1,24 @@
 """The base that an adapter names is looked at over real HTTP, once, and where it may be asked."""
 
-from __future__ import annotations
-
 import json
+from collections.abc import Callable, Generator
 from functools import partial
-from typing import TYPE_CHECKING, Any, Self
+from pathlib import Path
+from typing import Any, Self
 
 import pytest
 from prefect import flow
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError
+from meteora.artifacts import AdapterRef
 from pipelines.admission import base_identity, base_worker
 from pipelines.flows import flow as flows
 from pipelines.hub.errors import HubError
+from pipelines.workspace.context import RunContext
+from tests.conftest import World
 from tests.pipelines.admission.test_discover import adapter_repo
 from tests.pipelines.conftest import plan_of
-from tests.pipelines.hub.hub_server import Fault, Repo, running_hub
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-    from pathlib import Path
-
-    from meteora.artifacts import AdapterRef
-    from pipelines.workspace.context import RunContext
-    from tests.conftest import World
-    from tests.pipelines.hub.hub_server import HubServer
+from tests.pipelines.hub.hub_server import Fault, HubServer, Repo, running_hub
 
 COMMIT = "a" * 40
 PROFILE = ("config.json", "tokenizer.json", "tokenizer_config.json")

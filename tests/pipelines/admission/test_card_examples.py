@@ -1,10 +1,10 @@
 """Examples from the data set that an adapter's card names."""
 
-from __future__ import annotations
-
 import json
+from collections.abc import Callable, Generator
 from functools import partial
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -19,16 +19,10 @@ from pipelines.data.claims import Claim
 from pipelines.data.row_sources import no_token, read_rows
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.hub.card import datasets_of
-from pipelines.planning.plan import make_plan
+from pipelines.planning.plan import Plan, make_plan
+from pipelines.workspace.context import RunContext
 from tests.pipelines.conftest import letters, plan_of
 from tests.pipelines.hub.hub_server import Fault, HubServer, Main, running_hub
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-    from pathlib import Path
-
-    from pipelines.planning.plan import Plan
-    from pipelines.workspace.context import RunContext
 
 
 def turns(*said: tuple[str, str], role: str = "role", content: str = "content") -> list[Any]:

@@ -1,22 +1,16 @@
 """`meteora check`: one verdict for each adapter, from a folder or over real HTTP from a Hub."""
 
-from __future__ import annotations
-
 import json
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipelines.admission.check import inspect
 from tests.meteora.adapters.adapter_maker import pair, write_adapter
 from tests.pipelines.cli.command_line import meteora
-from tests.pipelines.hub.hub_server import Fault, Repo, running_hub
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
-    from pathlib import Path
-
-    from tests.pipelines.hub.hub_server import HubServer
+from tests.pipelines.hub.hub_server import Fault, HubServer, Repo, running_hub
 
 COMMIT = "a" * 40
 CARD = b"---\nlicense: mit\nbase_model: org/base\n---\n"

@@ -1,11 +1,12 @@
 """A checkpoint on the Hub and the base that it names get the saved token only where allowed."""
 
-from __future__ import annotations
-
 import shutil
+import subprocess
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -17,16 +18,9 @@ from pipelines.admission import checkpoints
 from pipelines.hub.errors import HubConnectionError, InsecureEndpointError
 from pipelines.workspace import machine
 from store.ledger import Ledger
+from tests.conftest import World
 from tests.pipelines.cli.forked import Forks
-from tests.pipelines.hub.hub_server import Main, running_hub
-
-if TYPE_CHECKING:
-    import subprocess
-    from collections.abc import Generator
-    from pathlib import Path
-
-    from tests.conftest import World
-    from tests.pipelines.hub.hub_server import HubServer
+from tests.pipelines.hub.hub_server import HubServer, Main, running_hub
 
 COMMIT = "b" * 40
 

@@ -1,11 +1,10 @@
 """Adapters that a recipe does not name but lets be found, over real HTTP."""
 
-from __future__ import annotations
-
 import json
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -14,16 +13,10 @@ from pipelines.admission import sources
 from pipelines.hub.errors import HubError
 from pipelines.recipe.recipe import ExpertSection
 from pipelines.reports import queries
+from pipelines.workspace.context import RunContext
+from tests.conftest import World
 from tests.pipelines.conftest import base_of, finished, letters, plan_of, print_steps, run
-from tests.pipelines.hub.hub_server import Fault, Repo, running_hub
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-    from pathlib import Path
-
-    from pipelines.workspace.context import RunContext
-    from tests.conftest import World
-    from tests.pipelines.hub.hub_server import HubServer
+from tests.pipelines.hub.hub_server import Fault, HubServer, Repo, running_hub
 
 COMMIT = "a" * 40
 TAG = "base_model:adapter:org/base"

@@ -1,11 +1,10 @@
 """What is found out about an expert after it was accepted reaches the ledger and the screen."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -22,13 +21,8 @@ from pipelines.stages import build
 from pipelines.stages.open_model import opened
 from pipelines.workspace.context import RunContext
 from store.ledger import Ledger
+from tests.conftest import World
 from tests.pipelines.conftest import plan_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from tests.conftest import World
 
 
 def altered(source: Path, out: Path, times: float) -> Path:

@@ -1,19 +1,14 @@
 """The command line in the test's own process: one of its own takes seconds to start."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
 from contextlib import redirect_stderr, redirect_stdout
 from io import StringIO
-from typing import TYPE_CHECKING
+from pathlib import Path
 from unittest.mock import patch
 
 from pipelines.cli import app
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 Said = subprocess.CompletedProcess[str]
 

@@ -4,20 +4,16 @@ To load them takes seconds, and what they read of the environment they read then
 standard input asks for a command: its words, and the files for what it says.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
 import traceback
+from collections.abc import Mapping
 from contextlib import ExitStack
 from pathlib import Path
 from tempfile import TemporaryDirectory
-from typing import TYPE_CHECKING, Self
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
+from typing import Self
 
 ROOT = Path(__file__).parents[3]
 

@@ -1,12 +1,7 @@
 """An environment in which every Python writes down the names that it looks up."""
 
-from __future__ import annotations
-
 import os
-from typing import TYPE_CHECKING
-
-if TYPE_CHECKING:
-    from pathlib import Path
+from pathlib import Path
 
 WATCH = """
 import socket

@@ -1,29 +1,22 @@
 """What a person gets from the command line: data on stdout, one sentence on stderr, a code."""
 
-from __future__ import annotations
-
 import json
 import os
 import pty
 import subprocess
 import sys
+from collections.abc import Callable
 from contextlib import suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import yaml
 
 from pipelines.workspace.context import RunContext
 from store.ledger import Ledger
-from tests.pipelines.cli.command_line import ask, meteora
+from tests.conftest import World
+from tests.pipelines.cli.command_line import Said, ask, meteora
 from tests.pipelines.cli.names import THIS_MACHINE, looked_up, watching
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from tests.conftest import World
-    from tests.pipelines.cli.command_line import Said
 
 
 def refused(said: Said, sentence: str) -> None:

@@ -1,7 +1,5 @@
 """`meteora chat`: turns and commands, in a terminal and in a pipe; servers start."""
 
-from __future__ import annotations
-
 import os
 import pty
 import re
@@ -9,7 +7,7 @@ import signal
 import subprocess
 import sys
 from io import StringIO
-from typing import TYPE_CHECKING
+from pathlib import Path
 from unittest.mock import Mock, patch
 
 import httpx
@@ -21,9 +19,6 @@ from meteora.model.fused import UnknownExpertError
 from meteora.model.trace import Token
 from pipelines.cli import chat as command
 from tests.pipelines.cli.command_line import Said, meteora
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SAID = ["q_and_v gets every token", "a new conversation begins", "the router chooses"]
 

@@ -1,12 +1,10 @@
 """Answers of the ledger as tables that fit a terminal, and as Markdown."""
 
-from __future__ import annotations
-
 import json
 import sys
+from collections.abc import Callable
 from datetime import date
 from decimal import Decimal
-from typing import TYPE_CHECKING
 
 import pytest
 from rich.console import Console
@@ -15,9 +13,6 @@ from pipelines.cli import output
 from pipelines.cli.output import print_answer
 from pipelines.scoring.served import Server
 from store.query import Answer
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
 
 COLUMNS = tuple(f"column_{number}" for number in range(32))
 WIDE = Answer(COLUMNS, [tuple(range(32)), ("x" * 200, *[0.25] * 31)])

@@ -1,7 +1,5 @@
 """Tables for the terminal, from scores that are made up."""
 
-from __future__ import annotations
-
 import io
 
 from rich.console import Console

@@ -1,9 +1,8 @@
 """`meteora store …`: what each command prints, and what it refuses."""
 
-from __future__ import annotations
-
 import os
-from typing import TYPE_CHECKING
+from collections.abc import Iterator
+from pathlib import Path
 
 import pytest
 import typer
@@ -12,10 +11,6 @@ from meteora.artifacts import MeteoraError
 from pipelines.cli import store
 from store.errors import BusyError, StoreError
 from tests.store.conftest import Shelf, fill
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
-    from pathlib import Path
 
 
 @pytest.fixture

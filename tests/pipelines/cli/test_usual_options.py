@@ -1,7 +1,5 @@
 """What people expect of any command line: a version, silence, JSON, the input as an argument."""
 
-from __future__ import annotations
-
 import io
 import json
 import os
@@ -9,7 +7,7 @@ import re
 import shutil
 import subprocess
 import sys
-from typing import TYPE_CHECKING
+from pathlib import Path
 from unittest.mock import patch
 
 import pytest
@@ -18,12 +16,8 @@ import torch
 from meteora.artifacts import MeteoraError
 from meteora.model.trace import Pieces
 from pipelines.admission import checkpoints
+from tests.conftest import World
 from tests.pipelines.cli.command_line import ask, meteora
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.conftest import World
 
 
 def test_the_version_is_one_line() -> None:

@@ -1,7 +1,5 @@
 """Text of no adapter: questions that the base answers itself, and plain text, all owned by it."""
 
-from __future__ import annotations
-
 import torch
 
 from meteora.base.chat_template import encode_prompt

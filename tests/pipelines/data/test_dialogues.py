@@ -1,7 +1,5 @@
 """Dialogues: drawn from test rows, the same for the same seed."""
 
-from __future__ import annotations
-
 from collections import Counter
 from itertools import pairwise
 

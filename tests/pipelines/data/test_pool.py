@@ -2,10 +2,8 @@
 
 # ruff: noqa: PLC0415
 
-from __future__ import annotations
-
 import random
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import numpy as np
 import pytest
@@ -15,19 +13,14 @@ from meteora.artifacts import PoolShare
 from pipelines.data.claims import (
     Claim,
     examples_of,
-    prompts_of,
     read_claims,
     rows_without_expert,
     shares_of,
     write_claims,
 )
 from pipelines.data.rows import ExamplesError, Row
-from tests.pipelines.conftest import ALPHABETS, CHAT_TEMPLATE, prompts_in
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from tests.pipelines.conftest import Knowing
+from pipelines.planning.examples import pool_prompts
+from tests.pipelines.conftest import ALPHABETS, CHAT_TEMPLATE, Knowing, prompts_in
 
 NOBODYS = "0123456789"
 
@@ -186,4 +179,4 @@ def test_claims_are_the_same_from_their_file() -> None:
 
 def test_prompts_are_taken_once_and_not_where_they_are_examples() -> None:
     rows = [Row("a  b", ""), Row("a b", ""), Row("c", "x"), Row("d", "")]
-    assert prompts_of(rows, {"low": [Row("c", "y")]}) == ["a  b", "d"]
+    assert pool_prompts("pool.jsonl", rows, {"low": [Row("c", "y")]}) == ["a  b", "d"]

@@ -1,18 +1,14 @@
-from __future__ import annotations
-
 import gzip
 import json
 import os
 import tracemalloc
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import ExamplesError, Row
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 GOOD = '{"prompt": "p", "response": "r"}\n'
 

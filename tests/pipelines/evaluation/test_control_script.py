@@ -1,8 +1,6 @@
 """The controls that take long, on tiny models: the same script, seconds instead of hours."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import yaml
@@ -11,11 +9,7 @@ from meteora.adapters import reader
 from pipelines.scoring.outputs import read_outputs
 from tests.benchmarks import controls
 from tests.benchmarks.peers import save_adapters
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.conftest import World
+from tests.conftest import World
 
 NAMES = ("q_and_v", "attention")
 

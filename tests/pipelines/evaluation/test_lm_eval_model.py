@@ -1,7 +1,5 @@
 """lm-eval's own command and ours run a task on a fused model, and on one expert of it."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
@@ -9,15 +7,12 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 import pipelines
 from meteora.checkpoint.manifest import CONFIG, CONFIG_TEXT
-
-if TYPE_CHECKING:
-    from tests.conftest import World
+from tests.conftest import World
 
 TASK = """
 task: letters

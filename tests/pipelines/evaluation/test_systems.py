@@ -1,8 +1,8 @@
 """The systems that a routed model is compared with are what they are called."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -13,13 +13,7 @@ from meteora.model.fused import without_experts
 from meteora.routing.layer import routed_layers
 from pipelines.evaluation.speed import time_model, working_bytes
 from pipelines.evaluation.systems import merge_deltas, use_merge, use_router
-from tests.conftest import peft_is_behind
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from tests.conftest import World
+from tests.conftest import World, peft_is_behind
 
 FUSED = ArtifactId("fused:" + "0" * 64)
 IDS = torch.tensor([[5, 6, 7, 8, 9]])

@@ -1,24 +1,19 @@
 """When a schedule is due: where clocks change, in leap years, in any time zone."""
 
-from __future__ import annotations
-
 import asyncio
+from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 from zoneinfo import ZoneInfo
 
 import pytest
 
+from pipelines.workspace.context import RunContext
 from pipelines.workspace.cron import ScheduleError, require_schedule
 from tests.pipelines.cli.command_line import ask
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from pipelines.workspace.context import RunContext
 
 BERLIN = "Europe/Berlin"
 

@@ -1,20 +1,15 @@
 """A device that one run at a time has: what blocks is a limit on a real server."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
+from collections.abc import Generator
 from contextlib import contextmanager, suppress
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from tests.pipelines.flows.test_local_server import kill, wait_until
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
-    from pathlib import Path
 
 DEVICES = ("gpu-of-the-tests", "gpu-beside-it")
 RUN = """

@@ -1,7 +1,5 @@
 """A webhook is told of runs that fail or fall silent, by the server's own automations."""
 
-from __future__ import annotations
-
 import json
 import os
 import queue
@@ -10,25 +8,22 @@ import signal
 import subprocess
 import sys
 import threading
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from datetime import timedelta
 from http.server import BaseHTTPRequestHandler, HTTPServer
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from meteora.artifacts import MeteoraError
+from pipelines.workspace.context import RunContext
 from store.ledger import Ledger
 from tests.pipelines.conftest import run
 from tests.pipelines.flows.test_local_server import wait_until
 from tests.pipelines.flows.test_serve import start as serve
 from tests.pipelines.flows.test_serve import stop
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-    from pathlib import Path
-
-    from pipelines.workspace.context import RunContext
 
 
 @contextmanager

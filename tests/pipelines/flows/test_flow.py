@@ -1,7 +1,5 @@
 """The whole line on a tiny world: real files, real PEFT adapters, a real Prefect flow."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -12,9 +10,10 @@ import socket
 import subprocess
 import sys
 import time
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import duckdb
 import pytest
@@ -29,17 +28,12 @@ from pipelines.flows.local_server import HOST
 from pipelines.flows.run_page import tags_of
 from pipelines.reports.summary import summarise
 from pipelines.stages.worker_client import StageError, StageProcess
+from pipelines.workspace.context import RunContext
 from store.errors import BusyError
+from tests.conftest import World
 from tests.pipelines.conftest import Here, finished, print_steps, run
 from tests.pipelines.flows.test_local_server import servers, wait_until, without_prefect
 from tests.pipelines.process_tree import descendants, ends
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from typing import Any
-
-    from pipelines.workspace.context import RunContext
-    from tests.conftest import World
 
 ROOT = Path(__file__).parents[3]
 QUICK = {"limit": 1, "compare": [], "max_new_tokens": 1}

@@ -1,5 +1,3 @@
-from __future__ import annotations
-
 import os
 import shutil
 import signal
@@ -9,12 +7,13 @@ import sys
 import threading
 import time
 import urllib.request
+from collections.abc import Callable, Generator
 from contextlib import suppress
 from datetime import UTC, datetime, timedelta
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import httpx
 import pytest
@@ -24,9 +23,6 @@ from cryptography.hazmat.primitives.asymmetric import ec
 
 from pipelines.flows import local_server
 from pipelines.workspace.faults import NoSpaceError
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
 
 USER = """
 import os, sys

@@ -1,12 +1,11 @@
 """Several recipes on two local workers, of Dask and of Ray."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
 import sys
-from typing import TYPE_CHECKING, Self
+from pathlib import Path
+from typing import Self
 
 import pytest
 import yaml
@@ -17,9 +16,6 @@ from store.ledger import Ledger
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.flows.test_local_server import wait_until
 from tests.pipelines.process_tree import descendants, ends, stat_of
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 KINDS = ("dask", "ray")
 STEPS = {"first": 300, "second": 301}

@@ -1,7 +1,5 @@
 """The script for a rented GPU, as uv starts it, with a server that speaks S3."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess
@@ -9,24 +7,20 @@ import sys
 import sysconfig
 import tomllib
 import zipfile
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from uv import find_uv_bin
 
 import meteora
+from pipelines.workspace.context import RunContext
 from store.ledger import Ledger
 from store.sharing import connect
 from tests.pages import ROOT
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.flows.test_local_server import wait_until
 from tests.store import test_sharing
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from pipelines.workspace.context import RunContext
 
 server, url = test_sharing.server, test_sharing.url
 SCRIPT = ROOT / "pipelines" / "docs" / "rented_gpu.py"

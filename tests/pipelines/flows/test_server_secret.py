@@ -1,7 +1,5 @@
 """A home's server serves its owner only: no other account, no page of another site."""
 
-from __future__ import annotations
-
 import base64
 import fcntl
 import json
@@ -16,11 +14,12 @@ import threading
 import time
 import urllib.error
 import urllib.request
+from collections.abc import Generator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from http.server import BaseHTTPRequestHandler, HTTPServer
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import urlsplit
 from uuid import uuid4
 
@@ -36,9 +35,6 @@ from tests.pipelines.flows.test_local_server import (
     wait_until,
     without_prefect,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
 
 FOREIGN = "http://example.org"
 SOCKETS = (

@@ -1,13 +1,12 @@
 """A look at what is left to do, and the run that starts from it: nothing is resolved twice."""
 
-from __future__ import annotations
-
 import json
 import time
 from collections import Counter
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import yaml
@@ -18,15 +17,11 @@ from pipelines.flows import flow, up_to_date
 from pipelines.flows.up_to_date import look
 from pipelines.planning import resolve
 from pipelines.publishing.signing import SIGNATURE
+from pipelines.workspace.context import RunContext
 from store.ledger import Ledger
 from store.snapshot import IDLE_SECONDS
 from tests.pipelines.cli.command_line import meteora
 from tests.pipelines.conftest import Here, base_of, run
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from pipelines.workspace.context import RunContext
 
 ONCE = {"resolve_base": 1, "make_plan": 1}
 

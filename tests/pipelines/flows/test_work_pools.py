@@ -1,7 +1,5 @@
 """The deployments that ship for work pools, on a real server and with a real worker."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess

@@ -1,10 +1,9 @@
 """The Hub as it is asked from the tests' own process."""
 
-from __future__ import annotations
-
 import json
 import resource
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 from huggingface_hub import HfApi
 
@@ -12,9 +11,6 @@ from pipelines.hub import client, worker
 from pipelines.hub.client import Hub
 from pipelines.hub.errors import hub_error
 from pipelines.workspace.processes import ChildError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 
 class HubHere(Hub):

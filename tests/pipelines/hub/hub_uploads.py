@@ -1,21 +1,15 @@
 """The half of the small Hub that takes uploads: commits, branches, tags, and git's large files."""
 
-from __future__ import annotations
-
 import base64
 import hashlib
 import json
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from tests.pipelines.hub.hub_server import Fault, Handler, Repo, git_sha1, running_hub
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-
-    from tests.pipelines.hub.hub_server import HubServer
+from tests.pipelines.hub.hub_server import Fault, Handler, HubServer, Repo, git_sha1, running_hub
 
 Answer = tuple[int, Any]
 """A status and a body of JSON."""

@@ -1,32 +1,25 @@
 """A base and adapters that are here already need no network, and come once for two runs."""
 
-from __future__ import annotations
-
+from collections.abc import Callable, Generator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TYPE_CHECKING
 
 import pytest
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError
 from pipelines.admission import sources
 from pipelines.admission.check import inspect
+from pipelines.admission.experts import Expert
 from pipelines.flows.up_to_date import look
 from pipelines.hub.errors import HubConnectionError, HubOfflineError
 from pipelines.recipe.recipe import ExpertSection
 from pipelines.recipe.stage import Stage
 from pipelines.stages.build import build_base
 from pipelines.workspace.bases import unfinished
+from pipelines.workspace.context import RunContext
+from tests.conftest import World
 from tests.pipelines.admission.test_discover import adapter_repo
 from tests.pipelines.conftest import plan_of, print_steps
-from tests.pipelines.hub.hub_server import Repo, running_hub
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator, Sequence
-
-    from pipelines.admission.experts import Expert
-    from pipelines.workspace.context import RunContext
-    from tests.conftest import World
-    from tests.pipelines.hub.hub_server import HubServer
+from tests.pipelines.hub.hub_server import HubServer, Repo, running_hub
 
 COMMIT = "a" * 40
 AWAY = "http://127.0.0.1:9"

@@ -1,8 +1,6 @@
 """A card is a stranger's text: two facts are read from it, and nothing in it can stall a run."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 from hypothesis import HealthCheck, given, settings
@@ -10,9 +8,6 @@ from hypothesis import strategies as st
 
 from pipelines.hub.card import base_of, licence_of
 from tests.clock import little_work
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def card(folder: Path, text: str) -> Path:

@@ -1,13 +1,11 @@
 """Against olah, a Hub server that we did not write, which serves git repositories on loopback."""
 
-from __future__ import annotations
-
 import socket
 import subprocess
 import sys
 import time
+from collections.abc import Generator
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -18,9 +16,6 @@ from pipelines.hub.adapter import download
 from pipelines.hub.card import licence_of
 from pipelines.hub.client import Hub
 from pipelines.hub.errors import HubError, HubFilesError, HubRevisionError
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
 
 OLAH = Path(sys.executable).with_name("olah-cli")
 CONFIG = """

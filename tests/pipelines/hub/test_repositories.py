@@ -1,7 +1,5 @@
 """The real client over real HTTP, against a small Hub on loopback that has the faults asked for."""
 
-from __future__ import annotations
-
 import json
 import os
 import random
@@ -10,12 +8,13 @@ import subprocess
 import sys
 import time
 import zlib
+from collections.abc import Generator
 from contextlib import nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any, cast
+from typing import Any, cast
 
 import pytest
 from huggingface_hub import file_download
@@ -49,12 +48,7 @@ from pipelines.hub.errors import (
 )
 from pipelines.hub.snapshot import locked
 from pipelines.workspace import console
-from tests.pipelines.hub.hub_server import Fault, Repo, running_hub
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
-
-    from tests.pipelines.hub.hub_server import HubServer
+from tests.pipelines.hub.hub_server import Fault, HubServer, Repo, running_hub
 
 ROOT = Path(__file__).parents[3]
 COMMIT, LATER = "a" * 40, "b" * 40

@@ -1,10 +1,9 @@
 """Runs whose adapters lie on a Hub: what moved there, and what passes by itself there."""
 
-from __future__ import annotations
-
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import yaml
@@ -12,17 +11,11 @@ import yaml
 from pipelines.flows import flow
 from pipelines.hub.errors import HubError
 from pipelines.workspace import console
+from pipelines.workspace.context import RunContext
+from tests.conftest import World
 from tests.pipelines.admission.test_discover import COMMIT, adapter_repo
 from tests.pipelines.conftest import finished, run
-from tests.pipelines.hub.hub_server import Fault, running_hub
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-    from pathlib import Path
-
-    from pipelines.workspace.context import RunContext
-    from tests.conftest import World
-    from tests.pipelines.hub.hub_server import HubServer
+from tests.pipelines.hub.hub_server import Fault, HubServer, running_hub
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 

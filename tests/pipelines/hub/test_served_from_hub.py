@@ -1,10 +1,9 @@
 """A folder that vLLM serves comes from the Hub, and is checked as one on this disk is."""
 
-from __future__ import annotations
-
 import json
 import shutil
-from typing import TYPE_CHECKING
+from collections.abc import Generator
+from pathlib import Path
 
 import huggingface_hub.constants
 import pytest
@@ -19,16 +18,10 @@ from meteora.serving.served_folder import (
     export_for_vllm,
     find_served_checkpoint,
 )
+from tests.conftest import World
 from tests.meteora.serving.served_world import with_router
 from tests.pipelines.admission.test_checkpoints import Main
-from tests.pipelines.hub.hub_server import running_hub
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
-    from pathlib import Path
-
-    from tests.conftest import World
-    from tests.pipelines.hub.hub_server import HubServer
+from tests.pipelines.hub.hub_server import HubServer, running_hub
 
 PLENTY = 1 << 40
 

@@ -1,14 +1,13 @@
 """One rule for the saved token: it goes only to owners that the user names, whatever is asked."""
 
-from __future__ import annotations
-
 import os
 import subprocess
 import sys
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from huggingface_hub import DatasetInfo, HfApi
@@ -29,16 +28,12 @@ from pipelines.hub.upload import describe_destination
 from pipelines.publishing import publish, reload_worker
 from pipelines.recipe.recipe import Recipe
 from pipelines.recipe.stage import Stage
+from pipelines.workspace.context import RunContext
 from pipelines.workspace.environment import SETTINGS
+from tests.conftest import World
 from tests.pipelines.admission.test_discover import COMMIT, adapter_repo
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.hub.hub_server import running_hub
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from pipelines.workspace.context import RunContext
-    from tests.conftest import World
 
 ROOT = Path(__file__).parents[3]
 WITH_OPTION = {

@@ -1,10 +1,10 @@
 """The real client publishes over real HTTP to a small Hub that fails where it is told to."""
 
-from __future__ import annotations
-
 import time
+from collections.abc import Callable, Generator
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -26,16 +26,10 @@ from pipelines.hub.errors import (
 )
 from pipelines.hub.upload import Repository, describe_destination
 from pipelines.recipe.publish import STAGING
+from pipelines.workspace.context import RunContext
 from tests.pipelines.hub.hub_here import HubHere
-from tests.pipelines.hub.hub_server import Fault
+from tests.pipelines.hub.hub_server import Fault, HubServer
 from tests.pipelines.hub.hub_uploads import FIRST, GitRepo, running_upload_hub
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-    from pathlib import Path
-
-    from pipelines.workspace.context import RunContext
-    from tests.pipelines.hub.hub_server import HubServer
 
 NAME = "org/model"
 NAMES = ("meteora.json", "experts.safetensors", "gates.safetensors", "README.md")

@@ -1,15 +1,16 @@
-from __future__ import annotations
-
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import replace
 from itertools import pairwise
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from meteora.base.loading import Shape
 from pipelines.data.row_sources import read_rows
 from pipelines.planning import dry_run
 from pipelines.planning import needs as printed
@@ -28,12 +29,6 @@ from pipelines.workspace.machine import Machine, measure_machine
 from tests.pages import ROOT, fences
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.conftest import finished, print_steps
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from meteora.base.loading import Shape
 
 GPU = Machine("made up", 400e12, 3e12, 6e-6, 1e9, 80e9)
 SIZES: dict[str, dict[str, int]] = {

@@ -1,18 +1,13 @@
 """Tasks are made again from recorded answers."""
 
-from __future__ import annotations
-
 import json
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from meteora.artifacts import AdapterSpec, BaseSpec, BenchmarkSpec, FusedSpec, RouterSpec, Score
 from pipelines.data.rows import Row, rows_sha256
 from pipelines.planning.recorded_tasks import recorded_tasks
 from pipelines.scoring.outputs import write_outputs
 from store.ledger import Ledger
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 BASE = BaseSpec("tiny/base", "a" * 40)
 FUSED = FusedSpec(BASE.id, (), ())

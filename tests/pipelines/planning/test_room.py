@@ -1,11 +1,11 @@
 """A prompt that is too long for the base is refused before any work."""
 
-from __future__ import annotations
-
 import json
 import re
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -29,16 +29,11 @@ from pipelines.planning.room import (
 from pipelines.recipe.recipe import RouterSection
 from pipelines.stages import build, measure
 from pipelines.stages.open_model import opened
+from pipelines.workspace.context import RunContext
+from tests.conftest import World
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.conftest import plan_of, run
 from tests.pipelines.stages.test_measure import go
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from pipelines.workspace.context import RunContext
-    from tests.conftest import World
 
 ROWS = {name: [Row(f"{name} {i}?", name) for i in range(3)] for name in ("red", "blue")}
 LONG = {"limit": 2, "compare": ["base"], "max_new_tokens": 4, "composite": [{"n": 30}]}

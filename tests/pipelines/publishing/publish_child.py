@@ -5,8 +5,6 @@ publication. The number of the process that does it is printed when it begins, a
 it has.
 """
 
-from __future__ import annotations
-
 import json
 import os
 import signal
@@ -14,16 +12,14 @@ import sys
 import traceback
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from pipelines.admission.checkpoints import FoundCheckpoint
+from pipelines.hub.client import Hub
 from pipelines.hub.upload import Repository
 from pipelines.publishing import publish, reload_worker
 from store.ledger import Ledger
 from tests.pipelines.hub.hub_here import HubHere
-
-if TYPE_CHECKING:
-    from pipelines.hub.client import Hub
 
 
 def put(home: str, folder: str, base: str, repo: str, die: str) -> None:

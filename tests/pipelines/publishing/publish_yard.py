@@ -1,17 +1,17 @@
 """A place to publish to, and processes that publish and are killed at it."""
 
-from __future__ import annotations
-
 import copy
 import dataclasses
 import json
 import os
 import shutil
 import signal
+import subprocess
+from collections.abc import Collection
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -29,15 +29,9 @@ from meteora.checkpoint.manifest import (
 )
 from pipelines.reports.hub_metadata import EVAL_RESULTS
 from store.ledger import Ledger
-from tests.pipelines.hub.hub_server import Fault
+from tests.conftest import World
+from tests.pipelines.hub.hub_server import Fault, HubServer
 from tests.pipelines.hub.hub_uploads import FIRST, WRITES, GitRepo
-
-if TYPE_CHECKING:
-    import subprocess
-    from collections.abc import Collection
-
-    from tests.conftest import World
-    from tests.pipelines.hub.hub_server import HubServer
 
 NAME = "org/model"
 CHANGES = {"repos", "put", *WRITES} - {"paths-info"}

@@ -1,8 +1,7 @@
 """What is published is loaded from the Hub in the tests' own process."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, Self
+from collections.abc import Mapping
+from typing import Any, Self
 
 import pytest
 from huggingface_hub import constants
@@ -10,9 +9,6 @@ from huggingface_hub import constants
 from meteora.artifacts import MeteoraError
 from pipelines.publishing import publish, reload_worker
 from pipelines.workspace.processes import ChildError
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 
 class ReloadHere:

@@ -1,18 +1,14 @@
 """The lines on the page about benchmarks that write scores to MLflow: it reads them back."""
 
-from __future__ import annotations
-
 import os
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
 
 from tests.pages import ROOT, fences
 from tests.store.conftest import Shelf, fill
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 @pytest.mark.filterwarnings("ignore:The ``noload`` loader strategy")  # MLflow 3.17, SQLAlchemy 2.1

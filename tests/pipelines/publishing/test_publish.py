@@ -1,7 +1,5 @@
 """A checkpoint goes to a small Hub and comes back the same model, or nobody sees it."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import os
@@ -9,10 +7,11 @@ import re
 import shutil
 import subprocess
 import sys
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import huggingface_hub.constants
 import pytest
@@ -36,6 +35,7 @@ from meteora.checkpoint.manifest import (
 )
 from pipelines.admission.checkpoints import FoundCheckpoint
 from pipelines.flows import device_lock
+from pipelines.hub.client import Hub
 from pipelines.hub.errors import HubConflictError, HubReferenceError, HubTokenError
 from pipelines.hub.upload import Repository
 from pipelines.publishing import publish as publishing
@@ -43,21 +43,15 @@ from pipelines.publishing.licences import LicenceError, refuse_forbidden
 from pipelines.publishing.publish import Destination, PublicationError, publish
 from pipelines.reports import card
 from pipelines.reports.hub_metadata import EVAL_RESULTS, hub_ids, shared_licence
+from pipelines.workspace.context import RunContext
 from pipelines.workspace.environment import SETTINGS
 from store.ledger import Ledger
+from tests.conftest import World
 from tests.pipelines.conftest import finished, run
 from tests.pipelines.hub.hub_here import HubHere
-from tests.pipelines.hub.hub_server import Fault
+from tests.pipelines.hub.hub_server import Fault, HubServer
 from tests.pipelines.hub.hub_uploads import GitRepo, running_upload_hub
 from tests.pipelines.publishing.reload_here import ReloadHere
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-
-    from pipelines.hub.client import Hub
-    from pipelines.workspace.context import RunContext
-    from tests.conftest import World
-    from tests.pipelines.hub.hub_server import HubServer
 
 NAME = "org/model"
 

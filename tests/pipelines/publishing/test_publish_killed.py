@@ -1,31 +1,26 @@
 """Whoever publishes is killed, at every request that changes the Hub and when it is recorded."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import subprocess
 import sys
 import time
 from collections import Counter
+from collections.abc import Generator
 from hashlib import sha256
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 from huggingface_hub import HfApi, RepoFile, RepoFolder
 
 from meteora.checkpoint.manifest import EXPERTS
 from store.ledger import Ledger
+from tests.conftest import World
 from tests.pipelines.hub.hub_server import Fault, git_sha1
 from tests.pipelines.hub.hub_uploads import FIRST, GitRepo, running_upload_hub
 from tests.pipelines.process_tree import descendants, ends
 from tests.pipelines.publishing.publish_yard import NAME, Yard, environment, remember, write
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
-
-    from tests.conftest import World
 
 ROOT = Path(__file__).parents[3]
 CHILD = ("-m", "tests.pipelines.publishing.publish_child")

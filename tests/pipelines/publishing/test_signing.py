@@ -1,12 +1,11 @@
 """A signature is worth something only if whatever is not as it was signed is refused."""
 
-from __future__ import annotations
-
 import base64
 import json
 import random
 import shutil
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 from cryptography.hazmat.primitives import serialization
@@ -14,15 +13,10 @@ from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
 from pipelines.publishing.signing import SIGNATURE, SignatureError, check_signature, sign
 from tests.clock import little_work, no_stall
+from tests.conftest import World
 from tests.meteora.checkpoint import mutator
 from tests.meteora.checkpoint.checkpoint_maker import gated
 from tests.pipelines.cli.command_line import ask
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from tests.conftest import World
 
 
 def write_keys(

@@ -1,21 +1,16 @@
 """A folder of adapters becomes a recipe that runs as it is."""
 
-from __future__ import annotations
-
 import json
 import os
 import shutil
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from pipelines.recipe.from_folder import ImportingError, write_recipe
 from pipelines.recipe.recipe import Recipe
+from tests.conftest import World
 from tests.pipelines.cli.command_line import ask, meteora
-
-if TYPE_CHECKING:
-    from tests.conftest import World
 
 
 @pytest.fixture

@@ -1,17 +1,13 @@
 """The reference of a recipe names every key of the schema, with all that a person needs."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any, get_args
+from collections.abc import Iterator
+from typing import Any, get_args
 
 import pytest
 from pydantic import BaseModel
 
 from pipelines.recipe.keys import keys_of, suggest
 from pipelines.recipe.recipe import Recipe
-
-if TYPE_CHECKING:
-    from collections.abc import Iterator
 
 KEYS = {key.path: key for key in keys_of(Recipe)}
 

@@ -1,19 +1,14 @@
-from __future__ import annotations
-
 import os
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
+from meteora.artifacts import JointSettings
 from meteora.checkpoint.manifest import MAX_EXPERTS
 from pipelines.planning.plan import joint_settings
 from pipelines.recipe.gates import JointSection, numbers_of
 from pipelines.recipe.recipe import SHIPPED, Recipe, RecipeError, locate, shipped
-
-if TYPE_CHECKING:
-    from meteora.artifacts import JointSettings
 
 EXPERT = "{name: a, adapter: path:a, examples: jsonl:a.jsonl}"
 

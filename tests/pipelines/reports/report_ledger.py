@@ -1,10 +1,8 @@
 """A ledger that holds one of everything that a report asks for, under names that mean harm."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 from functools import partial
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from meteora.artifacts import (
     AdapterModule,
@@ -32,17 +30,13 @@ from meteora.artifacts import (
     ScorePair,
     ScorePart,
     ScoreTurn,
+    Spec,
     SpeedBuild,
     SpeedSpec,
 )
 from meteora.artifacts.scores import Abstention
 from store.events import AdapterVerdict, RunEnded, RunStarted
 from store.ledger import Ledger
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from meteora.artifacts import Spec
 
 HOSTILE = "</script><img src=x onerror=alert(1)>--> $x_1$ | `a`"
 NAMES = ("dates", HOSTILE, "sums")

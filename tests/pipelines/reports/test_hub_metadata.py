@@ -1,9 +1,9 @@
 """Scores for the Hub's leaderboards, as its own client reads them."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
+from typing import Any
 from unittest.mock import Mock
 
 import pytest
@@ -16,14 +16,8 @@ from pipelines.recipe.recipe import Recipe, RecipeError
 from pipelines.reports.card import method_lines
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import Summary, summarise
+from pipelines.workspace.context import RunContext
 from tests.pipelines.conftest import finished, run
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-    from typing import Any
-
-    from pipelines.workspace.context import RunContext
 
 TASK: dict[str, Any] = {"name": "letters", "rows": "jsonl:q_and_v.test.jsonl"}
 

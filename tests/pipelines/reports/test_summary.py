@@ -1,9 +1,8 @@
 """Means, marks and the order of systems, from scores that are made up."""
 
-from __future__ import annotations
-
+from collections.abc import Mapping
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 from unittest.mock import Mock
 
 from meteora.artifacts import (
@@ -16,9 +15,6 @@ from meteora.artifacts import (
     ScoreTurn,
 )
 from pipelines.reports.summary import Summary
-
-if TYPE_CHECKING:
-    from collections.abc import Mapping
 
 SPEC = BenchmarkSpec(
     ArtifactId("router:1"), "t", "f" * 64, "exact_match", 0, 8, 0, ArtifactId("base:1")

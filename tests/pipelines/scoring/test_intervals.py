@@ -1,7 +1,5 @@
 """Intervals and tests against textbooks, against scipy, and against what they promise."""
 
-from __future__ import annotations
-
 import math
 import random
 import tracemalloc

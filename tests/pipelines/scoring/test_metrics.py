@@ -1,7 +1,5 @@
 """What an answer is worth, and that none of the known ways to look better works."""
 
-from __future__ import annotations
-
 from math import inf, nan
 from pathlib import Path
 

@@ -1,9 +1,8 @@
 """What answers are worth together: by row, by task and by turn."""
 
-from __future__ import annotations
-
 import json
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -15,9 +14,6 @@ from pipelines.scoring.outputs import (
     read_outputs,
     write_outputs,
 )
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 JUDGED_BY = json.dumps({"sums": "numeric_match", "words": "exact_match"})
 

@@ -1,10 +1,8 @@
 """Scores that do not follow from their outputs are found."""
 
-from __future__ import annotations
-
 import math
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
@@ -13,9 +11,6 @@ from pipelines.scoring.intervals import wilson
 from pipelines.scoring.outputs import RowValues, write_outputs
 from pipelines.scoring.recompute import _difference, recompute_scores
 from store.ledger import Ledger
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 BASE = BaseSpec("tiny/base", "a" * 40)
 

@@ -1,16 +1,11 @@
 """What a run says of its checkpoint beside the last one of the same recipe."""
 
-from __future__ import annotations
-
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 from pipelines.scoring.regressions import Change, describe, since_last
 from store.events import RunStarted
 from tests.store.conftest import Shelf
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 SAME = Change("sums", "exact_match", 0.5, 0.5, worse=False)
 

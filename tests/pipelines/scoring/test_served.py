@@ -1,13 +1,12 @@
 """A server is asked recorded prompts again, and every answer that differs is named."""
 
-from __future__ import annotations
-
 import json
 import re
+from collections.abc import Generator
 from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
+from pathlib import Path
 from threading import Thread
-from typing import TYPE_CHECKING
 
 import pytest
 
@@ -25,13 +24,8 @@ from pipelines.scoring import served
 from pipelines.scoring.outputs import write_outputs
 from pipelines.scoring.served import Server, ServerError, recorded_answers
 from store.ledger import Ledger
+from tests.conftest import World
 from tests.pipelines.cli.command_line import meteora
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
-    from pathlib import Path
-
-    from tests.conftest import World
 
 BASE = BaseSpec("tiny/base", "a" * 40)
 FUSED = FusedSpec(BASE.id, (), ())

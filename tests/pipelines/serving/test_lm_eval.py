@@ -1,22 +1,17 @@
 """lm-eval's own command evaluates a served model, and has the benchmark's answers and scores."""
 
-from __future__ import annotations
-
 import json
 import os
 import subprocess
 import sys
 from contextlib import nullcontext
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 
 from meteora.model.fused import without_experts
 from pipelines.evaluation.harness import Harness
 from tests.pipelines.serving.conftest import serving
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 TASK = """
 task: echoes

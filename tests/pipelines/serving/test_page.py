@@ -1,18 +1,20 @@
 """The page of `meteora chat --web`, used in a real browser, and refused to other sites."""
 
-from __future__ import annotations
-
 import json
 import re
 import time
-from typing import TYPE_CHECKING, Any
+from collections.abc import Generator
+from pathlib import Path
+from typing import Any
 from unittest.mock import Mock, patch
 
 import httpx
 import pytest
+from selenium import webdriver
 from selenium.common.exceptions import JavascriptException
 from selenium.webdriver import ActionChains, Keys
 from selenium.webdriver.common.by import By
+from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
 from meteora.model.chat import Answer
@@ -21,13 +23,6 @@ from meteora.model.trace import LayerWinner, Token
 from pipelines.serving.page import chat_page
 from tests.pipelines.reports.html_reader import Elements
 from tests.pipelines.serving.conftest import serving
-
-if TYPE_CHECKING:
-    from collections.abc import Generator
-    from pathlib import Path
-
-    from selenium import webdriver
-    from selenium.webdriver.remote.webelement import WebElement
 
 HOSTILE = "</p></form>'\"><img src=x onerror=alert(1)><script>alert(2)</script>"
 

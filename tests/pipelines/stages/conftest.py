@@ -1,7 +1,5 @@
 """Stages on tiny models, most of whose time would go into what is counted for large ones."""
 
-from __future__ import annotations
-
 import pytest
 
 from pipelines.evaluation import routing_stats

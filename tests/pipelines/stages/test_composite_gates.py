@@ -1,22 +1,17 @@
 """Gates for composites: each half of the sequences is routed by gates of the other half."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 
 from meteora.fitting import calibrate
 from meteora.fitting.sequences import UNLABELLED
+from meteora.fitting.statistics import Fit
 from pipelines.stages import build, open_model
+from pipelines.workspace.context import RunContext
 from tests.pipelines.conftest import plan_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from meteora.fitting.statistics import Fit
-    from pipelines.workspace.context import RunContext
 
 QUICK = {"limit": 2, "compare": [], "max_new_tokens": 1}
 

@@ -1,12 +1,11 @@
 """An expert goes out of a checkpoint and comes back, by the command line, as a person would."""
 
-from __future__ import annotations
-
 import dataclasses
 import json
 import shutil
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pytest
 import torch
@@ -42,8 +41,9 @@ from pipelines.stages import build, edit
 from pipelines.stages.adopt import recorded_router
 from pipelines.stages.edit import GrowthError
 from pipelines.workspace import machine
+from pipelines.workspace.context import RunContext
 from store.ledger import Ledger
-from tests.conftest import ATTENTION
+from tests.conftest import ATTENTION, World
 from tests.pipelines.admission.test_base_identity import profile_of
 from tests.pipelines.admission.test_discover import adapter_repo
 from tests.pipelines.admission.test_verdicts import altered
@@ -51,12 +51,6 @@ from tests.pipelines.cli.command_line import ask
 from tests.pipelines.conftest import finished, letters, run
 from tests.pipelines.hub.hub_server import Repo, running_hub
 from tests.pipelines.stages.test_spread import fit
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from pipelines.workspace.context import RunContext
-    from tests.conftest import World
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 

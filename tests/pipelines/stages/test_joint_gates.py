@@ -1,15 +1,14 @@
 """A run whose gates are trained: killed, it goes on to the same bytes; by one process or two."""
 
-from __future__ import annotations
-
 import os
 import signal
 import socket
 import subprocess
 import sys
+from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from dataclasses import replace
-from typing import TYPE_CHECKING
+from pathlib import Path
 
 import pytest
 import torch
@@ -21,16 +20,11 @@ from meteora.checkpoint.manifest import CARD, read_manifest
 from meteora.fitting.sequences import TrainingError
 from pipelines.reports.summary import summarise
 from pipelines.stages import build, train_processes
+from pipelines.workspace.context import RunContext
 from store.ledger import Ledger
 from tests.pipelines.conftest import finished, run
 from tests.pipelines.flows.test_local_server import wait_until
 from tests.pipelines.process_tree import descendants, ends
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-    from pathlib import Path
-
-    from pipelines.workspace.context import RunContext
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
 

@@ -1,12 +1,12 @@
 """The measuring stage, called as a function: all kinds of tasks and controls, and what is told."""
 
-from __future__ import annotations
-
 import json
 import re
 import sys
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 from unittest.mock import ANY, Mock
 
 import pytest
@@ -15,6 +15,7 @@ from rich.console import Console
 from pipelines.admission import silent_experts
 from pipelines.cli import score_table
 from pipelines.evaluation.harness import BenchmarkError, Harness
+from pipelines.planning.plan import Plan
 from pipelines.reports import card
 from pipelines.reports.examples import find_examples, trace_examples
 from pipelines.reports.queries import run_queries
@@ -24,14 +25,8 @@ from pipelines.scoring.outputs import read_outputs
 from pipelines.scoring.recompute import recompute_scores
 from pipelines.stages import build, measure
 from pipelines.stages.open_model import opened
+from pipelines.workspace.context import RunContext
 from tests.pipelines.conftest import plan_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from pipelines.planning.plan import Plan
-    from pipelines.workspace.context import RunContext
 
 COMPARE = ["base", "oracle", "one_expert", "random", "linear", "ties", "dare_ties", "experts"]
 CONTROLS = ["random", "linear", "ties", "dare_ties"]

@@ -1,28 +1,21 @@
 """`template: plain` means the same for the gates and for the benchmark."""
 
-from __future__ import annotations
-
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 import meteora
-from meteora.artifacts import SHARED
+from meteora.artifacts import SHARED, RouterBuild
 from meteora.base.chat_template import encode_pair
 from meteora.checkpoint.manifest import read_manifest
+from pipelines.planning.plan import Plan
 from pipelines.stages import build, measure
 from pipelines.stages.open_model import opened
+from pipelines.workspace.context import RunContext
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.conftest import plan_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from meteora.artifacts import RouterBuild
-    from pipelines.planning.plan import Plan
-    from pipelines.workspace.context import RunContext
 
 QUICK = {"limit": 2, "compare": ["base"], "max_new_tokens": 2}
 PROMPT = {"router": {"opening": "prompt"}}

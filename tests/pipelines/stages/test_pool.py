@@ -1,11 +1,11 @@
 """Experts without examples get theirs from a pool: from the recipe to the ledger."""
 
-from __future__ import annotations
-
 import json
 import random
+from collections.abc import Callable
 from dataclasses import replace
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 from unittest.mock import patch
 
 import pytest
@@ -19,7 +19,7 @@ from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.flows.up_to_date import look
 from pipelines.planning import examples as planned_examples
-from pipelines.planning.plan import make_plan
+from pipelines.planning.plan import Plan, make_plan
 from pipelines.planning.resolve import complete
 from pipelines.planning.row_faults import faults_of_rows
 from pipelines.recipe.recipe import Recipe, RecipeError
@@ -29,19 +29,13 @@ from pipelines.workspace.context import RunContext, new_run_id
 from store.ledger import Ledger
 from tests.pipelines.conftest import (
     ALPHABETS,
+    Knowing,
     finished,
     plan_of,
     print_steps,
     prompts_in,
     run,
 )
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from pipelines.planning.plan import Plan
-    from tests.pipelines.conftest import Knowing
 
 
 @pytest.fixture

@@ -1,8 +1,7 @@
 """A recipe of adapters alone: each prompt goes to the expert whose updates stand out on it."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import torch
@@ -20,13 +19,8 @@ from pipelines.flows.up_to_date import look
 from pipelines.recipe.recipe import Recipe, RecipeError
 from pipelines.stages import edit
 from pipelines.stages.edit import GrowthError
+from pipelines.workspace.context import RunContext
 from tests.pipelines.conftest import print_steps, run
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from pipelines.workspace.context import RunContext
 
 
 def alone(folder: Path) -> list[dict[str, str]]:

@@ -1,9 +1,9 @@
 """A recipe that asks for a quantised base: it is another base, fitted, measured and loaded so."""
 
-from __future__ import annotations
-
 import shutil
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -19,15 +19,10 @@ from pipelines.admission.checkpoints import FoundCheckpoint
 from pipelines.reports.summary import summarise
 from pipelines.stages import build, edit, measure, open_model
 from pipelines.workspace.bases import verify_bases
+from pipelines.workspace.context import RunContext
 from tests.conftest import ATTENTION
 from tests.pipelines.conftest import base_of, plan_of
 from tests.pipelines.stages.test_spread import fit
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from pipelines.workspace.context import RunContext
 
 pytest.importorskip("bitsandbytes", reason="the extra `quantised` is not installed")
 

@@ -3,9 +3,8 @@
 The tokens that say nothing have all experts together, or a question decides for its whole turn.
 """
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 
@@ -14,15 +13,11 @@ from meteora.artifacts import NULL, SHARED
 from meteora.checkpoint.manifest import CARD, read_manifest
 from meteora.routing.layer import routed_layers
 from pipelines.flows.up_to_date import look
+from pipelines.workspace.context import RunContext
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.conftest import finished, run
 from tests.pipelines.stages.test_without_examples import experts
 
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from pipelines.workspace.context import RunContext
 pytestmark = pytest.mark.usefixtures("prefect_server")
 
 QUICK = {"limit": 1, "compare": ["uniform", "arrow"], "max_new_tokens": 1}

@@ -1,21 +1,15 @@
 """A stage without room on the disk does not begin, and says what is there and what is needed."""
 
-from __future__ import annotations
-
 import shutil
-from typing import TYPE_CHECKING
+from collections.abc import Callable
 
 import pytest
 
 from meteora.adapters.compatibility import stack_bytes
 from pipelines.stages import build
+from pipelines.workspace.context import RunContext
 from pipelines.workspace.faults import NoSpaceError
 from tests.pipelines.conftest import plan_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from pipelines.workspace.context import RunContext
 
 
 def test_stack_and_gates_ask_for_their_room_first(

@@ -1,8 +1,7 @@
 """A base that one device does not hold: its gates and scores are those of one that lies whole."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from collections.abc import Callable
+from typing import Any
 
 import pytest
 
@@ -11,12 +10,8 @@ from meteora.fitting import calibrate
 from pipelines.stages import build, measure, open_model
 from pipelines.stages.open_model import is_spread, map_to_fit
 from pipelines.workspace import machine
+from pipelines.workspace.context import RunContext
 from tests.pipelines.conftest import plan_of
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from pipelines.workspace.context import RunContext
 
 
 def fit(work: RunContext) -> tuple[Any, Any]:

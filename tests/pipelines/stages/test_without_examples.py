@@ -1,8 +1,7 @@
 """A recipe in which an expert has no examples."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from pathlib import Path
 
 import pytest
 import yaml
@@ -14,13 +13,8 @@ from pipelines.flows.up_to_date import look
 from pipelines.recipe.recipe import Recipe, RecipeError
 from pipelines.stages import edit
 from pipelines.stages.edit import GrowthError
+from pipelines.workspace.context import RunContext
 from tests.pipelines.conftest import run
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-    from pathlib import Path
-
-    from pipelines.workspace.context import RunContext
 
 MIXED = {"kind": "gate", "without_examples": "arrow"}
 

@@ -1,12 +1,10 @@
 """What the process of the stages answers when a stage fails."""
 
-from __future__ import annotations
-
 import os
 import re
 import time
+from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
@@ -14,12 +12,8 @@ import torch
 from meteora.base.placement import NO_MEMORY
 from pipelines.stages.worker import STAGES, _portable
 from pipelines.stages.worker_client import StageProcess
+from pipelines.workspace.context import RunContext
 from pipelines.workspace.environment import SETTINGS
-
-if TYPE_CHECKING:
-    from collections.abc import Callable
-
-    from pipelines.workspace.context import RunContext
 
 
 def no_cpu_memory(text: str) -> Exception:

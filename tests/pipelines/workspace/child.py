@@ -1,7 +1,5 @@
 """A child process that does what the request asks for, by its name."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

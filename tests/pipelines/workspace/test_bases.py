@@ -1,10 +1,9 @@
 """A damaged base is noticed before a result is made from it, and `verify` names it."""
 
-from __future__ import annotations
-
 import os
 import shutil
-from typing import TYPE_CHECKING
+from collections.abc import Callable, Generator
+from pathlib import Path
 
 import pytest
 
@@ -15,18 +14,12 @@ from pipelines.stages.build import build_base
 from pipelines.stages.open_model import opened
 from pipelines.workspace import bases
 from pipelines.workspace.checkpoints import base_at_hand
+from pipelines.workspace.context import RunContext
 from store.ledger import Ledger
+from tests.conftest import World
 from tests.pipelines.cli.command_line import meteora
 from tests.pipelines.conftest import base_of, plan_of
-from tests.pipelines.hub.hub_server import Repo, running_hub
-
-if TYPE_CHECKING:
-    from collections.abc import Callable, Generator
-    from pathlib import Path
-
-    from pipelines.workspace.context import RunContext
-    from tests.conftest import World
-    from tests.pipelines.hub.hub_server import HubServer
+from tests.pipelines.hub.hub_server import HubServer, Repo, running_hub
 
 COMMIT = "a" * 40
 SPEC = BaseSpec("org/base", COMMIT)

@@ -1,7 +1,5 @@
 """Lines for people are shown as they were written."""
 
-from __future__ import annotations
-
 import io
 import logging
 import re

@@ -1,17 +1,13 @@
 """What a run knows of its recipe, from wherever the recipe is named."""
 
-from __future__ import annotations
-
-from typing import TYPE_CHECKING, Any
+from pathlib import Path
+from typing import Any
 
 import pytest
 
 from meteora.artifacts import canonical_sha256, file_sha256
 from pipelines.workspace import context
 from pipelines.workspace.context import RunContext
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 RECIPE = "base: owner/base\nexperts: [{name: a, adapter: owner/a}]\nrouter: {kind: prompt}\n"
 

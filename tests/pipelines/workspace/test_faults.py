@@ -1,12 +1,10 @@
 """What the machine refuses is one sentence; a fault of ours keeps its traceback."""
 
-from __future__ import annotations
-
 import errno
 import os
 import pwd
 import socket
-from typing import TYPE_CHECKING
+from pathlib import Path
 from unittest.mock import Mock
 
 import pytest
@@ -17,12 +15,7 @@ from pipelines.cli import app
 from pipelines.flows.local_server import use_local_server
 from pipelines.workspace.faults import ADVICE, describe
 from store.ledger import Ledger
-from tests.pipelines.cli.command_line import ask, meteora
-
-if TYPE_CHECKING:
-    from pathlib import Path
-
-    from tests.pipelines.cli.command_line import Said
+from tests.pipelines.cli.command_line import Said, ask, meteora
 
 READERS = [
     ["sql"],

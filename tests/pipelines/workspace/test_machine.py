@@ -1,18 +1,13 @@
 """Which device a command runs on, and the memory of it."""
 
-from __future__ import annotations
-
+from pathlib import Path
 from types import SimpleNamespace
-from typing import TYPE_CHECKING
 
 import pytest
 import torch
 
 from pipelines.workspace import machine
 from pipelines.workspace.machine import DeviceError, choose_device, memory_bytes
-
-if TYPE_CHECKING:
-    from pathlib import Path
 
 
 def test_auto_is_the_gpu_where_there_is_one() -> None:

@@ -1,7 +1,5 @@
 """A child process answers, or it ends: at its deadline, with its parent, with all it started."""
 
-from __future__ import annotations
-
 import os
 import signal
 import subprocess

@@ -65,7 +65,10 @@ def write_card(manifest: Manifest, summary: Summary | None, name: str) -> str:
 
 
 def usage_lines(manifest: Manifest, summary: Summary | None) -> list[str]:
-    """A few lines of Python that load the model and generate an answer."""
+    """A few lines of Python that load the model and generate an answer.
+
+    `meteora.generate` uses the chat template of the base, if there is one.
+    """
     base_folder = (
         ', base_folder="FOLDER_OF_THE_BASE"' if manifest.base.repo_id.startswith(PATH) else ""
     )
@@ -75,14 +78,11 @@ def usage_lines(manifest: Manifest, summary: Summary | None) -> list[str]:
         f'model, tokenizer = meteora.load("{NAME_PLACEHOLDER}"{base_folder})',
     ]
     scores = [score for row in summary.scores.values() for score in row.values()] if summary else []
-    if any(score.templated for score in scores):
-        lines += [
-            'chat = [{"role": "user", "content": "What is 12 plus 30?"}]',
-            "prompt = tokenizer.apply_chat_template("
-            'chat, add_generation_prompt=True, return_tensors="pt")',
-        ]
-    else:
-        lines.append('prompt = tokenizer("What is 12 plus 30?", return_tensors="pt")')
+    is_plain = any(score.templated is False for score in scores)
+    if not is_plain and manifest.gates.get("template") != "plain":
+        asked = '"What is 12 plus 30?", max_new_tokens=40'
+        return [*lines, f"print(meteora.generate(model, tokenizer, {asked}))"]
+    lines.append('prompt = tokenizer("What is 12 plus 30?", return_tensors="pt")')
     answer = "model.generate(**prompt, max_new_tokens=40)[0]"
     return [*lines, f"print(tokenizer.decode({answer}, skip_special_tokens=True))"]
 

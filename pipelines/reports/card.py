@@ -35,9 +35,8 @@ def write_card(manifest: Manifest, summary: Summary | None, name: str) -> str:
     parts = [
         f"---\n{card_metadata(manifest, summary, name)}\n---",
         f"# {name}",
-        f"{len(manifest.experts)} LoRA adapters in one model: at each linear layer a router reads"
-        f" the token's hidden state and picks the adapter ({PAPER}). No one has to say which task a"
-        " prompt belongs to.",
+        f"{len(manifest.experts)} LoRA adapters in one model: a router says how much of each is"
+        f" added at each linear layer ({PAPER}). No one has to say which task a prompt belongs to.",
         "## Use",
         "\n".join(["```python", *usage_lines(manifest, summary), "```"]),
         "It needs the Python package `meteora-pipelines`, but not `trust_remote_code`. After"
@@ -127,10 +126,10 @@ def _limits(manifest: Manifest) -> list[str]:
         *stand_in_lines(router.stand_ins, router.stand_in),
         "The scores are for rows like those that the gates were fitted to; other prompts are not"
         " measured."
-        if manifest.gates
+        if router.kind == "gate"
         else "Its router is not trained; the scores show how well it chooses.",
         "A prompt that is like no expert's task goes to the base alone, if the router notices it."
-        if manifest.router.null
+        if router.null
         else "A prompt that is like no expert's task still goes to some expert.",
         "The faults of the base and the adapters, and the terms of their licences, apply here too.",
         "It runs in transformers, with this package.",

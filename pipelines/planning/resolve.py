@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError
-from meteora.artifacts import WITH_GATES, AdapterRef, BaseSpec, BuiltBase, MeteoraError, Reason
+from meteora.artifacts import WITH_GATES, AdapterRef, BaseSpec, BuiltBase, Reason
 from meteora.untrusted.findings import AdapterError
 from pipelines.admission import sources, verdicts
 from pipelines.admission.base_identity import look_up_on_hub, saved_verdict
@@ -29,10 +29,6 @@ if TYPE_CHECKING:
     from pipelines.admission.verdicts import Proportion
     from pipelines.recipe.recipe import ExpertSection, Recipe
     from pipelines.workspace.context import RunContext
-
-
-class NoExpertsError(MeteoraError):
-    """Not one adapter can be used."""
 
 
 def _leave_to_the_run(refusal: Refusal) -> None:
@@ -108,10 +104,8 @@ def resolve(context: RunContext, built: BuiltBase, steps: Steps, made: Plan | No
         else:
             experts.append(steps.accept(outcome))
     if not experts:
-        raise NoExpertsError(
+        raise sources.NoExpertsError(
             f"of {num_refused} adapters none can be used, so there is nothing to stack"
-            if num_refused
-            else "no adapter was found, so there is nothing to stack; ask for other tags, or none"
         )
     steps.check_stack(experts)
     if made is not None and made.fused == stack_of(built.spec, experts):

@@ -7,6 +7,7 @@ public key and the package `model-signing` alone. No network is used.
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from meteora.artifacts import MeteoraError
 from meteora.checkpoint.manifest import MANIFEST
 from meteora.untrusted.findings import brief, listed
+from store.files import replace_text
 
 if TYPE_CHECKING:
     from model_signing.hashing import Config
@@ -42,6 +44,8 @@ def is_signed(folder: Path) -> bool:
 def sign(folder: Path, private_key: Path) -> Path:
     """Sign every file of a checkpoint; return the signature's path.
 
+    An older signature stays if the new one cannot be written.
+
     Raises:
         SignatureError: The folder is no checkpoint, or the key cannot sign.
     """
@@ -55,7 +59,10 @@ def sign(folder: Path, private_key: Path) -> Path:
             f"{private_key} is no private key that can sign ({_why(error)}); {HOW}"
         ) from None
     config.set_hashing_config(_hashed(hashing))
-    config.sign(folder, signature)
+    with tempfile.TemporaryDirectory(prefix="meteora-sign-") as scratch:
+        made = Path(scratch, SIGNATURE)
+        config.sign(folder, made)
+        replace_text(signature, made.read_text(encoding="utf-8"))
     return signature
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import errno
 import json
 import random
 import shutil
@@ -78,6 +79,22 @@ def test_a_folder_may_be_named_from_where_one_stands(
         sign(Path(folder.name), key)
         check_signature(Path(folder.name), key.with_suffix(".pub"))
     check_signature(folder, key.with_suffix(".pub"))
+
+
+def test_a_full_disk_leaves_the_signature_that_was_there(
+    folder: Path, key: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sign(folder, key)
+    kept = {path.name: path.read_bytes() for path in folder.iterdir()}
+
+    def cut(path: Path, _text: str, **_how: object) -> None:
+        path.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(Path, "write_text", cut)
+    with pytest.raises(OSError, match="No space left"):
+        sign(folder, key)
+    assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
 
 
 def test_a_hub_cache_of_links_is_verified(folder: Path, key: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import meteora
-from meteora.checkpoint.manifest import EXPERTS, MANIFEST, read_manifest
+from meteora.checkpoint.manifest import EXPERTS, MANIFEST, CheckpointError, read_manifest
 from meteora.checkpoint.resolve import find_checkpoint, is_hub_id
 from pipelines.hub.client import hub_for, is_offline
 from pipelines.hub.snapshot import cached
@@ -70,9 +70,15 @@ def find_folder(
     Raises:
         UnknownError: The ledger has the id, but no checkpoint with it.
         HubError: The Hub cannot be reached, has no such one, or is plain http over a network.
-        CheckpointError: The Hub has no such checkpoint.
+        CheckpointError: The Hub has no such checkpoint, or the name has a revision.
     """
     folder = checkpoint_folder(name, home)
+    repo_id, _, revision = name.partition("@")
+    if revision and is_hub_id(repo_id) and not folder.is_dir():
+        raise CheckpointError(
+            f"{name}: commands take what the repository shows now, {repo_id}; in Python"
+            f" `meteora.load({repo_id!r}, revision={revision!r})` loads that revision"
+        )
     if folder.is_dir() or not is_hub_id(name):
         return folder
     options = _download_options(name, token_for, is_here=cached(name, MANIFEST) is not None)

@@ -25,6 +25,10 @@ from pipelines.recipe.recipe import LONGEST_NAME, ExpertSection, FoundExpert, Re
 from pipelines.workspace.context import RunContext
 
 
+class NoExpertsError(MeteoraError):
+    """Not one adapter can be used."""
+
+
 class NotHereError(MeteoraError):
     """A base or an adapter is not downloaded or made yet."""
 
@@ -86,6 +90,7 @@ def discover(recipe: Recipe) -> Recipe:
 
     Raises:
         HubError: The Hub does not answer.
+        NoExpertsError: It finds none, and the recipe names none.
     """
     section = recipe.discover
     if section is None:
@@ -101,7 +106,12 @@ def discover(recipe: Recipe) -> Recipe:
             name = name_of(ref.repo_id, taken)
             taken.add(name)
             found.append(FoundExpert(name=name, adapter=f"{ref.repo_id}@{ref.revision}"))
-    return recipe.model_copy(update={"experts": (*recipe.experts, *found), "discover": None})
+    experts = (*recipe.experts, *found)
+    if not experts:
+        raise NoExpertsError(
+            "no adapter was found, so there is nothing to stack; ask for other tags, or none"
+        )
+    return recipe.model_copy(update={"experts": experts, "discover": None})
 
 
 def name_of(repo_id: str, taken: AbstractSet[str]) -> str:

@@ -10,6 +10,7 @@ import stat
 from pathlib import Path
 
 from meteora.artifacts import MeteoraError
+from store.files import replace_text
 
 USER = "meteora"
 """Prefect's secrets read `user:password`; the user means nothing here."""
@@ -47,19 +48,14 @@ def make_private(folder: Path) -> None:
 
 
 def read_or_make(file: Path) -> str:
-    """The secret, as `user:password`; a new one if there is none.
+    """The secret, as `user:password`; a new one if there is none. One process calls it at a time.
 
     Raises:
         SecretError: Others could have read or written the file, or it holds no secret.
     """
-    try:
-        made = os.open(file, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
-    except FileExistsError:
-        return _read(file)
-    secret = f"{USER}:{secrets.token_urlsafe(32)}"
-    with open(made, "w", encoding="utf-8") as out:  # noqa: PTH123  (a descriptor)
-        out.write(f"{secret}\n")
-    return secret
+    if not os.path.lexists(file):
+        replace_text(file, f"{USER}:{secrets.token_urlsafe(32)}\n", mode=0o600)
+    return _read(file)
 
 
 def _read(file: Path) -> str:

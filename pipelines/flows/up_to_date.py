@@ -6,7 +6,7 @@ from meteora.artifacts import BaseSpec, BuiltBase, MeteoraError
 from meteora.base.sources import texts_sha256
 from pipelines.admission import sources
 from pipelines.planning.plan import Plan
-from pipelines.planning.resolve import NoExpertsError, local_steps, resolve
+from pipelines.planning.resolve import local_steps, resolve
 from pipelines.publishing.signing import is_signed
 from pipelines.recipe.stage import Stage
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
@@ -59,7 +59,7 @@ def look(context: RunContext, until: Stage = Stage.publish) -> Look:
     try:
         plan = resolve(context, built, local_steps(context, base))
     except MeteoraError as error:
-        if not isinstance(error, (sources.NotHereError, NoExpertsError)):
+        if not isinstance(error, (sources.NotHereError, sources.NoExpertsError)):
             _raise_unless_it_may_pass(error)
         return Look(base, built=built)
     summary = _summary(context, plan) if plan.is_pool_divided else None

@@ -59,14 +59,17 @@ def _without(one: Found, rows: Sequence[Row], tested: set[str], out: Path) -> Fo
     kept = [number for number, row in enumerate(rows) if row.question not in tested]
     if one.examples is None or len(kept) == len(rows):
         return one
-    lines = [line for line, _ in json_lines(one.examples)]
-    out.mkdir(parents=True, exist_ok=True)
-    path = out / f"{one.name}.train.jsonl"
-    replace_text(path, "".join(lines[number].rstrip("\n") + "\n" for number in kept))
     note = (
         f"{len(rows) - len(kept):,} of {len(rows):,} examples of {one.examples.name} are test rows,"
         " and were left out"
     )
+    if not kept:
+        say(f"{one.name}: {note}", "note")
+        return replace(one, examples=None, note=note)
+    lines = [line for line, _ in json_lines(one.examples)]
+    out.mkdir(parents=True, exist_ok=True)
+    path = out / f"{one.name}.train.jsonl"
+    replace_text(path, "".join(lines[number].rstrip("\n") + "\n" for number in kept))
     say(f"{one.name}: {note}; the others are in {path}", "note")
     return replace(one, examples=path, note=note)
 

@@ -10,7 +10,7 @@ from functools import partial
 from pathlib import Path
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError
-from meteora.artifacts import WITH_GATES, AdapterRef, BaseSpec, BuiltBase, MeteoraError, Reason
+from meteora.artifacts import WITH_GATES, AdapterRef, BaseSpec, BuiltBase, Reason
 from meteora.untrusted.findings import AdapterError
 from pipelines.admission import sources, verdicts
 from pipelines.admission.base_identity import LookUp, look_up_on_hub, saved_verdict
@@ -21,10 +21,6 @@ from pipelines.hub.errors import UnusableRepositoryError
 from pipelines.planning.plan import Plan, make_plan, stack_of
 from pipelines.recipe.recipe import ExpertSection, FoundExpert, Recipe
 from pipelines.workspace.context import RunContext
-
-
-class NoExpertsError(MeteoraError):
-    """Not one adapter can be used."""
 
 
 def _leave_to_the_run(refusal: Refusal) -> None:
@@ -100,10 +96,8 @@ def resolve(context: RunContext, built: BuiltBase, steps: Steps, made: Plan | No
         else:
             experts.append(steps.accept(outcome))
     if not experts:
-        raise NoExpertsError(
+        raise sources.NoExpertsError(
             f"of {num_refused} adapters none can be used, so there is nothing to stack"
-            if num_refused
-            else "no adapter was found, so there is nothing to stack; ask for other tags, or none"
         )
     steps.check_stack(experts)
     if made is not None and made.fused == stack_of(built.spec, experts):

@@ -7,6 +7,7 @@ public key and the package `model-signing` alone. No network is used.
 from __future__ import annotations
 
 import re
+import tempfile
 from pathlib import Path
 from types import ModuleType
 from typing import TYPE_CHECKING
@@ -14,6 +15,7 @@ from typing import TYPE_CHECKING
 from meteora.artifacts import MeteoraError
 from meteora.checkpoint.manifest import MANIFEST
 from meteora.untrusted.findings import brief, listed
+from store.files import replace_text
 
 if TYPE_CHECKING:
     from model_signing.hashing import Config
@@ -42,6 +44,8 @@ def is_signed(folder: Path) -> bool:
 def sign(folder: Path, private_key: Path) -> Path:
     """Sign every file of a checkpoint; return the signature's path.
 
+    An older signature stays if the new one cannot be written.
+
     Raises:
         SignatureError: The folder is no checkpoint, or the key cannot sign.
     """
@@ -52,10 +56,13 @@ def sign(folder: Path, private_key: Path) -> Path:
         config = signing.Config().use_elliptic_key_signer(private_key=private_key)
     except (OSError, ValueError, TypeError, AttributeError) as error:
         raise SignatureError(
-            f"{private_key} is no private key that can sign ({brief(error)}); {HOW}"
+            f"{private_key} is no private key that can sign ({_why(error)}); {HOW}"
         ) from None
-    config.set_hashing_config(_hashed(hashing, signature))
-    config.sign(folder, signature)
+    config.set_hashing_config(_hashed(hashing))
+    with tempfile.TemporaryDirectory(prefix="meteora-sign-") as scratch:
+        made = Path(scratch, SIGNATURE)
+        config.sign(folder, made)
+        replace_text(signature, made.read_text(encoding="utf-8"))
     return signature
 
 
@@ -74,9 +81,9 @@ def check_signature(folder: Path, public_key: Path) -> None:
         config = verifying.Config().use_elliptic_key_verifier(public_key=public_key)
     except (OSError, ValueError, AttributeError) as error:
         raise SignatureError(
-            f"{public_key} is no public key that can verify ({brief(error)}); {HOW}"
+            f"{public_key} is no public key that can verify ({_why(error)}); {HOW}"
         ) from None
-    config.set_hashing_config(_hashed(hashing, signature))
+    config.set_hashing_config(_hashed(hashing))
     try:
         config.verify(folder, signature)
     except Exception as error:
@@ -85,10 +92,16 @@ def check_signature(folder: Path, public_key: Path) -> None:
         ) from None
 
 
-def _hashed(hashing: ModuleType, signature: Path) -> Config:
+def _hashed(hashing: ModuleType) -> Config:
     """Hash every file but the signature by SHA-256; files may be links into a cache."""
-    config = hashing.Config().set_ignored_paths(paths=[signature], ignore_git_paths=True)
+    # relative to the checkpoint's folder, as the library takes it
+    config = hashing.Config().set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=True)
     return config.set_allow_symlinks(True)
+
+
+def _why(error: Exception) -> str:
+    """Why a key cannot be used; the library reads `curve` of whatever key it gets."""
+    return "not of an elliptic curve" if isinstance(error, AttributeError) else brief(error)
 
 
 def _difference(error: Exception) -> str:

@@ -30,9 +30,8 @@ def write_card(manifest: Manifest, summary: Summary | None, name: str) -> str:
     parts = [
         f"---\n{card_metadata(manifest, summary, name)}\n---",
         f"# {name}",
-        f"{len(manifest.experts)} LoRA adapters in one model: at each linear layer a router reads"
-        f" the token's hidden state and picks the adapter ({PAPER}). No one has to say which task a"
-        " prompt belongs to.",
+        f"{len(manifest.experts)} LoRA adapters in one model: a router says how much of each is"
+        f" added at each linear layer ({PAPER}). No one has to say which task a prompt belongs to.",
         "## Use",
         "\n".join(["```python", *usage_lines(manifest, summary), "```"]),
         "It needs the Python package `meteora-pipelines`, but not `trust_remote_code`. After"
@@ -60,7 +59,10 @@ def write_card(manifest: Manifest, summary: Summary | None, name: str) -> str:
 
 
 def usage_lines(manifest: Manifest, summary: Summary | None) -> list[str]:
-    """A few lines of Python that load the model and generate an answer."""
+    """A few lines of Python that load the model and generate an answer.
+
+    `meteora.generate` uses the chat template of the base, if there is one.
+    """
     base_folder = (
         ', base_folder="FOLDER_OF_THE_BASE"' if manifest.base.repo_id.startswith(PATH) else ""
     )
@@ -70,14 +72,11 @@ def usage_lines(manifest: Manifest, summary: Summary | None) -> list[str]:
         f'model, tokenizer = meteora.load("{NAME_PLACEHOLDER}"{base_folder})',
     ]
     scores = [score for row in summary.scores.values() for score in row.values()] if summary else []
-    if any(score.templated for score in scores):
-        lines += [
-            'chat = [{"role": "user", "content": "What is 12 plus 30?"}]',
-            "prompt = tokenizer.apply_chat_template("
-            'chat, add_generation_prompt=True, return_tensors="pt")',
-        ]
-    else:
-        lines.append('prompt = tokenizer("What is 12 plus 30?", return_tensors="pt")')
+    is_plain = any(score.templated is False for score in scores)
+    if not is_plain and manifest.gates.get("template") != "plain":
+        asked = '"What is 12 plus 30?", max_new_tokens=40'
+        return [*lines, f"print(meteora.generate(model, tokenizer, {asked}))"]
+    lines.append('prompt = tokenizer("What is 12 plus 30?", return_tensors="pt")')
     answer = "model.generate(**prompt, max_new_tokens=40)[0]"
     return [*lines, f"print(tokenizer.decode({answer}, skip_special_tokens=True))"]
 
@@ -122,10 +121,10 @@ def _limits(manifest: Manifest) -> list[str]:
         *stand_in_lines(router.stand_ins, router.stand_in),
         "The scores are for rows like those that the gates were fitted to; other prompts are not"
         " measured."
-        if manifest.gates
+        if router.kind == "gate"
         else "Its router is not trained; the scores show how well it chooses.",
         "A prompt that is like no expert's task goes to the base alone, if the router notices it."
-        if manifest.router.null
+        if router.null
         else "A prompt that is like no expert's task still goes to some expert.",
         "The faults of the base and the adapters, and the terms of their licences, apply here too.",
         "It runs in transformers, with this package.",

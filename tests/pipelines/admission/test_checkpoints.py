@@ -181,6 +181,12 @@ def test_what_is_neither_here_nor_on_the_hub_is_a_sentence(tmp_path: Path) -> No
         checkpoints.find("../no/such/folder", tmp_path)
 
 
+def test_a_revision_of_the_hub_is_said_to_be_for_python(tmp_path: Path) -> None:
+    """`meteora publish` prints the commit in this form."""
+    with pytest.raises(CheckpointError, match=r"load\('org/model', revision='v1'\)"):
+        checkpoints.find("org/model@v1", tmp_path)
+
+
 def test_offline_it_comes_from_the_cache_or_there_is_one_sentence(
     asking: Asking, answer: str
 ) -> None:

@@ -4,6 +4,7 @@ import base64
 import fcntl
 import json
 import os
+import resource
 import shutil
 import socket
 import stat
@@ -245,6 +246,19 @@ def test_a_secret_that_others_may_know_is_refused(tmp_path: Path) -> None:
     file.symlink_to(tmp_path / "elsewhere")
     with pytest.raises(SecretError, match="cannot be read"):
         server_secret.read_or_make(file)
+
+
+def test_a_full_disk_leaves_no_part_of_a_secret(tmp_path: Path) -> None:
+    """An empty file would stop every later run of this home."""
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        with pytest.raises(OSError, match="too large"):
+            server_secret.read_or_make(tmp_path / "secret")
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+    assert not list(tmp_path.iterdir())
+    assert server_secret.read_or_make(tmp_path / "secret").startswith("meteora:")
 
 
 @needs_root

@@ -17,7 +17,7 @@ from pipelines.cli import store
 from pipelines.publishing.in_toto import attest
 from pipelines.publishing.openlineage import events
 from store.errors import UnknownError
-from store.events import RunEnded, RunStarted
+from store.events import AdapterVerdict, RunEnded, RunStarted
 from tests.store.conftest import BASE, COMMIT, HOSTILE, Shelf, adapter, fill, fused, router
 
 EXPERTS = adapter(1), adapter(2)
@@ -181,6 +181,19 @@ def test_all_that_an_artifact_was_made_of_is_named(shelf: Shelf) -> None:
             for number, licence in enumerate(("mit", "apache-2.0"))
         },
     }
+
+
+def test_where_an_adapter_is_found_later_is_no_source_of_what_was_made_before(
+    shelf: Shelf,
+) -> None:
+    """The same adapter may lie in a folder and on the Hub, under two licences."""
+    said = attest(shelf.ledger, MODELS[0].id)
+    copied = AdapterVerdict(
+        "copy", "a/copy", "a/copy", COMMIT, "accept", licence="gpl", adapter_id=EXPERTS[0].id
+    )
+    shelf.ledger.record_adapter(copied, run_id="r6")
+    shelf.ledger.ingest()
+    assert attest(shelf.ledger, MODELS[0].id) == said
 
 
 def test_what_has_no_bytes_is_told_by_its_record(shelf: Shelf) -> None:

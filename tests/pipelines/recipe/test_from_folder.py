@@ -107,6 +107,20 @@ def test_a_folder_of_rows_makes_a_recipe_that_runs_with_gates(
     assert said.returncode == 0, said.stderr
 
 
+def test_examples_that_are_all_test_rows_count_as_none(folder: Path, tmp_path: Path) -> None:
+    """A file without a row would stop the run."""
+    for name in ("train", "test"):
+        (folder / "q_and_v" / f"{name}.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    out = tmp_path / "recipe.yaml"
+    said = ask("import", folder, "-o", out, "--drop-overlaps")
+    assert "1 of 1 examples of train.jsonl are test rows, and were left out" in said.stderr
+    recipe = Recipe.load(out)
+    assert recipe.router.kind == "prompt"
+    assert [bool(one.test) for one in recipe.experts] == [False, True]
+    assert not any(one.examples for one in recipe.experts)
+    assert not out.with_suffix(".examples").exists()
+
+
 def test_a_pool_makes_a_recipe_that_runs_with_gates(folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder / "patterns")
     (folder / "q_and_v" / "train.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 3)

@@ -13,10 +13,11 @@ from huggingface_hub import parse_eval_result_entries
 from meteora.artifacts import ArtifactId, BenchmarkSpec, Score, ScoreTurn
 from pipelines.recipe.benchmark import TaskSection
 from pipelines.recipe.recipe import Recipe, RecipeError
-from pipelines.reports.card import method_lines
+from pipelines.reports.card import method_lines, usage_lines
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import Summary, summarise
 from pipelines.workspace.context import RunContext
+from tests.conftest import World
 from tests.pipelines.conftest import finished, run
 
 TASK: dict[str, Any] = {"name": "letters", "rows": "jsonl:q_and_v.test.jsonl"}
@@ -66,6 +67,15 @@ def test_solved_examples_in_the_prompts_are_told_on_the_card_and_to_the_hub() ->
     assert "acc, 5-shot, greedy" in write_eval_results([section], summary)
     assert said.startswith("Settings: greedy, zero-shot but for t (5-shot), lm-ev")
     assert "answers" not in said  # of lm-eval's own tasks nobody knows which were cut
+
+
+def test_a_card_asks_in_the_chat_template_unless_the_model_is_for_plain_text(
+    world: World,
+) -> None:
+    """A checkpoint without scores, as `meteora drop` makes it, answers nothing to plain text."""
+    plain = replace(world.manifest, gates={"method": "calibrate", "template": "plain"})
+    for manifest, code in ((world.manifest, "meteora.generate("), (plain, "model.generate(")):
+        assert code in usage_lines(manifest, None)[-1]
 
 
 def test_answers_are_counted_once_for_all_metrics_of_a_task_and_a_turn_is_one() -> None:

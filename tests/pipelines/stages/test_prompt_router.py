@@ -45,7 +45,10 @@ def test_adapters_alone_become_a_model_that_chooses_by_the_prompt(
     planned, folder = found.plan, work.checkpoint_folder(found.plan.router.id)
     assert set(found.summary.sizes) >= {"experts", "gates"}
     assert not (folder / STATISTICS).exists()
-    assert "prompt, top_k 1" in (folder / CARD).read_text()
+    card = (folder / CARD).read_text()
+    assert "prompt, top_k 1" in card
+    assert "Its router is not trained; the scores show" in card  # it was fitted to no task's rows
+    assert "token's hidden state" not in card
     manifest = read_manifest(folder)
     assert manifest.gates["method"] == "background"
     assert manifest.files[GATES] == found.summary.gates.weights_sha256

@@ -32,6 +32,7 @@ from meteora.routing.passes import (
     Present,
     UnreadPromptError,
     Watcher,
+    by_name,
     set_watcher,
 )
 from meteora.routing.prompt_router import HeldChoice, PromptRouter
@@ -86,9 +87,10 @@ class PromptReader(Watcher):
             return  # an expert is forced
         if self.held.measure is not None:
             return  # this pass is the reading itself
-        arguments = self.given(model, args, kwargs)
-        self.refuse_packed()
+        arguments = by_name(model, args, kwargs)
         seen = PassInput.of(arguments)
+        self.now.packed = seen.packed
+        self.refuse_packed()
         conversation = self.follow(seen)
         turns = ask(conversation, seen, self.template)
         if (logits := conversation.held.get(0)) is not self.held.logits:

@@ -203,6 +203,7 @@ class Watcher:
 
     def watch(self, model: nn.Module) -> None:
         """See every pass of this model."""
+        self._layers = list(routed_layers(model).values())  # not sought anew for each token
         # bound methods are copied with their object, so a copy of a model has its own watcher
         self._hooks = (
             model.register_forward_pre_hook(self._at_model, with_kwargs=True),
@@ -263,7 +264,15 @@ class Watcher:
         if not self.now.begun:
             self._before(base, args, kwargs)
 
+    def _looks_ahead(self) -> bool:
+        """Whether any router decides by whole prompts; none does where an expert is forced."""
+        routers = (layer.router for layer in self._layers)
+        return any(router is not None and not router.is_causal for router in routers)
+
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._looks_ahead():
+            self.now.conversation = None
+            return
         seen = PassInput.of(by_name(model, args, kwargs))
         self.now.packed = seen.packed
         self.see(seen)

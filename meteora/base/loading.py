@@ -190,7 +190,7 @@ def load_gguf(
     """Read a GGUF file and dequantise it to float32; the model can be saved afterwards.
 
     Args:
-        options: for the model, not the tokenizer, such as `device_map`
+        options: for the model, not the tokenizer, such as `device_map`, or another `dtype`
 
     Raises:
         SourceError: It is damaged, or lacks weights.
@@ -280,7 +280,9 @@ def _load_model(source: Path, options: dict[str, Any]) -> PreTrainedModel:
     Weights on `disk` that are used in another form than the files have them, such as a mixture's
     experts, are written again: to the `offload_folder`, or to one that is removed with the model.
     """
-    fault = "the model cannot be loaded"
+    fault, dtype = "the model cannot be loaded", options["dtype"]
+    if isinstance(dtype, str) and dtype != "auto" and type(getattr(torch, dtype, 0)) != torch.dtype:
+        raise SourceError(f"dtype={dtype!r} is no type of torch; give one such as 'bfloat16'")
     with ExitStack() as made, _reading(source, fault):
         written = None
         if "device_map" in options and "offload_folder" not in options:

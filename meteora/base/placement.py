@@ -73,14 +73,27 @@ def placed(device_map: Any, **further: object) -> dict[str, Any]:  # noqa: ANN40
     for device in named:
         if device == "disk" or (device in WHOLE and not isinstance(device_map, dict)):
             continue
-        try:
-            torch.empty(0, device=device)
-        except (RuntimeError, AssertionError, NotImplementedError, TypeError):
-            raise PlacementError(
-                f"device_map names {device!r}, which torch does not find on this machine; give"
-                f" {', '.join(WHOLE)}, or a mapping from modules to devices, `cpu` or `disk`"
-            ) from None
+        require_device(
+            device,
+            "device_map",
+            f"{', '.join(WHOLE)}, or a mapping from modules to devices, `cpu` or `disk`",
+        )
     return {"device_map": device_map, **options}
+
+
+def require_device(device: Any, argument: str, instead: str) -> None:  # noqa: ANN401
+    """Raise a `PlacementError`, which says what to give instead, for a device that is not there.
+
+    Args:
+        argument: that names the device
+    """
+    try:
+        torch.empty(0, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError, TypeError):
+        raise PlacementError(
+            f"{argument} names {device!r}, which torch does not find on this machine; give"
+            f" {instead}"
+        ) from None
 
 
 @contextmanager

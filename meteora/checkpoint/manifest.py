@@ -396,9 +396,10 @@ def read_manifest(folder: Path) -> Manifest:
     """Read the manifest of a checkpoint; raises `CheckpointError` if that is not possible."""
     path = folder / MANIFEST
     if not path.is_file():
+        missing = f"{MANIFEST} in it" if folder.is_dir() else "such folder"
         raise CheckpointError(
-            f"{folder}: there is no {MANIFEST} in it; a fused checkpoint has one, give the folder"
-            " that `meteora run` printed"
+            f"{folder}: there is no {missing}; a fused checkpoint is a folder with {MANIFEST}, give"
+            " the one that `meteora run` printed"
         )
     with path.open("rb") as file:
         data = file.read(MAX_BYTES + 1)

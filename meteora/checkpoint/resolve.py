@@ -151,7 +151,8 @@ def load_base(
             f"{manifest.base.repo_id} is dequantised from GGUF, which takes no"
             " quantization_config; give the base as safetensors with base_folder="
         )
-    return loading.load_gguf(source, options=options)
+    named = {} if dtype in {"auto", None} else {"dtype": dtype}
+    return loading.load_gguf(source, options={**named, **(options or {})})
 
 
 def find_base_files(manifest: Manifest, folder: Path | None) -> Path:

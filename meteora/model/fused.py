@@ -19,7 +19,7 @@ from torch import Tensor
 
 from meteora.artifacts import NULL, Fingerprint, MeteoraError, RouterOptions
 from meteora.base import loading
-from meteora.base.placement import PlacementError, is_offloaded, placed
+from meteora.base.placement import PlacementError, is_offloaded, placed, require_device
 from meteora.base.sources import PATH, weights_sha256
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import Manifest, ModuleEntry, read_manifest, unknown_expert_message
@@ -113,6 +113,8 @@ def load(
         PlacementError: it cannot be placed as asked, or `expert_cache_bytes` is below 0.
     """
     cache = None if expert_cache_bytes is None else ExpertCache(expert_cache_bytes)
+    if device is not None:
+        require_device(device, "device", "one that it finds, such as `cpu`")
     folder = find_checkpoint(checkpoint_folder, revision, download=download)
     manifest = read_manifest(folder)
     options: dict[str, Any] = {}

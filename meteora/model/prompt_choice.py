@@ -32,6 +32,7 @@ from meteora.routing.passes import (
     Present,
     UnreadPromptError,
     Watcher,
+    by_name,
     set_watcher,
 )
 from meteora.routing.prompt_router import HeldChoice, PromptRouter
@@ -68,10 +69,6 @@ class PromptReader(Watcher):
         self.template, self.standard, self.held = template, standard, held
         self.now = Present()
 
-    def watch(self, model: nn.Module) -> None:
-        super().watch(model)
-        self._layers = list(routed_layers(model).values())  # not sought anew for each token
-
     def stop(self) -> None:
         super().stop()
         self._hold(None)
@@ -81,14 +78,15 @@ class PromptReader(Watcher):
         self.held.logits, self.held.on = logits, {}
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not any(isinstance(layer.router, PromptRouter) for layer in self._layers):
+        if not self._looks_ahead():
             self.now.conversation = None
-            return  # an expert is forced
+            return
         if self.held.measure is not None:
             return  # this pass is the reading itself
-        arguments = self.given(model, args, kwargs)
-        self.refuse_packed()
+        arguments = by_name(model, args, kwargs)
         seen = PassInput.of(arguments)
+        self.now.packed = seen.packed
+        self.refuse_packed()
         conversation = self.follow(seen)
         turns = ask(conversation, seen, self.template)
         if (logits := conversation.held.get(0)) is not self.held.logits:

@@ -38,6 +38,8 @@ class PassInput:
     """The cache of the pass, perhaps empty; None if it has none."""
     num_before: int | None = None
     """Tokens in the cache; None if it is no cache of keys, and cannot be cropped."""
+    packed: bool = False
+    """Whether a row holds several sequences."""
 
     @classmethod
     def of(cls, arguments: Mapping[str, Any]) -> Self:
@@ -49,7 +51,10 @@ class PassInput:
         num_before = None if past is None else _num_held(past)
         is_token = _without_padding(arguments.get("attention_mask"), states, num_before)
         goes_on = bool(num_before) if state is None else _holds_a_state(state, states.shape[1])
-        return cls(ids, is_token, goes_on, past if state is None else state, num_before)
+        cache = past if state is None else state
+        packed = arguments.get("cu_seq_lens_q") is not None  # the starts of the sequences
+        packed |= not goes_on and _begins_again(arguments.get("position_ids"), is_token)
+        return cls(ids, is_token, goes_on, cache, num_before, packed)
 
 
 def _num_held(cache: Any) -> int:  # noqa: ANN401  (of many kinds)
@@ -86,6 +91,14 @@ def _without_padding(mask: object, states: Tensor, num_before: int | None) -> Te
     sees = mask == 0 if mask.is_floating_point() else mask.bool()
     own = sees[:, 0].expand(num_rows, length, -1).diagonal(first, 1, 2)
     return own[:, :length]
+
+
+def _begins_again(positions: object, is_token: Tensor) -> bool:
+    """Whether the positions [B, L] of tokens do not rise in a row: it holds several sequences."""
+    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] < 2:
+        return False
+    rises, both = positions.diff(dim=1) > 0, is_token[:, 1:] & is_token[:, :-1]
+    return bool((both & ~rises.to(both.device)).any())
 
 
 def by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -190,6 +203,7 @@ class Watcher:
 
     def watch(self, model: nn.Module) -> None:
         """See every pass of this model."""
+        self._layers = list(routed_layers(model).values())  # not sought anew for each token
         # bound methods are copied with their object, so a copy of a model has its own watcher
         self._hooks = (
             model.register_forward_pre_hook(self._at_model, with_kwargs=True),
@@ -250,16 +264,18 @@ class Watcher:
         if not self.now.begun:
             self._before(base, args, kwargs)
 
-    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        self.see(PassInput.of(self.given(model, args, kwargs)))
+    def _looks_ahead(self) -> bool:
+        """Whether any router decides by whole prompts; none does where an expert is forced."""
+        routers = (layer.router for layer in self._layers)
+        return any(router is not None and not router.is_causal for router in routers)
 
-    def given(
-        self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> dict[str, Any]:
-        """The arguments of the present pass, by name."""
-        arguments = by_name(model, args, kwargs)
-        self.now.packed = arguments.get("cu_seq_lens_q") is not None  # the starts of the sequences
-        return arguments
+    def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if not self._looks_ahead():
+            self.now.conversation = None
+            return
+        seen = PassInput.of(by_name(model, args, kwargs))
+        self.now.packed = seen.packed
+        self.see(seen)
 
     def refuse_packed(self) -> None:
         """Refuse a pass whose rows hold several sequences: one would decide for all.
@@ -269,9 +285,9 @@ class Watcher:
         """
         if self.now.packed:
             raise UnreadPromptError(
-                "several sequences lie in one row, as in continuous batching (`generate_batch`),"
-                " and this model decides by whole prompts, one in a row; call `generate` with"
-                " padded prompts, or take a model whose gates decide token by token"
+                "several sequences lie in one row, as in continuous batching (`generate_batch`) or"
+                " where their positions begin again, and this model decides by whole prompts, one"
+                " in a row; pad them instead, or take a model whose gates decide token by token"
             )
 
 

@@ -33,7 +33,9 @@ from meteora.base.loading import (
 )
 from meteora.base.placement import WRITTEN, PlacementError, own_head, written_weights
 from meteora.base.sources import SourceError
+from meteora.checkpoint import resolve
 from meteora.checkpoint.manifest import CONFIG, CONFIG_TEXT
+from tests.conftest import World
 
 WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
 
@@ -251,6 +253,26 @@ def test_a_gguf_file_is_parsed_once_and_without_a_bar(
     assert tokenizer.convert_tokens_to_ids("ab") == model.config.vocab_size - 1
     down = load_file(base / WEIGHTS)["model.layers.1.mlp.down_proj.weight"]
     assert torch.equal(model.get_parameter("model.layers.1.mlp.down_proj.weight"), down)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, "float16"])
+def test_a_gguf_base_has_the_dtype_that_is_asked_for(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | str
+) -> None:
+    write_gguf(world.base, tmp_path / "tiny.gguf")
+    monkeypatch.setattr(resolve, "_find_base", lambda *_: tmp_path / "tiny.gguf")
+    wide, _ = resolve.load_base(world.manifest, None, "auto")
+    narrow, _ = resolve.load_base(world.manifest, None, dtype)
+    expected = getattr(torch, str(dtype), dtype)
+    assert (wide.dtype, narrow.dtype, narrow.config.dtype) == (torch.float32, expected, expected)
+    for name, weight in wide.named_parameters():
+        assert torch.equal(narrow.get_parameter(name), weight.to(expected))
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "nn"])
+def test_a_dtype_that_torch_does_not_know_is_called_so(base: Path, dtype: str) -> None:
+    with pytest.raises(SourceError, match=f"dtype={dtype!r} is no type of torch; give one such"):
+        load_folder(base, dtype)
 
 
 def test_loads_of_several_threads_leave_messages_as_they_were(

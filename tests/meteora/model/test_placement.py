@@ -197,6 +197,7 @@ def test_auto_model_takes_a_map(world: World, tmp_path: Path, ids: torch.Tensor)
             {"device_map": {"model.embed_tokens": "cpu", "model.layers": "disk"}},
             "cannot be spread as device_map says: .*does not give any device",
         ),
+        ({"device": "cuda:77"}, "device names 'cuda:77', .*; give one that it finds"),
         ({"device_map": 1.5}, "device_map names 1.5"),
         ({"max_memory": {"cpu": 9}}, "max_memory without device_map would change nothing"),
         ({"offload_folder": "there"}, "offload_folder without device_map would change nothing"),

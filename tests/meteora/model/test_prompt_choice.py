@@ -19,11 +19,11 @@ from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointErro
 from meteora.fitting.background import RIDGE, Whitening, fit_to_background, standard_of
 from meteora.fitting.sequences import TrainingError
 from meteora.kernels.stack import ExpertStack
-from meteora.model import prompt_choice
 from meteora.model.chat import Chat
 from meteora.model.fused import expert_names, force_expert, insert_experts, without_experts
 from meteora.model.prompt_choice import mean_of_others
 from meteora.model.trace import trace
+from meteora.routing import passes
 from meteora.routing.hooks import recorded_routes
 from meteora.routing.layer import routed_layers
 from meteora.routing.passes import WATCHER, UnreadPromptError
@@ -180,7 +180,7 @@ def test_prompts_of_one_batch_have_experts_of_their_own(model):
 def test_no_pass_looks_for_the_routed_layers(model, monkeypatch):
     cache = DynamicCache()
     model(torch.tensor([asked(0)]), past_key_values=cache)
-    monkeypatch.setattr(prompt_choice, "routed_layers", None)
+    monkeypatch.setattr(passes, "routed_layers", None)
     model(torch.tensor([[9]]), past_key_values=cache)
 
 

@@ -89,9 +89,12 @@ def test_rows_of_several_sequences_are_refused_where_a_gate_decides_by_them(mode
     ends = torch.tensor([0, len(FIRST), ids.shape[1]], dtype=torch.int32)
     with without_experts(model):
         model(ids, cu_seq_lens_q=ends)
-    with pytest.raises(UnreadPromptError, match="several sequences lie in one row"):
-        model(ids, cu_seq_lens_q=ends)
-    model(ids)
+    places = torch.tensor([[*range(len(FIRST)), *range(len(OTHER))]])
+    for packed in ({"cu_seq_lens_q": ends}, {"position_ids": places}):
+        with pytest.raises(UnreadPromptError, match="several sequences lie in one row"):
+            model(ids, **packed)
+    expected = model(ids).logits
+    assert torch.equal(model(ids, position_ids=torch.arange(ids.shape[1])[None]).logits, expected)
 
 
 @torch.no_grad()

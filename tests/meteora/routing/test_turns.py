@@ -14,7 +14,7 @@ from meteora.base.chat_template import Template
 from meteora.checkpoint.tensors import Gates
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.sequences import UNLABELLED, LabelledSequence
-from meteora.model.fused import expert_names, force_expert
+from meteora.model.fused import expert_names, force_expert, without_experts
 from meteora.routing.gates import gates_of, insert_gates, watch_prompts
 from meteora.routing.hooks import recorded_routes
 from meteora.routing.layer import routed_layers
@@ -359,6 +359,18 @@ def test_a_cache_that_is_cut_inside_a_question_is_refused(model, kept):
     cut(cache, len(question(1)) + 1)
     draft = routes_of(model, [7, 7, *CLOSING], cache)
     assert draft == {path: [e] * len(draft[path]) for path, (e,) in first.items()}
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("alone", [without_experts, lambda model: force_expert(model, "q_and_v")])
+def test_where_no_question_decides_a_cache_may_be_cut_inside_one(model, alone):
+    """As the base's may, and PEFT's."""
+    cache, ids = DynamicCache(), torch.tensor([question(1)])
+    with alone(model):
+        expected = model(ids, past_key_values=cache).logits[:, -4:]
+        cut(cache, ids.shape[1] - 4)
+        again = model(ids[:, -4:], past_key_values=cache).logits
+    torch.testing.assert_close(again, expected, rtol=1e-5, atol=1e-5)
 
 
 @pytest.mark.parametrize("how", ["argument", "config", "own config"])

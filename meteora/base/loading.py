@@ -281,7 +281,8 @@ def _load_model(source: Path, options: dict[str, Any]) -> PreTrainedModel:
     experts, are written again: to the `offload_folder`, or to one that is removed with the model.
     """
     fault, dtype = "the model cannot be loaded", options["dtype"]
-    if isinstance(dtype, str) and dtype != "auto" and type(getattr(torch, dtype, 0)) != torch.dtype:
+    known = dtype == "auto" or isinstance(getattr(torch, str(dtype), None), torch.dtype)
+    if isinstance(dtype, str) and not known:
         raise SourceError(f"dtype={dtype!r} is no type of torch; give one such as 'bfloat16'")
     with ExitStack() as made, _reading(source, fault):
         written = None

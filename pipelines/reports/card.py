@@ -30,8 +30,8 @@ def write_card(manifest: Manifest, summary: Summary | None, name: str) -> str:
     parts = [
         f"---\n{card_metadata(manifest, summary, name)}\n---",
         f"# {name}",
-        f"{len(manifest.experts)} LoRA adapters in one model: a router says how much of each is"
-        f" added at each linear layer ({PAPER}). No one has to say which task a prompt belongs to.",
+        f"{len(manifest.experts)} LoRA adapters in one model: at each linear layer a router weighs"
+        f" them ({PAPER}). No one has to say which task a prompt belongs to.",
         "## Use",
         "\n".join(["```python", *usage_lines(manifest, summary), "```"]),
         "It needs the Python package `meteora-pipelines`, but not `trust_remote_code`. After"

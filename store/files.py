@@ -205,8 +205,8 @@ def _wait(descriptor: int, path: Path, operation: int, deadline_seconds: float) 
             if time.monotonic() >= deadline:
                 holder = os.pread(descriptor, 32, 0).decode() or "unknown"
                 raise BusyError(
-                    f"{path.name} is held by another process (last seen: {holder}); try again when"
-                    " it is done"
+                    f"{path.name} is held by another process (last seen: process id {holder}); try"
+                    " again when it is done"
                 ) from None
             time.sleep(random.uniform(0.005, 0.02))  # noqa: S311  (a pause, no secret)
         else:

@@ -278,9 +278,10 @@ def _lines(prompted: bool) -> Generator[str]:
     """
     if not sys.stdin.isatty():
         try:
-            lines = (line.removeprefix(options.BYTE_ORDER_MARK) for line in sys.stdin)
-            yield from filter(None, map(str.strip, lines))
-        except UnicodeDecodeError as error:
+            lines = (line.removeprefix(options.BYTE_ORDER_MARK).strip() for line in sys.stdin)
+            # `encode` fails for bytes that are no UTF-8, if Python made surrogates of them
+            yield from (line for line in lines if line.encode())
+        except (UnicodeDecodeError, UnicodeEncodeError) as error:
             raise MeteoraError(f"the input is not {error.encoding}") from error
         return
     import readline  # noqa: F401  (`input` then has a history, and arrow keys)
@@ -289,6 +290,8 @@ def _lines(prompted: bool) -> Generator[str]:
         try:
             line = input("> " if prompted else "").strip()
         except EOFError:
+            if prompted:
+                print()  # Ctrl-D leaves the prompt's line open
             return
         except KeyboardInterrupt:  # the line is dropped, and the conversation is not
             print()

@@ -6,13 +6,14 @@ page. Runs that were missed or overlap: see `missed_runs`.
 
 from __future__ import annotations
 
+import asyncio
 from collections import Counter
 from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from prefect import flows as prefect_flows
 from prefect.exceptions import PrefectException
+from prefect.runner import Runner
 from prefect.schedules import Cron, Schedule
 from prefect.types.entrypoint import EntrypointType
 
@@ -78,12 +79,11 @@ def serve(
     if secret is not None:
         say(f"to log in there, paste the line that is in {secret}")
     try:
-        prefect_flows.serve(
-            *(_deployment(context, schedule) for context in contexts),
-            pause_on_shutdown=False,
-            print_starting_message=False,
-            limit=limit,
-        )
+        # `prefect.serve` does the same, and hides Ctrl-C from the exit status
+        runner = Runner(pause_on_shutdown=False, limit=limit)
+        for context in contexts:
+            runner.add_deployment(_deployment(context, schedule))
+        asyncio.run(runner.start())
     except (PrefectException, OSError) as error:
         raise ServeError(f"the Prefect server took no deployments: {error}") from error
 

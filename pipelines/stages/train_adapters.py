@@ -102,7 +102,7 @@ def train(work: RunContext, settings: Training, only: Collection[str] = ()) -> I
     """
     experts = _missing(work, only)
     if not experts:
-        say("every adapter that the recipe names by a path is there, and stays as it is")
+        say("there is no adapter to train")
         return
     gates = work.recipe.router.kind == "gate"
     skip = work.recipe.gates.examples_per_expert if gates else 0

@@ -275,7 +275,7 @@ def test_a_recipe_runs_once_at_a_time(shelf: Shelf) -> None:
     with (
         running("nightly"),
         running("weekly"),
-        pytest.raises(BusyError, match=str(os.getpid())),
+        pytest.raises(BusyError, match=f"process id {os.getpid()}"),
         running("nightly"),
     ):
         pass

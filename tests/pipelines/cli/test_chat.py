@@ -6,7 +6,7 @@ import re
 import signal
 import subprocess
 import sys
-from io import StringIO
+from io import BytesIO, StringIO, TextIOWrapper
 from pathlib import Path
 from unittest.mock import Mock, patch
 
@@ -14,6 +14,7 @@ import httpx
 import pytest
 from rich.console import Console
 
+from meteora.artifacts import MeteoraError
 from meteora.model.chat import Answer, Chat
 from meteora.model.fused import UnknownExpertError
 from meteora.model.trace import Token
@@ -178,6 +179,24 @@ def test_ctrl_c_at_the_prompt_drops_the_line_and_not_the_conversation(capsys) ->
     ):
         assert list(command._lines(prompted=True)) == ["hello"]
     assert "Ctrl-D" in capsys.readouterr().err
+
+
+def test_ctrl_d_ends_the_line_of_the_prompt(capsys) -> None:
+    with (
+        patch.object(sys, "stdin", Mock(isatty=lambda: True)),
+        patch("builtins.input", Mock(side_effect=EOFError)),
+    ):
+        assert list(command._lines(prompted=True)) == []
+        assert list(command._lines(prompted=False)) == []
+    assert capsys.readouterr().out == "\n"
+
+
+@pytest.mark.parametrize("errors", ["strict", "surrogateescape"])  # as in en_US.UTF-8, in C.UTF-8
+def test_a_pipe_that_is_no_utf_8_is_refused(monkeypatch, errors: str) -> None:
+    file = TextIOWrapper(BytesIO(b"hello\n\ncaf\xe9\n"), "utf-8", errors)
+    monkeypatch.setattr(sys, "stdin", file)
+    with pytest.raises(MeteoraError, match=r"^the input is not utf-8$"):
+        list(command._lines(prompted=False))
 
 
 def test_a_model_is_called_by_the_name_of_its_folder_or_repository(tmp_path, monkeypatch) -> None:

@@ -7,6 +7,7 @@ from datetime import UTC, datetime
 from itertools import pairwise
 from pathlib import Path
 from typing import Any
+from unittest.mock import AsyncMock, Mock
 from zoneinfo import ZoneInfo
 
 import pytest
@@ -155,13 +156,11 @@ def test_two_recipes_of_one_name_are_told_apart_once(
     path = tmp_path / "other" / work.path.name
     path.write_bytes(work.path.read_bytes())
     other = replace(work, path=path)
-    served: list[str] = []
-    monkeypatch.setattr(
-        deployments.prefect_flows, "serve", lambda *d, **_: served.extend(one.name for one in d)
-    )
+    runner = Mock(start=AsyncMock())
+    monkeypatch.setattr(deployments, "Runner", lambda **_: runner)
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
     deployments.serve([work, other], None, limit=1)
     said = capsys.readouterr().err
-    assert len(set(served)) == 2
+    assert len({call.args[0].name for call in runner.add_deployment.call_args_list}) == 2
     assert said.count(f"2 recipes are called {work.name}: ") == 1
     assert all(f"{one.path} as `{one.key}`" in said for one in (work, other))

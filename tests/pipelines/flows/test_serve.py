@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -22,6 +23,8 @@ from prefect.client.schemas.filters import (
     LogFilter,
     LogFilterFlowRunId,
 )
+from prefect.client.schemas.objects import DeploymentStatus
+from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
 from pipelines.workspace.context import RunContext
@@ -231,3 +234,22 @@ def test_a_run_that_finds_its_recipe_being_run_is_skipped_and_recorded(served: S
     outcome, reason = served.outcomes()[-1]
     assert outcome == "skipped_overlap"
     assert "is being run by another process" in reason
+
+
+def test_ctrl_c_ends_a_schedule_with_the_exit_status_of_all_commands(
+    prefect_server: str, recipe_folder: Path, tmp_path: Path
+) -> None:
+    assert prefect_server == os.environ["PREFECT_API_URL"]
+    key = RunContext.open(str(recipe_folder / "recipe.yaml"), tmp_path / "home").key
+    process, log = start(recipe_folder, tmp_path / "home")
+    with get_client(sync_client=True) as client:
+
+        def is_served() -> bool:
+            with suppress(ObjectNotFound):
+                found = client.read_deployment_by_name(f"meteora/{key}")
+                return found.status == DeploymentStatus.READY
+            return False
+
+        wait_for(is_served, "a runner that looks for runs")
+    process.send_signal(signal.SIGINT)
+    assert process.wait(timeout=60) == 130, log.read_text()

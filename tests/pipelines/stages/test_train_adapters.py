@@ -123,7 +123,7 @@ def test_what_is_not_there_is_trained_and_what_is_there_stays(place: Path) -> No
     assert bytes_of(place) == before  # so the first left the base as it was
     nothing = train(place)
     assert (nothing.returncode, nothing.stdout) == (0, "")
-    assert "every adapter that the recipe names by a path is there" in nothing.stderr
+    assert "there is no adapter to train" in nothing.stderr
     ended = Ledger(place / "home").query("SELECT outcome FROM runs").rows
     assert ended == [("ok",), ("ok",)]
 

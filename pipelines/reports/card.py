@@ -163,8 +163,9 @@ def score_table(summary: Summary) -> list[str]:
     lines = _table(["task", "metric", "n", *systems], rows)
     means = [summary.mean(system) for system in systems]
     shown = ["" if mean is None else f"**{mean:.3f}**" for mean in means]
-    lines += [f"| mean of the experts' own tasks | | | {' | '.join(shown)} |", ""]
-    return lines + method_lines(summary)
+    if any(shown):
+        lines.append(f"| mean of the experts' own tasks | | | {' | '.join(shown)} |")
+    return [*lines, "", *method_lines(summary)]
 
 
 def cell(summary: Summary, task: str, system: str, *, interval: bool = True) -> str:

@@ -13,7 +13,7 @@ from huggingface_hub import parse_eval_result_entries
 from meteora.artifacts import ArtifactId, BenchmarkSpec, Score, ScoreTurn
 from pipelines.recipe.benchmark import TaskSection
 from pipelines.recipe.recipe import Recipe, RecipeError
-from pipelines.reports.card import method_lines, usage_lines
+from pipelines.reports.card import method_lines, score_table, usage_lines
 from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
 from pipelines.reports.summary import Summary, summarise
 from pipelines.workspace.context import RunContext
@@ -62,6 +62,7 @@ def test_solved_examples_in_the_prompts_are_told_on_the_card_and_to_the_hub() ->
     plain = replace(score, spec=replace(spec, task="u", num_fewshot=0))
     assert plain.spec.id != replace(spec, task="u").id
     summary = Summary({"t": {"fused": score}, "u": {"fused": plain}}, Mock(), None, {})
+    assert "mean of" not in "\n".join(score_table(summary))  # no task is an expert's own
     said = method_lines(summary)[0]
     section = TaskSection(name="t", lm_eval="t", num_fewshot=5, leaderboard="a/b/c")
     assert "acc, 5-shot, greedy" in write_eval_results([section], summary)

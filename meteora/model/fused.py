@@ -188,8 +188,9 @@ def insert_experts(
 def _refuse_to_save(*_args: object, **_kwargs: object) -> None:
     raise UnsavableError(
         "a fused model is not saved as other models are: what save_pretrained wrote would load as a"
-        " base with random weights; copy the folder of its checkpoint, or `meteora publish` it, and"
-        " write new gates with meteora.checkpoint.tensors.write_gates"
+        " base with random weights; copy the folder of its checkpoint, or `meteora publish` it; new"
+        " gates are written into a copy with meteora.checkpoint.tensors.write_gates, and their"
+        " SHA-256 into the `files` of its meteora.json"
     )
 
 

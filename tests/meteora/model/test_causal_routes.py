@@ -1,6 +1,7 @@
 """Routes that depend on a token and what precedes it alone: one answer in every shape of prompt."""
 
 import dataclasses
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -8,18 +9,26 @@ import torch
 from transformers import DynamicCache, QuantizedCache
 
 import meteora
-from meteora.artifacts import SHARED, RouterOptions
+from meteora.artifacts import SHARED, RouterOptions, file_sha256
 from meteora.checkpoint import tensors
-from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST
+from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, read_manifest
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.sequences import UNLABELLED
-from meteora.model.fused import expert_names, force_expert, insert_experts, make_router
-from meteora.routing.gates import gates_of
+from meteora.model.fused import (
+    UnsavableError,
+    expert_names,
+    force_expert,
+    insert_experts,
+    make_router,
+)
+from meteora.routing.gates import gates_in, gates_of
 from meteora.routing.hooks import recorded_routes
 from meteora.routing.layer import routed_by
 from tests.meteora.fitting.test_calibrate import examples, routing_accuracy
 
 NEW = 12
+ADVICE = ("meteora.checkpoint.tensors.write_gates,", "SHA-256", "`files`")
+"""What a user who trained gates has to do, as the refusal to save names it."""
 
 
 def with_shared(num_each: int, seed: int = 0):
@@ -157,3 +166,24 @@ def test_routes_do_not_change_with_what_follows(model, prompts):
             model(torch.tensor([prompt[:-3]]))
         for path, (_, experts) in begun.items():
             assert torch.equal(experts, whole[path][1][: len(experts)]), path
+
+
+def test_new_gates_are_loaded_where_the_refusal_to_save_says(checkpoint, world, tmp_path):
+    folder = tmp_path / "copy"
+    shutil.copytree(checkpoint, folder)
+    manifest = read_manifest(folder)
+    digest = file_sha256(folder / GATES)
+    named = dataclasses.replace(manifest, files={GATES: digest})
+    (folder / MANIFEST).write_text(named.to_json())
+    model, _ = meteora.load(folder, base_folder=world.base)
+    with torch.no_grad():
+        next(iter(gates_in(model).values())).bias.add_(1.0)
+    with pytest.raises(UnsavableError) as refused:
+        model.save_pretrained(tmp_path / "saved")
+    assert all(f" {step} " in f"{refused.value} " for step in ADVICE)
+    tensors.write_gates(folder / GATES, gates_of(model))
+    text = (folder / MANIFEST).read_text().replace(digest, file_sha256(folder / GATES))
+    (folder / MANIFEST).write_text(text)
+    again, _ = meteora.load(folder, base_folder=world.base)
+    for own, read in zip(gates_in(model).values(), gates_in(again).values(), strict=True):
+        assert torch.equal(own.bias, read.bias)

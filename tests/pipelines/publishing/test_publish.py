@@ -275,6 +275,7 @@ def test_a_recipe_publishes_what_it_made_and_only_what_is_new(
     world: World,
     monkeypatch: pytest.MonkeyPatch,
     tmp_path: Path,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """By the processes of a real run; then its card's own lines run in another."""
     monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
@@ -294,6 +295,7 @@ def test_a_recipe_publishes_what_it_made_and_only_what_is_new(
     assert stages == ["base", "check", "stack", "gates", "benchmark", "publish"]
     assert len(uses) == 2  # the device of gates and benchmark, and again to load what is published
     repo = repo_of(server)
+    assert f"published as {NAME}@{repo.branches['main']}" in capfd.readouterr().err
     assert set(repo.main) - {".gitattributes"} == set(FILES)
     answer = work.ledger.query("SELECT repo_id, revision, kind FROM publications")
     assert answer.rows == [(NAME, repo.branches["main"], "router")]
@@ -354,7 +356,7 @@ def _the_card_is_true(text: str, world: World, tmp_path: Path) -> None:
     assert all(result.dataset_args == {"num_samples": 4} for result in data.eval_results)
 
     (code,) = re.findall(r"```python\n(.*?)```", text, re.DOTALL)
-    assert len([line for line in code.splitlines() if line]) == 4  # five with a chat template
+    assert len([line for line in code.splitlines() if line]) == 4  # three with a chat template
     code = code.replace("FOLDER_OF_THE_BASE", str(world.base))
     # a user's own process, in which we have set nothing
     environment = {name: value for name, value in os.environ.items() if name not in SETTINGS}

@@ -48,7 +48,7 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
     """Return the token ids of a prompt; a chat template has its own special tokens."""
     text = render_prompt(tokenizer, prompt)
-    return list(tokenizer(text, add_special_tokens=not tokenizer.chat_template).input_ids)
+    return encode_text(tokenizer, text, add_special_tokens=not tokenizer.chat_template)
 
 
 def encode_messages(

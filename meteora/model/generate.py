@@ -117,6 +117,7 @@ def generate(
 
     Raises:
         EmptyPromptError: the prompt has no tokens.
+        ConversationError: it is no Unicode.
     """
     ids = batch_of(model, encode_prompt(tokenizer, prompt))
     streamer = _TerminalStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)

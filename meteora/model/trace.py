@@ -138,6 +138,7 @@ def trace(
     Raises:
         TraceError: no module of the model has a router, as inside `without_experts`.
         EmptyPromptError: the prompt has no tokens.
+        ConversationError: it is no Unicode.
     """
     if isinstance(prompt, str):
         prompt = encode_prompt(tokenizer, prompt)

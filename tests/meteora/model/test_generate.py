@@ -10,7 +10,7 @@ from transformers import BartConfig, BartForCausalLM
 
 import meteora
 from meteora.artifacts import RouterOptions
-from meteora.base.chat_template import Template
+from meteora.base.chat_template import ConversationError, Template
 from meteora.base.loading import load_folder
 from meteora.model.fused import make_router
 from meteora.model.generate import EmptyPromptError, _TerminalStreamer, answer_all
@@ -90,6 +90,11 @@ def test_a_prompt_without_tokens_is_refused(world, tokenizer) -> None:
     for ask in (meteora.generate, meteora.trace):
         with pytest.raises(EmptyPromptError, match="the prompt has no tokens"):
             ask(world.load(), bare, "")
+
+
+def test_half_a_character_in_a_prompt_is_refused(model, tokenizer) -> None:
+    with pytest.raises(ConversationError, match="half of a surrogate pair"):
+        meteora.generate(model, tokenizer, "one \ud800")
 
 
 def test_an_answer_ends_with_the_first_of_several_ends(world, tokenizer) -> None:

@@ -262,8 +262,9 @@ class Chat:
         reading, self._reading = self._reading, None
         if reading is None or reading.cache is None or reading.expert != expert:
             return None
-        watcher, least = watcher_of(self.model), 1
-        if not expert and isinstance(watcher, PromptReader):
+        # where an expert is forced, no question decides
+        watcher, least = None if expert else watcher_of(self.model), 1
+        if isinstance(watcher, PromptReader):
             return None  # the last question decides for all turns
         if watcher is not None and (is_text or reading.is_text):
             return None  # only the chat template shows where the question ends that decides

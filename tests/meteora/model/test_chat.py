@@ -181,6 +181,20 @@ def test_a_router_that_looks_ahead_answers_on_one_cache_as_without(looking_ahead
     assert chat.answer([user("what else is there?")], max_new_tokens=6).num_cached == 0
 
 
+def test_where_an_expert_is_forced_another_question_goes_on_with_the_cache(looking_ahead, talking):
+    """No question decides there, not even one without a template."""
+
+    def answer(chat, asked):
+        return chat.answer(asked, max_new_tokens=6, expert="q_and_v")
+
+    for first, then in (([user("digits")], [user("digits 12")]), ("digits", "digits 12")):
+        chat = Chat(looking_ahead, talking)
+        answer(chat, first)
+        found, alone = answer(chat, then), answer(Chat(looking_ahead, talking), then)
+        assert found.num_cached > 0
+        assert (found.text, found.tokens) == (alone.text, alone.tokens)
+
+
 def test_a_text_is_continued_as_generate_does_and_on_the_cache_of_its_beginning(model, tokenizer):
     tokenizer.chat_template = None
     chat, prompt = Chat(model, tokenizer), "digits 12"

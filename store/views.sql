@@ -210,7 +210,7 @@ COMMENT ON COLUMN lineage.relation IS 'itself, made from, or used in';
 COMMENT ON COLUMN lineage.depth IS 'Number of steps between the two';
 COMMENT ON COLUMN lineage.relative_id IS 'Artifact id of its relative';
 COMMENT ON COLUMN lineage.kind IS 'base, adapter, pool, fused, router, merge, routing, comparison or speed; NULL where the relative is not recorded';
-COMMENT ON COLUMN lineage.source IS 'Where the run that made the artifact had the relative from: Hub id with its subfolder, gguf: or path:; NULL if it was made in this home';
+COMMENT ON COLUMN lineage.source IS 'Where the run that made the artifact had the relative from, or, if it read none, where it was seen last: Hub id with its subfolder, gguf: or path:; NULL if it was made in this home';
 COMMENT ON COLUMN lineage.revision IS 'Commit of 40 hex digits, or sha256: and the hash of its weights';
 COMMENT ON COLUMN lineage.licence IS 'Licence that its card claims; empty where it claims none';
 COMMENT ON COLUMN lineage.weights_sha256 IS 'SHA-256 of the relative''s bytes, 64 hex digits';

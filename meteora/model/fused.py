@@ -96,7 +96,8 @@ def load(
         offload_folder: for modules on `disk`, if their weights are not in the base's files in the
             form in which they are used, such as a mixture's experts. Default: a temporary folder,
             which is removed with the model; the next such load removes what a killed process left
-        dtype: of the base; the experts keep their precision
+        dtype: of the base; `auto` is that of its files, and float32 from GGUF. The experts keep
+            their precision
         expert_cache_bytes: leave the experts in the mapped file, and keep at most this many bytes
             of them on the device, the last used ones; see `expert_cache`
         quantization_config: of the base, as transformers takes it, such as `BitsAndBytesConfig`;

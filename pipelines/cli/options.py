@@ -57,7 +57,7 @@ Device = Annotated[
 ]
 Dtype = Annotated[
     Literal["auto", "float32", "bfloat16", "float16"],
-    typer.Option(help="The base's dtype in memory. auto: that of its files."),
+    typer.Option(help="The base's dtype in memory. auto: that of its files; float32 from GGUF."),
 ]
 MOST = 1_000_000
 """The limit of options that are counts: larger ones are typing errors, and would overflow later."""

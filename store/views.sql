@@ -183,34 +183,34 @@ WITH relatives AS (
     UNION ALL
     SELECT ancestor_id, 'used in', descendant_id, depth FROM ancestors
 ),
-origins AS ( -- of an adapter: in each run that saw it, and, without a run, the last time
-    SELECT adapter_id AS id, run_id,
-           arg_max(concat_ws('/', repo_id, nullif(subfolder, '')), (recorded_at, record_sha256))
-               AS source,
-           arg_max(revision, (recorded_at, record_sha256)) AS revision,
-           arg_max(licence, (recorded_at, record_sha256)) AS licence
+origins AS ( -- of a base, and of an adapter each time that it was seen
+    SELECT adapter_id AS id, run_id, recorded_at,
+           concat_ws('/', repo_id, nullif(subfolder, '')) AS source, revision, licence
     FROM verdicts WHERE adapter_id IS NOT NULL
-    GROUP BY GROUPING SETS ((adapter_id, run_id), (adapter_id))
+    QUALIFY row_number() OVER (
+        PARTITION BY adapter_id, run_id ORDER BY recorded_at DESC, record_sha256 DESC
+    ) = 1
     UNION ALL
-    SELECT id, NULL, base_model, base_revision, NULL FROM base_models
+    SELECT id, NULL, TIMESTAMP '-infinity', base_model, base_revision, NULL FROM base_models
 )
 SELECT relatives.artifact_id, relation, depth, relative_id, artifacts.kind,
-       coalesce(own.source, latest.source) AS source,
-       coalesce(own.revision, latest.revision) AS revision,
-       coalesce(own.licence, latest.licence) AS licence,
+       coalesce(own.source, before.source) AS source,
+       coalesce(own.revision, before.revision) AS revision,
+       coalesce(own.licence, before.licence) AS licence,
        artifacts.weights_sha256, artifacts.recorded_at, artifacts.run_id
 FROM relatives
 LEFT JOIN artifacts ON artifacts.id = relative_id
 LEFT JOIN artifacts AS made ON made.id = relatives.artifact_id
 LEFT JOIN origins AS own ON own.id = relative_id AND own.run_id = made.run_id
-LEFT JOIN origins AS latest ON latest.id = relative_id AND latest.run_id IS NULL;
+ASOF LEFT JOIN origins AS before
+    ON before.id = relative_id AND before.recorded_at <= made.recorded_at;
 COMMENT ON VIEW lineage IS 'What each artifact was made from and is used in, down to commit, hash and licence';
 COMMENT ON COLUMN lineage.artifact_id IS 'Artifact id to search for';
 COMMENT ON COLUMN lineage.relation IS 'itself, made from, or used in';
 COMMENT ON COLUMN lineage.depth IS 'Number of steps between the two';
 COMMENT ON COLUMN lineage.relative_id IS 'Artifact id of its relative';
 COMMENT ON COLUMN lineage.kind IS 'base, adapter, pool, fused, router, merge, routing, comparison or speed; NULL where the relative is not recorded';
-COMMENT ON COLUMN lineage.source IS 'Where the run that made the artifact had the relative from, or, if it read none, where it was seen last: Hub id with its subfolder, gguf: or path:; NULL if it was made in this home';
+COMMENT ON COLUMN lineage.source IS 'Where the run that made the artifact had the relative from, or, if it read none, where it was seen last before: Hub id with its subfolder, gguf: or path:; NULL if it was made in this home';
 COMMENT ON COLUMN lineage.revision IS 'Commit of 40 hex digits, or sha256: and the hash of its weights';
 COMMENT ON COLUMN lineage.licence IS 'Licence that its card claims; empty where it claims none';
 COMMENT ON COLUMN lineage.weights_sha256 IS 'SHA-256 of the relative''s bytes, 64 hex digits';

@@ -101,7 +101,7 @@ def _hashed(hashing: ModuleType) -> Config:
 
 def _why(error: Exception) -> str:
     """Why a key cannot be used; the library reads `curve` of whatever key it gets."""
-    return "not of an elliptic curve" if isinstance(error, AttributeError) else brief(error)
+    return "it is no ECDSA key" if isinstance(error, AttributeError) else brief(error)
 
 
 def _difference(error: Exception) -> str:

@@ -108,7 +108,7 @@ class ChatReply(Reply):
         return {"message": {"role": "assistant", "content": text}}
 
     def _part(self, text: str) -> dict[str, Any]:
-        return {"delta": {"content": text} if text else {}}
+        return {"delta": {"content": text}}
 
 
 class TextReply(Reply):

@@ -113,8 +113,9 @@ _SENTENCES: dict[str, tuple[type[HubError], str]] = {
     "entry": (HubFilesError, "{what}: there is no such file or folder at that revision"),
     "auth": (
         HubAccessError,
-        "{what} does not exist at {endpoint} or is private (401); check the name, or pass a token"
-        " that may read it",
+        "{what} does not exist at {endpoint} or is private (401); check the name; if it is private,"
+        " log in with `hf auth login`, and name its owner in the recipe under hub, token_for, or to"
+        " the command with --token-for",
     ),
     "token": (
         HubTokenError,  # true for every request, so no verdict on a repository

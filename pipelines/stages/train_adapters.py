@@ -102,7 +102,7 @@ def train(work: RunContext, settings: Training, only: Collection[str] = ()) -> I
     """
     experts = _missing(work, only)
     if not experts:
-        say("there is no adapter to train")
+        say("there is no adapter to train; folders that are there stay as they are")
         return
     gates = work.recipe.router.kind == "gate"
     skip = work.recipe.gates.examples_per_expert if gates else 0

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import meteora
-from meteora.checkpoint.manifest import EXPERTS, MANIFEST, CheckpointError, read_manifest
+from meteora.checkpoint.manifest import EXPERTS, MANIFEST, read_manifest
 from meteora.checkpoint.resolve import find_checkpoint, is_hub_id
 from pipelines.hub.client import hub_for, is_offline
 from pipelines.hub.snapshot import cached
@@ -63,26 +63,22 @@ def find_folder(
     """Find the folder of a checkpoint; download a checkpoint of the Hub.
 
     Args:
-        name: A folder, a Hub id, or an id of the ledger.
+        name: A folder, `owner/name[@revision]` on the Hub, or an id of the ledger.
         token_for: Owners, or `owner/name`, to whom the saved token is sent.
         statistics: Also download the statistics that its gates were fitted to.
 
     Raises:
         UnknownError: The ledger has the id, but no checkpoint with it.
         HubError: The Hub cannot be reached, has no such one, or is plain http over a network.
-        CheckpointError: The Hub has no such checkpoint, or the name has a revision.
+        CheckpointError: The Hub has no such checkpoint, or not at this revision.
     """
     folder = checkpoint_folder(name, home)
     repo_id, _, revision = name.partition("@")
-    if revision and is_hub_id(repo_id) and not folder.is_dir():
-        raise CheckpointError(
-            f"{name}: commands take what the repository shows now, {repo_id}; in Python"
-            f" `meteora.load({repo_id!r}, revision={revision!r})` loads that revision"
-        )
-    if folder.is_dir() or not is_hub_id(name):
+    if folder.is_dir() or not is_hub_id(repo_id):
         return folder
-    options = _download_options(name, token_for, is_here=cached(name, MANIFEST) is not None)
-    return find_checkpoint(name, download=options, statistics=statistics)
+    is_here = cached(repo_id, MANIFEST, revision or None) is not None
+    options = _download_options(repo_id, token_for, is_here=is_here)
+    return find_checkpoint(repo_id, revision or None, download=options, statistics=statistics)
 
 
 def find(

@@ -142,7 +142,7 @@ def _serve(
 def _last_part(checkpoint: str) -> str:
     """The name of a checkpoint's folder, or of its repository."""
     folder = Path(checkpoint)
-    return (folder.resolve() if folder.is_dir() else folder).name
+    return folder.resolve().name if folder.is_dir() else Path(checkpoint.partition("@")[0]).name
 
 
 def _load(

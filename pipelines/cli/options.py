@@ -32,7 +32,9 @@ Home = Annotated[
 DEFAULT_HOME = Path("~/.meteora")
 BYTE_ORDER_MARK = "\ufeff"
 """Some programs begin a text with it."""
-Checkpoint = Annotated[str, typer.Argument(help="A folder, a Hub id, or an id of the ledger.")]
+Checkpoint = Annotated[
+    str, typer.Argument(help="A folder, owner/name[@revision], or an id of the ledger.")
+]
 OwnCheckpoint = Annotated[str, typer.Argument(help="A folder, or an id of the ledger.")]
 Expert = Annotated[
     str, typer.Option(help="Route every token to this expert; `(base)`: to no expert.")

@@ -20,7 +20,7 @@ from pipelines.workspace import machine
 from store.ledger import Ledger
 from tests.conftest import World
 from tests.pipelines.cli.forked import Forks
-from tests.pipelines.hub.hub_server import HubServer, Main, running_hub
+from tests.pipelines.hub.hub_server import HubServer, Main, Repo, running_hub
 
 COMMIT = "b" * 40
 
@@ -34,7 +34,7 @@ def manifest(world: World) -> Manifest:
 
 @pytest.fixture(scope="module")
 def server(world: World, manifest: Manifest) -> Generator[HubServer]:
-    """A Hub with that checkpoint, of `org`."""
+    """A Hub with that checkpoint, of `org`; of `org/earlier` only a commit has it."""
     with running_hub() as server:
         fused = {
             MANIFEST: manifest.to_json().encode(),
@@ -42,6 +42,7 @@ def server(world: World, manifest: Manifest) -> Generator[HubServer]:
         }
         base = {path.name: path.read_bytes() for path in world.base.iterdir()}
         server.repos = {"org/fused": Main(fused), "other/base": Main(base, COMMIT)}
+        server.repos["org/earlier"] = Repo(fused, COMMIT)  # its branch has gone on
         yield server
 
 
@@ -181,10 +182,24 @@ def test_what_is_neither_here_nor_on_the_hub_is_a_sentence(tmp_path: Path) -> No
         checkpoints.find("../no/such/folder", tmp_path)
 
 
-def test_a_revision_of_the_hub_is_said_to_be_for_python(tmp_path: Path) -> None:
+@pytest.mark.usefixtures("answer")  # the base is in the cache then
+def test_a_checkpoint_of_the_hub_may_be_named_at_a_revision(asking: Asking, answer: str) -> None:
     """`meteora publish` prints the commit in this form."""
-    with pytest.raises(CheckpointError, match=r"load\('org/model', revision='v1'\)"):
-        checkpoints.find("org/model@v1", tmp_path)
+    said = asking.run("generate", f"org/earlier@{COMMIT}", "hello", "--max-new-tokens", "1")
+    assert (said.returncode, said.stdout) == (0, answer), said.stderr
+    missing = asking.run("export", "org/earlier@v9", "--expert", "sums")
+    assert missing.returncode == 1
+    assert missing.stderr.startswith("error: org/earlier: ")
+    assert "v9 is not a valid git identifier" in missing.stderr
+
+
+def test_a_folder_here_may_have_the_name_of_a_revision(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    folder = Path("org/fused@v1")
+    folder.mkdir(parents=True)
+    assert checkpoints.find_folder(str(folder), tmp_path) == folder
 
 
 def test_offline_it_comes_from_the_cache_or_there_is_one_sentence(

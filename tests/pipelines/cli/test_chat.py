@@ -202,7 +202,7 @@ def test_a_pipe_that_is_no_utf_8_is_refused(monkeypatch, errors: str) -> None:
 def test_a_model_is_called_by_the_name_of_its_folder_or_repository(tmp_path, monkeypatch) -> None:
     monkeypatch.chdir(tmp_path)
     assert command._last_part(".") == command._last_part(f"{tmp_path}/") == tmp_path.name
-    assert command._last_part("owner/fused") == "fused"
+    assert command._last_part("owner/fused") == command._last_part("owner/fused@a/b") == "fused"
 
 
 def test_an_unknown_expert_is_refused_at_the_start(conversation) -> None:

@@ -14,6 +14,7 @@ from decimal import Decimal
 from itertools import accumulate
 from typing import TYPE_CHECKING, Literal
 
+import typer
 from rich.cells import cell_len
 from rich.table import Column, Table
 
@@ -95,6 +96,17 @@ def print_served(
         f" {server.url} are the recorded ones"
     )
     return not differ
+
+
+def form_of(form: Format | None, *, as_json: bool) -> Format | None:
+    """The form that `--format` or `--json` asks for; None if neither is given.
+
+    Raises:
+        BadParameter: They ask for different forms.
+    """
+    if as_json and form not in {None, "json"}:
+        raise typer.BadParameter(f"--json and --format {form} contradict; give one of them")
+    return "json" if as_json else form
 
 
 def print_answer(answer: Answer, form: Format) -> None:

@@ -40,12 +40,13 @@ def reference(
     from pipelines.recipe.recipe import Recipe
     from store.query import Answer
 
+    form = output.form_of(form, as_json=as_json)
     keys = keys_of(Recipe)
-    if form is None and not as_json:
+    if form is None:
         print("\n\n".join(map(_described, keys)))
         return
     answer = Answer(tuple(field.name for field in fields(Key)), [astuple(key) for key in keys])
-    output.print_answer(answer, "json" if as_json or form is None else form)
+    output.print_answer(answer, form)
 
 
 def _described(key: Key) -> str:

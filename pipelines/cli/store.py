@@ -34,6 +34,7 @@ def sql(
     """Query the ledger with one SELECT."""
     from store.query import examples as questions
 
+    form = output.form_of(form, as_json=as_json)
     if examples:
         for title, question in questions():
             print(f"-- {title}\n{question}\n")
@@ -42,9 +43,7 @@ def sql(
     # what a run recorded a moment ago; a busy index is not waited for
     ledger.ingest(deadline_seconds=1.0)
     answer = ledger.query(options.text_or_input(query))
-    if form is None:
-        form = "table" if sys.stdout.isatty() else "csv"
-    output.print_answer(answer, "json" if as_json else form)
+    output.print_answer(answer, form or ("table" if sys.stdout.isatty() else "csv"))
 
 
 @app.command()

@@ -210,6 +210,10 @@ def test_a_wrong_option_is_a_usage_error(tmp_path: Path) -> None:
     both = meteora("run", "quickstart", "--dry-run", "--json", home=tmp_path)
     assert both.returncode == 2
     assert both.stdout == ""
+    for command in (["sql"], ["recipe", "reference"]):
+        said = ask(*command, "--json", "--format", "csv")
+        assert (said.returncode, said.stdout) == (2, "")
+        assert "--json and --format csv contradict; give one of them" in said.stderr
 
 
 @pytest.mark.parametrize(

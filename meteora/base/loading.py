@@ -274,17 +274,24 @@ def load_folder(
         return cast("PreTrainedModel", model.eval()), load_tokenizer(folder)
 
 
+def require_dtype(dtype: Any) -> None:  # noqa: ANN401  (as transformers takes it)
+    """Raise a `SourceError` for a dtype, or the name of one, in which no model can compute."""
+    is_name = isinstance(dtype, str) and dtype != "auto"
+    named = getattr(torch, dtype, None) if is_name else dtype
+    is_type = isinstance(named, torch.dtype)
+    if (is_name and not is_type) or (is_type and not named.is_floating_point):
+        raise SourceError(
+            f"dtype={dtype!r} is no floating-point type of torch; give one such as 'bfloat16'"
+        )
+
+
 def _load_model(source: Path, options: dict[str, Any]) -> PreTrainedModel:
     """Load a model; refuse missing weights, which transformers would initialise at random.
 
     Weights on `disk` that are used in another form than the files have them, such as a mixture's
     experts, are written again: to the `offload_folder`, or to one that is removed with the model.
     """
-    fault, dtype = "the model cannot be loaded", options["dtype"]
-    known = dtype == "auto" or isinstance(getattr(torch, str(dtype), None), torch.dtype)
-    if isinstance(dtype, str) and not known:
-        raise SourceError(f"dtype={dtype!r} is no type of torch; give one such as 'bfloat16'")
-    with ExitStack() as made, _reading(source, fault):
+    with ExitStack() as made, _reading(source, "the model cannot be loaded"):
         written = None
         if "device_map" in options and "offload_folder" not in options:
             written = made.enter_context(written_weights())

@@ -109,13 +109,14 @@ def load(
 
     Raises:
         CheckpointError: the folder is not a fused checkpoint, or a file in it is damaged.
-        SourceError: the base cannot be downloaded or loaded.
+        SourceError: the base cannot be downloaded or loaded, or torch has no such dtype.
         WrongBaseError: the base is not the one that the checkpoint was made for.
         PlacementError: it cannot be placed as asked, or `expert_cache_bytes` is below 0.
     """
     cache = None if expert_cache_bytes is None else ExpertCache(expert_cache_bytes)
     if device is not None:
         require_device(device, "device", "one that it finds, such as `cpu`")
+    loading.require_dtype(dtype)  # before anything is downloaded
     folder = find_checkpoint(checkpoint_folder, revision, download=download)
     manifest = read_manifest(folder)
     options: dict[str, Any] = {}

@@ -269,12 +269,6 @@ def test_a_gguf_base_has_the_dtype_that_is_asked_for(
         assert torch.equal(narrow.get_parameter(name), weight.to(expected))
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "nn"])
-def test_a_dtype_that_torch_does_not_know_is_called_so(base: Path, dtype: str) -> None:
-    with pytest.raises(SourceError, match=f"dtype={dtype!r} is no type of torch; give one such"):
-        load_folder(base, dtype)
-
-
 def test_loads_of_several_threads_leave_messages_as_they_were(
     build_base: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,6 +10,7 @@ from safetensors.torch import load_file, save_file
 
 import meteora
 from meteora.artifacts import RouterOptions
+from meteora.base.sources import SourceError
 from meteora.checkpoint.manifest import EXPERTS as EXPERTS_FILE
 from meteora.checkpoint.manifest import MANIFEST
 from meteora.model.fused import (
@@ -219,6 +220,12 @@ def test_a_16_bit_base_keeps_its_dtype_and_the_experts_keep_theirs(world, ids, d
         exact = logits(wide, ids)
     assert narrow.dtype == dtype
     assert (narrow - exact).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.parametrize("dtype", ["bf16", "nn", "int8", torch.int32])
+def test_a_dtype_in_which_nothing_computes_is_refused_before_anything_is_looked_for(dtype):
+    with pytest.raises(SourceError, match=f"dtype={dtype!r} is no floating-point type of torch"):
+        meteora.load("no/such/folder", dtype=dtype)
 
 
 def test_a_fused_model_is_not_saved_as_if_it_were_its_base(world, model, tmp_path, monkeypatch):

@@ -24,7 +24,12 @@ from pipelines.admission import verdicts
 from pipelines.admission.base_identity import look_up_on_hub
 from pipelines.admission.experts import Expert, Refusal, Requirements, read_expert
 from pipelines.admission.silent_experts import no_effect
-from pipelines.admission.sources import fetch_adapter, pin_folder, resolve_adapter
+from pipelines.admission.sources import (
+    fetch_adapter,
+    pin_folder,
+    require_folder,
+    resolve_adapter,
+)
 from pipelines.hub.errors import UnusableRepositoryError
 from pipelines.recipe.recipe import ExpertSection, HubSection, PolicySection, Recipe
 from pipelines.workspace.console import say
@@ -59,6 +64,17 @@ class Candidate:
             policy=PolicySection(modules_to_save=self.modules_to_save),
         )
 
+    @property
+    def folder(self) -> Path | None:
+        """The folder that it names; None for a repository.
+
+        Raises:
+            SourceError: There is no such folder.
+        """
+        if not names_path(self.adapter):
+            return None
+        return require_folder(path_from(Path(), self.adapter.removeprefix(PATH)) / self.subfolder)
+
 
 @dataclass(frozen=True)
 class Admission:
@@ -70,6 +86,8 @@ class Admission:
     """Of the checkpoint."""
     manifest: Manifest
     candidate: Candidate
+    source: tuple[AdapterRef, Callable[[], Path]]
+    """The candidate's, by `resolve`."""
     device: str
     """Of the model, by `choose_device`."""
 
@@ -88,7 +106,7 @@ class Admission:
         sizes = {path: size for path, m in model.named_modules() if (size := loading.sizes_of(m))}
         candidate, context = self.candidate, self.context
         spec, policy = self.manifest.base.spec, context.recipe.policy
-        ref, fetch = _resolve(context, candidate)
+        ref, fetch = self.source
         with tempfile.TemporaryDirectory() as ours:
             model.config.save_pretrained(ours)
             tokenizer.save_pretrained(ours)
@@ -147,12 +165,17 @@ class Admission:
         raise error
 
 
-def _resolve(context: RunContext, candidate: Candidate) -> tuple[AdapterRef, Callable[[], Path]]:
-    """The adapter, pinned, and a function that returns its folder, downloaded if need be."""
-    if names_path(candidate.adapter):
-        local = path_from(Path(), candidate.adapter.removeprefix(PATH))
-        return pin_folder(local, candidate.subfolder), lambda: local / candidate.subfolder
+def resolve(context: RunContext, candidate: Candidate) -> tuple[AdapterRef, Callable[[], Path]]:
+    """The adapter, pinned, and a function that returns its folder, downloaded if need be.
+
+    Raises:
+        SourceError: There is no such folder.
+        HubError: The Hub has no such repository or revision, or does not answer.
+    """
     name, adapter, subfolder = candidate.name, candidate.adapter, candidate.subfolder
+    if (folder := candidate.folder) is not None:
+        local = path_from(Path(), adapter.removeprefix(PATH))
+        return pin_folder(local, subfolder), lambda: folder
     section = ExpertSection(name=name, adapter=adapter, subfolder=subfolder)
     ref = resolve_adapter(context, section)
     return ref, partial(fetch_adapter, context, section, ref)

@@ -154,6 +154,16 @@ def _refuse_folder(name: str, folder: Path) -> None:
         )
 
 
+def require_folder(adapter: Path) -> Path:
+    """The folder of an adapter; raises a `SourceError` if there is none."""
+    if not adapter.is_dir():
+        raise SourceError(
+            f"{adapter}: there is no such folder; check the path of the adapter, or train one there"
+            " with `meteora train`"
+        )
+    return adapter
+
+
 def pin_folder(folder: Path, subfolder: str = "") -> AdapterRef:
     """The adapter in a folder, pinned to the hash of its weights, or of its file names if none.
 
@@ -163,12 +173,7 @@ def pin_folder(folder: Path, subfolder: str = "") -> AdapterRef:
     Raises:
         SourceError: There is no such folder, or a checkpoint cannot name it.
     """
-    inner = folder / subfolder
-    if not inner.is_dir():
-        raise SourceError(
-            f"{inner}: there is no such folder; check the path of the adapter, or train one there"
-            " with `meteora train`"
-        )
+    inner = require_folder(folder / subfolder)
     repo_id = PATH + Path(os.path.abspath(folder)).name  # noqa: PTH100  (without links, without `..`)
     source = f"{repo_id}/{subfolder}"
     if not source.isprintable() or not SOURCE.fullmatch(source):

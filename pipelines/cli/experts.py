@@ -121,6 +121,10 @@ def add(
     from pipelines.workspace.checkpoints import base_option
     from store.ledger import Ledger
 
+    candidate = Candidate(
+        name, adapter, subfolder, "strip" if strip else "refuse", tuple(token_for or ())
+    )
+    _ = candidate.folder  # if it is not there, that is told before rows and checkpoint are read
     if test:
         here, limit = Path.cwd(), BenchmarkSection().limit
         token_of = token_of_rows(token_for or ())
@@ -132,9 +136,6 @@ def add(
         )
     found = checkpoints.find(
         checkpoint, home, base, token_for or (), statistics=True, device=device, dtype=dtype
-    )
-    candidate = Candidate(
-        name, adapter, subfolder, "strip" if strip else "refuse", tuple(token_for or ())
     )
     made = edit.add(Ledger(home), found, candidate, examples)
     manifest = _print_made(made, f"added {name}", found.folder, as_json=as_json)

@@ -44,7 +44,7 @@ from meteora.fitting.statistics import read_statistics, write_statistics
 from meteora.model.fused import check_base, insert_experts
 from meteora.routing.gates import gates_of
 from meteora.untrusted.findings import listed
-from pipelines.admission.candidate import Admission, Candidate
+from pipelines.admission.candidate import Admission, Candidate, resolve
 from pipelines.admission.checkpoints import FoundCheckpoint
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.labels import Labeller
@@ -118,6 +118,9 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         refuse_test_rows(examples)
     except ValueError as error:
         raise GrowthError(str(error)) from None
+    work = RunContext(ledger, candidate.recipe, folder / MANIFEST, new_run_id())
+    # a mistyped adapter is told before rows and base are read
+    admission = Admission(work, folder, manifest, candidate, resolve(work, candidate), device)
     composites = _composites(folder, manifest)
     gates = tensors.read_gates(folder, manifest)
     rows = read_rows(examples, Path.cwd(), EXAMPLES, token_of_rows(candidate.token_for))
@@ -126,8 +129,6 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         manifest, found.base_folder, dtype, download=found.download, options=where
     )
     check_base(manifest, fingerprint(model.config, tokenizer), folder)
-    work = RunContext(ledger, candidate.recipe, folder / MANIFEST, new_run_id())
-    admission = Admission(work, folder, manifest, candidate, device)
     what, ran_on = f"add {candidate.name} to", device_name(device, dtype)
     with _scratch(work, manifest, what, ran_on) as scratch:
         expert = admission.read(model, tokenizer)

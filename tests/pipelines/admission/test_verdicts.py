@@ -14,7 +14,7 @@ from safetensors.torch import load_file, save_file
 from meteora.artifacts import canonical_sha256
 from meteora.base.sources import SourceError, path_from
 from pipelines.admission import silent_experts
-from pipelines.admission.candidate import Candidate, _resolve
+from pipelines.admission.candidate import Candidate, resolve
 from pipelines.admission.sources import local_folder, pin_folder, resolve_adapter, resolve_base
 from pipelines.recipe.recipe import Recipe
 from pipelines.stages import build
@@ -159,7 +159,7 @@ def test_a_local_adapter_in_a_subfolder_is_named_by_both(world: World, tmp_path:
     assert (ref.repo_id, ref.subfolder) == ("path:many", "dates")
     assert ref.revision == pin_folder(tmp_path / "many" / "dates").revision
     asked = Candidate("a", str(tmp_path / "many"), "dates")
-    again, folder_of = _resolve(work, asked)
+    again, folder_of = resolve(work, asked)
     assert again == ref
     assert folder_of() == tmp_path / "many" / "dates"
     with pytest.raises(SourceError, match="many/sums: there is no such folder"):

@@ -480,8 +480,11 @@ def test_a_checkpoint_from_elsewhere_grows_without_a_record(
     assert {path.name for path in out.iterdir()} > {EXPERTS, GATES, STATISTICS}
 
 
-def test_what_cannot_grow_says_why(made: tuple[RunContext, Path], tmp_path: Path) -> None:
+def test_what_cannot_grow_says_why(
+    made: tuple[RunContext, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     work, folder = made
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     refused = ask("drop", folder, "nobody", "--home", work.home)
     assert refused.returncode == 1
     assert "there is no expert 'nobody'; " in " ".join(refused.stderr.split())
@@ -489,10 +492,14 @@ def test_what_cannot_grow_says_why(made: tuple[RunContext, Path], tmp_path: Path
         ("a=b", "jsonl:none", "the name 'a=b' may hold letters from a to z"),
         ("attention", "jsonl:none", "there is an expert 'attention' already"),
         ("sums", "hf:a/b", "hf:a/b names no split, so its test rows would be read"),
+        ("sums", "jsonl:none", "no/adapter names no commit"),
     ):
         refused = ask("add", folder, name, "no/adapter", rows, "--home", work.home)
         assert refused.returncode == 1
         assert sentence in " ".join(refused.stderr.split())
+    rows = ["jsonl:none", "--test", "jsonl:none"]
+    refused = ask("add", "no/such", "sums", "./adapter", *rows, "--home", work.home)
+    assert "adapter: there is no such folder; check the path" in " ".join(refused.stderr.split())
     bare = tmp_path / "bare"
     bare.mkdir()
     for path in folder.iterdir():

@@ -19,6 +19,7 @@ from pipelines.cli.benchmark import run_benchmark
 from pipelines.workspace.console import say
 
 app = typer.Typer()
+MEASURED = "SELECT id FROM scores WHERE subject_id = '{}' LIMIT 1"
 
 
 @app.command()
@@ -147,7 +148,7 @@ def add(
         newest = {name: ArtifactId(manifest.experts[-1].adapter_id)}
         asked = recorded_tasks(Ledger(home), manifest.base.spec.id, newest)
         rows = "" if asked else f" --tasks {name}=jsonl:FILE"
-        _say_next(made, manifest, home, base_option(manifest.base.repo_id, base) + rows)
+        _say_next(made, manifest, home, base_option(manifest.base.repo_id, base), rows)
 
 
 @app.command()
@@ -202,10 +203,20 @@ def _print_made(made: Path, what: str, before: Path, *, as_json: bool) -> Manife
     return manifest
 
 
-def _say_next(made: Path, manifest: Manifest, home: Path, further: str) -> None:
-    """Say how to measure a changed checkpoint: by its id, or by its folder without a record."""
+def _say_next(made: Path, manifest: Manifest, home: Path, base: str, rows: str = "") -> None:
+    """Say how to measure a changed checkpoint, or to see its scores if it was measured before.
+
+    It is named by its id, or by its folder without a record.
+
+    Args:
+        base: the option for its base, if it needs one
+        rows: the option for rows to measure it on, if none are recorded
+    """
     from store.ledger import Ledger
 
-    is_recorded = Ledger(home).built(ArtifactId(manifest.router_id)) is not None
-    name = short(manifest.router_id) if is_recorded else shlex.quote(str(made))
-    say(f"measure it with `meteora benchmark {name}{further}`")
+    ledger, router_id = Ledger(home), ArtifactId(manifest.router_id)
+    name = shlex.quote(str(made)) if ledger.built(router_id) is None else short(router_id)
+    if ledger.scores(MEASURED.format(router_id)):
+        say(f"it was measured before; see its scores with `meteora report {name}{base}`")
+    else:
+        say(f"it has no scores yet; measure it with `meteora benchmark {name}{base}{rows}`")

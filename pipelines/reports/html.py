@@ -39,7 +39,9 @@ def check_writable(path: Path) -> None:
     Raises:
         PageError: the path is a folder, or its folder is missing or read-only.
     """
-    if path.is_dir() or not os.access(path.parent, os.W_OK):
+    if path.is_dir():
+        raise PageError(f"{path} is a folder; give the name of a file, which may be in it")
+    if not os.access(path.parent, os.W_OK):
         raise PageError(f"{path} cannot be written; give a file in a writable folder")
 
 

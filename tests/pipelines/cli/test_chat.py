@@ -98,6 +98,7 @@ def test_a_question_that_begins_with_a_slash_gets_one_more(conversation) -> None
         ("/expert nobody", "there is no expert 'nobody'; this model has all_seven"),
         ("/etc", "/help, /quit; a question that begins with / gets one more, as in //tmp"),
         ("/trace", "/trace needs the name of a file, such as /trace talk.html"),
+        ("/trace .", "error: . is a folder; give the name of a file, which may be in it"),
         ("/trace x.html", "there is no whole answer to trace"),
     ],
 )

@@ -173,7 +173,7 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path) -> None:
     path.write_text("before")
     with pytest.raises(PageError, match="cannot be written"):
         check_writable(tmp_path / "missing" / "page.html")
-    with pytest.raises(PageError, match="cannot be written"):
+    with pytest.raises(PageError, match="is a folder; give the name of a file"):
         check_writable(tmp_path)
     write_page(path, "<p>é")
     assert path.read_text(encoding="utf-8") == "<p>é"

@@ -68,7 +68,8 @@ def dropped(workplace: Callable[..., RunContext], kept: Path) -> tuple[RunContex
         assert "dropped attention: router:" in said.stderr
         assert "has q_and_v\nall others are as in router:" in said.stderr
         assert re.search(
-            r"measure it with `meteora benchmark router:\w+ --base FOLDER`", said.stderr
+            r"no scores yet; measure it with `meteora benchmark router:\w+ --base FOLDER`",
+            said.stderr,
         )
         shutil.copytree(work.home, kept)
     made = work.home.glob("checkpoints/*")
@@ -364,6 +365,11 @@ def test_what_to_measure_next_asks_for_rows_only_where_none_are_recorded(
         said = ask(*shlex.split(next_one[1]), "--home", work.home)
         assert "meteora report router:" in said.stdout
         assert said.stdout.endswith(f" --base '{base}'\n")
+        said = ask("add", folder, *words, "--base", base, "--home", work.home)
+        assert re.search(
+            r"it was measured before; .* `meteora report router:\w+ --base '.*/a base'`$",
+            said.stderr.strip(),
+        )
 
 
 def test_a_checkpoint_of_elsewhere_is_taken_in_under_ids_of_its_own(

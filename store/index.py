@@ -270,7 +270,8 @@ class Index:
 
 
 def _outcome(num_records: int, unread: set[str]) -> Ingest:
-    reason = f"{len(unread)} records cannot be read; `verify` names them" if unread else ""
+    some = "1 record" if len(unread) == 1 else f"{len(unread)} records"
+    reason = f"{some} cannot be read; `verify` names them" if unread else ""
     return Ingest(num_records, len(unread), reason)
 
 

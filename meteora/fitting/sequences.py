@@ -15,6 +15,7 @@ from torch import Tensor
 from meteora.artifacts import MeteoraError
 from meteora.artifacts.routers import ANSWER_START_SHARE
 from meteora.base.padding import padded, padded_and_mask
+from meteora.untrusted.findings import counted
 
 HELDOUT_SHARE = 0.25
 """Share of each expert's sequences that choose the shrinkage; the final fit uses them too."""
@@ -159,8 +160,8 @@ def owned(sequences: Sequence[LabelledSequence], names: Sequence[str]) -> list[l
     for name, indices in zip(names, own, strict=True):
         if len(indices) < 2:
             raise TrainingError(
-                f"expert {name} has {len(indices)} examples; a gate needs two or more of each"
-                " expert, one to fit and one to check: give it more examples"
+                f"expert {name} has {counted(len(indices), 'example')}; a gate needs two or more"
+                " of each expert, one to fit and one to check: give it more examples"
             )
     return own
 

@@ -58,6 +58,11 @@ def listed(names: list[str] | tuple[str, ...], most: int = 3) -> str:
     return shown if len(names) <= most else f"{shown} (and {len(names) - most} more)"
 
 
+def counted(number: int, noun: str) -> str:
+    """Return a number with its noun: `1 row`, `2,000 rows`."""
+    return f"{number:,} {noun}{'s' * (number != 1)}"
+
+
 def shortened(text: object, most: int = 80) -> str:
     """Return untrusted text in a form that is safe to show: printable, on one line, and short."""
     if isinstance(text, (list, dict)):

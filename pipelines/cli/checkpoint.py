@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
+from meteora.untrusted.findings import counted
 from pipelines.cli import options
 from pipelines.workspace.console import say
 
@@ -288,7 +289,7 @@ def export(
         from meteora.checkpoint.gguf_export import export_gguf
 
         files = export_gguf(folder, out, expert, base or base_at_hand(folder, home))
-        say(f"{len(files)} experts; `llama-server --lora FILE` loads one, without gates")
+        say(f"{counted(len(files), 'expert')}; `llama-server --lora FILE` loads one, without gates")
     else:
         if export_expert(folder, expert, out, _named_base(folder, expert, home)):
             say("its weights file is byte for byte the one that it was made of")
@@ -348,9 +349,8 @@ def import_adapters(
         lambda found: separate(found, beside, drop=drop_overlaps),
     )
     tested = sum(bool(one.test) for one in recipe.experts)
-    number = len(recipe.experts)
     say(
-        f"{number} expert{'s' * (number > 1)} on {recipe.base}, {tested} with tests, router"
+        f"{counted(len(recipe.experts), 'expert')} on {recipe.base}, {tested} with tests, router"
         f" {recipe.router.kind}; `meteora run {quote(str(output))} --dry-run` shows what it does"
     )
     print(output)

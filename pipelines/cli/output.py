@@ -19,7 +19,7 @@ from rich.cells import cell_len
 from rich.table import Column, Table
 
 from meteora.artifacts import MeteoraError, short
-from meteora.untrusted.findings import for_terminal
+from meteora.untrusted.findings import counted, for_terminal
 from pipelines.workspace.console import plain_console
 
 if TYPE_CHECKING:
@@ -67,8 +67,8 @@ def print_findings(
         touched = f"; it touches {some}" if some else ""
         print(for_terminal(f"{finding.what} {finding.name}: {finding.problem}{touched}"))
     print(
-        f"{found.num_records} records and {found.num_blobs} blobs, {again.num_scores} scores"
-        f" computed again: {len(every)} findings"
+        f"{counted(found.num_records, 'record')} and {counted(found.num_blobs, 'blob')},"
+        f" {counted(again.num_scores, 'score')} computed again: {counted(len(every), 'finding')}"
     )
     return len(every)
 
@@ -92,8 +92,8 @@ def print_served(
             f" server says {served[:60]!r}"
         )
     print(
-        f"{len(asked) - len(differ)} of {len(asked)} answers of {for_terminal(server.model)} at"
-        f" {server.url} are the recorded ones"
+        f"{len(asked) - len(differ)} of {counted(len(asked), 'answer')} of"
+        f" {for_terminal(server.model)} at {server.url} are the recorded ones"
     )
     return not differ
 

@@ -12,7 +12,7 @@ from rich.measure import Measurement
 from rich.table import Table
 
 from meteora.artifacts import short
-from meteora.untrusted.findings import MOST_NAMED, for_terminal, listed, shortened
+from meteora.untrusted.findings import MOST_NAMED, counted, for_terminal, listed, shortened
 from pipelines.reports.card import (
     cell,
     example_lines,
@@ -163,7 +163,7 @@ def _score_table(summary: Summary, *, interval: bool) -> Table:
     if any(mean is not None for mean in means):
         table.add_section()
         number = len(summary.own)
-        of = f" of {number} task{'s' * (number > 1)}" if number < len(summary.scores) else ""
+        of = f" of {counted(number, 'task')}" if number < len(summary.scores) else ""
         cells = ("" if mean is None else f"{mean:.3f}" for mean in means)
         table.add_row(f"mean{of}", "", *cells)
     return table
@@ -177,7 +177,9 @@ def print_comparison(found: SideBySide, page: Path, *, as_json: bool = False) ->
     out = plain_console()
     for side in found.sides:
         names = listed(side.manifest.names, MOST_NAMED)
-        out.print(f"{side.label}: {side.name}, {len(side.manifest.experts)} experts: {names}")
+        out.print(
+            f"{side.label}: {side.name}, {counted(len(side.manifest.experts), 'expert')}: {names}"
+        )
     for table in _comparison_tables(found):
         if table.row_count:
             out.print(table)
@@ -185,7 +187,7 @@ def print_comparison(found: SideBySide, page: Path, *, as_json: bool = False) ->
         low, high = found.build.low, found.build.high
         out.print(
             f"Mean difference {found.build.mean_difference:+.3f} [{low:+.3f}, {high:+.3f}] over"
-            f" {len(found.build.differences)} tasks, each by its first metric. + marks"
+            f" {counted(len(found.build.differences), 'task')}, each by its first metric. + marks"
             " where B is better, - where it is worse, by a paired test on the same rows (p < 0.05"
             " after Holm's correction over all lines, as p is shown). Without a mark the difference"
             " may be chance.",

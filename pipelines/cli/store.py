@@ -10,6 +10,7 @@ from typing import Annotated
 import typer
 
 from meteora.artifacts import MeteoraError
+from meteora.untrusted.findings import counted
 from pipelines.cli import options, output
 from pipelines.workspace.console import say
 
@@ -146,7 +147,7 @@ def rebuild(home: options.Home = options.DEFAULT_HOME) -> None:
     ingested = options.open_ledger(home).rebuild()
     if ingested.reason:
         raise MeteoraError(ingested.reason)
-    print(f"{ingested.num_records} records in the index")
+    print(f"{counted(ingested.num_records, 'record')} in the index")
 
 
 @store.command()
@@ -155,7 +156,7 @@ def pack(home: options.Home = options.DEFAULT_HOME) -> None:
     ledger = options.open_ledger(home)
     num_records = ledger.pack()
     ledger.ingest()
-    print(f"{num_records} records packed")
+    print(f"{counted(num_records, 'record')} packed")
 
 
 @store.command()

@@ -24,6 +24,7 @@ from prefect.states import Completed
 
 from meteora.artifacts import BaseSpec, BuiltBase, MeteoraError, RouterBuild
 from meteora.base.sources import PATH
+from meteora.untrusted.findings import counted
 from pipelines.admission import sources, verdicts
 from pipelines.flows import device_lock, missed_runs, run_page
 from pipelines.flows.up_to_date import Look, look_or_reason
@@ -314,5 +315,5 @@ def _at_the_network_unless_local(step: Task[..., Any]) -> Callable[..., Any]:
 def _discover(recipe: Recipe) -> Recipe:
     recipe = discover(recipe)
     if found := sum(isinstance(expert, FoundExpert) for expert in recipe.experts):
-        say(f"found {found} adapters on the Hub")
+        say(f"found {counted(found, 'adapter')} on the Hub")
     return recipe

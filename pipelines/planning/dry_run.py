@@ -12,7 +12,7 @@ from rich.console import Console
 from meteora.adapters.compatibility import IncompatibleAdaptersError, check_stackable
 from meteora.artifacts import COMMIT, BaseSpec, BuiltBase
 from meteora.base.sources import PATH, SourceError
-from meteora.untrusted.findings import MOST_NAMED, listed
+from meteora.untrusted.findings import MOST_NAMED, counted, listed
 from pipelines.admission import sources
 from pipelines.admission.experts import Expert, Missing, Outcome, Refusal
 from pipelines.data.row_sources import read_rows
@@ -117,7 +117,7 @@ def _print_adapters(out: Console, outcomes: Sequence[Outcome]) -> None:
     for (name, *codes), count in alike.items():
         if count > MOST_ALIKE:
             state = ", ".join(["accepted" if name == Expert.__name__ else "not here", *codes])
-            out.print(f"           and {count - MOST_ALIKE:,} more experts: {state}")
+            out.print(f"           and {counted(count - MOST_ALIKE, 'more expert')}: {state}")
 
 
 def _without_left_out(context: RunContext, outcomes: Sequence[Outcome]) -> RunContext:
@@ -141,8 +141,9 @@ def _print_settings(out: Console, recipe: Recipe, reached: Collection[str]) -> N
         )
     if Stage.benchmark in reached:
         systems = ", ".join(("fused", *recipe.benchmark.compare))
+        most = counted(recipe.benchmark.limit, "row")
         on = listed([*recipe.task_names], MOST_NAMED) or "no task"
-        out.print(f"benchmark  {systems} on {on}, {recipe.benchmark.limit} rows at most")
+        out.print(f"benchmark  {systems} on {on}, {most} at most")
 
 
 def _faults_of_adapters(outcomes: Sequence[Outcome]) -> list[str]:
@@ -153,7 +154,8 @@ def _faults_of_adapters(outcomes: Sequence[Outcome]) -> list[str]:
         one.reason for one in outcomes if isinstance(one, Missing) and one.source.startswith(PATH)
     ]
     if absent:
-        others = f" (and {len(absent) - 1} more adapters)" if len(absent) > 1 else ""
+        more = counted(len(absent) - 1, "more adapter")
+        others = f" (and {more})" if len(absent) > 1 else ""
         faults.append(f"{absent[0]}{others}")
     if len(refused) == len(outcomes):
         faults.append("no adapter can be used")

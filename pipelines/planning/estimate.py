@@ -20,6 +20,7 @@ from meteora.fitting.sequences import MAX_ROWS, TOKENS_PER_BATCH
 from meteora.fitting.statistics import MAX_WRITTEN
 from meteora.model.generate import PROMPTS_PER_BATCH
 from meteora.model.opening_offsets import EXAMPLES
+from meteora.untrusted.findings import counted
 from pipelines.data.labels import MAX_NEW_TOKENS, QUESTIONS_IN_COMPOSITES
 from pipelines.evaluation.measurements import (
     BASE,
@@ -396,7 +397,7 @@ def _benchmark(recipe: Recipe, pace: Pace, loaded: float, tests: Mapping[str, Ro
     note = ""
     if settings.batch_size == "auto" and numbers:
         shown = "" if len(numbers) == 1 else f"{min(numbers)} to "
-        note = f"{shown}{max(numbers)} prompts are answered together, by this memory"
+        note = f"{shown}{counted(max(numbers), 'prompt')} at a time, by this memory"
     return Need("benchmark", loaded + peak, 0, sum(parts.values()), parts, note)
 
 

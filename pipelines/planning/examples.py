@@ -5,6 +5,7 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from meteora.artifacts import NULL, FusedSpec, PoolSpec, canonical_sha256
+from meteora.untrusted.findings import counted
 from pipelines.admission.card_examples import NoCardExamplesError, read_card_examples
 from pipelines.admission.experts import Expert
 from pipelines.data.claims import Claim, examples_of, read_claims
@@ -152,8 +153,8 @@ def pool_prompts(
             prompts.setdefault(row.sha256, row.prompt)
     if len(prompts) < 2:
         raise ExamplesError(
-            f"gates.pool, {source}: {len(prompts)} prompts that are no examples already; a pool"
-            " needs many of each expert's task"
+            f"gates.pool, {source}: beside the examples it has {counted(len(prompts), 'prompt')}; a"
+            " pool needs many of each expert's task"
         )
     return [*prompts.values()]
 

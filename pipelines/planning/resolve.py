@@ -11,7 +11,7 @@ from pathlib import Path
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError
 from meteora.artifacts import WITH_GATES, AdapterRef, BaseSpec, BuiltBase, Reason
-from meteora.untrusted.findings import AdapterError
+from meteora.untrusted.findings import AdapterError, counted
 from pipelines.admission import sources, verdicts
 from pipelines.admission.base_identity import LookUp, look_up_on_hub, saved_verdict
 from pipelines.admission.experts import Expert, Missing, Outcome, Refusal, Requirements, read_expert
@@ -97,7 +97,7 @@ def resolve(context: RunContext, built: BuiltBase, steps: Steps, made: Plan | No
             experts.append(steps.accept(outcome))
     if not experts:
         raise sources.NoExpertsError(
-            f"of {num_refused} adapters none can be used, so there is nothing to stack"
+            f"of {counted(num_refused, 'adapter')} none can be used, so there is nothing to stack"
         )
     steps.check_stack(experts)
     if made is not None and made.fused == stack_of(built.spec, experts):

@@ -18,7 +18,7 @@ from matplotlib.figure import Figure
 from matplotlib.patches import FancyArrowPatch, Rectangle
 from matplotlib.path import Path
 
-from meteora.untrusted.findings import shortened
+from meteora.untrusted.findings import counted, shortened
 from pipelines.reports.queries import QueryResult, base_name
 from pipelines.reports.svg import (
     ACCENT,
@@ -115,10 +115,10 @@ def _chain(results: Mapping[str, QueryResult]) -> list[list[str]]:
     tasks = {row["task"] for row in results["scores"].rows if row["system"] == "fused"}
     means = [f"mean {row['mean']:.3f}" for row in results["means"].rows if row["system"] == "fused"]
     return [
-        ["stack", _digest(stack) if stack else "", f"{len(results['experts'].rows)} experts"],
+        ["stack", _digest(stack) if stack else "", counted(len(results["experts"].rows), "expert")],
         ["router", _digest(itself), f"{router['router']}, top-{router['top_k']}"],
         ["checkpoint", f"{itself['recorded_at']:%Y-%m-%d}", "experts, gates"],
-        ["scores", f"{len(tasks)} tasks", *means],
+        ["scores", counted(len(tasks), "task"), *means],
     ]
 
 

@@ -7,7 +7,7 @@ from typing import Any
 from markupsafe import Markup
 
 from meteora.artifacts import NULL, SHARED
-from meteora.untrusted.findings import MOST_NAMED, listed
+from meteora.untrusted.findings import MOST_NAMED, counted, listed
 from pipelines.hub.client import page_of
 from pipelines.reports import charts
 from pipelines.reports.html import render
@@ -43,9 +43,9 @@ def report_page(
         traces: the results of `trace_figure`, shown as examples
     """
     num_experts = len(results["experts"].rows)
-    choices = [f"{num_experts} experts", *(BESIDE[name] for name in beside(results))]
+    choices = [counted(num_experts, "expert"), *(BESIDE[name] for name in beside(results))]
     context = {
-        "title": f"{num_experts} experts on {base_name(results)}",
+        "title": f"{choices[0]} on {base_name(results)}",
         "base_option": base_option(str(results["base"].rows[0]["base_model"]), None),
         "results": results,
         "figures": draw_charts(results),

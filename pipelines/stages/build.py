@@ -37,7 +37,7 @@ from meteora.fitting.background import fit_to_background
 from meteora.fitting.sequences import UNLABELLED, LabelledSequence
 from meteora.fitting.statistics import write_statistics
 from meteora.routing.gates import gates_of
-from meteora.untrusted.findings import MOST_NAMED, listed
+from meteora.untrusted.findings import MOST_NAMED, counted, listed
 from pipelines.admission import silent_experts
 from pipelines.data.conversations import Conversation, converse, takes, within
 from pipelines.data.labels import Labeller, background_ids
@@ -139,7 +139,7 @@ def stack(work: RunContext, plan: Plan) -> None:
     if work.holds(plan.fused.id):
         return
     specs = [expert.adapter.spec for expert in plan.experts]
-    require_space(work.home, stack_bytes(specs), f"the stack of {len(specs)} experts")
+    require_space(work.home, stack_bytes(specs), f"the stack of {counted(len(specs), 'expert')}")
     with work.scratch() as scratch:
         out = scratch / EXPERTS
         stack_adapters([expert.adapter for expert in plan.experts], out)
@@ -272,7 +272,9 @@ def _labelled(
     for name, source in plan.card_examples.items():
         num, too_long = len(fitting[name]), len(plan.examples[name]) - len(fitting[name])
         more = f"; {too_long} more are longer than the base's context" if too_long else ""
-        say(f"{name}: {num} examples of the data set that its card names, {source}{more}")
+        say(
+            f"{name}: {counted(num, 'example')} of the data set that its card names, {source}{more}"
+        )
     plan = replace(plan, examples=fitting)
     names = plan.fused.names
     shared = router.opening == "shared"

@@ -24,7 +24,7 @@ from meteora.base.placement import input_device
 from meteora.model.fused import expert_names
 from meteora.model.generate import prompts_at_once
 from meteora.routing.layer import routed_layers
-from meteora.untrusted.findings import MOST_NAMED, listed
+from meteora.untrusted.findings import MOST_NAMED, counted, listed
 from pipelines.admission import silent_experts
 from pipelines.evaluation import evaluate, routing_stats, speed
 from pipelines.evaluation.harness import HARNESS
@@ -173,7 +173,7 @@ def _batch_size(
     room = memory_bytes(input_device(model))
     most = rows_at_once(settings, shape, tokens, held_bytes=held, memory_bytes=room)
     number: int = prompts_at_once(model, most)
-    say_once(f"{task.name}: {number} prompts are answered together")
+    say_once(f"{task.name}: {counted(number, 'prompt')} at a time")
     return number
 
 

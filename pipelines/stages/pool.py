@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING
 
 from meteora import __version__
 from meteora.artifacts import PoolBuild, PoolSpec, canonical_sha256
-from meteora.untrusted.findings import MOST_NAMED, listed
+from meteora.untrusted.findings import MOST_NAMED, counted, listed
 from pipelines.admission.own_prompts import write_prompts
 from pipelines.data.claims import Claim, shares_of, write_claims
 from pipelines.data.pool import divide
@@ -108,6 +108,6 @@ def _written(
 def _say(made: PoolBuild, claims: Sequence[Claim]) -> None:
     given = [f"{share.num_prompts} to {share.expert or 'no expert'}" for share in made.shares]
     which = "that experts wrote" if made.spec.writers else "of the pool"
-    say(f"of {len(claims):,} prompts {which}: {listed(given, MOST_NAMED)}")
+    say(f"of {counted(len(claims), 'prompt')} {which}: {listed(given, MOST_NAMED)}")
     if unread := sum(claim.cluster < 0 for claim in claims):
         say(f"{unread:,} of them do not fit into the base's context, and were not read", "note")

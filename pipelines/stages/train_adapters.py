@@ -35,7 +35,7 @@ from meteora.base.placement import is_out_of_memory, placed
 from meteora.base.sources import PATH
 from meteora.fitting.joint import DivergedError
 from meteora.fitting.losses import computed_again, decoder_layers
-from meteora.untrusted.findings import brief, did_you_mean
+from meteora.untrusted.findings import brief, counted, did_you_mean
 from pipelines.admission.sources import local_folder, resolve_base, token_of_rows
 from pipelines.data.row_sources import read_rows, row_place
 from pipelines.data.rows import Row, refuse_overlap
@@ -246,7 +246,10 @@ def _train_one(
             f" {room} tokens that the base has room for; take shorter ones"
         )
     if left_out := len(rows) - len(short):
-        say(f"{expert.name}: {left_out} rows are longer than the base has room for", "left out")
+        say(
+            f"{expert.name}: {counted(left_out, 'row')} longer than the base has room for",
+            "left out",
+        )
     on_hub = COMMIT.fullmatch(spec.base_revision)
     torch.manual_seed(SEED)
     config = LoraConfig(

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from meteora.artifacts import MeteoraError
+from meteora.untrusted.findings import counted
 
 SECONDS = 0.15
 """For each of the measurements."""
@@ -70,8 +71,7 @@ def measure_machine(dtype: torch.dtype) -> Machine:
     if device.type == "cuda":
         name = torch.cuda.get_device_name(device)
     else:
-        count = torch.get_num_threads()
-        name = f"cpu with {count} thread{'s' if count > 1 else ''}"
+        name = f"cpu with {counted(torch.get_num_threads(), 'thread')}"
     is_cpu = device.type == "cpu"
     return Machine(name, flops, reads, 1 / calls, hashed, memory_bytes(device), is_cpu)
 

@@ -86,7 +86,7 @@ def test_what_is_no_record_is_left_out_though_its_name_is_right(shelf: Shelf, da
         root=shelf.home,
     )
     ids = [shelf.make(shelf.base), shelf.make(shelf.adapter(1))]
-    assert "1 records cannot be read" in shelf.ledger.ingest().reason
+    assert "1 record cannot be read" in shelf.ledger.ingest().reason
     assert shelf.ledger.query("SELECT id FROM artifacts ORDER BY ALL").rows == [
         (one,) for one in sorted(ids)
     ]

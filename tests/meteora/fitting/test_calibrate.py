@@ -460,7 +460,7 @@ def test_examples_of_the_base_alone_are_nothing_to_stand_beside_either(world):
 
 def test_an_expert_with_too_few_examples_is_named(model):
     few = [*examples(4, experts=(0, 1, 3)), *examples(1, experts=(2,))]
-    with pytest.raises(TrainingError, match="expert q_and_v has 1 examples"):
+    with pytest.raises(TrainingError, match="expert q_and_v has 1 example;"):
         calibrate(model, few)
     with pytest.raises(TrainingError, match="expert q_and_v has 0 examples"):
         calibrate(model, examples(4, experts=(0, 1, 3)))

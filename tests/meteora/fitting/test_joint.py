@@ -475,7 +475,7 @@ def test_the_learning_rate_rises_and_falls():
 
 
 def test_too_few_examples_are_refused_before_any_work(model):
-    with pytest.raises(TrainingError, match="expert q_and_v has 1 examples"):
+    with pytest.raises(TrainingError, match="expert q_and_v has 1 example;"):
         train_jointly(
             model, [*examples(2, experts=(0, 1, 3)), *examples(1, experts=(2,))], SETTINGS
         )

@@ -1,6 +1,11 @@
 """What a message says of strangers' files and of other libraries' errors."""
 
-from meteora.untrusted.findings import causes
+from meteora.untrusted.findings import causes, counted
+
+
+def test_one_of_a_kind_has_no_s() -> None:
+    said = [counted(number, "row") for number in (0, 1, 2_000)]
+    assert said == ["0 rows", "1 row", "2,000 rows"]
 
 
 def test_causes_in_a_circle_are_each_told_once_and_the_hidden_ones_where_asked_for() -> None:

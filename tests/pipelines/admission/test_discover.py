@@ -192,7 +192,7 @@ def test_where_nothing_is_found_or_usable_there_is_nothing_to_stack(
     with pytest.raises(MeteoraError, match="no adapter was found"):
         print_steps(found(discover={"base": "org/nobody"}, router={"kind": "prompt"}))
     server.repos = {"c/pickled": server.repos["c/pickled"]}
-    with pytest.raises(MeteoraError, match="of 1 adapters none can be used"):
+    with pytest.raises(MeteoraError, match="of 1 adapter none can be used"):
         find_experts(expanded(found()))
 
 

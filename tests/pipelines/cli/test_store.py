@@ -35,7 +35,7 @@ def test_a_damaged_record_is_told_when_the_index_is_made_again(shelf: Shelf) -> 
     path = shelf.ledger.records.path_of(min(shelf.ledger.records.loose()))
     path.chmod(0o644)
     path.write_bytes(b"{}")
-    with pytest.raises(MeteoraError, match="1 records cannot be read; `verify` names them"):
+    with pytest.raises(MeteoraError, match="1 record cannot be read; `verify` names them"):
         store.rebuild(shelf.home)
     assert shelf.ledger.query("FROM leaderboard").rows
 

@@ -118,7 +118,7 @@ def test_a_setting_of_the_paper_is_estimated_without_a_network(
     # beside base and adapters the keys and values of composites of ten; the 8B's merges, too
     assert 70 > gigabytes(said, "benchmark")[0] > (35 if small else 55)
     assert "needed for: benchmark" not in said
-    assert re.search("[0-9]+ to 64 prompts are answered together, by this memory", said)
+    assert re.search("[0-9]+ to 64 prompts at a time, by this memory", said)
     assert "28 of 28 adapters are not here: taken as rank 8" in said
     assert "56 of 56 sources of rows are not here" in said
     assert f"top_k {2 if name.endswith('top2') else 1}" in said
@@ -567,7 +567,7 @@ def test_as_many_prompts_are_answered_together_as_the_memory_holds() -> None:
 
     mixed = {"composite": ({"n": 10, "count": 40},)}
     said = needs({"batch_size": "auto"} | mixed)
-    assert said["benchmark"].note.endswith("64 prompts are answered together, by this memory")
+    assert said["benchmark"].note.endswith("64 prompts at a time, by this memory")
     small = replace(GPU, memory_bytes=3.3e9)
     auto, fixed = (needs({"batch_size": n} | mixed, machine=small) for n in ("auto", 32))
     assert re.match("[0-9]+ to [0-9]+ prompts", auto["benchmark"].note)

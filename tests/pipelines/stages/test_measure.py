@@ -237,7 +237,7 @@ def test_how_many_prompts_are_answered_together_may_be_left_to_the_memory(
         (tmp_path / "home").rename(tmp_path / str(size))
     assert values[0] == values[1]
     said = capsys.readouterr().err
-    found = dict(re.findall(r"(\S+): (\d+) prompts are answered together", said))
+    found = dict(re.findall(r"(\S+): (\d+) prompts? at a time", said))
     assert found.keys() == {*TASKS, "composite-8"}
     assert int(found["composite-8"]) < int(found["q_and_v"]) <= 64
 

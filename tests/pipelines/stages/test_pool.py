@@ -253,7 +253,9 @@ def test_an_expert_with_examples_keeps_them(
     [
         pytest.param({"pool": "jsonl:none.jsonl"}, "there is no such file", id="no file"),
         pytest.param({"pool": "jsonl:low.jsonl"}, "task low: .* is also a prompt of", id="tests"),
-        pytest.param({"pool": "jsonl:one.jsonl"}, "1 prompts that are no examples", id="too few"),
+        pytest.param(
+            {"pool": "jsonl:one.jsonl"}, "beside the examples it has 1 prompt;", id="too few"
+        ),
         pytest.param({"pool": "jsonl:bad.jsonl"}, r'{"prompt": "…"} is needed', id="no prompt"),
     ],
 )

@@ -280,7 +280,7 @@ def test_rows_that_are_too_long_for_the_base_are_left_out(place: Path) -> None:
     rows, long = letters("q_and_v", 0, 20), {"prompt": "abc" * 200, "response": "a"}
     write_rows(place / "q_and_v.train.jsonl", [*rows, long])
     said = train(place, "--only", "q_and_v")
-    assert "left out: q_and_v: 1 rows are longer than the base has room for" in said.stderr
+    assert "left out: q_and_v: 1 row longer than the base has room for" in said.stderr
     assert "12 of `jsonl:" in (place / "adapters/q_and_v/README.md").read_text()
     shutil.rmtree(place / "adapters")
     write_rows(place / "q_and_v.train.jsonl", [*rows[:8], long])

@@ -37,7 +37,7 @@ FROM artifacts LEFT JOIN runs USING (run_id) WHERE id = '{}'
 
 
 def write_lineage(manifest: Manifest, recipe_sha256: str) -> str:
-    """The statement on a checkpoint: the files in it, its base and its experts.
+    """The statement on a checkpoint: its files, its base and experts, and what it has grown from.
 
     Args:
         recipe_sha256: Of the recipe that made the checkpoint; empty if there is none.
@@ -53,11 +53,14 @@ def write_lineage(manifest: Manifest, recipe_sha256: str) -> str:
         )
         for expert in manifest.experts
     ]
+    parent = str(manifest.gates.get("grown_from", ""))
+    parents = [_ancestor(parent, "router", "", "", "", "")] if ARTIFACT_ID.fullmatch(parent) else []
     return _statement(
         manifest.files,
         dependencies=[
             _dependency("base", base.repo_id, base.revision, licence=base.licence),
             *experts,
+            *parents,
         ],
         external={"recipe_sha256": recipe_sha256},
         internal={

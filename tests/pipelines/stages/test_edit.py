@@ -20,6 +20,7 @@ from meteora.checkpoint.manifest import (
     CARD,
     EXPERTS,
     GATES,
+    LINEAGE,
     MANIFEST,
     STATISTICS,
     CheckpointError,
@@ -478,6 +479,10 @@ def test_a_checkpoint_from_elsewhere_grows_without_a_record(
     assert read_manifest(out).names == ["attention"]
     assert "not recorded" in capfd.readouterr().err
     assert {path.name for path in out.iterdir()} > {EXPERTS, GATES, STATISTICS}
+    built = json.loads((out / LINEAGE).read_text())["predicate"]["buildDefinition"]
+    base, expert, parent = built["resolvedDependencies"]
+    assert (base["name"], expert["name"]) == ("base", "expert attention")
+    assert (parent["name"], parent["uri"]) == ("router", read_manifest(folder).router_id)
 
 
 def test_what_cannot_grow_says_why(

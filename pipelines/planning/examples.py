@@ -35,8 +35,10 @@ class Examples:
     """The sources that cards name."""
     of_hub: dict[str, str] = field(default_factory=dict)
     """The recipe's sources on the Hub, with their commits."""
+    no_cards: dict[str, str] = field(default_factory=dict)
+    """Why the card of an expert has no examples."""
     writers: dict[str, str] = field(default_factory=dict)
-    """Experts that have to write prompts themselves, and why their cards have no examples."""
+    """Those of `no_cards` that have to write prompts themselves."""
 
 
 def read_examples(
@@ -74,6 +76,7 @@ def _read_card(
     try:
         rows, source = read_card_examples(expert.datasets, context.folder, limit, token_of)
     except NoCardExamplesError as error:
+        found.no_cards[expert.name] = str(error)
         if recipe.benchmark.template != "plain" and not pool:
             found.writers[expert.name] = str(error)
         elif not pool and recipe.router.without_examples == "refuse":

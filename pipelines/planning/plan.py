@@ -73,6 +73,8 @@ class Plan(Subjects):
     speed: SpeedSpec | None
     card_examples: Mapping[str, str] = field(default_factory=dict)
     """The source of examples that an expert's card names, by expert."""
+    no_card_examples: Mapping[str, str] = field(default_factory=dict)
+    """Why an expert's card has no examples, by expert with `examples: auto`."""
     hub_examples: Mapping[str, str] = field(default_factory=dict)
     """The source with its commit, by expert, of examples that the recipe takes from the Hub."""
     pool: PoolSpec | None = None
@@ -153,6 +155,7 @@ def make_plan(context: RunContext, base: BaseSpec, experts: Sequence[Expert]) ->
         pool_prompts=() if is_pool_divided else prompts,
         known_prompts=known if pool else {},
         card_examples=own.of_cards,
+        no_card_examples=own.no_cards,
         hub_examples=own.of_hub,
     )
 

@@ -37,6 +37,10 @@ def divide_pool(work: RunContext, plan: Plan) -> None:
     if spec is None or work.holds(spec.id):
         return
     started = time.perf_counter()
+    for name, why in [*plan.no_card_examples.items()][:MOST_NAMED]:
+        say(f"{name} has no examples of its own: {why}")
+    if (more := len(plan.no_card_examples) - MOST_NAMED) > 0:
+        say(f"and {counted(more, 'more expert')} without any")
     device_map = "auto" if is_spread(work, plan) else None
     device = choose_device()
     kept = work.answers_file(canonical_sha256([spec.id, __version__, device]))

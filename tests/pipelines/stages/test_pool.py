@@ -78,11 +78,15 @@ def write(path: Path, rows: list[dict[str, str]]) -> None:
 def test_a_run_deals_the_pool_once_and_fits_gates_to_it(
     open_recipe: Callable[..., RunContext], capfd: pytest.CaptureFixture[str]
 ) -> None:
-    work = open_recipe()
+    first, second = [one.model_dump(exclude_none=True) for one in open_recipe().recipe.experts]
+    work = open_recipe(experts=[first, {**second, "examples": "auto"}])
     print_steps(work)
     assert "12 examples an expert at most, of jsonl:pool.jsonl" in capfd.readouterr().out
     run(work)
-    assert "of 48 prompts of the pool: " in capfd.readouterr().err
+    said = capfd.readouterr().err
+    why = f"{second['name']} has no examples of its own: its card names no data set of the Hub"
+    assert said.count("no examples of its own") == said.count(why) == 1
+    assert "of 48 prompts of the pool: " in said
     plan = finished(work)
     assert plan is not None
     assert plan.pool is not None

@@ -22,6 +22,7 @@ from pipelines.flows import local_server
 from pipelines.flows.flow import fuse_adapters
 from pipelines.flows.run_page import tags_of
 from pipelines.workspace.console import say
+from pipelines.workspace.cron import clock
 
 if TYPE_CHECKING:
     from prefect.deployments.runner import RunnerDeployment
@@ -73,8 +74,8 @@ def serve(
         if count > 1:
             alike = ", ".join(f"{c.path} as `{c.key}`" for c in contexts if c.name == name)
             say(f"{count} recipes are called {name}: {alike}; rename all but one", "note")
+    when = _when(schedule)
     for context in contexts:
-        when = f"at {schedule.cron!r} ({schedule.timezone})" if schedule else "when asked to"
         say(f"{context.name}: runs {when}, as `meteora/{context.key}` on {local_server.page()}")
     if secret is not None:
         say(f"to log in there, paste the line that is in {secret}")
@@ -86,6 +87,17 @@ def serve(
         asyncio.run(runner.start())
     except (PrefectException, OSError) as error:
         raise ServeError(f"the Prefect server took no deployments: {error}") from error
+
+
+def _when(schedule: Schedule | None) -> str:
+    """When recipes run, with the next time."""
+    if schedule is None:
+        return "when asked to"
+    from prefect.server.schemas.schedules import CronSchedule  # noqa: PLC0415  (not needed in runs)
+
+    cron = CronSchedule(cron=str(schedule.cron), timezone=schedule.timezone)
+    coming = "".join(f", next on {clock(moment)}" for moment in asyncio.run(cron.get_dates(1)))
+    return f"at {schedule.cron!r} ({schedule.timezone}){coming}"
 
 
 def _deployment(context: RunContext, schedule: Schedule | None) -> RunnerDeployment:

@@ -43,6 +43,7 @@ from pipelines.scoring import regressions
 from pipelines.stages.worker_client import StageProcess
 from pipelines.workspace.console import CONSOLE, say
 from pipelines.workspace.context import RunContext, name_of
+from pipelines.workspace.cron import clock
 from pipelines.workspace.recorded_run import alone, recorded, timed
 from store.errors import BusyError
 
@@ -180,10 +181,10 @@ def fuse_adapters(recipe: str, home: str = "~/.meteora", until: Stage = Stage.pu
     try:
         made = _run(RunContext.open(recipe, folder), until, None)
     except MeteoraError as error:
-        say(f"{name}: {error}", "error")
+        say(f"{name}: failed on {clock()}: {error}", "error")
         raise
     if isinstance(made, Made):
-        say(f"{name}: done")
+        say(f"{name}: done on {clock()}")
     return made
 
 

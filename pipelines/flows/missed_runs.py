@@ -8,7 +8,7 @@ on a server. Both kinds of skipped runs are recorded.
 
 from datetime import UTC, datetime
 
-from prefect.client.orchestration import get_client
+from prefect.client.orchestration import SyncPrefectClient, get_client
 from prefect.client.schemas.filters import FlowRunFilter
 from prefect.client.schemas.objects import FlowRun, State
 from prefect.client.schemas.sorting import FlowRunSort
@@ -17,8 +17,10 @@ from prefect.events import emit_event
 from prefect.runtime import deployment
 from prefect.states import Cancelled
 
+from meteora.untrusted.findings import counted
 from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext
+from pipelines.workspace.cron import clock
 from store.events import Outcome, RunEnded, RunStarted
 
 
@@ -53,28 +55,37 @@ def skip_overlap(context: RunContext, why: str) -> State[None]:
 
 
 def skip_late(context: RunContext) -> None:
-    """Cancel and record all other runs of this deployment that are due."""
+    """Cancel and record all other runs of this deployment that are due; say when the next is."""
     deployment_id = deployment.get_id()
     if deployment_id is None:
         return
-    is_due = {
-        "deployment_id": {"any_": [deployment_id]},
-        "state": {"name": {"any_": ["Scheduled", "Late"]}},
-        "expected_start_time": {"before_": datetime.now(UTC)},
-    }
+    now = datetime.now(UTC)
     with get_client(sync_client=True) as client:
-        due = client.read_flow_runs(
-            flow_run_filter=FlowRunFilter.model_validate(is_due),
-            sort=FlowRunSort.EXPECTED_START_TIME_ASC,
-        )
+        due = _waiting(client, deployment_id, before_=now)
+        coming = _waiting(client, deployment_id, after_=now)[:1]
         late = [run for run in due if run.auto_scheduled]  # a run that a person started stays
         why = f"it was late, and run {context.run_id} does its work"
         for run in late:
             client.set_flow_run_state(run.id, Cancelled(name="SkippedLate", message=why))
             _record(context, _name(run), "skipped_late", why)
+    when = f"; the next run is due on {clock(coming[0].expected_start_time)}" if coming else ""
+    say(f"{context.name}: begins on {clock(now)}{when}")
     if late:
         context.ledger.ingest()
-        say(f"{context.name}: {len(late)} missed runs are skipped, this one does their work")
+        say(f"{context.name}: {counted(len(late), 'missed run')} skipped, this one does the work")
+
+
+def _waiting(client: SyncPrefectClient, deployment_id: str, **when: datetime) -> list[FlowRun]:
+    """The runs of a deployment that have not begun, the first due first."""
+    asked = {
+        "deployment_id": {"any_": [deployment_id]},
+        "state": {"name": {"any_": ["Scheduled", "Late"]}},
+        "expected_start_time": when,
+    }
+    return client.read_flow_runs(
+        flow_run_filter=FlowRunFilter.model_validate(asked),
+        sort=FlowRunSort.EXPECTED_START_TIME_ASC,
+    )
 
 
 def _name(run: FlowRun) -> str:

@@ -1,4 +1,4 @@
-"""Check a schedule without Prefect, which must not be imported before its server runs."""
+"""Schedules and times without Prefect, which must not be imported before its server runs."""
 
 from datetime import UTC, datetime
 from zoneinfo import ZoneInfo, ZoneInfoNotFoundError
@@ -12,6 +12,11 @@ SHORT = ("@hourly", "@daily", "@midnight", "@weekly", "@monthly", "@yearly", "@a
 
 class ScheduleError(MeteoraError):
     """A schedule is malformed, or never due."""
+
+
+def clock(moment: datetime | None = None) -> str:
+    """A moment, by default now, by this machine's clock and zone: `2026-12-01 03:00 CET`."""
+    return f"{(moment or datetime.now(UTC)).astimezone():%Y-%m-%d %H:%M %Z}"
 
 
 def require_schedule(cron: str, timezone: str) -> None:

@@ -1,6 +1,7 @@
 """When a schedule is due: where clocks change, in leap years, in any time zone."""
 
 import asyncio
+import re
 from collections.abc import Callable
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -159,8 +160,11 @@ def test_two_recipes_of_one_name_are_told_apart_once(
     runner = Mock(start=AsyncMock())
     monkeypatch.setattr(deployments, "Runner", lambda **_: runner)
     monkeypatch.setenv("PREFECT_API_URL", "http://127.0.0.1:9/api")
-    deployments.serve([work, other], None, limit=1)
+    nightly = deployments.read_schedule("30 3 * * *", "UTC")
+    deployments.serve([work, other], nightly, limit=1)
     said = capsys.readouterr().err
     assert len({call.args[0].name for call in runner.add_deployment.call_args_list}) == 2
+    coming = r"runs at '30 3 \* \* \*' \(UTC\), next on 20\d\d-\d\d-\d\d \d\d:\d\d \S+, as"
+    assert len(re.findall(coming, said)) == 2
     assert said.count(f"2 recipes are called {work.name}: ") == 1
     assert all(f"{one.path} as `{one.key}`" in said for one in (work, other))

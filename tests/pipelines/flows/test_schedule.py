@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import time
 from typing import TYPE_CHECKING, Any
 
@@ -43,7 +44,9 @@ def wait_for_late(client: SyncPrefectClient, deployment_id: UUID, count: int) ->
 
 @pytest.mark.usefixtures("prefect_server")
 def test_missed_runs_collapse_into_one_and_what_a_person_asked_for_stays(
-    workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
+    workplace: Callable[..., RunContext],
+    monkeypatch: pytest.MonkeyPatch,
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     """As after a night without power, or of a machine that slept: all are late at once."""
     from prefect.client.orchestration import get_client  # noqa: PLC0415
@@ -68,6 +71,9 @@ def test_missed_runs_collapse_into_one_and_what_a_person_asked_for_stays(
         there = runs_of(client, deployment_id)
     missed = sum(run.state_name == "SkippedLate" for run in there)
     assert missed >= 4
+    said = capfd.readouterr().err
+    assert f"{work.name}: {missed} missed runs skipped, this one does the work" in said
+    assert re.search(r": begins on 20.* \d\d:\d\d \S+; the next run is due on 20", said)
     assert next(run for run in there if run.id == asked).state_name == "Scheduled"
     rows = work.ledger.query("SELECT outcome, recipe_name, reason FROM runs").rows
     why = f"it was late, and run {work.run_id} does its work"

@@ -81,22 +81,20 @@ def print_scores(
     if seconds:
         took = ", ".join(f"{stage} {spent:.0f} s" for stage, spent in seconds.items())
         out.print(f"times: {took}; in all {sum(seconds.values()):.0f} s", soft_wrap=True)
-    out.print(f"checkpoint: {folder}", soft_wrap=True)
+    print(f"checkpoint: {folder}")
     router, where = short(plan.router.id), base_option(plan.base.base_model, base)
     if not summary.scores:
-        out.print(
-            f"recorded as {router}; try next:\n  meteora chat {router}{where}", soft_wrap=True
-        )
+        print(f"recorded as {router}; try next:\n  meteora chat {router}{where}")
         return
-    out.print(f"recorded as {router}; try next:")
+    print(f"recorded as {router}; try next:")
     columns, view, those = (
         ("task, value, base_value, oracle_value", "leaderboard", "is_latest AND subject_id")
         if fits
         else ("task, system, value, low, high", "latest_standings", "router_id")
     )
     question = f"SELECT {columns} FROM {view} WHERE {those} LIKE '{router}%' ORDER BY task"  # noqa: S608
-    out.print(f'  meteora sql "{question}"', soft_wrap=True)
-    out.print(f"  meteora report {router}{where}", soft_wrap=True)
+    print(f'  meteora sql "{question}"')
+    print(f"  meteora report {router}{where}")
 
 
 def _print_score_table(out: Console, name: str, summary: Summary) -> bool:

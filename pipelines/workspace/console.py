@@ -6,6 +6,7 @@ this process listens to it, to pass lines and progress on.
 
 import logging
 import os
+import re
 import sys
 import threading
 import time
@@ -13,8 +14,10 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import copy_context
 from datetime import timedelta
+from typing import Any
 
 from rich import console as rich_console
+from rich.cells import cell_len
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
 from rich.table import Column
 from rich.text import Text
@@ -32,6 +35,8 @@ LABELS = {"error": "red", "left out": "yellow", "note": "yellow"}
 """The colour of each label."""
 PATIENCE_SECONDS = 2.0
 """Shorter work gets no bar in `Console.growing`."""
+WORD = re.compile(r"(?:`[^`\n]*`|\S)+")
+"""What no line break divides."""
 LOOK_EVERY_SECONDS = 0.5
 """The time between two measurements of `Console.growing`."""
 
@@ -69,10 +74,13 @@ class Console:
         """
         before = [(f"{label}: ", LABELS[label])] if label else []
         line = Text.assemble(*before, for_terminal(text))
+        said = line.plain
+        if self._stderr.is_terminal:
+            line.plain = at_spaces(said, self._stderr.width)
         if label == "error" or not self.quiet:
             self._stderr.print(line, soft_wrap=True)
         if self._on_message is not None:
-            self._on_message(line.plain)
+            self._on_message(said)
 
     @contextmanager
     def bar(self, what: str, total: int, unit: str) -> Generator[Callable[[int], None]]:
@@ -140,14 +148,37 @@ CONSOLE = Console()
 say, bar, growing = CONSOLE.say, CONSOLE.bar, CONSOLE.growing
 
 
+def at_spaces(text: str, width: int) -> str:
+    """The text, of the same length, with line breaks in place of spaces where a line is too wide.
+
+    Paths stay whole, and so do `commands`, which a person may copy.
+    """
+    characters, end, column = [*text], 0, 0
+    for word in WORD.finditer(text):
+        gap, end = text[end : word.start()], word.end()
+        begun = column > 0 and "\n" not in gap
+        column = (column if begun else 0) + len(gap.rpartition("\n")[2])
+        if begun and column + cell_len(word[0]) > width:
+            characters[word.start() - 1], column = "\n", 0
+        column += cell_len(word[0])
+    return "".join(characters)
+
+
+class _Readable(rich_console.Console):
+    """Its long lines of text break at spaces in a terminal, which itself breaks them anywhere."""
+
+    def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:  # noqa: ANN401
+        if soft_wrap and self.is_terminal and all(isinstance(one, str) for one in objects):
+            objects = (at_spaces(" ".join(objects), self.width),)
+        super().print(*objects, soft_wrap=soft_wrap, **options)
+
+
 def plain_console() -> rich_console.Console:
     """A console on stdout that prints names and values as text, not as markup.
 
     Its lines have 120 characters if stdout is no terminal.
     """
-    return rich_console.Console(
-        markup=False, highlight=False, width=None if sys.stdout.isatty() else 120
-    )
+    return _Readable(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 class _HowFar(ProgressColumn):

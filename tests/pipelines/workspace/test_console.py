@@ -34,6 +34,24 @@ def test_what_is_said_cannot_control_the_terminal(capsys: pytest.CaptureFixture[
     assert capsys.readouterr().err == "error: ␛]0;title␇␛[2Jtwo\nlines\n"
 
 
+def test_long_lines_break_at_spaces_in_a_terminal_and_paths_and_commands_are_whole() -> None:
+    shown, passed_on = io.StringIO(), list[str]()
+    shows = console.Console()
+    shows._stderr = rich.console.Console(file=shown, width=24, force_terminal=True)
+    path = "/a/path/of/more/than/a/line"
+    text = f"{path}: no such folder; make it with `mkdir -p /a/path`\nor take  another one"
+    with shows.listening(passed_on.append):
+        shows.say(text, "error")
+    assert passed_on == [f"error: {text}"]
+    assert Text.from_ansi(shown.getvalue()).plain.splitlines() == [
+        "error:", f"{path}:", "no such folder; make it", "with `mkdir -p /a/path`",
+        "or take  another one",
+    ]  # fmt: skip
+    assert (
+        console.at_spaces("  indented 日本語日本語日本語", 16) == "  indented\n日本語日本語日本語"
+    )
+
+
 def test_a_bar_is_one_line_of_80_columns_and_its_rate_is_since_the_start() -> None:
     """Rows of a batch are done at one moment; that is no rate of 100,000 a second."""
     shown = io.StringIO()

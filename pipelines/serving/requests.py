@@ -220,15 +220,25 @@ class ChatRequest(AnyRequest):
 class CompletionRequest(AnyRequest):
     """A request to continue a text, which is put into no chat template."""
 
-    prompt: Prompt | Annotated[list[Prompt], Field(min_length=1, max_length=1)]
+    prompt: Prompt
 
     # these are accepted only with values that ask for nothing
     best_of: Literal[1] | None = None
     echo: Literal[False] | None = None
 
+    @field_validator("prompt", mode="before")
+    @classmethod
+    def _take_one_of_a_list(cls, sent: Any) -> Any:  # noqa: ANN401  (JSON)
+        if isinstance(sent, list) and [isinstance(one, str) for one in sent] != [True]:
+            raise ValueError(
+                f"it is a list of {len(sent)}; one text is continued a request, so it should be a"
+                " text or a list of one text, and no tokens"
+            )
+        return sent[0] if isinstance(sent, list) else sent
+
     @property
     def asked(self) -> str:
-        return self.prompt if isinstance(self.prompt, str) else self.prompt[0]
+        return self.prompt
 
     @property
     def max_new_tokens(self) -> int:

@@ -7,8 +7,10 @@ A request names the model, one of its experts (`NAME:iso_dates`), or the base wi
 from __future__ import annotations
 
 import asyncio
+import json
+import re
 import socket
-from collections.abc import AsyncGenerator, Collection, Mapping
+from collections.abc import AsyncGenerator, Collection, Mapping, Sequence
 from contextlib import aclosing, suppress
 from http import HTTPStatus
 from types import FrameType
@@ -38,6 +40,8 @@ from pipelines.workspace.console import say
 if TYPE_CHECKING:
     from meteora.model.trace import Token
 
+DETAILS = re.compile("(, unable to|, got| to extract| after validation).*")
+"""The ends of pydantic's messages, which say no more than the value does."""
 GOODBYE_SECONDS = 5
 """The time for unfinished answers after the server is asked to stop."""
 MOST_CONNECTIONS = 128
@@ -157,9 +161,27 @@ async def _refuse_fields(_request: Request, error: Exception) -> JSONResponse:
     # deep ones the one with the right type
     alike = [one for one in error.errors() if one["loc"][:2] == first["loc"][:2]]
     found = max(alike, key=lambda one: (len(one["loc"]), not one["type"].endswith("_type")))
-    where = ".".join(_place(error.body, found)) or "the body of the request"
-    sentence = found["msg"].removeprefix("Value error, ")
-    return JSONResponse(error_body(f"{shortened(where)}: {sentence}"), 400)
+    place = _place(error.body, found)
+    others = [one for one in alike if one is not found and _place(error.body, one) == place]
+    where = shortened(".".join(place) or "the body of the request")
+    return JSONResponse(error_body(f"{where}: {_sentence(found, others)}"), 400)
+
+
+def _sentence(found: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
+    """What a wrong field has, and what is needed.
+
+    Args:
+        others: the errors of the other types that the field may have
+    """
+    if found["type"] == "missing":
+        return "it is needed, and it is not there"
+    if found["type"] == "extra_forbidden":
+        return "there is no such field here; leave it out"
+    if found["type"] == "value_error":
+        return str(found["ctx"]["error"])
+    needed = [DETAILS.sub("", one["msg"]).partition(" should ")[2] for one in (found, *others)]
+    given = shortened(json.dumps(found["input"], ensure_ascii=False), 60)
+    return f"it is {given}; it should {' or '.join(dict.fromkeys(needed))}"
 
 
 def _place(body: Any, found: Mapping[str, Any]) -> list[str]:  # noqa: ANN401  (JSON)

@@ -180,6 +180,8 @@ def _sentence(found: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> 
     if found["type"] == "value_error":
         return str(found["ctx"]["error"])
     needed = [DETAILS.sub("", one["msg"]).partition(" should ")[2] for one in (found, *others)]
+    if not all(needed):
+        return str(found["msg"])
     given = shortened(json.dumps(found["input"], ensure_ascii=False), 60)
     return f"it is {given}; it should {' or '.join(dict.fromkeys(needed))}"
 

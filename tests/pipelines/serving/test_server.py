@@ -587,3 +587,8 @@ def test_an_address_that_is_taken_is_one_sentence() -> None:
         pytest.raises(MeteoraError, match=r"cannot be listened on \(Address already in use\); "),
     ):
         server.listen("127.0.0.1", taken.getsockname()[1])
+
+
+def test_a_message_of_pydantic_that_does_not_say_what_is_needed_is_passed_on() -> None:
+    found = {"type": "union_tag_invalid", "msg": "Input tag 'x' is none of these", "input": {}}
+    assert server._sentence(found, []) == found["msg"]

@@ -13,6 +13,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager
 from contextvars import copy_context
 from datetime import timedelta
+from typing import Any
 
 from rich import console as rich_console
 from rich.progress import BarColumn, Progress, ProgressColumn, Task, TextColumn
@@ -140,12 +141,19 @@ CONSOLE = Console()
 say, bar, growing = CONSOLE.say, CONSOLE.bar, CONSOLE.growing
 
 
+class _PlainConsole(rich_console.Console):
+    """Prints strings without control characters, those in the cells of a table among them."""
+
+    def render_str(self, text: str, **style: Any) -> Text:  # noqa: ANN401  (rich's own)
+        return super().render_str(for_terminal(text), **style)
+
+
 def plain_console() -> rich_console.Console:
     """A console on stdout that prints names and values as text, not as markup.
 
     Its lines have 120 characters if stdout is no terminal.
     """
-    return rich_console.Console(
+    return _PlainConsole(
         markup=False, highlight=False, width=None if sys.stdout.isatty() else 120
     )
 

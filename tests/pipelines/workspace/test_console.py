@@ -7,6 +7,7 @@ import time
 
 import pytest
 import rich.console
+from rich.table import Table
 from rich.text import Text
 
 from meteora.artifacts import Reason
@@ -32,6 +33,19 @@ def test_brackets_in_what_is_said_are_kept(capsys: pytest.CaptureFixture[str]) -
 def test_what_is_said_cannot_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
     console.say("\x1b]0;title\x07\x1b[2Jtwo\nlines", "error")
     assert capsys.readouterr().err == "error: ␛]0;title␇␛[2Jtwo\nlines\n"
+
+
+def test_what_is_printed_cannot_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither a line nor a cell of a table, such as a source of rows that a recipe names."""
+    hostile = "\x1b]0;title\x07\u202e"
+    out = console.plain_console()
+    out.print(f"the run would stop: {hostile}", soft_wrap=True)
+    table = Table("name")
+    table.add_row(hostile)
+    out.print(table)
+    printed = capsys.readouterr().out
+    assert printed.count("␛]0;title␇�") == 2
+    assert printed.replace("\n", "").isprintable()
 
 
 def test_a_bar_is_one_line_of_80_columns_and_its_rate_is_since_the_start() -> None:

@@ -153,9 +153,7 @@ def plain_console() -> rich_console.Console:
 
     Its lines have 120 characters if stdout is no terminal.
     """
-    return _PlainConsole(
-        markup=False, highlight=False, width=None if sys.stdout.isatty() else 120
-    )
+    return _PlainConsole(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 class _HowFar(ProgressColumn):

@@ -143,10 +143,11 @@ def load_tokenizer(
         SourceError: transformers cannot read it, or needs a package that is not installed.
     """
     with _reading(source, "the tokenizer cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(
+        loaded: Any = AutoTokenizer.from_pretrained(
             **_named(source), trust_remote_code=False, **(options or {})
         )
-    return cast("PreTrainedTokenizerBase", tokenizer)
+        loaded("a")  # settings of another type show only in use
+    return cast("PreTrainedTokenizerBase", loaded)
 
 
 def load_config(source: Path) -> PretrainedConfig:

@@ -92,6 +92,15 @@ def test_a_damaged_file_of_a_base_is_refused_in_one_sentence(
         load_folder(base)
 
 
+@pytest.mark.parametrize("value", ["x", [1], {"a": 1}], ids=repr)
+def test_a_setting_of_the_tokenizer_of_another_type_is_refused(value: object, base: Path) -> None:
+    """Transformers keeps what it is given, and fails at the first text."""
+    path = base / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": value}))
+    with pytest.raises(SourceError, match="the tokenizer cannot be loaded"):
+        load_folder(base)
+
+
 def test_weights_of_other_sizes_than_the_config_says_are_refused(base: Path) -> None:
     config = json.loads((base / "config.json").read_text())
     (base / "config.json").write_text(json.dumps(config | {"intermediate_size": 56}))

@@ -38,11 +38,13 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str,
     try:
         with bounded_template():
             text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        return _whole(str(text))
+    except ConversationError:
+        raise
     except Exception as error:  # a stranger's program can raise anything
         raise ConversationError(
             f"the base's chat template does not take these messages: {brief(error)}"
         ) from error
-    return str(text)
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
@@ -88,13 +90,18 @@ def encode_text(
     Raises:
         ConversationError: the text is no Unicode.
     """
+    return list(tokenizer(_whole(text), add_special_tokens=add_special_tokens).input_ids)
+
+
+def _whole(text: str) -> str:
+    """The text itself; raises a `ConversationError` if it is no Unicode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ConversationError(
             "the prompt has half of a surrogate pair, which is no character"
         ) from error
-    return list(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+    return text
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> list[int]:

@@ -32,6 +32,7 @@ from transformers.utils import logging as hf_logging
 from meteora.artifacts import Fingerprint, MeteoraError, canonical_sha256
 from meteora.artifacts.specs import place_of
 from meteora.base import placement
+from meteora.base.config_bounds import refuse_endless
 from meteora.base.placement import (
     explain_offloading,
     is_out_of_memory,
@@ -157,6 +158,7 @@ def load_config(source: Path) -> PretrainedConfig:
         SourceError: transformers cannot read it, or cannot generate text with it.
     """
     try:
+        refuse_endless(source / "config.json")
         with _QUIET.open():
             config = AutoConfig.from_pretrained(**_named(source), trust_remote_code=False)
     except Exception as error:  # a stranger's file: the library can raise anything

@@ -152,6 +152,7 @@ def test_a_tokenizer_without_an_end_ends_with_the_answer(tokenizer):
         ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
         ("{{ 'x' + 1 }}", "can only concatenate str"),
         ("{% if", "unexpected 'end of template'"),
+        ("{{ '\\ud800' }}", "half of a surrogate pair"),
         ("{% break %}", "'break' outside loop"),
         ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
         ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "end"),

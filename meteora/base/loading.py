@@ -297,6 +297,10 @@ def _load_model(source: Path, options: dict[str, Any]) -> PreTrainedModel:
                 **_named(source), trust_remote_code=False, output_loading_info=True, **options
             )
         model, info = loaded
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(model.generation_config, name, None)
+            if not all(type(one) is int for one in (ids if isinstance(ids, list) else [ids or 0])):
+                raise TypeError(f"{name} of its generation config is {shortened(ids)!r}, no token")
         if written and any(written.iterdir()):
             weakref.finalize(model, made.pop_all().close)
     if missing := sorted(info["missing_keys"]):

@@ -103,6 +103,14 @@ def test_a_setting_of_the_tokenizer_of_another_type_is_refused(value: object, ba
         load_folder(base)
 
 
+@pytest.mark.parametrize("value", ["x", 0.5, [1, "x"], {"a": 1}], ids=repr)
+def test_an_end_that_is_no_token_is_refused(value: object, base: Path) -> None:
+    path = base / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": value}))
+    with pytest.raises(SourceError, match=r"eos_token_id of its generation config is .*, no token"):
+        load_folder(base)
+
+
 @pytest.mark.parametrize("name", ["num_hidden_layers", "n_layer"])
 def test_a_config_of_endless_layers_is_refused_before_they_are_listed(
     name: str, base: Path

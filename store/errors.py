@@ -2,6 +2,9 @@
 
 from meteora.artifacts import MeteoraError
 
+MOST_OF_AN_ERROR = 300
+"""Characters of a library's error in a message."""
+
 
 class StoreError(MeteoraError):
     """The store cannot do its task."""
@@ -40,5 +43,9 @@ class QueryError(StoreError):
 
 
 def brief(error: Exception) -> str:
-    """The first line of a library's error; the rest is for its developers."""
-    return str(error).partition("\n")[0]
+    """The beginning of the first line of a library's error; the rest is for its developers.
+
+    It may quote a foreign record, so it is made printable.
+    """
+    line = str(error).partition("\n")[0][:MOST_OF_AN_ERROR]
+    return "".join(c if c.isprintable() else "�" for c in line)

@@ -5,6 +5,8 @@ from importlib import resources
 
 import duckdb
 
+from store.errors import brief
+
 logger = logging.getLogger(__name__)
 
 ORDERED_ROWS = 100_000
@@ -53,7 +55,7 @@ def add(connection: duckdb.DuckDBPyConnection, start: int = 0, end: int | None =
     except (duckdb.DataError, duckdb.IntegrityError, duckdb.ProgrammingError) as error:
         connection.execute("ROLLBACK")
         if end - start == 1:
-            _reject(connection, start, str(error))
+            _reject(connection, start, brief(error))
             return
         middle = (start + end) // 2
         add(connection, start, middle)

@@ -8,7 +8,20 @@ import logging
 from collections.abc import Collection, Iterable
 from typing import Any
 
-from meteora.artifacts import ArtifactId, Noun, Publication, Score, short
+from meteora.artifacts import (
+    ArtifactId,
+    BuiltBase,
+    ComparisonBuild,
+    Noun,
+    PoolBuild,
+    Publication,
+    RouterBuild,
+    RoutingBuild,
+    Score,
+    Spec,
+    SpeedBuild,
+    short,
+)
 from store.errors import UnknownError
 from store.events import RunStarted
 from store.index import Index
@@ -17,8 +30,16 @@ from store.segments import SUFFIX
 
 logger = logging.getLogger(__name__)
 
-ARTIFACT = {"spec", "weights_sha256", "built"}
-"""Fields of every record of an artifact; a forged one without them is in no table either."""
+SPECS: dict[str, type[Noun]] = {spec.kind: spec for spec in Spec.__subclasses__()}
+BUILDS: dict[str, type[Noun]] = {
+    "base": BuiltBase,
+    "comparison": ComparisonBuild,
+    "pool": PoolBuild,
+    "router": RouterBuild,
+    "routing": RoutingBuild,
+    "speed": SpeedBuild,
+}
+"""What `spec` and `built` of an artifact are read as, by its kind; a newer release has more."""
 NOUNS: dict[str, type[Noun]] = {
     "score": Score,
     "publication": Publication,
@@ -141,10 +162,20 @@ def _about(
 
 def _noun_of(record: Record) -> Any:  # noqa: ANN401  (each kind has its own)
     """The noun, or the body if its kind has none; None for a forged record, which stops nothing."""
-    if record.kind == "artifact":
-        return record.body if record.body.keys() >= ARTIFACT else None
     try:
+        if record.kind == "artifact":
+            _check_artifact(record)
         return NOUNS[record.kind].from_dict(record.body) if record.kind in NOUNS else record.body
     except (KeyError, TypeError, ValueError) as error:
         logger.warning("the %s of %r is left out: %r", record.kind, record.subject, error)
         return None
+
+
+def _check_artifact(record: Record) -> None:
+    """Read an artifact's record as its readers will; raises where it has another shape."""
+    kind, body = record.subject.partition(":")[0], record.body
+    if not isinstance(body["weights_sha256"], str):
+        raise TypeError("weights_sha256 is no text")
+    for noun, part in ((SPECS.get(kind), body["spec"]), (BUILDS.get(kind), body["built"])):
+        if noun is not None and part is not None:
+            noun.from_dict(part)

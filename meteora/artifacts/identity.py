@@ -54,6 +54,12 @@ def short(artifact_id: str) -> str:
     return f"{kind}:{digest[:12]}"
 
 
+PLAIN: dict[Any, tuple[type, ...]] = {
+    str: (str,), int: (int,), float: (int, float), bool: (bool,), ArtifactId: (str,),
+}  # fmt: skip
+"""What JSON may hold for a field of a plain type: it writes some floats as whole numbers."""
+
+
 class Noun:
     """A frozen dataclass that JSON can store: writing and reading it gives an equal one."""
 
@@ -67,30 +73,44 @@ class Noun:
 
         Raises:
             KeyError: a field is missing that has no default.
+            TypeError: the body, or the value of a field, has another type.
         """
-        hints = _hints(cls)
         return cls(
             **{
-                f.name: _revive(body[f.name], hints[f.name])
-                for f in fields(cls)  # ty: ignore[invalid-argument-type]
-                if f.name in body or f.default is MISSING
+                name: _revive(body[name], hint)
+                for name, hint, is_needed in _fields_of(cls)
+                if is_needed or name in body
             }
         )
 
 
 @cache
-def _hints(cls: type) -> dict[str, Any]:
-    return get_type_hints(cls)  # slow, and a checkpoint may have 100,000 modules of one class
+def _fields_of(cls: type) -> tuple[tuple[str, Any, bool], ...]:
+    """Name and type of each field, and whether it has no default.
+
+    Kept, since it is slow, and a checkpoint may have 100,000 modules of one class.
+    """
+    hints = get_type_hints(cls)
+    own = fields(cls)  # ty: ignore[invalid-argument-type]
+    return tuple((f.name, hints[f.name], f.default is MISSING) for f in own)
 
 
 def _revive(value: Any, hint: Any) -> Any:  # noqa: ANN401  (JSON is what it is)
+    if hint in PLAIN:
+        return _checked(value, PLAIN[hint])
     if isinstance(hint, type) and is_dataclass(hint) and issubclass(hint, Noun):
         return hint.from_dict(value)
     if getattr(hint, "__origin__", None) is tuple:
-        return tuple(_revive(item, hint.__args__[0]) for item in value)
+        return tuple(_revive(item, hint.__args__[0]) for item in _checked(value, (list, tuple)))
     if isinstance(hint, UnionType) and value is not None:
         return _revive(value, hint.__args__[0])  # the noun of `Noun | None`
     return value
+
+
+def _checked(value: Any, types: tuple[type, ...]) -> Any:  # noqa: ANN401
+    if isinstance(value, types):
+        return value
+    raise TypeError(f"a {type(value).__name__}, where a {types[-1].__name__} is needed")
 
 
 class Spec(Noun):

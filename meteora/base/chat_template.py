@@ -7,10 +7,10 @@ from dataclasses import dataclass
 from itertools import takewhile
 from typing import TYPE_CHECKING, Self
 
-from jinja2 import TemplateError
-
 from meteora.artifacts import MeteoraError
 from meteora.artifacts.identity import Noun
+from meteora.untrusted.chat_templates import bounded_template
+from meteora.untrusted.findings import brief
 
 if TYPE_CHECKING:
     from transformers import PreTrainedTokenizerBase
@@ -32,10 +32,19 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str,
     """Return messages in the chat template, with the generation prompt for the next answer.
 
     Raises:
-        TemplateError: the template does not take them.
+        ConversationError: the template does not take them, or is no sound one.
     """
     asked = [dict(message) for message in messages]
-    return str(tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True))
+    try:
+        with bounded_template():
+            text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        return _whole(str(text))
+    except ConversationError:
+        raise
+    except Exception as error:  # a stranger's program can raise anything
+        raise ConversationError(
+            f"the base's chat template does not take these messages: {brief(error)}"
+        ) from error
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
@@ -70,13 +79,7 @@ def encode_messages(
             "the base's tokenizer has no chat template, so it has no conversations; ask it with"
             " `meteora generate`, or a server at /v1/completions"
         )
-    try:
-        text = rendered(tokenizer, messages)
-    except TemplateError as error:
-        raise ConversationError(
-            f"the base's chat template does not take these messages: {error}"
-        ) from error
-    return encode_text(tokenizer, text, add_special_tokens=False)
+    return encode_text(tokenizer, rendered(tokenizer, messages), add_special_tokens=False)
 
 
 def encode_text(
@@ -87,13 +90,18 @@ def encode_text(
     Raises:
         ConversationError: the text is no Unicode.
     """
+    return list(tokenizer(_whole(text), add_special_tokens=add_special_tokens).input_ids)
+
+
+def _whole(text: str) -> str:
+    """The text itself; raises a `ConversationError` if it is no Unicode."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
         raise ConversationError(
             "the prompt has half of a surrogate pair, which is no character"
         ) from error
-    return list(tokenizer(text, add_special_tokens=add_special_tokens).input_ids)
+    return text
 
 
 def encode_pair(tokenizer: PreTrainedTokenizerBase, prompt: str, response: str) -> list[int]:

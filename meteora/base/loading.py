@@ -32,6 +32,7 @@ from transformers.utils import logging as hf_logging
 from meteora.artifacts import Fingerprint, MeteoraError, canonical_sha256
 from meteora.artifacts.specs import place_of
 from meteora.base import placement
+from meteora.base.config_bounds import refuse_endless
 from meteora.base.placement import (
     explain_offloading,
     is_out_of_memory,
@@ -143,10 +144,11 @@ def load_tokenizer(
         SourceError: transformers cannot read it, or needs a package that is not installed.
     """
     with _reading(source, "the tokenizer cannot be loaded"):
-        tokenizer = AutoTokenizer.from_pretrained(
+        loaded: Any = AutoTokenizer.from_pretrained(
             **_named(source), trust_remote_code=False, **(options or {})
         )
-    return cast("PreTrainedTokenizerBase", tokenizer)
+        loaded("a")  # settings of another type show only in use
+    return cast("PreTrainedTokenizerBase", loaded)
 
 
 def load_config(source: Path) -> PretrainedConfig:
@@ -156,6 +158,7 @@ def load_config(source: Path) -> PretrainedConfig:
         SourceError: transformers cannot read it, or cannot generate text with it.
     """
     try:
+        refuse_endless(source / "config.json")
         with _QUIET.open():
             config = AutoConfig.from_pretrained(**_named(source), trust_remote_code=False)
     except Exception as error:  # a stranger's file: the library can raise anything
@@ -301,6 +304,10 @@ def _load_model(source: Path, options: dict[str, Any]) -> PreTrainedModel:
                 **_named(source), trust_remote_code=False, output_loading_info=True, **options
             )
         model, info = loaded
+        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+            ids = getattr(model.generation_config, name, None)
+            if not all(type(one) is int for one in (ids if isinstance(ids, list) else [ids or 0])):
+                raise TypeError(f"{name} of its generation config is {shortened(ids)!r}, no token")
         if written and any(written.iterdir()):
             weakref.finalize(model, made.pop_all().close)
     if missing := sorted(info["missing_keys"]):

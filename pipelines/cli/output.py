@@ -88,8 +88,8 @@ def print_served(
         return not differ
     for recorded, served in differ:
         print(
-            f"{recorded.task}: {recorded.prompt[:60]!r} was answered {recorded.output[:60]!r}, the"
-            f" server says {served[:60]!r}"
+            f"{for_terminal(recorded.task)}: {recorded.prompt[:60]!r} was answered"
+            f" {recorded.output[:60]!r}, the server says {served[:60]!r}"
         )
     print(
         f"{len(asked) - len(differ)} of {counted(len(asked), 'answer')} of"

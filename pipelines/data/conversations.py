@@ -21,10 +21,8 @@ from itertools import cycle
 from statistics import fmean
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
-
 from meteora.artifacts import Noun
-from meteora.base.chat_template import content_places, rendered
+from meteora.base.chat_template import ConversationError, content_places, rendered
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
@@ -128,9 +126,9 @@ class Conversation(Noun):
         """
         try:
             text = rendered(tokenizer, self.messages())
-        except TemplateError as error:
+        except ConversationError as error:
             raise ExamplesError(
-                f"the base's chat template takes no such conversation ({error}); set"
+                f"{error}; set"
                 " `gates: {conversations: [], system_prompts: []}`, or leave system prompts out"
             ) from error
         encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)

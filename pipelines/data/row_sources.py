@@ -349,7 +349,7 @@ def _bigbench_row(task: Mapping[str, Any], example: Any, place: str) -> Row:  # 
             + task.get("example_output_prefix", "\nA: ")
         )
         row = Row(prompt.strip(), right[0], tuple(scores), tuple(dict.fromkeys(right[1:])))
-    except (KeyError, IndexError, TypeError, ValueError, AttributeError) as error:
+    except (LookupError, TypeError, ValueError, AttributeError, OverflowError) as error:
         raise ExamplesError(
             f"{place}: not an example; `input` with `target` or `target_scores` is needed"
         ) from error

@@ -10,10 +10,9 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Iterable, Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from jinja2 import TemplateError
 from lm_eval.models.utils import has_bos_prefix, resolve_max_length
 
-from meteora.base.chat_template import encode_pair, rendered
+from meteora.base.chat_template import ConversationError, encode_pair, rendered
 from meteora.base.loading import load_config, load_tokenizer
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.evaluation.harness import (
@@ -219,7 +218,7 @@ def _lengths(task: Task, tokenizer: PreTrainedTokenizerBase) -> list[int]:
     if templated:
         try:
             texts = [rendered(tokenizer, one) for one in messages]
-        except TemplateError:
+        except ConversationError:
             return []  # the benchmark reports the template's error
     else:
         texts = [own[-1]["content"] for own in messages]

@@ -164,13 +164,19 @@ def at_spaces(text: str, width: int) -> str:
     return "".join(characters)
 
 
-class _Readable(rich_console.Console):
-    """Its long lines of text break at spaces in a terminal, which itself breaks them anywhere."""
+class _PlainConsole(rich_console.Console):
+    """Prints strings without control characters, those in the cells of a table among them.
+
+    Long lines break at spaces in a terminal, which itself breaks them anywhere.
+    """
 
     def print(self, *objects: Any, soft_wrap: bool | None = None, **options: Any) -> None:  # noqa: ANN401
         if soft_wrap and self.is_terminal and all(isinstance(one, str) for one in objects):
             objects = (at_spaces(" ".join(objects), self.width),)
         super().print(*objects, soft_wrap=soft_wrap, **options)
+
+    def render_str(self, text: str, **style: Any) -> Text:  # noqa: ANN401  (rich's own)
+        return super().render_str(for_terminal(text), **style)
 
 
 def plain_console() -> rich_console.Console:
@@ -178,7 +184,7 @@ def plain_console() -> rich_console.Console:
 
     Its lines have 120 characters if stdout is no terminal.
     """
-    return _Readable(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
+    return _PlainConsole(markup=False, highlight=False, width=None if sys.stdout.isatty() else 120)
 
 
 class _HowFar(ProgressColumn):

@@ -614,6 +614,23 @@ def test_a_record_that_is_not_understood_does_not_stop_the_others(shelf: Shelf) 
     assert shelf.ledger.query("SELECT count(*) FROM rejected").rows == [(len(strange),)]
 
 
+def test_the_reason_against_a_record_is_short_and_printable(
+    shelf: Shelf, caplog: pytest.LogCaptureFixture
+) -> None:
+    """The database quotes the record in it."""
+    shelf.make(shelf.base)
+    measured = shelf.measure(shelf.base, "sorting", 0.5)
+    body = {**measured.to_dict(), "id": "x", "num_samples": "\x1b[2J" + "x" * 5_000}
+    shelf.ledger.records.write(Record("score", "x", body, "r1", "2026-01-01"))
+    shelf.ledger.ingest()
+    (said,) = [record.getMessage() for record in caplog.records]
+    ((kept,),) = shelf.ledger.query("SELECT reason FROM rejected").rows
+    assert said.endswith(f"cannot be read into the tables: {kept}")
+    assert said.isprintable()
+    assert "�[2Jxxx" in said
+    assert len(said) < 500
+
+
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
 def test_a_number_that_is_not_finite_is_refused_by_the_tables(shelf: Shelf, value: str) -> None:
     shelf.make(shelf.base)

@@ -6,6 +6,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -236,19 +237,47 @@ def test_a_forged_start_of_a_run_is_left_out(
     assert "the run-started of 'forged' is left out" in caplog.text
 
 
-@pytest.mark.parametrize("field", ["weights_sha256", "spec", "built"])
-def test_a_forged_artifact_counts_as_not_recorded(field: str, shelf: Shelf) -> None:
+@pytest.mark.parametrize(
+    ("field", "value"),
+    [
+        *((field, None) for field in ("weights_sha256", "spec", "built")),
+        ("weights_sha256", 5),
+        ("spec", []),
+        ("spec", {"use_rslora": 5}),
+        ("spec", {"modules": [7]}),
+        ("spec", {"modules": "all"}),
+    ],
+)
+def test_a_forged_artifact_counts_as_not_recorded(
+    field: str, value: object, shelf: Shelf, caplog: pytest.LogCaptureFixture
+) -> None:
     """Even where it is the earliest record about its subject."""
     shelf.make(shelf.base)
     spec = shelf.adapter(1)
-    body = {"id": spec.id, "spec": spec.to_dict(), "weights_sha256": "", "built": None}
-    del body[field]
+    body: dict[str, Any] = {
+        "id": spec.id, "spec": spec.to_dict(), "weights_sha256": "", "built": None
+    }  # fmt: skip
+    if value is None:
+        del body[field]
+    else:
+        body[field] = {**body[field], **value} if isinstance(value, dict) else value
     forged = Record("artifact", spec.id, body, "forged", "2026-01-01T00:00:00Z")
     shelf.ledger.records.write(forged)
     assert shelf.ledger.weights_of(spec.id) is None
+    assert f"the artifact of {spec.id!r} is left out" in caplog.text
     shelf.make(spec)
     assert shelf.ledger.weights_of(spec.id)
     shelf.ledger.ingest()
+    assert shelf.ledger.weights_of(spec.id)
+
+
+def test_a_forged_build_counts_as_not_recorded(shelf: Shelf) -> None:
+    shelf.make(shelf.base)
+    spec = shelf.base
+    for built in ({}, {"linears": [{"path": "q_proj"}]}, [], "built"):
+        body = {"id": spec.id, "spec": spec.to_dict(), "weights_sha256": "", "built": built}
+        forged = Record("artifact", spec.id, body, "forged", "2026-01-01T00:00:00Z")
+        shelf.ledger.records.write(forged)
     assert shelf.ledger.weights_of(spec.id)
 
 

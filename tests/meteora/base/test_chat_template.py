@@ -1,15 +1,24 @@
 """Text to ids, alike for fitting, measuring and answering."""
 
 import copy
+import sys
 
 import pytest
 import torch
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers
 from transformers import PreTrainedTokenizerFast
 
-from meteora.base.chat_template import Template, encode_messages, encode_pair, encode_prompt
+from meteora.base.chat_template import (
+    ConversationError,
+    Template,
+    encode_messages,
+    encode_pair,
+    encode_prompt,
+    rendered,
+)
 from meteora.routing.passes import PassInput
 from meteora.routing.turns import questions
+from tests.clock import little_work
 
 TEMPLATE = (
     "{% for m in messages %}<s>{{ m.role }}: {{ m.content }}</s>{% endfor %}"
@@ -132,3 +141,36 @@ def test_a_tokenizer_without_an_end_ends_with_the_answer(tokenizer):
     endless = copy.deepcopy(tokenizer)
     endless.eos_token = None
     assert encode_pair(endless, "a", "b")[-1] == endless("b").input_ids[-1]
+
+
+@pytest.mark.parametrize(
+    ("template", "reason"),
+    [
+        ("{{ 1 / 0 }}", "division by zero"),
+        ("{{ messages[9].content }}", "list object has no element 9"),
+        ("{{ raise_exception('\x1b[2Jno') }}", "�.2Jno"),
+        ("{{ ''.__class__.__mro__ }}", "access to attribute '__class__' of 'str' object is unsafe"),
+        ("{{ 'x' + 1 }}", "can only concatenate str"),
+        ("{% if", "unexpected 'end of template'"),
+        ("{{ '\\ud800' }}", "half of a surrogate pair"),
+        ("{% break %}", "'break' outside loop"),
+        ("{% macro f() %}{{ f() }}{% endmacro %}{{ f() }}", "maximum recursion depth exceeded"),
+        ("{% for a in range(99999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}", "end"),
+        ("{% for a in range(99999) %}{{ 'x' * 9999 }}{% endfor %}", "writes more"),
+        ("{% macro f() %}{{ 'x' * 9999 }}{% endmacro %}{% for a in range(99999) %}{% set b = f() %}"
+         "{% endfor %}", "writes more"),
+    ],
+)  # fmt: skip
+def test_a_template_that_fails_or_has_no_end_is_refused(chat, template, reason):
+    """It comes with a base, and so from a stranger."""
+    chat.chat_template = template
+    before = sys.gettrace()
+    with little_work(), pytest.raises(ConversationError, match=reason) as caught:
+        encode_prompt(chat, "2 + 2")
+    assert str(caught.value).isprintable()
+    assert sys.gettrace() is before
+
+
+def test_a_long_conversation_is_far_from_the_bounds(chat):
+    messages = [{"role": "user", "content": "hello"}] * 10_000
+    assert len(rendered(chat, messages)) > 100_000

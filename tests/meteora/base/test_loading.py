@@ -22,6 +22,7 @@ from transformers.integrations import accelerate
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 from transformers.utils import logging as hf_logging
 
+from meteora.base.config_bounds import MAX_LAYERS
 from meteora.base.loading import (
     fingerprint_of,
     layers_on_disk,
@@ -35,6 +36,7 @@ from meteora.base.placement import WRITTEN, PlacementError, own_head, written_we
 from meteora.base.sources import SourceError
 from meteora.checkpoint import resolve
 from meteora.checkpoint.manifest import CONFIG, CONFIG_TEXT
+from tests.clock import little_work
 from tests.conftest import World
 
 WEIGHTS, TOKENIZER = "model.safetensors", "tokenizer.json"
@@ -90,6 +92,35 @@ def test_a_damaged_file_of_a_base_is_refused_in_one_sentence(
         (base / file).write_bytes(whole[content])
     with pytest.raises(SourceError, match=rf"{base.name}: {says} .*download or save the base"):
         load_folder(base)
+
+
+@pytest.mark.parametrize("value", ["x", [1], {"a": 1}], ids=repr)
+def test_a_setting_of_the_tokenizer_of_another_type_is_refused(value: object, base: Path) -> None:
+    """Transformers keeps what it is given, and fails at the first text."""
+    path = base / "tokenizer_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"model_max_length": value}))
+    with pytest.raises(SourceError, match="the tokenizer cannot be loaded"):
+        load_folder(base)
+
+
+@pytest.mark.parametrize("value", ["x", 0.5, [1, "x"], {"a": 1}], ids=repr)
+def test_an_end_that_is_no_token_is_refused(value: object, base: Path) -> None:
+    path = base / "generation_config.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": value}))
+    with pytest.raises(SourceError, match=r"eos_token_id of its generation config is .*, no token"):
+        load_folder(base)
+
+
+@pytest.mark.parametrize("name", ["num_hidden_layers", "n_layer"])
+def test_a_config_of_endless_layers_is_refused_before_they_are_listed(
+    name: str, base: Path
+) -> None:
+    path = base / "config.json"
+    body = json.loads(path.read_text())
+    for endless in (body | {name: 1 << 31}, body | {"text_config": {name: 1 << 31}}):
+        path.write_text(json.dumps(endless))
+        with little_work(), pytest.raises(SourceError, match=rf"\({name} is 2147483648, more than"):
+            linear_sizes(base)
 
 
 def test_weights_of_other_sizes_than_the_config_says_are_refused(base: Path) -> None:
@@ -178,7 +209,7 @@ def test_a_head_is_its_own_if_the_config_does_not_say_that_it_is_shared(base: Pa
     assert own_head(model) is model.get_output_embeddings()
 
 
-@pytest.mark.parametrize("claimed", [0, 10**9])
+@pytest.mark.parametrize("claimed", [0, MAX_LAYERS])
 def test_a_fingerprint_is_read_whatever_number_of_layers_a_config_claims(
     claimed: int, base: Path
 ) -> None:

@@ -163,6 +163,12 @@ def test_bigbench_examples_are_asked_as_bigbench_asks_them(tmp_path: Path) -> No
     ]
 
 
+def test_a_score_of_bigbench_that_no_float_holds_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, "task.json", {"examples": [{"input": "a", "target_scores": {"b": 10**400}}]})
+    with pytest.raises(ExamplesError, match="example 1: not an example"):
+        read_rows("bigbench:task.json", tmp_path, 9)
+
+
 def test_bigbench_subtasks_are_read_from_the_file_or_from_folders(tmp_path: Path) -> None:
     both = {"task_prefix": "Go.\n", "subtasks": [PREFERENCES, {"examples": SPELLING["examples"]}]}
     put(tmp_path, "task.json", both)

@@ -165,7 +165,7 @@ def test_a_bad_turn_is_named_by_its_line(tmp_path: Path, turns: object, said: st
 @pytest.mark.parametrize(
     ("template", "said"),
     [
-        pytest.param("{{ raise_exception('no') }}", "takes no such conversation", id="refuses"),
+        pytest.param("{{ raise_exception('no') }}", "these messages: no; set", id="refuses"),
         pytest.param(None, "turns need a chat template", id="none"),
     ],
 )

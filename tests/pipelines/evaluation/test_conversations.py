@@ -235,5 +235,5 @@ def test_prompts_that_are_too_long_and_templates_that_refuse_are_told(
     assert lengths[:3] == [turns[0]["prompt_tokens"] for turns in found[:3]]
     assert (len(lengths), done) == (15, [3, 3, 3, 2, 2, 2])
     chat.chat_template = "{{ raise_exception('one turn alone') }}"
-    with pytest.raises(ExamplesError, match="takes no such conversation"):
+    with pytest.raises(ExamplesError, match=r"does not take these messages: .*; set"):
         ask(fused, chat, dialogues)

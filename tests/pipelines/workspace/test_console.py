@@ -7,6 +7,7 @@ import time
 
 import pytest
 import rich.console
+from rich.table import Table
 from rich.text import Text
 
 from meteora.artifacts import Reason
@@ -50,6 +51,19 @@ def test_long_lines_break_at_spaces_in_a_terminal_and_paths_and_commands_are_who
     assert (
         console.at_spaces("  indented 日本語日本語日本語", 16) == "  indented\n日本語日本語日本語"
     )
+
+
+def test_what_is_printed_cannot_control_the_terminal(capsys: pytest.CaptureFixture[str]) -> None:
+    """Neither a line nor a cell of a table, such as a source of rows that a recipe names."""
+    hostile = "\x1b]0;title\x07\u202e"
+    out = console.plain_console()
+    out.print(f"the run would stop: {hostile}", soft_wrap=True)
+    table = Table("name")
+    table.add_row(hostile)
+    out.print(table)
+    printed = capsys.readouterr().out
+    assert printed.count("␛]0;title␇�") == 2
+    assert printed.replace("\n", "").isprintable()
 
 
 def test_a_bar_is_one_line_of_80_columns_and_its_rate_is_since_the_start() -> None:

@@ -270,12 +270,17 @@ class Watcher:
         return any(router is not None and not router.is_causal for router in routers)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (seen := self.input_of(by_name(model, args, kwargs))) is not None:
+            self.see(seen)
+
+    def input_of(self, arguments: Mapping[str, Any]) -> PassInput | None:
+        """What a pass with these arguments reads; None if no router decides by whole prompts."""
         if not self._looks_ahead():
             self.now.conversation = None
-            return
-        seen = PassInput.of(by_name(model, args, kwargs))
+            return None
+        seen = PassInput.of(arguments)
         self.now.packed = seen.packed
-        self.see(seen)
+        return seen
 
     def refuse_packed(self) -> None:
         """Refuse a pass whose rows hold several sequences: one would decide for all.

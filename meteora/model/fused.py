@@ -249,6 +249,14 @@ def insert_layer(
     else:
         stack = ExpertStack(lora_a, lora_b, entry.ranks, entry.scaling, choices, mapped=True)
     setattr(parent, name, MoELoRALinear(projection, stack, cache=cache))
+    _rename_tied(model, f"{path}.weight", f"{path}.projection.weight")
+
+
+def _rename_tied(model: PreTrainedModel, before: str, now: str) -> None:
+    """Tell transformers' `tie_weights` where the weight of a routed layer lies now."""
+    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+        if before in (keys := getattr(model, attribute, None) or {}):
+            setattr(model, attribute, {now if k == before else k: v for k, v in keys.items()})
 
 
 def choices_of(ranks: Sequence[int], options: RouterOptions) -> list[Choice]:

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import meteora
 from meteora.artifacts import RouterOptions
@@ -244,6 +245,22 @@ def test_what_transformers_asks_of_a_model_s_name_and_adapters_is_true(world):
         with pytest.raises(RoutedAdaptersError, match="`meteora add`"):
             add(given)
     assert [path for path, _ in model.named_modules()] == before  # none is half added
+
+
+def test_a_routed_head_can_be_tied_again(world, ids):
+    model = AutoModelForCausalLM.from_pretrained(world.base, tie_word_embeddings=True)
+    model.tie_weights()
+    size = model.config.vocab_size
+    entry = dataclasses.replace(
+        world.manifest.modules["model.layers.0.self_attn.q_proj"],
+        out_features=size, ranks=(1,), scaling=(1.0,),
+    )  # fmt: skip
+    insert_layer(model, "lm_head", torch.ones(1, 32), torch.ones(size, 1), entry)
+    expected = logits(model, ids)
+    model.lm_head.projection.weight = torch.nn.Parameter(torch.ones(size, 32))
+    model.tie_weights()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert torch.equal(logits(model, ids), expected)
 
 
 def test_another_base_is_refused_and_the_sentence_names_what_differs(world, build_base):

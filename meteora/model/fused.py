@@ -22,13 +22,14 @@ from meteora.base import loading
 from meteora.base.placement import PlacementError, is_offloaded, placed, require_device
 from meteora.base.sources import PATH, weights_sha256
 from meteora.checkpoint import tensors
+from meteora.checkpoint.copies import copy_checkpoint
 from meteora.checkpoint.manifest import Manifest, ModuleEntry, read_manifest, unknown_expert_message
 from meteora.checkpoint.resolve import base_download, find_checkpoint, load_base
 from meteora.kernels.addmm import experts_dtype, weight_of
 from meteora.kernels.stack import Choice, ExpertStack, mean_of_all, own_choices
 from meteora.model.prompt_choice import insert_prompt_routers
 from meteora.routing.expert_cache import ExpertCache
-from meteora.routing.gates import insert_gates, route_again_as_before
+from meteora.routing.gates import gates_in, gates_of, insert_gates, route_again_as_before
 from meteora.routing.layer import MoELoRALinear, RoutedExperts, routed_by, routed_layers
 from meteora.routing.routers import Fixed, Random, Router
 from meteora.routing.weight_scores import KINDS
@@ -57,7 +58,7 @@ class NotFusedError(MeteoraError, AttributeError):
 
 
 class UnsavableError(MeteoraError):
-    """A fused model cannot be saved by transformers: the class of its base could not load it."""
+    """A checkpoint would not have what was trained, or the class of its base could not load it."""
 
 
 class RoutedAdaptersError(MeteoraError):
@@ -136,6 +137,8 @@ def load(
         check_weights(manifest, Path(base_folder))
     insert_experts(model, folder, manifest, cache=cache)
     insert_routers(model, folder, manifest)
+    model.requires_grad_(requires_grad=False)  # a checkpoint does not hold its base
+    vars(model)["save_pretrained"] = partial(_save, model, folder)
     model.config._name_or_path = model.name_or_path = str(checkpoint_folder)  # not its base's
     return (model.to(device) if device is not None else model), tokenizer
 
@@ -188,11 +191,46 @@ def insert_experts(
 
 def _refuse_to_save(*_args: object, **_kwargs: object) -> None:
     raise UnsavableError(
-        "a fused model is not saved as other models are: what save_pretrained wrote would load as a"
-        " base with random weights; copy the folder of its checkpoint, or `meteora publish` it; new"
-        " gates are written into a copy with meteora.checkpoint.tensors.write_gates, and their"
-        " SHA-256 into the `files` of its meteora.json"
+        "a fused model is not saved as other models are: what transformers wrote would load as a"
+        " base with random weights; save a model of `meteora.load` with save_pretrained(folder),"
+        " and `meteora publish` the folder"
     )
+
+
+def _save(
+    model: PreTrainedModel,
+    folder: Path,
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: object = None,
+    push_to_hub: bool = False,
+    **_kwargs: object,
+) -> None:
+    """Write a checkpoint: a copy of the one in `folder`, with the gates as they are now.
+
+    Raises:
+        UnsavableError: weights beside the gates may have been trained, or a state dict is given;
+            it is the same folder; an expert is forced; or it is to be pushed.
+    """
+    if push_to_hub or state_dict is not None:
+        _refuse_to_save()
+    gates, routed = gates_in(model), routed_layers(model).values()
+    own = {id(weight) for gate in gates.values() for weight in gate.parameters()}
+    if others := [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]:
+        raise UnsavableError(
+            f"{len(others)} weights beside the gates can be trained, such as {others[0]}, and a"
+            " checkpoint holds gates and experts alone; train an adapter instead, with PEFT's"
+            ' get_peft_model and target_modules=["projection"], which saves it; or give the base'
+            " its own weights again and call model.requires_grad_(False)"
+        )
+    if Path(save_directory).resolve() == folder.resolve():
+        raise UnsavableError(f"{folder}: the model was loaded from this folder; give another")
+    if any(layer.is_lent for layer in routed):
+        raise UnsavableError(
+            "the routers are replaced, as in force_expert; save the model outside of that block"
+        )
+    if is_main_process:
+        copy_checkpoint(folder, Path(save_directory), gates_of(model) if gates else None)
 
 
 def _refuse_to_set(*_args: object, **_kwargs: object) -> None:

@@ -21,6 +21,7 @@ from meteora.model.fused import (
     WrongBaseError,
     expert_names,
     force_expert,
+    insert_experts,
     insert_layer,
     make_router,
     without_experts,
@@ -224,11 +225,15 @@ def test_a_16_bit_base_keeps_its_dtype_and_the_experts_keep_theirs(world, ids, d
 
 def test_a_fused_model_is_not_saved_as_if_it_were_its_base(world, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for save in (model.save_pretrained, model.push_to_hub):
-        with pytest.raises(UnsavableError, match="copy the folder of its checkpoint"):
+    base = world.load_base()
+    insert_experts(base, world.checkpoint, world.manifest)
+    for save in (base.save_pretrained, base.push_to_hub, model.push_to_hub):
+        with pytest.raises(UnsavableError, match="model of `meteora"):
             save("saved")
     assert not (tmp_path / "saved").exists()
     world.load_base().save_pretrained(tmp_path / "base")
+    model.save_pretrained("saved")  # without gates it is a copy
+    assert meteora.expert_names(meteora.load("saved", base_folder=world.base)[0]) == EXPERTS
 
 
 def test_what_transformers_asks_of_a_model_s_name_and_adapters_is_true(world):

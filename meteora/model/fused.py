@@ -138,7 +138,7 @@ def load(
     insert_experts(model, folder, manifest, cache=cache)
     insert_routers(model, folder, manifest)
     model.requires_grad_(requires_grad=False)  # a checkpoint does not hold its base
-    vars(model)["save_pretrained"] = partial(_save, model, folder)
+    vars(model)["save_pretrained"] = partial(_save, model, folder, _samples(model))
     model.config._name_or_path = model.name_or_path = str(checkpoint_folder)  # not its base's
     return (model.to(device) if device is not None else model), tokenizer
 
@@ -200,6 +200,7 @@ def _refuse_to_save(*_args: object, **_kwargs: object) -> None:
 def _save(
     model: PreTrainedModel,
     folder: Path,
+    loaded: Mapping[str, Tensor],
     save_directory: str | Path,
     is_main_process: bool = True,
     state_dict: object = None,
@@ -208,29 +209,47 @@ def _save(
 ) -> None:
     """Write a checkpoint: a copy of the one in `folder`, with the gates as they are now.
 
+    Args:
+        loaded: the `_samples` of the model when it was loaded
+        save_directory: and the others are those of transformers
+
     Raises:
-        UnsavableError: weights beside the gates may have been trained, or a state dict is given;
-            it is the same folder; an expert is forced; or it is to be pushed.
+        UnsavableError: weights beside the gates have changed, or a state dict is given; it is the
+            same folder; an expert is forced; or it is to be pushed.
     """
     if push_to_hub or state_dict is not None:
         _refuse_to_save()
-    gates, routed = gates_in(model), routed_layers(model).values()
-    own = {id(weight) for gate in gates.values() for weight in gate.parameters()}
-    if others := [n for n, p in model.named_parameters() if p.requires_grad and id(p) not in own]:
+    now = _samples(model)
+    if changed := sorted(n for n in loaded.keys() | now.keys() if not _is_same(n, loaded, now)):
         raise UnsavableError(
-            f"{len(others)} weights beside the gates can be trained, such as {others[0]}, and a"
-            " checkpoint holds gates and experts alone; train an adapter instead, with PEFT's"
-            ' get_peft_model and target_modules=["projection"], which saves it; or give the base'
-            " its own weights again and call model.requires_grad_(False)"
+            f"{len(changed)} weights beside the gates are not as they were loaded, such as"
+            f" {changed[0]}, and a checkpoint holds gates and experts alone; train an adapter with"
+            ' PEFT\'s get_peft_model and target_modules=["projection"], and save that by itself'
         )
     if Path(save_directory).resolve() == folder.resolve():
         raise UnsavableError(f"{folder}: the model was loaded from this folder; give another")
-    if any(layer.is_lent for layer in routed):
+    if any(layer.is_lent for layer in routed_layers(model).values()):
         raise UnsavableError(
             "the routers are replaced, as in force_expert; save the model outside of that block"
         )
     if is_main_process:
-        copy_checkpoint(folder, Path(save_directory), gates_of(model) if gates else None)
+        gates = gates_of(model) if gates_in(model) else None
+        copy_checkpoint(folder, Path(save_directory), gates)
+
+
+def _samples(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The first numbers of each weight beside the gates, by its name."""
+    gates = {id(weight) for gate in gates_in(model).values() for weight in gate.parameters()}
+    own = ((name, weight) for name, weight in model.named_parameters() if id(weight) not in gates)
+    return {name: weight.detach().flatten()[:8].clone() for name, weight in own}
+
+
+def _is_same(name: str, before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> bool:
+    """Whether a weight has not changed, but perhaps its dtype or device."""
+    if name not in before or name not in now:
+        return False
+    old, new = before[name], now[name]
+    return old.is_meta or new.is_meta or torch.equal(old.to(new.device, new.dtype), new)
 
 
 def _refuse_to_set(*_args: object, **_kwargs: object) -> None:

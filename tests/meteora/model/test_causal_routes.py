@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft import LoraConfig, get_peft_model
 from transformers import (
     AutoModelForCausalLM,
     DynamicCache,
@@ -31,6 +32,7 @@ from meteora.model.fused import (
 from meteora.routing.gates import gates_in, gates_of
 from meteora.routing.hooks import recorded_routes
 from meteora.routing.layer import routed_by
+from tests.conftest import peft_is_behind
 from tests.meteora.fitting.test_calibrate import examples, routing_accuracy
 
 NEW = 12
@@ -208,14 +210,27 @@ def test_a_model_is_saved_as_its_checkpoint_and_with_the_gates_that_it_has(
     for block, sentence in (
         (lambda: model.save_pretrained(folder), "was loaded from this folder; give another"),
         (lambda: model.save_pretrained(trained, push_to_hub=True), "`meteora publish` the folder"),
-        (lambda: model.requires_grad_().save_pretrained(trained), r"\d+ weights beside the gates"),
     ):
         with pytest.raises(UnsavableError, match=sentence):
             block()
-    model.requires_grad_(requires_grad=False)
     with force_expert(model, "attention"), pytest.raises(UnsavableError, match="outside of that"):
         model.save_pretrained(trained)
     assert not trained.exists()
+
+
+def test_what_a_checkpoint_does_not_hold_is_not_saved_without_it(checkpoint, world, tmp_path):
+    model, _ = meteora.load(checkpoint, base_folder=world.base)
+    lora = LoraConfig(target_modules=["projection"], init_lora_weights=False)
+    with peft_is_behind():
+        adapted = get_peft_model(model, lora)
+    for _ in ("beside the projections", "merged into them"):
+        with pytest.raises(UnsavableError, match=r"\d+ weights beside the gates are not as"):
+            model.save_pretrained(tmp_path / "saved")
+        adapted.merge_and_unload()
+    assert not (tmp_path / "saved").exists()
+    narrow = meteora.load(checkpoint, base_folder=world.base)[0].to(torch.bfloat16)
+    narrow.save_pretrained(tmp_path / "saved")
+    meteora.load(tmp_path / "saved", base_folder=world.base)
 
 
 def train(model, folder):

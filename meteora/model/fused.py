@@ -240,7 +240,8 @@ def _save(
 def _samples(model: PreTrainedModel) -> dict[str, Tensor]:
     """The first numbers of each weight beside the gates, by its name."""
     gates = {id(weight) for gate in gates_in(model).values() for weight in gate.parameters()}
-    own = ((name, weight) for name, weight in model.named_parameters() if id(weight) not in gates)
+    every = model.named_parameters(remove_duplicate=False)  # offloading may part a tied head
+    own = ((name, weight) for name, weight in every if id(weight) not in gates)
     return {name: weight.detach().flatten()[:8].clone() for name, weight in own}
 
 

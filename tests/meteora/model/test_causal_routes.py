@@ -230,7 +230,10 @@ def test_what_a_checkpoint_does_not_hold_is_not_saved_without_it(checkpoint, wor
     assert not (tmp_path / "saved").exists()
     narrow = meteora.load(checkpoint, base_folder=world.base)[0].to(torch.bfloat16)
     narrow.save_pretrained(tmp_path / "saved")
-    meteora.load(tmp_path / "saved", base_folder=world.base)
+    spread = {"": "disk"}
+    model, _ = meteora.load(tmp_path / "saved", base_folder=world.base, device_map=spread)
+    model.save_pretrained(tmp_path / "again")
+    assert gates_file(tmp_path / "again") == gates_file(tmp_path / "saved")
 
 
 def train(model, folder):

@@ -203,10 +203,8 @@ def load_gguf(
         tokenizer = load_tokenizer(file)
         model = _load_model(file, {"dtype": torch.float32, **(options or {})})
     # it is a plain model now; leftovers of the quantizer would stop save_pretrained
-    facts = model.config.to_dict()
-    facts.pop("quantization_config", None)
-    facts["architectures"] = [type(model).__name__]  # which save_pretrained would add, too
-    model.config = type(model.config)(**facts)
+    vars(model.config).pop("quantization_config", None)  # its layers have the same config
+    model.config.architectures = [type(model).__name__]  # which save_pretrained would add, too
     for leftover in ("hf_quantizer", "is_quantized"):
         setattr(model, leftover, None)
     return cast("PreTrainedModel", model.eval()), tokenizer

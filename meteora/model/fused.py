@@ -22,13 +22,14 @@ from meteora.base import loading
 from meteora.base.placement import PlacementError, is_offloaded, placed, require_device
 from meteora.base.sources import PATH, weights_sha256
 from meteora.checkpoint import tensors
+from meteora.checkpoint.copies import copy_checkpoint
 from meteora.checkpoint.manifest import Manifest, ModuleEntry, read_manifest, unknown_expert_message
 from meteora.checkpoint.resolve import base_download, find_checkpoint, load_base
 from meteora.kernels.addmm import experts_dtype, weight_of
 from meteora.kernels.stack import Choice, ExpertStack, mean_of_all, own_choices
 from meteora.model.prompt_choice import insert_prompt_routers
 from meteora.routing.expert_cache import ExpertCache
-from meteora.routing.gates import insert_gates, route_again_as_before
+from meteora.routing.gates import gates_in, gates_of, insert_gates, route_again_as_before
 from meteora.routing.layer import MoELoRALinear, RoutedExperts, routed_by, routed_layers
 from meteora.routing.routers import Fixed, Random, Router
 from meteora.routing.weight_scores import KINDS
@@ -57,7 +58,7 @@ class NotFusedError(MeteoraError, AttributeError):
 
 
 class UnsavableError(MeteoraError):
-    """A fused model cannot be saved by transformers: the class of its base could not load it."""
+    """A checkpoint would not have what was trained, or the class of its base could not load it."""
 
 
 class RoutedAdaptersError(MeteoraError):
@@ -137,6 +138,8 @@ def load(
         check_weights(manifest, Path(base_folder))
     insert_experts(model, folder, manifest, cache=cache)
     insert_routers(model, folder, manifest)
+    model.requires_grad_(requires_grad=False)  # a checkpoint does not hold its base
+    vars(model)["save_pretrained"] = partial(_save, model, folder, _samples(model))
     model.config._name_or_path = model.name_or_path = str(checkpoint_folder)  # not its base's
     return (model.to(device) if device is not None else model), tokenizer
 
@@ -189,11 +192,66 @@ def insert_experts(
 
 def _refuse_to_save(*_args: object, **_kwargs: object) -> None:
     raise UnsavableError(
-        "a fused model is not saved as other models are: what save_pretrained wrote would load as a"
-        " base with random weights; copy the folder of its checkpoint, or `meteora publish` it; new"
-        " gates are written into a copy with meteora.checkpoint.tensors.write_gates, and their"
-        " SHA-256 into the `files` of its meteora.json"
+        "a fused model is not saved as other models are: what transformers wrote would load as a"
+        " base with random weights; save a model of `meteora.load` with save_pretrained(folder),"
+        " and `meteora publish` the folder"
     )
+
+
+def _save(
+    model: PreTrainedModel,
+    folder: Path,
+    loaded: Mapping[str, Tensor],
+    save_directory: str | Path,
+    is_main_process: bool = True,
+    state_dict: object = None,
+    push_to_hub: bool = False,
+    **_kwargs: object,
+) -> None:
+    """Write a checkpoint: a copy of the one in `folder`, with the gates as they are now.
+
+    Args:
+        loaded: the `_samples` of the model when it was loaded
+        save_directory: and the others are those of transformers
+
+    Raises:
+        UnsavableError: weights beside the gates have changed, or a state dict is given; it is the
+            same folder; an expert is forced; or it is to be pushed.
+    """
+    if push_to_hub or state_dict is not None:
+        _refuse_to_save()
+    now = _samples(model)
+    if changed := sorted(n for n in loaded.keys() | now.keys() if not _is_same(n, loaded, now)):
+        raise UnsavableError(
+            f"{len(changed)} weights beside the gates are not as they were loaded, such as"
+            f" {changed[0]}, and a checkpoint holds gates and experts alone; train an adapter with"
+            ' PEFT\'s get_peft_model and target_modules=["projection"], and save that by itself'
+        )
+    if Path(save_directory).resolve() == folder.resolve():
+        raise UnsavableError(f"{folder}: the model was loaded from this folder; give another")
+    if any(layer.is_lent for layer in routed_layers(model).values()):
+        raise UnsavableError(
+            "the routers are replaced, as in force_expert; save the model outside of that block"
+        )
+    if is_main_process:
+        gates = gates_of(model) if gates_in(model) else None
+        copy_checkpoint(folder, Path(save_directory), gates)
+
+
+def _samples(model: PreTrainedModel) -> dict[str, Tensor]:
+    """The first numbers of each weight beside the gates, by its name."""
+    gates = {id(weight) for gate in gates_in(model).values() for weight in gate.parameters()}
+    every = model.named_parameters(remove_duplicate=False)  # offloading may part a tied head
+    own = ((name, weight) for name, weight in every if id(weight) not in gates)
+    return {name: weight.detach().flatten()[:8].clone() for name, weight in own}
+
+
+def _is_same(name: str, before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> bool:
+    """Whether a weight has not changed, but perhaps its dtype or device."""
+    if name not in before or name not in now:
+        return False
+    old, new = before[name], now[name]
+    return old.is_meta or new.is_meta or torch.equal(old.to(new.device, new.dtype), new)
 
 
 def _refuse_to_set(*_args: object, **_kwargs: object) -> None:
@@ -250,6 +308,14 @@ def insert_layer(
     else:
         stack = ExpertStack(lora_a, lora_b, entry.ranks, entry.scaling, choices, mapped=True)
     setattr(parent, name, MoELoRALinear(projection, stack, cache=cache))
+    _rename_tied(model, f"{path}.weight", f"{path}.projection.weight")
+
+
+def _rename_tied(model: PreTrainedModel, before: str, now: str) -> None:
+    """Tell transformers' `tie_weights` where the weight of a routed layer lies now."""
+    for attribute in ("_tied_weights_keys", "all_tied_weights_keys"):
+        if before in (keys := getattr(model, attribute, None) or {}):
+            setattr(model, attribute, {now if k == before else k: v for k, v in keys.items()})
 
 
 def choices_of(ranks: Sequence[int], options: RouterOptions) -> list[Choice]:

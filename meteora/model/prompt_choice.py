@@ -28,7 +28,6 @@ from torch import Tensor, nn
 from meteora.routing.layer import routed_layers
 from meteora.routing.passes import (
     CACHES,
-    PassInput,
     Present,
     UnreadPromptError,
     Watcher,
@@ -78,14 +77,11 @@ class PromptReader(Watcher):
         self.held.logits, self.held.on = logits, {}
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-        if not self._looks_ahead():
-            self.now.conversation = None
-            return
         if self.held.measure is not None:
             return  # this pass is the reading itself
         arguments = by_name(model, args, kwargs)
-        seen = PassInput.of(arguments)
-        self.now.packed = seen.packed
+        if (seen := self.input_of(arguments)) is None:
+            return
         self.refuse_packed()
         conversation = self.follow(seen)
         turns = ask(conversation, seen, self.template)

@@ -57,6 +57,11 @@ class RoutedExperts(nn.Module):
         """The device on which it computes."""
         return self.stack.segments.device
 
+    @property
+    def is_lent(self) -> bool:
+        """Whether a block of `routed_by` is open."""
+        return bool(self._before)
+
     def lend(self, block: object, router: Router | None) -> None:
         """Use this router until `take_back` is called for the same block."""
         self._before[block], self.router = self.router, router

@@ -53,7 +53,7 @@ class PassInput:
         goes_on = bool(num_before) if state is None else _holds_a_state(state, states.shape[1])
         cache = past if state is None else state
         packed = arguments.get("cu_seq_lens_q") is not None  # the starts of the sequences
-        packed |= not goes_on and _begins_again(arguments.get("position_ids"), is_token)
+        packed |= not goes_on and _is_packed(arguments, is_token)
         return cls(ids, is_token, goes_on, cache, num_before, packed)
 
 
@@ -87,18 +87,33 @@ def _without_padding(mask: object, states: Tensor, num_before: int | None) -> Te
     first = last if num_before is None else min(num_before, last)
     if mask.dim() == 2:
         return mask[:, first : first + length].bool()
-    # [B, heads, L, keys], true or 0.0 if a token sees a key; a token that is no padding sees itself
-    sees = mask == 0 if mask.is_floating_point() else mask.bool()
-    own = sees[:, 0].expand(num_rows, length, -1).diagonal(first, 1, 2)
+    # a token that is no padding sees itself
+    own = _sees(mask).expand(num_rows, length, -1).diagonal(first, 1, 2)
     return own[:, :length]
 
 
-def _begins_again(positions: object, is_token: Tensor) -> bool:
-    """Whether the positions [B, L] of tokens do not rise in a row: it holds several sequences."""
-    if not isinstance(positions, Tensor) or positions.dim() != 2 or positions.shape[1] < 2:
-        return False
-    rises, both = positions.diff(dim=1) > 0, is_token[:, 1:] & is_token[:, :-1]
-    return bool((both & ~rises.to(both.device)).any())
+def _sees(mask: Tensor) -> Tensor:
+    """The keys that each token sees, [B, L, keys]: true or 0.0 in a mask [B, heads, L, keys]."""
+    return (mask == 0 if mask.is_floating_point() else mask.bool())[:, 0]
+
+
+def _is_packed(arguments: Mapping[str, Any], is_token: Tensor) -> bool:
+    """Whether a row of a first pass, with tokens [B, L], holds several sequences.
+
+    Where one begins, no position rises, or the token does not see the one before it.
+    """
+    positions, mask = arguments.get("position_ids"), arguments.get("attention_mask")
+    if isinstance(mask, dict):
+        mask = mask.get("full_attention")  # a token that begins a chunk sees none before, either
+    goes_on: list[Tensor] = []  # of each token but the first of its row
+    if isinstance(positions, Tensor) and positions.dim() in {1, 2, 3}:
+        rises = positions.diff(dim=-1) > 0  # M-RoPE: [3, B, L], and those of an image rise in turn
+        goes_on.append(rises.any(0) if rises.dim() == 3 else rises)
+    if isinstance(mask, Tensor) and mask.dim() == 4:
+        goes_on.append(_sees(mask)[:, :, : is_token.shape[1]].diagonal(-1, 1, 2))
+    both = is_token[:, 1:] & is_token[:, :-1]
+    begins = [both & ~one.to(both.device) for one in goes_on if both.shape[1]]
+    return bool(torch.stack(begins).any()) if begins else False
 
 
 def by_name(model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any]) -> dict[str, Any]:
@@ -270,12 +285,17 @@ class Watcher:
         return any(router is not None and not router.is_causal for router in routers)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
+        if (seen := self.input_of(by_name(model, args, kwargs))) is not None:
+            self.see(seen)
+
+    def input_of(self, arguments: Mapping[str, Any]) -> PassInput | None:
+        """What a pass with these arguments reads; None if no router decides by whole prompts."""
         if not self._looks_ahead():
             self.now.conversation = None
-            return
-        seen = PassInput.of(by_name(model, args, kwargs))
+            return None
+        seen = PassInput.of(arguments)
         self.now.packed = seen.packed
-        self.see(seen)
+        return seen
 
     def refuse_packed(self) -> None:
         """Refuse a pass whose rows hold several sequences: one would decide for all.
@@ -285,9 +305,10 @@ class Watcher:
         """
         if self.now.packed:
             raise UnreadPromptError(
-                "several sequences lie in one row, as in continuous batching (`generate_batch`) or"
-                " where their positions begin again, and this model decides by whole prompts, one"
-                " in a row; pad them instead, or take a model whose gates decide token by token"
+                "several sequences lie in one row, as in continuous batching (`generate_batch`), or"
+                " where positions begin again or a mask has blocks, and this model decides by whole"
+                " prompts, one in a row; pad them instead, or take a model whose gates decide token"
+                " by token"
             )
 
 

@@ -286,6 +286,19 @@ def test_a_gguf_file_is_parsed_once_and_without_a_bar(
     assert torch.equal(model.get_parameter("model.layers.1.mlp.down_proj.weight"), down)
 
 
+def test_a_gguf_base_answers_a_padded_batch_on_every_cache(base: Path, tmp_path: Path) -> None:
+    """For a static one, transformers makes the mask by the config of the model, not its layers'."""
+    write_gguf(base, tmp_path / "tiny.gguf")
+    model: Any = load_gguf(tmp_path / "tiny.gguf")[0]
+    mask = torch.tensor([[0, 0, 0, 1, 1, 1], [1, 1, 1, 1, 1, 1]])
+    asked = {"attention_mask": mask, "max_new_tokens": 8, "do_sample": False, "eos_token_id": None}
+    ids = torch.arange(5, 17).view(2, 6)
+    expected = model.generate(ids, **asked)
+    assert torch.equal(model.generate(ids, cache_implementation="static", **asked), expected)
+    model.save_pretrained(tmp_path / "saved")
+    assert "quantization_config" not in (tmp_path / "saved" / "config.json").read_text()
+
+
 @pytest.mark.parametrize("dtype", [torch.bfloat16, "float16"])
 def test_a_gguf_base_has_the_dtype_that_is_asked_for(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | str

@@ -3,15 +3,23 @@
 import dataclasses
 import shutil
 from dataclasses import replace
+from typing import Any
 
 import pytest
 import torch
-from transformers import DynamicCache, QuantizedCache
+from peft import LoraConfig, get_peft_model
+from transformers import (
+    AutoModelForCausalLM,
+    DynamicCache,
+    QuantizedCache,
+    Trainer,
+    TrainingArguments,
+)
 
 import meteora
 from meteora.artifacts import SHARED, RouterOptions, file_sha256
 from meteora.checkpoint import tensors
-from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, read_manifest
+from meteora.checkpoint.manifest import CARD, CONFIG, EXPERTS, GATES, MANIFEST, read_manifest
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.sequences import UNLABELLED
 from meteora.model.fused import (
@@ -24,11 +32,10 @@ from meteora.model.fused import (
 from meteora.routing.gates import gates_in, gates_of
 from meteora.routing.hooks import recorded_routes
 from meteora.routing.layer import routed_by
+from tests.conftest import peft_is_behind
 from tests.meteora.fitting.test_calibrate import examples, routing_accuracy
 
 NEW = 12
-ADVICE = ("meteora.checkpoint.tensors.write_gates,", "SHA-256", "`files`")
-"""What a user who trained gates has to do, as the refusal to save names it."""
 
 
 def with_shared(num_each: int, seed: int = 0):
@@ -168,22 +175,90 @@ def test_routes_do_not_change_with_what_follows(model, prompts):
             assert torch.equal(experts, whole[path][1][: len(experts)]), path
 
 
-def test_new_gates_are_loaded_where_the_refusal_to_save_says(checkpoint, world, tmp_path):
-    folder = tmp_path / "copy"
+def gates_file(folder):
+    return file_sha256(folder / GATES)
+
+
+def test_a_model_is_saved_as_its_checkpoint_and_with_the_gates_that_it_has(
+    checkpoint, world, tmp_path
+):
+    folder, copy, trained = (tmp_path / name for name in ("own", "copy", "trained"))
     shutil.copytree(checkpoint, folder)
     manifest = read_manifest(folder)
-    digest = file_sha256(folder / GATES)
-    named = dataclasses.replace(manifest, files={GATES: digest})
-    (folder / MANIFEST).write_text(named.to_json())
+    files = {name: file_sha256(folder / name) for name in (EXPERTS, GATES)}
+    facts = {"method": "calibrate", "num_tokens": 1}
+    (folder / MANIFEST).write_text(
+        dataclasses.replace(manifest, files=files, gates=facts).to_json()
+    )
+    (folder / CARD).write_text("scores")
     model, _ = meteora.load(folder, base_folder=world.base)
+    model.save_pretrained(copy)
+    assert (copy / MANIFEST).read_bytes() == (folder / MANIFEST).read_bytes()
+    assert (gates_file(copy), (copy / CARD).read_text()) == (files[GATES], "scores")
+    gate = next(iter(gates_in(model).values())).requires_grad_()
     with torch.no_grad():
-        next(iter(gates_in(model).values())).bias.add_(1.0)
-    with pytest.raises(UnsavableError) as refused:
-        model.save_pretrained(tmp_path / "saved")
-    assert all(f" {step} " in f"{refused.value} " for step in ADVICE)
-    tensors.write_gates(folder / GATES, gates_of(model))
-    text = (folder / MANIFEST).read_text().replace(digest, file_sha256(folder / GATES))
-    (folder / MANIFEST).write_text(text)
-    again, _ = meteora.load(folder, base_folder=world.base)
+        gate.bias.add_(1.0)
+    for _ in range(2):  # the second one over what is there
+        model.save_pretrained(copy)
+        assert {p.name for p in copy.iterdir()} == {MANIFEST, EXPERTS, GATES, CONFIG}
+    found = read_manifest(copy)
+    assert found == dataclasses.replace(manifest, files={**files, GATES: gates_file(copy)})
+    again = AutoModelForCausalLM.from_pretrained(copy, base_folder=world.base)
     for own, read in zip(gates_in(model).values(), gates_in(again).values(), strict=True):
         assert torch.equal(own.bias, read.bias)
+    assert gates_file(folder) == files[GATES]
+    for block, sentence in (
+        (lambda: model.save_pretrained(folder), "was loaded from this folder; give another"),
+        (lambda: model.save_pretrained(trained, push_to_hub=True), "`meteora publish` the folder"),
+    ):
+        with pytest.raises(UnsavableError, match=sentence):
+            block()
+    with force_expert(model, "attention"), pytest.raises(UnsavableError, match="outside of that"):
+        model.save_pretrained(trained)
+    assert not trained.exists()
+
+
+def test_what_a_checkpoint_does_not_hold_is_not_saved_without_it(checkpoint, world, tmp_path):
+    model, _ = meteora.load(checkpoint, base_folder=world.base)
+    lora = LoraConfig(target_modules=["projection"], init_lora_weights=False)
+    with peft_is_behind():
+        adapted = get_peft_model(model, lora)
+    for _ in ("beside the projections", "merged into them"):
+        with pytest.raises(UnsavableError, match=r"\d+ weights beside the gates are not as"):
+            model.save_pretrained(tmp_path / "saved")
+        adapted.merge_and_unload()
+    assert not (tmp_path / "saved").exists()
+    narrow = meteora.load(checkpoint, base_folder=world.base)[0].to(torch.bfloat16)
+    narrow.save_pretrained(tmp_path / "saved")
+    spread = {"": "disk"}
+    model, _ = meteora.load(tmp_path / "saved", base_folder=world.base, device_map=spread)
+    model.save_pretrained(tmp_path / "again")
+    assert gates_file(tmp_path / "again") == gates_file(tmp_path / "saved")
+
+
+def train(model, folder):
+    rows: Any = [{"input_ids": s.input_ids, "labels": s.input_ids} for s in with_shared(1)]
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=2,
+        per_device_train_batch_size=1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    Trainer(model, args, train_dataset=rows).train()
+
+
+def test_a_trainer_saves_the_gates_that_it_trained(checkpoint, world, tmp_path, monkeypatch):
+    model, _ = meteora.load(checkpoint, base_folder=world.base)
+    for gate in gates_in(model).values():
+        monkeypatch.setattr(gate, "options", dataclasses.replace(gate.options, top_k=2))
+    with pytest.raises(RuntimeError, match="does not require grad"):  # at the first step
+        train(model, tmp_path / "frozen")
+    for gate in gates_in(model).values():
+        gate.requires_grad_()
+    train(model, tmp_path)
+    again, _ = meteora.load(tmp_path / "checkpoint-2", base_folder=world.base)
+    assert gates_file(tmp_path / "checkpoint-2") != gates_file(checkpoint)
+    for own, read in zip(gates_in(model).values(), gates_in(again).values(), strict=True):
+        assert torch.equal(own.weight, read.weight)

@@ -7,6 +7,7 @@ import pytest
 import torch
 from peft import LoraConfig
 from safetensors.torch import load_file, save_file
+from transformers import AutoModelForCausalLM
 
 import meteora
 from meteora.artifacts import RouterOptions
@@ -21,6 +22,7 @@ from meteora.model.fused import (
     WrongBaseError,
     expert_names,
     force_expert,
+    insert_experts,
     insert_layer,
     make_router,
     without_experts,
@@ -230,11 +232,15 @@ def test_a_dtype_in_which_nothing_computes_is_refused_before_anything_is_looked_
 
 def test_a_fused_model_is_not_saved_as_if_it_were_its_base(world, model, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    for save in (model.save_pretrained, model.push_to_hub):
-        with pytest.raises(UnsavableError, match="copy the folder of its checkpoint"):
+    base = world.load_base()
+    insert_experts(base, world.checkpoint, world.manifest)
+    for save in (base.save_pretrained, base.push_to_hub, model.push_to_hub):
+        with pytest.raises(UnsavableError, match="model of `meteora"):
             save("saved")
     assert not (tmp_path / "saved").exists()
     world.load_base().save_pretrained(tmp_path / "base")
+    model.save_pretrained("saved")  # without gates it is a copy
+    assert meteora.expert_names(meteora.load("saved", base_folder=world.base)[0]) == EXPERTS
 
 
 def test_what_transformers_asks_of_a_model_s_name_and_adapters_is_true(world):
@@ -251,6 +257,22 @@ def test_what_transformers_asks_of_a_model_s_name_and_adapters_is_true(world):
         with pytest.raises(RoutedAdaptersError, match="`meteora add`"):
             add(given)
     assert [path for path, _ in model.named_modules()] == before  # none is half added
+
+
+def test_a_routed_head_can_be_tied_again(world, ids):
+    model = AutoModelForCausalLM.from_pretrained(world.base, tie_word_embeddings=True)
+    model.tie_weights()
+    size = model.config.vocab_size
+    entry = dataclasses.replace(
+        world.manifest.modules["model.layers.0.self_attn.q_proj"],
+        out_features=size, ranks=(1,), scaling=(1.0,),
+    )  # fmt: skip
+    insert_layer(model, "lm_head", torch.ones(1, 32), torch.ones(size, 1), entry)
+    expected = logits(model, ids)
+    model.lm_head.projection.weight = torch.nn.Parameter(torch.ones(size, 32))
+    model.tie_weights()
+    assert model.lm_head.weight is model.get_input_embeddings().weight
+    assert torch.equal(logits(model, ids), expected)
 
 
 def test_another_base_is_refused_and_the_sentence_names_what_differs(world, build_base):

@@ -90,11 +90,44 @@ def test_rows_of_several_sequences_are_refused_where_a_gate_decides_by_them(mode
     with without_experts(model):
         model(ids, cu_seq_lens_q=ends)
     places = torch.tensor([[*range(len(FIRST)), *range(len(OTHER))]])
-    for packed in ({"cu_seq_lens_q": ends}, {"position_ids": places}):
+    own = torch.block_diag(*(torch.ones(len(p), len(p)).tril() for p in (FIRST, OTHER)))
+    block = {"attention_mask": own.bool()[None, None]}
+    for packed in ({"cu_seq_lens_q": ends}, {"position_ids": places}, block):
         with pytest.raises(UnreadPromptError, match="several sequences lie in one row"):
             model(ids, **packed)
     expected = model(ids).logits
     assert torch.equal(model(ids, position_ids=torch.arange(ids.shape[1])[None]).logits, expected)
+
+
+def packed(num_rows=1, **given):
+    before = {"input_ids": torch.ones(num_rows, 6).long(), "past_key_values": DynamicCache()}
+    return PassInput.of(before | given).packed
+
+
+def test_rows_of_several_sequences_are_found_by_positions_and_masks_of_every_form():
+    risen, again = torch.arange(6), torch.tensor([0, 1, 2, 3, 0, 1])
+    # an image of 2 × 2 patches: frames, rows, columns
+    image = torch.tensor([[0, 1, 1, 1, 1, 3], [0, 1, 1, 2, 2, 3], [0, 1, 2, 1, 2, 3]])
+    for num_rows, one, several in (
+        (2, risen, again),
+        (1, risen[None], again[None]),
+        (2, image[:, None].expand(3, 2, 6), again.expand(3, 2, 6)),
+    ):
+        assert not packed(num_rows, position_ids=one)
+        assert packed(num_rows, position_ids=several)
+    causal = torch.ones(6, 6).tril().bool()[None, None]
+    block = causal & ((risen < 4) == (risen < 4)[:, None])
+    least = torch.finfo(torch.float32).min
+    for form in (
+        lambda mask: mask,
+        lambda mask: torch.zeros(mask.shape).masked_fill(~mask, least),
+        lambda mask: {"full_attention": mask},
+        lambda mask: torch.nn.functional.pad(mask, (0, 9)),  # of a static cache
+    ):
+        assert not packed(2, attention_mask=form(causal))
+        assert packed(2, attention_mask=form(block))
+    padding = causal & (risen >= 3)
+    assert not packed(attention_mask=padding, position_ids=(risen - 3).clamp_min(0)[None])
 
 
 @torch.no_grad()

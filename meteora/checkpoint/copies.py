@@ -1,0 +1,43 @@
+"""Copy a checkpoint, perhaps with other gates."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+from meteora.artifacts import file_sha256
+from meteora.checkpoint.manifest import (
+    CONFIG,
+    CONFIG_TEXT,
+    EXPERTS,
+    FILES,
+    GATES,
+    MANIFEST,
+    read_manifest,
+)
+from meteora.checkpoint.tensors import Gates, write_gates
+
+
+def copy_checkpoint(folder: Path, out: Path, gates: Gates | None = None) -> None:
+    """Copy a checkpoint's files to another folder, over any checkpoint there; the manifest last.
+
+    Args:
+        gates: in place of its own. If they differ, the copy has none of what is said of those:
+            facts about their fit, statistics, the lineage and the card with the scores
+    """
+    out.mkdir(parents=True, exist_ok=True)
+    if (out / MANIFEST).exists():
+        for name in FILES:
+            (out / name).unlink(missing_ok=True)
+    manifest, copied = read_manifest(folder), [name for name in FILES if name != MANIFEST]
+    if gates is not None:
+        write_gates(out / GATES, gates)
+        own = file_sha256(out / GATES)
+        if own != file_sha256(folder / GATES):
+            copied = [EXPERTS]
+            files = {name: manifest.files[name] for name in copied if name in manifest.files}
+            manifest = replace(manifest, gates={}, router_id="", files={**files, GATES: own})
+    for name in copied:
+        if (folder / name).exists():  # most are not downloaded from the Hub
+            shutil.copyfile(folder / name, out / name)
+    (out / CONFIG).write_text(CONFIG_TEXT, encoding="utf-8")
+    (out / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")

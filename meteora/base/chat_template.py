@@ -9,7 +9,6 @@ from typing import TYPE_CHECKING, Self
 
 from meteora.artifacts import MeteoraError
 from meteora.artifacts.identity import Noun
-from meteora.untrusted.chat_templates import bounded_template
 from meteora.untrusted.findings import brief
 
 if TYPE_CHECKING:
@@ -36,8 +35,7 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str,
     """
     asked = [dict(message) for message in messages]
     try:
-        with bounded_template():
-            text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
+        text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
         return _whole(str(text))
     except ConversationError:
         raise

@@ -32,7 +32,7 @@ from transformers.utils import logging as hf_logging
 from meteora.artifacts import Fingerprint, MeteoraError, canonical_sha256
 from meteora.artifacts.specs import place_of
 from meteora.base import placement
-from meteora.base.config_bounds import refuse_endless
+from meteora.base.config_checks import refuse_endless, require_tokens
 from meteora.base.placement import (
     explain_offloading,
     is_out_of_memory,
@@ -302,10 +302,7 @@ def _load_model(source: Path, options: dict[str, Any]) -> PreTrainedModel:
                 **_named(source), trust_remote_code=False, output_loading_info=True, **options
             )
         model, info = loaded
-        for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
-            ids = getattr(model.generation_config, name, None)
-            if not all(type(one) is int for one in (ids if isinstance(ids, list) else [ids or 0])):
-                raise TypeError(f"{name} of its generation config is {shortened(ids)!r}, no token")
+        require_tokens(model.generation_config)
         if written and any(written.iterdir()):
             weakref.finalize(model, made.pop_all().close)
     if missing := sorted(info["missing_keys"]):

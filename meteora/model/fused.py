@@ -239,11 +239,14 @@ def _save(
 
 
 def _samples(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The first numbers of each weight beside the gates, by its name."""
+    """The first numbers of each weight beside the gates, by its name; none of quantised ones."""
     gates = {id(weight) for gate in gates_in(model).values() for weight in gate.parameters()}
     every = model.named_parameters(remove_duplicate=False)  # offloading may part a tied head
-    own = ((name, weight) for name, weight in every if id(weight) not in gates)
-    return {name: weight.detach().flatten()[:8].clone() for name, weight in own}
+    return {
+        name: weight.detach().flatten()[:8].clone()
+        for name, weight in every
+        if type(weight) is torch.nn.Parameter and id(weight) not in gates
+    }
 
 
 def _is_same(name: str, before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> bool:

@@ -1,7 +1,6 @@
 """Parsers for text and files of unknown origin: strict, and bounded in time and memory.
 
 findings            reasons against a file, collected while it is read, and their error
-chat_templates      bounds on the time and the output of a chat template
 config_fields       the fields of a config, each read to its type
 patterns            regular expressions, matched in linear time
 safetensors_header  the header of a safetensors file, without its tensors

@@ -22,7 +22,7 @@ from transformers.integrations import accelerate
 from transformers.models.llama4.modeling_llama4 import Llama4Router
 from transformers.utils import logging as hf_logging
 
-from meteora.base.config_bounds import MAX_LAYERS
+from meteora.base.config_checks import MAX_LAYERS
 from meteora.base.loading import (
     fingerprint_of,
     layers_on_disk,

@@ -1,9 +1,14 @@
-"""Bounds on a base's config, before transformers reads it: it lists every layer, one by one."""
+"""Checks of a base's configs that transformers does not make.
+
+It lists every layer of a config, one by one, and compares what it generates with any end token.
+"""
 
 import json
 import re
 from pathlib import Path
 from typing import Any
+
+from meteora.untrusted.findings import shortened
 
 MAX_BYTES = 16 << 20
 MAX_LAYERS = 2_000
@@ -31,3 +36,11 @@ def refuse_endless(config: Path) -> None:
             if LAYERS.fullmatch(key) and type(value) is int and value > MAX_LAYERS:
                 raise ValueError(f"{key} is {value!s:.20}, more than {MAX_LAYERS}")
         waiting += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+
+
+def require_tokens(generation: object) -> None:
+    """Raise a TypeError if the begin, end or padding token of a generation config is no token."""
+    for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
+        ids = getattr(generation, name, None)
+        if not all(type(one) is int for one in (ids if isinstance(ids, list) else [ids or 0])):
+            raise TypeError(f"{name} of its generation config is {shortened(ids)!r}, no token")

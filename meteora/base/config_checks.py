@@ -29,7 +29,10 @@ def refuse_endless(config: Path) -> None:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES} bytes")
-    waiting: list[Any] = [json.loads(data)]
+    try:
+        waiting: list[Any] = [json.loads(data)]
+    except (ValueError, RecursionError):
+        raise ValueError("it is not a valid JSON file") from None
     while waiting:
         one = waiting.pop()
         for key, value in one.items() if isinstance(one, dict) else ():

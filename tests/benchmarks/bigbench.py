@@ -40,7 +40,7 @@ BENCHMARK = {
     "limit": NUM_TEST,
     "max_new_tokens": 24,
     "batch_size": 30,
-    "conversation": [{"n": 3, "count": 67}, {"n": 10, "count": 20}],
+    "conversation": [{"n": 3, "count": 200}, {"n": 10, "count": 100}],
     "compare": ["oracle"],
 }
 

@@ -26,7 +26,10 @@ from tests.benchmarks.bigbench import NUM_EXAMPLES, NUM_TEST, split
 from tests.quickstart import make
 from tests.quickstart.make import ATTENTION, MLP, Training
 
-BENCHMARK = bigbench.BENCHMARK | {"max_new_tokens": 32}
+BENCHMARK = bigbench.BENCHMARK | {
+    "max_new_tokens": 32,
+    "conversation": [{"n": 3, "count": 67}, {"n": 10, "count": 20}],
+}
 LONGEST = {"language_identification": 300}
 """Characters of a prompt to train on, where a few long ones would take most of the time."""
 MOST_ENTRIES = 20_000

@@ -115,7 +115,9 @@ def test_a_turn_is_more_often_of_the_same_expert_than_a_draw_gives() -> None:
     ("template", "said"),
     [
         pytest.param(
-            "{{ raise_exception('System role not supported') }}", "takes no such", id="refuses"
+            "{{ raise_exception('System role not supported') }}",
+            "not take these messages: System role not supported; set `gates",
+            id="refuses",
         ),
         pytest.param(CHATML.replace("| trim", "| upper"), "changes what", id="changes"),
     ],

@@ -33,6 +33,7 @@ from meteora.routing.gates import gates_in, gates_of, insert_gates, route_again_
 from meteora.routing.layer import MoELoRALinear, RoutedExperts, routed_by, routed_layers
 from meteora.routing.routers import Fixed, Random, Router
 from meteora.routing.weight_scores import KINDS
+from meteora.untrusted.findings import listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -227,9 +228,9 @@ def _save(
     changed |= {name for name in before.keys() & now.keys() if _differs(before[name], now[name])}
     if changed:
         raise UnsavableError(
-            f"{len(changed)} weights beside the gates are not as they were loaded, or not frozen,"
-            f" such as {min(changed)}, and a checkpoint holds gates and experts alone; train an"
-            ' adapter with PEFT\'s get_peft_model and target_modules=["projection"], and save that'
+            "weights beside the gates are not as they were loaded, or not frozen"
+            f" ({listed(sorted(changed))}), and a checkpoint holds gates and experts alone; train"
+            ' an adapter with PEFT\'s get_peft_model and target_modules=["projection"], and save it'
             " by itself"
         )
     out = Path(save_directory)

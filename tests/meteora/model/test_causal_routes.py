@@ -233,7 +233,7 @@ def test_what_a_checkpoint_does_not_hold_is_not_saved_without_it(checkpoint, wor
     with peft_is_behind():
         adapted = get_peft_model(model, lora)
     for _ in ("beside the projections", "merged into them"):
-        with pytest.raises(UnsavableError, match=r"\d+ weights beside the gates are not as"):
+        with pytest.raises(UnsavableError, match="weights beside the gates are not as"):
             model.save_pretrained(tmp_path / "saved")
         adapted.merge_and_unload()
     assert not (tmp_path / "saved").exists()
@@ -241,7 +241,9 @@ def test_what_a_checkpoint_does_not_hold_is_not_saved_without_it(checkpoint, wor
     longer.resize_token_embeddings(longer.config.vocab_size + 1)
     frozen_no_more.get_input_embeddings().requires_grad_()  # rows of unseen tokens stay the same
     for changed in (longer, frozen_no_more):
-        with pytest.raises(UnsavableError, match="or not frozen, such as"):
+        with pytest.raises(
+            UnsavableError, match=r"or not frozen \((lm_head|model\.embed_tokens)\.weight"
+        ):
             changed.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
     narrow = meteora.load(checkpoint, base_folder=world.base)[0].to(torch.bfloat16)

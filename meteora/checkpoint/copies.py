@@ -51,8 +51,9 @@ def copy_checkpoint(source: Source, out: Path, gates: Gates | None = None) -> No
         )
     manifest, copied = read_manifest(folder), [name for name in FILES if name != MANIFEST]
     out.mkdir(parents=True, exist_ok=True)
-    if (out / MANIFEST).exists():
-        for name in FILES:
+    is_checkpoint = (out / MANIFEST).exists()
+    for name in FILES:
+        if is_checkpoint or (out / name).is_symlink():  # the Hub's cache links to what it shares
             (out / name).unlink(missing_ok=True)
     if gates is not None:
         write_gates(out / GATES, gates)

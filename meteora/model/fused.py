@@ -82,6 +82,9 @@ def load(
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a fused model: the base, every expert, and the router.
 
+    All weights are frozen. The model's `save_pretrained` writes a checkpoint, with the gates as
+    they are then.
+
     Several threads may call the model at once, unless layers are offloaded. But `force_expert` and
     `without_experts` hold for all of them.
 

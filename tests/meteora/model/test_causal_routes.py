@@ -262,8 +262,13 @@ def test_a_checkpoint_that_has_changed_since_is_not_copied(
     monkeypatch.chdir(tmp_path)
     model, _ = meteora.load("own", base_folder=world.base)
     monkeypatch.chdir(world.base)
+    saved.mkdir()
+    (saved / EXPERTS).symlink_to(folder / EXPERTS)
+    (saved / CONFIG).symlink_to(world.base / CONFIG)
     copy.deepcopy(model).save_pretrained(saved)
     before = {path.name for path in saved.iterdir()}
+    assert not any(path.is_symlink() for path in saved.iterdir())
+    assert "meteora" not in (world.base / CONFIG).read_text()
     own = (folder / MANIFEST).read_text()
     for change in (
         lambda: (folder / MANIFEST).write_text(f"{own} "),

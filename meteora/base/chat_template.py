@@ -36,13 +36,11 @@ def rendered(tokenizer: PreTrainedTokenizerBase, messages: Sequence[Mapping[str,
     asked = [dict(message) for message in messages]
     try:
         text = tokenizer.apply_chat_template(asked, tokenize=False, add_generation_prompt=True)
-        return _whole(str(text))
-    except ConversationError:
-        raise
     except Exception as error:  # a stranger's program can raise anything
         raise ConversationError(
             f"the base's chat template does not take these messages: {brief(error)}"
         ) from error
+    return _whole(str(text))
 
 
 def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:

@@ -45,5 +45,7 @@ def require_tokens(generation: object) -> None:
     """Raise a TypeError if the begin, end or padding token of a generation config is no token."""
     for name in ("bos_token_id", "eos_token_id", "pad_token_id"):
         ids = getattr(generation, name, None)
-        if not all(type(one) is int for one in (ids if isinstance(ids, list) else [ids or 0])):
+        if ids is not None and not all(
+            type(one) is int for one in (ids if isinstance(ids, list) else [ids])
+        ):
             raise TypeError(f"{name} of its generation config is {shortened(ids)!r}, no token")

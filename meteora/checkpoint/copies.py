@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from typing import NamedTuple, Self
 
 from meteora.artifacts import file_sha256
 from meteora.checkpoint.manifest import (
@@ -12,23 +13,48 @@ from meteora.checkpoint.manifest import (
     FILES,
     GATES,
     MANIFEST,
+    CheckpointError,
     read_manifest,
 )
 from meteora.checkpoint.tensors import Gates, write_gates
 
 
-def copy_checkpoint(folder: Path, out: Path, gates: Gates | None = None) -> None:
+class Source(NamedTuple):
+    """A checkpoint that may be copied later."""
+
+    folder: Path
+    """Absolute, since a program may go to another folder."""
+    manifest_sha256: str
+
+    @classmethod
+    def of(cls, folder: Path) -> Self:
+        """The checkpoint in a folder, as it is now."""
+        return cls(folder.absolute(), file_sha256(folder / MANIFEST))
+
+
+def copy_checkpoint(source: Source, out: Path, gates: Gates | None = None) -> None:
     """Copy a checkpoint's files to another folder, over any checkpoint there; the manifest last.
 
     Args:
         gates: in place of its own. If they differ, the copy has none of what is said of those:
             facts about their fit, statistics, the lineage and the card with the scores
+
+    Raises:
+        CheckpointError: the source has changed, or is gone. Then nothing is written.
     """
-    out.mkdir(parents=True, exist_ok=True)
-    if (out / MANIFEST).exists():
-        for name in FILES:
-            (out / name).unlink(missing_ok=True)
+    folder = source.folder
+    is_there = (folder / MANIFEST).is_file() and (folder / EXPERTS).is_file()
+    if not is_there or file_sha256(folder / MANIFEST) != source.manifest_sha256:
+        raise CheckpointError(
+            f"{folder}: the checkpoint has changed or gone since it was loaded, and its experts are"
+            " to be copied; put it back"
+        )
     manifest, copied = read_manifest(folder), [name for name in FILES if name != MANIFEST]
+    out.mkdir(parents=True, exist_ok=True)
+    is_checkpoint = (out / MANIFEST).exists()
+    for name in FILES:
+        if is_checkpoint or (out / name).is_symlink():  # the Hub's cache links to what it shares
+            (out / name).unlink(missing_ok=True)
     if gates is not None:
         write_gates(out / GATES, gates)
         own = file_sha256(out / GATES)

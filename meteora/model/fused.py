@@ -22,7 +22,7 @@ from meteora.base import loading
 from meteora.base.placement import PlacementError, is_offloaded, placed, require_device
 from meteora.base.sources import PATH, weights_sha256
 from meteora.checkpoint import tensors
-from meteora.checkpoint.copies import copy_checkpoint
+from meteora.checkpoint.copies import Source, copy_checkpoint
 from meteora.checkpoint.manifest import Manifest, ModuleEntry, read_manifest, unknown_expert_message
 from meteora.checkpoint.resolve import base_download, find_checkpoint, load_base
 from meteora.kernels.addmm import experts_dtype, weight_of
@@ -33,6 +33,7 @@ from meteora.routing.gates import gates_in, gates_of, insert_gates, route_again_
 from meteora.routing.layer import MoELoRALinear, RoutedExperts, routed_by, routed_layers
 from meteora.routing.routers import Fixed, Random, Router
 from meteora.routing.weight_scores import KINDS
+from meteora.untrusted.findings import listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -80,6 +81,9 @@ def load(
     download: Mapping[str, Any] | None = None,
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """Load a fused model: the base, every expert, and the router.
+
+    All weights are frozen. The model's `save_pretrained` writes a checkpoint, with the gates as
+    they are then.
 
     Several threads may call the model at once, unless layers are offloaded. But `force_expert` and
     `without_experts` hold for all of them.
@@ -139,7 +143,8 @@ def load(
     insert_experts(model, folder, manifest, cache=cache)
     insert_routers(model, folder, manifest)
     model.requires_grad_(requires_grad=False)  # a checkpoint does not hold its base
-    vars(model)["save_pretrained"] = partial(_save, model, folder, _samples(model))
+    samples = {name: _sample(weight) for name, weight in _beside_gates(model).items()}
+    vars(model)["save_pretrained"] = partial(_save, model, Source.of(folder), samples)
     model.config._name_or_path = model.name_or_path = str(checkpoint_folder)  # not its base's
     return (model.to(device) if device is not None else model), tokenizer
 
@@ -200,61 +205,74 @@ def _refuse_to_save(*_args: object, **_kwargs: object) -> None:
 
 def _save(
     model: PreTrainedModel,
-    folder: Path,
-    loaded: Mapping[str, Tensor],
+    source: Source,
+    before: Mapping[str, Tensor],
     save_directory: str | Path,
     is_main_process: bool = True,
     state_dict: object = None,
     push_to_hub: bool = False,
     **_kwargs: object,
 ) -> None:
-    """Write a checkpoint: a copy of the one in `folder`, with the gates as they are now.
+    """Write a checkpoint: a copy of the one that was loaded, with the gates as they are now.
 
     Args:
-        loaded: the `_samples` of the model when it was loaded
+        before: samples of each weight beside the gates when the model was loaded, by its name
         save_directory: and the others are those of transformers
 
     Raises:
+        CheckpointError: the checkpoint that was loaded has changed, or is gone.
         UnsavableError: weights beside the gates have changed, or a state dict is given; it is the
             same folder; an expert is forced; or it is to be pushed.
     """
     if push_to_hub or state_dict is not None:
         _refuse_to_save()
-    now = _samples(model)
-    if changed := sorted(n for n in loaded.keys() | now.keys() if not _is_same(n, loaded, now)):
+    now = _beside_gates(model)
+    changed = before.keys() ^ now.keys()
+    changed |= {name for name in before.keys() & now.keys() if _differs(before[name], now[name])}
+    if changed:
         raise UnsavableError(
-            f"{len(changed)} weights beside the gates are not as they were loaded, such as"
-            f" {changed[0]}, and a checkpoint holds gates and experts alone; train an adapter with"
-            ' PEFT\'s get_peft_model and target_modules=["projection"], and save that by itself'
+            "weights beside the gates are not as they were loaded, or not frozen"
+            f" ({listed(sorted(changed))}), and a checkpoint holds gates and experts alone; train"
+            ' an adapter with PEFT\'s get_peft_model and target_modules=["projection"], and save it'
+            " by itself"
         )
-    if Path(save_directory).resolve() == folder.resolve():
-        raise UnsavableError(f"{folder}: the model was loaded from this folder; give another")
+    out = Path(save_directory)
+    if out.exists() and source.folder.exists() and out.samefile(source.folder):
+        raise UnsavableError(f"{out}: the model was loaded from this folder; give another")
     if any(layer.is_lent for layer in routed_layers(model).values()):
         raise UnsavableError(
             "the routers are replaced, as in force_expert; save the model outside of that block"
         )
     if is_main_process:
-        gates = gates_of(model) if gates_in(model) else None
-        copy_checkpoint(folder, Path(save_directory), gates)
+        copy_checkpoint(source, out, gates_of(model) if gates_in(model) else None)
 
 
-def _samples(model: PreTrainedModel) -> dict[str, Tensor]:
-    """The first numbers of each weight beside the gates, by its name; none of quantised ones."""
+def _beside_gates(model: PreTrainedModel) -> dict[str, Tensor]:
+    """Each weight beside the gates by its name; none of quantised ones."""
     gates = {id(weight) for gate in gates_in(model).values() for weight in gate.parameters()}
     every = model.named_parameters(remove_duplicate=False)  # offloading may part a tied head
     return {
-        name: weight.detach().flatten()[:8].clone()
+        name: weight
         for name, weight in every
         if type(weight) is torch.nn.Parameter and id(weight) not in gates
     }
 
 
-def _is_same(name: str, before: Mapping[str, Tensor], now: Mapping[str, Tensor]) -> bool:
-    """Whether a weight has not changed, but perhaps its dtype or device."""
-    if name not in before or name not in now:
-        return False
-    old, new = before[name], now[name]
-    return old.is_meta or new.is_meta or torch.equal(old.to(new.device, new.dtype), new)
+def _sample(weight: Tensor) -> Tensor:
+    """Some numbers of all of a weight: a longer table of tokens begins like the one before."""
+    return weight.detach().flatten()[:: max(weight.numel() // 8, 1)].clone()
+
+
+def _differs(before: Tensor, weight: Tensor) -> bool:
+    """Whether a weight is trained, or has other numbers than its sample before.
+
+    Its dtype and device may have changed.
+    """
+    if weight.requires_grad or before.is_meta or weight.is_meta:
+        return weight.requires_grad
+    now = _sample(weight)
+    # in float32, since torch compares no 8-bit floats
+    return not torch.equal(before.to(now.device, now.dtype).float(), now.float())
 
 
 def _refuse_to_set(*_args: object, **_kwargs: object) -> None:

@@ -231,7 +231,7 @@ class CompletionRequest(AnyRequest):
     def _take_one_of_a_list(cls, sent: Any) -> Any:  # noqa: ANN401  (JSON)
         if isinstance(sent, list) and [isinstance(one, str) for one in sent] != [True]:
             raise ValueError(
-                f"it is a list of {len(sent)}; one text is continued a request, so it should be a"
+                f"it is a list of {len(sent)}; a request continues one text, so it should be a"
                 " text or a list of one text, and no tokens"
             )
         return sent[0] if isinstance(sent, list) else sent

@@ -175,8 +175,8 @@ class _PlainConsole(rich_console.Console):
             objects = (at_spaces(" ".join(objects), self.width),)
         super().print(*objects, soft_wrap=soft_wrap, **options)
 
-    def render_str(self, text: str, **style: Any) -> Text:  # noqa: ANN401  (rich's own)
-        return super().render_str(for_terminal(text), **style)
+    def render_str(self, text: str, **options: Any) -> Text:  # noqa: ANN401  (rich's own)
+        return super().render_str(for_terminal(text), **options)
 
 
 def plain_console() -> rich_console.Console:

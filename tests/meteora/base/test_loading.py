@@ -103,7 +103,7 @@ def test_a_setting_of_the_tokenizer_of_another_type_is_refused(value: object, ba
         load_folder(base)
 
 
-@pytest.mark.parametrize("value", ["x", 0.5, [1, "x"], {"a": 1}], ids=repr)
+@pytest.mark.parametrize("value", ["x", "", 0.5, [1, "x"], {"a": 1}], ids=repr)
 def test_an_end_that_is_no_token_is_refused(value: object, base: Path) -> None:
     path = base / "generation_config.json"
     path.write_text(json.dumps(json.loads(path.read_text()) | {"eos_token_id": value}))

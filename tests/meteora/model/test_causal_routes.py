@@ -1,5 +1,6 @@
 """Routes that depend on a token and what precedes it alone: one answer in every shape of prompt."""
 
+import copy
 import dataclasses
 import shutil
 from dataclasses import replace
@@ -19,7 +20,15 @@ from transformers import (
 import meteora
 from meteora.artifacts import SHARED, RouterOptions, file_sha256
 from meteora.checkpoint import tensors
-from meteora.checkpoint.manifest import CARD, CONFIG, EXPERTS, GATES, MANIFEST, read_manifest
+from meteora.checkpoint.manifest import (
+    CARD,
+    CONFIG,
+    EXPERTS,
+    GATES,
+    MANIFEST,
+    CheckpointError,
+    read_manifest,
+)
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.sequences import UNLABELLED
 from meteora.model.fused import (
@@ -224,9 +233,18 @@ def test_what_a_checkpoint_does_not_hold_is_not_saved_without_it(checkpoint, wor
     with peft_is_behind():
         adapted = get_peft_model(model, lora)
     for _ in ("beside the projections", "merged into them"):
-        with pytest.raises(UnsavableError, match=r"\d+ weights beside the gates are not as"):
+        with pytest.raises(UnsavableError, match="weights beside the gates are not as"):
             model.save_pretrained(tmp_path / "saved")
         adapted.merge_and_unload()
+    assert not (tmp_path / "saved").exists()
+    longer, frozen_no_more = (meteora.load(checkpoint, base_folder=world.base)[0] for _ in "12")
+    longer.resize_token_embeddings(longer.config.vocab_size + 1)
+    frozen_no_more.get_input_embeddings().requires_grad_()  # rows of unseen tokens stay the same
+    for changed in (longer, frozen_no_more):
+        with pytest.raises(
+            UnsavableError, match=r"or not frozen \((lm_head|model\.embed_tokens)\.weight"
+        ):
+            changed.save_pretrained(tmp_path / "saved")
     assert not (tmp_path / "saved").exists()
     narrow = meteora.load(checkpoint, base_folder=world.base)[0].to(torch.bfloat16)
     narrow.save_pretrained(tmp_path / "saved")
@@ -234,6 +252,33 @@ def test_what_a_checkpoint_does_not_hold_is_not_saved_without_it(checkpoint, wor
     model, _ = meteora.load(tmp_path / "saved", base_folder=world.base, device_map=spread)
     model.save_pretrained(tmp_path / "again")
     assert gates_file(tmp_path / "again") == gates_file(tmp_path / "saved")
+
+
+def test_a_checkpoint_that_has_changed_since_is_not_copied(
+    checkpoint, world, tmp_path, monkeypatch
+):
+    folder, saved = tmp_path / "own", tmp_path / "saved"
+    shutil.copytree(checkpoint, folder)
+    monkeypatch.chdir(tmp_path)
+    model, _ = meteora.load("own", base_folder=world.base)
+    monkeypatch.chdir(world.base)
+    saved.mkdir()
+    (saved / EXPERTS).symlink_to(folder / EXPERTS)
+    (saved / CONFIG).symlink_to(world.base / CONFIG)
+    copy.deepcopy(model).save_pretrained(saved)
+    before = {path.name for path in saved.iterdir()}
+    assert not any(path.is_symlink() for path in saved.iterdir())
+    assert "meteora" not in (world.base / CONFIG).read_text()
+    own = (folder / MANIFEST).read_text()
+    for change in (
+        lambda: (folder / MANIFEST).write_text(f"{own} "),
+        lambda: ((folder / MANIFEST).write_text(own), (folder / EXPERTS).unlink()),
+        lambda: shutil.rmtree(folder),
+    ):
+        change()
+        with pytest.raises(CheckpointError, match="own: the checkpoint has changed or gone since"):
+            model.save_pretrained(saved)
+    assert {path.name for path in saved.iterdir()} == before  # what is there stays
 
 
 def train(model, folder):

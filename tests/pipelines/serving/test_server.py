@@ -309,11 +309,11 @@ def test_a_base_without_a_chat_template_is_served_as_it_was_measured(chat, monke
     [
         (
             {"prompt": ["one", "two"]},
-            "prompt: it is a list of 2; one text is continued a request, so",
+            "prompt: it is a list of 2; a request continues one text, so",
         ),
         ({"prompt": [1, 2]}, "a list of one text, and no tokens"),
-        ({"prompt": [7]}, "prompt: it is a list of 1; one text is continued a request"),
-        ({"prompt": []}, "prompt: it is a list of 0; one text is continued a request"),
+        ({"prompt": [7]}, "prompt: it is a list of 1; a request continues one text"),
+        ({"prompt": []}, "prompt: it is a list of 0; a request continues one text"),
         ({"prompt": None}, "prompt: it is needed, and it is not there"),
         ({"prompt": "x" * 600}, "the model takes 512 with its answer"),
         ({"prompt": "\ud800"}, "; it should be a valid string"),

@@ -1,6 +1,7 @@
 """A fused model in transformers: load it, generate with it, trace it.
 
 fused            load a checkpoint; routed layers in a base; force one expert
+saving           save a fused model as a checkpoint
 prompt_choice    one expert for a whole prompt, without examples
 shared_prefix    the common beginning of a batch's prompts, read once
 generate         an answer to a prompt

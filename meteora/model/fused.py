@@ -22,18 +22,17 @@ from meteora.base import loading
 from meteora.base.placement import PlacementError, is_offloaded, placed, require_device
 from meteora.base.sources import PATH, weights_sha256
 from meteora.checkpoint import tensors
-from meteora.checkpoint.copies import Source, copy_checkpoint
 from meteora.checkpoint.manifest import Manifest, ModuleEntry, read_manifest, unknown_expert_message
 from meteora.checkpoint.resolve import base_download, find_checkpoint, load_base
 from meteora.kernels.addmm import experts_dtype, weight_of
 from meteora.kernels.stack import Choice, ExpertStack, mean_of_all, own_choices
+from meteora.model import saving
 from meteora.model.prompt_choice import insert_prompt_routers
 from meteora.routing.expert_cache import ExpertCache
-from meteora.routing.gates import gates_in, gates_of, insert_gates, route_again_as_before
+from meteora.routing.gates import insert_gates, route_again_as_before
 from meteora.routing.layer import MoELoRALinear, RoutedExperts, routed_by, routed_layers
 from meteora.routing.routers import Fixed, Random, Router
 from meteora.routing.weight_scores import KINDS
-from meteora.untrusted.findings import listed
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -56,10 +55,6 @@ class UnknownExpertError(MeteoraError):
 
 class NotFusedError(MeteoraError, AttributeError):
     """A model has no experts to name or to choose from."""
-
-
-class UnsavableError(MeteoraError):
-    """A checkpoint would not have what was trained, or the class of its base could not load it."""
 
 
 class RoutedAdaptersError(MeteoraError):
@@ -143,8 +138,7 @@ def load(
     insert_experts(model, folder, manifest, cache=cache)
     insert_routers(model, folder, manifest)
     model.requires_grad_(requires_grad=False)  # a checkpoint does not hold its base
-    samples = {name: _sample(weight) for name, weight in _beside_gates(model).items()}
-    vars(model)["save_pretrained"] = partial(_save, model, Source.of(folder), samples)
+    saving.allow(model, folder)
     model.config._name_or_path = model.name_or_path = str(checkpoint_folder)  # not its base's
     return (model.to(device) if device is not None else model), tokenizer
 
@@ -182,7 +176,7 @@ def insert_experts(
     setattr(model, EXPERTS, manifest.choices)
     setattr(model, CACHE, cache)
     for method in ("save_pretrained", "push_to_hub"):
-        setattr(model, method, _refuse_to_save)
+        setattr(model, method, saving.refuse)
     # transformers' own methods for PEFT's adapters would report that there are none
     model.active_adapters = partial(list, manifest.names)
     model.set_adapter = _refuse_to_set
@@ -193,86 +187,6 @@ def insert_experts(
         entry = manifest.modules[path]
         choices = choices_of(entry.ranks, manifest.router)
         insert_layer(model, path, lora_a, lora_b, entry, choices, cache=cache)
-
-
-def _refuse_to_save(*_args: object, **_kwargs: object) -> None:
-    raise UnsavableError(
-        "a fused model is not saved as other models are: what transformers wrote would load as a"
-        " base with random weights; save a model of `meteora.load` with save_pretrained(folder),"
-        " and `meteora publish` the folder"
-    )
-
-
-def _save(
-    model: PreTrainedModel,
-    source: Source,
-    before: Mapping[str, Tensor],
-    save_directory: str | Path,
-    is_main_process: bool = True,
-    state_dict: object = None,
-    push_to_hub: bool = False,
-    **_kwargs: object,
-) -> None:
-    """Write a checkpoint: a copy of the one that was loaded, with the gates as they are now.
-
-    Args:
-        before: samples of each weight beside the gates when the model was loaded, by its name
-        save_directory: and the others are those of transformers
-
-    Raises:
-        CheckpointError: the checkpoint that was loaded has changed, or is gone.
-        UnsavableError: weights beside the gates have changed, or a state dict is given; it is the
-            same folder; an expert is forced; or it is to be pushed.
-    """
-    if push_to_hub or state_dict is not None:
-        _refuse_to_save()
-    now = _beside_gates(model)
-    changed = before.keys() ^ now.keys()
-    changed |= {name for name in before.keys() & now.keys() if _differs(before[name], now[name])}
-    if changed:
-        raise UnsavableError(
-            "weights beside the gates are not as they were loaded, or not frozen"
-            f" ({listed(sorted(changed))}), and a checkpoint holds gates and experts alone; train"
-            ' an adapter with PEFT\'s get_peft_model and target_modules=["projection"], and save it'
-            " by itself"
-        )
-    out = Path(save_directory)
-    if out.exists() and source.folder.exists() and out.samefile(source.folder):
-        raise UnsavableError(f"{out}: the model was loaded from this folder; give another")
-    if any(layer.is_lent for layer in routed_layers(model).values()):
-        raise UnsavableError(
-            "the routers are replaced, as in force_expert; save the model outside of that block"
-        )
-    if is_main_process:
-        copy_checkpoint(source, out, gates_of(model) if gates_in(model) else None)
-
-
-def _beside_gates(model: PreTrainedModel) -> dict[str, Tensor]:
-    """Each weight beside the gates by its name; none of quantised ones."""
-    gates = {id(weight) for gate in gates_in(model).values() for weight in gate.parameters()}
-    every = model.named_parameters(remove_duplicate=False)  # offloading may part a tied head
-    return {
-        name: weight
-        for name, weight in every
-        if type(weight) is torch.nn.Parameter and id(weight) not in gates
-    }
-
-
-def _sample(weight: Tensor) -> Tensor:
-    """Some numbers of all of a weight: a longer table of tokens begins like the one before."""
-    return weight.detach().flatten()[:: max(weight.numel() // 8, 1)].clone()
-
-
-def _differs(before: Tensor, weight: Tensor) -> bool:
-    """Whether a weight is trained, or has other numbers than its sample before.
-
-    Its dtype and device may have changed.
-    """
-    if weight.requires_grad or before.is_meta or weight.is_meta:
-        return weight.requires_grad
-    now = _sample(weight)
-    # in float32, since torch compares no 8-bit floats
-    return not torch.equal(before.to(now.device, now.dtype).float(), now.float())
 
 
 def _refuse_to_set(*_args: object, **_kwargs: object) -> None:

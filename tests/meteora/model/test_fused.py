@@ -18,7 +18,6 @@ from meteora.model.fused import (
     NotFusedError,
     RoutedAdaptersError,
     UnknownExpertError,
-    UnsavableError,
     WrongBaseError,
     expert_names,
     force_expert,
@@ -27,6 +26,7 @@ from meteora.model.fused import (
     make_router,
     without_experts,
 )
+from meteora.model.saving import UnsavableError
 from meteora.routing.hooks import recorded_routes
 from meteora.routing.layer import routed_by, routed_layers
 

@@ -1,0 +1,153 @@
+"""A fused model is saved as a checkpoint, and not without what a checkpoint cannot hold."""
+
+import copy
+import dataclasses
+import shutil
+from typing import Any
+
+import pytest
+import torch
+from peft import LoraConfig, get_peft_model
+from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
+
+import meteora
+from meteora.artifacts import file_sha256
+from meteora.checkpoint.manifest import (
+    CARD,
+    CONFIG,
+    EXPERTS,
+    GATES,
+    MANIFEST,
+    CheckpointError,
+    read_manifest,
+)
+from meteora.model.fused import force_expert
+from meteora.model.saving import UnsavableError
+from meteora.routing.gates import gates_in
+from tests.conftest import peft_is_behind
+from tests.meteora.model.conftest import with_shared
+
+
+def gates_file(folder):
+    return file_sha256(folder / GATES)
+
+
+def test_a_model_is_saved_as_its_checkpoint_and_with_the_gates_that_it_has(
+    checkpoint, world, tmp_path
+):
+    folder, copy, trained = (tmp_path / name for name in ("own", "copy", "trained"))
+    shutil.copytree(checkpoint, folder)
+    manifest = read_manifest(folder)
+    files = {name: file_sha256(folder / name) for name in (EXPERTS, GATES)}
+    facts = {"method": "calibrate", "num_tokens": 1}
+    (folder / MANIFEST).write_text(
+        dataclasses.replace(manifest, files=files, gates=facts).to_json()
+    )
+    (folder / CARD).write_text("scores")
+    model, _ = meteora.load(folder, base_folder=world.base)
+    model.save_pretrained(copy)
+    assert (copy / MANIFEST).read_bytes() == (folder / MANIFEST).read_bytes()
+    assert (gates_file(copy), (copy / CARD).read_text()) == (files[GATES], "scores")
+    gate = next(iter(gates_in(model).values())).requires_grad_()
+    with torch.no_grad():
+        gate.bias.add_(1.0)
+    for _ in range(2):  # the second one over what is there
+        model.save_pretrained(copy)
+        assert {p.name for p in copy.iterdir()} == {MANIFEST, EXPERTS, GATES, CONFIG}
+    found = read_manifest(copy)
+    assert found == dataclasses.replace(manifest, files={**files, GATES: gates_file(copy)})
+    again = AutoModelForCausalLM.from_pretrained(copy, base_folder=world.base)
+    for own, read in zip(gates_in(model).values(), gates_in(again).values(), strict=True):
+        assert torch.equal(own.bias, read.bias)
+    assert gates_file(folder) == files[GATES]
+    for block, sentence in (
+        (lambda: model.save_pretrained(folder), "was loaded from this folder; give another"),
+        (lambda: model.save_pretrained(trained, push_to_hub=True), "`meteora publish` the folder"),
+    ):
+        with pytest.raises(UnsavableError, match=sentence):
+            block()
+    with force_expert(model, "attention"), pytest.raises(UnsavableError, match="outside of that"):
+        model.save_pretrained(trained)
+    assert not trained.exists()
+
+
+def test_what_a_checkpoint_does_not_hold_is_not_saved_without_it(checkpoint, world, tmp_path):
+    model, _ = meteora.load(checkpoint, base_folder=world.base)
+    lora = LoraConfig(target_modules=["projection"], init_lora_weights=False)
+    with peft_is_behind():
+        adapted = get_peft_model(model, lora)
+    for _ in ("beside the projections", "merged into them"):
+        with pytest.raises(UnsavableError, match="weights beside the gates are not as"):
+            model.save_pretrained(tmp_path / "saved")
+        adapted.merge_and_unload()
+    assert not (tmp_path / "saved").exists()
+    longer, frozen_no_more = (meteora.load(checkpoint, base_folder=world.base)[0] for _ in "12")
+    longer.resize_token_embeddings(longer.config.vocab_size + 1)
+    frozen_no_more.get_input_embeddings().requires_grad_()  # rows of unseen tokens stay the same
+    for changed in (longer, frozen_no_more):
+        with pytest.raises(
+            UnsavableError, match=r"or not frozen \((lm_head|model\.embed_tokens)\.weight"
+        ):
+            changed.save_pretrained(tmp_path / "saved")
+    assert not (tmp_path / "saved").exists()
+    narrow = meteora.load(checkpoint, base_folder=world.base)[0].to(torch.bfloat16)
+    narrow.save_pretrained(tmp_path / "saved")
+    spread = {"": "disk"}
+    model, _ = meteora.load(tmp_path / "saved", base_folder=world.base, device_map=spread)
+    model.save_pretrained(tmp_path / "again")
+    assert gates_file(tmp_path / "again") == gates_file(tmp_path / "saved")
+
+
+def test_a_checkpoint_that_has_changed_since_is_not_copied(
+    checkpoint, world, tmp_path, monkeypatch
+):
+    folder, saved = tmp_path / "own", tmp_path / "saved"
+    shutil.copytree(checkpoint, folder)
+    monkeypatch.chdir(tmp_path)
+    model, _ = meteora.load("own", base_folder=world.base)
+    monkeypatch.chdir(world.base)
+    saved.mkdir()
+    (saved / EXPERTS).symlink_to(folder / EXPERTS)
+    (saved / CONFIG).symlink_to(world.base / CONFIG)
+    copy.deepcopy(model).save_pretrained(saved)
+    before = {path.name for path in saved.iterdir()}
+    assert not any(path.is_symlink() for path in saved.iterdir())
+    assert "meteora" not in (world.base / CONFIG).read_text()
+    own = (folder / MANIFEST).read_text()
+    for change in (
+        lambda: (folder / MANIFEST).write_text(f"{own} "),
+        lambda: ((folder / MANIFEST).write_text(own), (folder / EXPERTS).unlink()),
+        lambda: shutil.rmtree(folder),
+    ):
+        change()
+        with pytest.raises(CheckpointError, match="own: the checkpoint has changed or gone since"):
+            model.save_pretrained(saved)
+    assert {path.name for path in saved.iterdir()} == before  # what is there stays
+
+
+def train(model, folder):
+    rows: Any = [{"input_ids": s.input_ids, "labels": s.input_ids} for s in with_shared(1)]
+    args = TrainingArguments(
+        output_dir=str(folder),
+        max_steps=2,
+        per_device_train_batch_size=1,
+        use_cpu=True,
+        report_to=[],
+        disable_tqdm=True,
+    )
+    Trainer(model, args, train_dataset=rows).train()
+
+
+def test_a_trainer_saves_the_gates_that_it_trained(checkpoint, world, tmp_path, monkeypatch):
+    model, _ = meteora.load(checkpoint, base_folder=world.base)
+    for gate in gates_in(model).values():
+        monkeypatch.setattr(gate, "options", dataclasses.replace(gate.options, top_k=2))
+    with pytest.raises(RuntimeError, match="does not require grad"):  # at the first step
+        train(model, tmp_path / "frozen")
+    for gate in gates_in(model).values():
+        gate.requires_grad_()
+    train(model, tmp_path)
+    again, _ = meteora.load(tmp_path / "checkpoint-2", base_folder=world.base)
+    assert gates_file(tmp_path / "checkpoint-2") != gates_file(checkpoint)
+    for own, read in zip(gates_in(model).values(), gates_in(again).values(), strict=True):
+        assert torch.equal(own.weight, read.weight)

@@ -54,6 +54,9 @@ class _Costs:
     """The matmuls of one expert, times (IN + OUT) and divided by T."""
     grouped_one: float
     """The same for a single token, each expert beyond its first: nothing is sorted there."""
+    outside: float = 1e7
+    """Leaving a compiled graph for a call, times (IN + OUT) and divided by T; not fitted: with it
+    vLLM decodes eight requests to fourteen experts in 0.93 of the time."""
 
 
 _WIDE = _Costs(
@@ -83,11 +86,14 @@ def choose_kernel(
     dtype: torch.dtype,
     device_type: str,
     num_chosen: int | None = None,
+    *,
+    in_graph: bool = False,
 ) -> KernelName:
     """The fastest kernel by the costs above, which were fitted to measurements.
 
     Args:
         num_chosen: the number of experts that any token chose; None: the most possible
+        in_graph: whether `dense` is a part of a compiled graph, which the others have to leave
 
     Time of a routed layer, gate and routing included, over that of the bare one: 2048 → 2048,
     top-2, random routes, one Intel Xeon core with AVX-512 and AMX, torch 2.13; the
@@ -133,12 +139,19 @@ def choose_kernel(
         if device_type != "cuda" or every or not gather_grouped.has_triton():
             return "dense"
         return "gather_triton" if num_tokens <= FEW_TOKENS else "grouped_triton"
-    return _cheapest(num_tokens, top_k, sizes, num_chosen, wide=dtype.itemsize >= 4)
+    wide = dtype.itemsize >= 4
+    return _cheapest(num_tokens, top_k, sizes, num_chosen, wide=wide, in_graph=in_graph)
 
 
 @lru_cache(maxsize=4096)
 def _cheapest(
-    num_tokens: int, top_k: int, sizes: Sizes, num_chosen: int | None, *, wide: bool
+    num_tokens: int,
+    top_k: int,
+    sizes: Sizes,
+    num_chosen: int | None,
+    *,
+    wide: bool,
+    in_graph: bool,
 ) -> KernelName:
     cost = _WIDE if wide else _NARROW
     chosen, width = top_k * sizes.max_rank, top_k * sizes.max_width
@@ -155,9 +168,10 @@ def _cheapest(
         # if all tokens chose the same experts, no row is copied
         rows = cost.grouped_row * top_k if num_chosen > top_k else 0
         grouped = cost.grouped * chosen + rows + cost.grouped_call * num_chosen / size
+    outside = cost.outside / size if in_graph else 0.0
     costs: dict[KernelName, float] = {
         "dense": sizes.num_ranks,
-        "gather": cost.gather * saturation * width + cost.gather_call / size,
-        "grouped": grouped,
+        "gather": cost.gather * saturation * width + cost.gather_call / size + outside,
+        "grouped": grouped + outside,
     }
     return min(costs, key=costs.__getitem__)

@@ -225,14 +225,13 @@ class ServedExperts:
 
 
 def _is_dense(layer: RoutedExperts, top_k: int) -> bool:
-    """Whether the dense kernel is the fastest for few tokens, from two to `DECODED`.
+    """Whether the dense kernel in a graph is the fastest for few tokens, from two to `DECODED`.
 
-    For one token and for many, another may be a little faster, but a call outside of the graph
-    costs more.
+    For one token and for many, another may be a little faster.
     """
-    sizes, dtype, device = layer.stack.sizes, layer.stack.a.dtype, layer.device.type
+    asked = top_k, layer.stack.sizes, layer.stack.a.dtype, layer.device.type
     counts = [1 << n for n in range(1, DECODED.bit_length())]
-    kernels = {dispatch.choose_kernel(count, top_k, sizes, dtype, device) for count in counts}
+    kernels = {dispatch.choose_kernel(count, *asked, in_graph=True) for count in counts}
     return kernels == {"dense"}
 
 

@@ -253,6 +253,17 @@ def test_the_kernel_is_chosen_as_the_table_says(tokens, experts, r, dtype, kerne
     assert dispatch.choose_kernel(tokens, 2, sizes, dtype, "cpu") == kernel
 
 
+def test_a_graph_is_left_only_if_that_saves_more_than_the_call_costs():
+    """q, k and v of fourteen small experts, as vLLM joins them; and of many."""
+    for sizes, alone, within in (
+        (Sizes(576, 960, 15, 214, 48, 214), "grouped", "dense"),
+        (Sizes(2048, 2048, 512, 512 * 8, 8, 8), "gather", "gather"),
+    ):
+        asked = 64, 1, sizes, torch.float32, "cpu"
+        assert dispatch.choose_kernel(*asked) == alone
+        assert dispatch.choose_kernel(*asked, in_graph=True) == within
+
+
 def test_the_docstring_of_the_choice_stars_what_is_chosen_and_tells_what_was_measured():
     """Every row of the table there: E × r, tokens, and three kernels in 32 bits and in 16."""
     doc = dispatch.choose_kernel.__doc__

@@ -64,8 +64,7 @@ class Candidate:
             policy=PolicySection(modules_to_save=self.modules_to_save),
         )
 
-    @property
-    def folder(self) -> Path | None:
+    def find_folder(self) -> Path | None:
         """The folder that it names; None for a repository.
 
         Raises:
@@ -173,7 +172,7 @@ def resolve(context: RunContext, candidate: Candidate) -> tuple[AdapterRef, Call
         HubError: The Hub has no such repository or revision, or does not answer.
     """
     name, adapter, subfolder = candidate.name, candidate.adapter, candidate.subfolder
-    if (folder := candidate.folder) is not None:
+    if (folder := candidate.find_folder()) is not None:
         local = path_from(Path(), adapter.removeprefix(PATH))
         return pin_folder(local, subfolder), lambda: folder
     section = ExpertSection(name=name, adapter=adapter, subfolder=subfolder)

@@ -125,7 +125,7 @@ def add(
     candidate = Candidate(
         name, adapter, subfolder, "strip" if strip else "refuse", tuple(token_for or ())
     )
-    _ = candidate.folder  # if it is not there, that is told before rows and checkpoint are read
+    candidate.find_folder()  # if there is none, that is told before rows and checkpoint are read
     if test:
         here, limit = Path.cwd(), BenchmarkSection().limit
         token_of = token_of_rows(token_for or ())

@@ -19,6 +19,7 @@ import yaml
 import meteora
 from meteora.adapters import reader
 from meteora.artifacts import SHARED
+from meteora.kernels import onednn
 from pipelines.recipe.recipe import locate
 from tests.conftest import load_peft, peft_is_behind
 from tests.pipelines.cli.command_line import meteora as meteora_says
@@ -161,6 +162,7 @@ def both(
     with peft_is_behind():
         for name, folder in ADAPTERS.items():
             theirs.load_adapter(folder, name)
+    onednn.use_in(theirs)  # sums that are rounded alike
     return model, theirs.eval(), tokenizer(PROMPT, return_tensors="pt")
 
 

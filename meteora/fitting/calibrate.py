@@ -34,6 +34,7 @@ from meteora.fitting.covariance import RowScatter, Scatter, Sums
 from meteora.fitting.layerwise import Sweep
 from meteora.fitting.lda import (
     SHARE_LOST_TO_BASE,
+    Chosen,
     SingularError,
     bias_for_base,
     choose_shrinkage,
@@ -183,12 +184,13 @@ def calibrate(
         began = time.perf_counter()
         scatter, every_token, num_fit = _scatter_of(inputs, batches, weights, len(names))
         held = every_token.between(num_fit)
-        shrinkage, accuracy = choose_shrinkage(scatter[0], held.accuracy)
+        chosen = choose_shrinkage(scatter[0], held.accuracy)
+        shrinkage, accuracy = chosen.shrinkage, chosen.accuracy
         both = scatter[0] + scatter[1]
         statistics = PointStatistics.of(both, shrinkage)
         if refined:
             parts = every_token.between(0, num_fit), held, every_token
-            weight, bias, unseen = _refined(scatter, parts, statistics, shrinkage, halves)
+            weight, bias, unseen = _refined(scatter, parts, statistics, chosen, halves)
             accuracy = sum(tokens.accuracy(*gate) for tokens, gate in unseen) / len(unseen)
         else:
             weight, bias = gate_from(both, shrinkage)
@@ -266,7 +268,7 @@ def _refined(
     scatter: Sequence[Sums],
     parts: tuple[Tokens, Tokens, Tokens],
     point: PointStatistics,
-    shrinkage: float,
+    chosen: Chosen,
     halves: _Halves,
 ) -> tuple[Tensor, Tensor, tuple[_Unseen, ...]]:
     """The gate by logistic regression; held-out tokens, with a gate that was not fitted to them.
@@ -274,13 +276,15 @@ def _refined(
     Args:
         scatter: sums over the tokens to fit, and over those held out
         parts: the tokens to fit, those held out, and all
+        chosen: on the sums over the tokens to fit
         halves: receives the gates of both halves
     """
     tokens, held, every = parts
-    gate = refine(*gate_from(scatter[0], shrinkage), tokens, point)
+    closed = chosen.gate or gate_from(scatter[0], chosen.shrinkage)
+    gate = refine(*closed, tokens, point)
     unseen = ((held, gate),)
     if halves.crosses:
-        other = refine(*gate_from(scatter[1], shrinkage), held, point)
+        other = refine(*gate_from(scatter[1], chosen.shrinkage), held, point)
         halves.gates = gate, other
         unseen = (*unseen, (tokens, other))
         gate = (gate[0] + other[0]) / 2, (gate[1] + other[1]) / 2

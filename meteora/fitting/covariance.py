@@ -8,10 +8,13 @@ with the smaller matrix, so that a point with 14,336 inputs and few tokens is ch
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
+from functools import cached_property
 from typing import Self
 
 import torch
 from torch import Tensor
+
+from meteora.kernels import onednn
 
 COLUMNS = 1024
 """Columns of float32 rows that are converted to float64 at a time."""
@@ -42,7 +45,7 @@ class Covariance(ABC):
 
     @abstractmethod
     def times(self, x: Tensor) -> Tensor:
-        """The product of x [N, IN], float64, with S_within."""
+        """The product of x [N, IN], float64, with S_within, to the precision of float32."""
 
     def widest(self, num_rows: int, least: float = 0.0) -> tuple[Tensor, float]:
         """The directions of largest variance, as rows C with S_within ≈ Cᵀ C + floor · I.
@@ -148,7 +151,8 @@ class Scatter(Sums):
         # products in float32, sums over batches in float64: fast, and exact enough
         for start in range(0, len(self.moment), BLOCK):
             rows = slice(start, start + BLOCK)
-            self.moment[rows, start:] += x[:, rows].T @ weighted[:, start:]
+            others = weighted[:, start:].contiguous()
+            self.moment[rows, start:] += onednn.linear(x[:, rows].T, others.T)
 
     @property
     def within(self) -> Tensor:
@@ -175,8 +179,13 @@ class _Moments(Covariance):
         factor, failed = torch.linalg.cholesky_ex(shrunk)
         return None if failed else torch.cholesky_solve(targets.T, factor).T
 
+    @cached_property
+    def _narrow(self) -> Tensor:
+        """In float32, for products that are rounded anyway."""
+        return self.within.float()
+
     def times(self, x: Tensor) -> Tensor:
-        return x @ self.within
+        return onednn.linear(x.float(), self._narrow).double()
 
 
 @dataclass(frozen=True)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -49,6 +49,15 @@ class _Reached(Exception):  # noqa: N818  (a signal, not an error)
     def __init__(self, x: Tensor) -> None:
         super().__init__()
         self.x = x
+
+
+class _Part(NamedTuple):
+    """What a child of a layer returned: a tensor, or a tuple of it and of `None`s."""
+
+    output: Tensor
+    device: torch.device
+    is_tuple: bool
+    num_others: int
 
 
 class Sweep:
@@ -97,6 +106,8 @@ class Sweep:
         """By batch: the arguments of each layer; with a scratch folder, of one batch only."""
         self._outputs: dict[tuple[int, str], tuple[Tensor, Tensor | None]] = {}
         """By batch and path: the output of a module of the present layer, and its gate's logits."""
+        self._parts: dict[tuple[int, str], _Part] = {}
+        """By batch and name: the output of a child of the present layer."""
         self._output_bytes = 0
         self._device = batches[0][0].device
         self._rehearse(*(part[:1] for part in batches[0]))
@@ -193,28 +204,70 @@ class Sweep:
         out = self.layers[index](hidden, *args, **kwargs)
         return out[0] if self._num_outputs else out
 
-    def _output(self, batch: int, path: str, layer: MoELoRALinear, x: Tensor) -> Tensor:
+    def _output(self, index: int, batch: int, path: str, layer: MoELoRALinear, x: Tensor) -> Tensor:
         """The output of a module with its final router, computed once for each batch."""
-        decision = getattr(layer.router, "decision", None)
         if (saved := self._outputs.get((batch, path))) is not None:
-            output, logits = saved
-            if decision is not None and logits is not None:
-                decision.logits, decision.routes = logits, None
-            return output.to(x.device, copy=True)  # a model may add to it in place
+            self._decide_again(index, batch, path)
+            return saved[0].to(x.device, copy=True)  # a model may add to it in place
         output = type(layer).forward(layer, x)
-        if self._scratch is None and self._output_bytes + output.nbytes <= MAX_OUTPUT_BYTES:
+        if self._has_room_for(output):
+            decision = _decision_of(layer)
             logits = None if decision is None else decision.logits
             self._outputs[batch, path] = output.to("cpu", copy=True), logits
-            self._output_bytes += output.nbytes
         return output
+
+    def _has_room_for(self, output: Tensor) -> bool:
+        """Whether one more output of the present layer may be kept; if so, it is counted."""
+        if self._scratch is not None or self._output_bytes + output.nbytes > MAX_OUTPUT_BYTES:
+            return False
+        self._output_bytes += output.nbytes
+        return True
+
+    def _decide_again(self, index: int, batch: int, path: str) -> None:
+        """Give the modules that follow a saved one the decision that its gate made."""
+        decision, (_, logits) = _decision_of(self._routed[index][path]), self._outputs[batch, path]
+        if decision is not None and logits is not None:
+            decision.logits, decision.routes = logits, None
 
     def _run_once(self, index: int, batch: int) -> Tensor:
         """As `_run`, but modules that already ran for this batch return their saved output."""
         with ExitStack() as replaced:
             for path, layer in self._routed[index].items():
-                forward = partial(self._output, batch, path, layer)
+                forward = partial(self._output, index, batch, path, layer)
                 replaced.enter_context(replaced_forward(layer, forward))
+            for name, part in self.layers[index].named_children():
+                if not isinstance(part, MoELoRALinear):
+                    forward = partial(self._output_of_part, index, batch, name, part.forward)
+                    replaced.enter_context(replaced_forward(part, forward))
             return self._run(index, batch)
+
+    def _output_of_part(
+        self,
+        index: int,
+        batch: int,
+        name: str,
+        forward: Callable[..., Any],
+        *args: Any,  # noqa: ANN401
+        **kwargs: Any,  # noqa: ANN401
+    ) -> Any:  # noqa: ANN401
+        """The output of a child of a layer; it is saved once all routed modules in it are.
+
+        So attention runs twice for each batch, and not once for each point of its layer.
+        """
+        inside = [path for path in self._routed[index] if f".{name}." in path]
+        if (saved := self._parts.get((batch, name))) is not None:
+            for path in inside:
+                self._decide_again(index, batch, path)
+            output = saved.output.to(saved.device, copy=True)  # a model may add to it in place
+            return (output, *[None] * saved.num_others) if saved.is_tuple else output
+        out = forward(*args, **kwargs)
+        output, *others = out if isinstance(out, tuple) else (out,)
+        is_final = inside and all((batch, path) in self._outputs for path in inside)
+        is_alone = all(other is None for other in others)
+        if is_final and is_alone and self._has_room_for(output):
+            kept = output.to("cpu", copy=True), output.device, isinstance(out, tuple), len(others)
+            self._parts[batch, name] = _Part(*kept)
+        return out
 
     @contextmanager
     def held(self, index: int) -> Generator[None]:
@@ -305,7 +358,13 @@ class Sweep:
                 else:
                     self._hidden[batch].copy_(out)
         self._outputs.clear()
+        self._parts.clear()
         self._output_bytes = 0
+
+
+def _decision_of(layer: MoELoRALinear) -> Decision | None:
+    """The decision that the layer's gate makes for others."""
+    return getattr(layer.router, "decision", None)
 
 
 def _not_called(model: PreTrainedModel, path: str) -> SweepError:

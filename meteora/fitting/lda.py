@@ -9,6 +9,7 @@ is chosen on held-out sequences. A `scatter` holds the sums over tokens from whi
 """
 
 from collections.abc import Callable, Sequence
+from typing import NamedTuple
 
 import torch
 from torch import Tensor
@@ -18,6 +19,8 @@ from meteora.fitting.covariance import Covariance, Sums
 
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
 """The candidates, in ascending order."""
+ENOUGH_WORSE = 2
+"""After so many that are worse, larger candidates are worse too, and are not tried."""
 SHARE_LOST_TO_BASE = 0.01
 """The share of the experts' own tokens that may go to the base, so that foreign text goes there."""
 
@@ -66,28 +69,37 @@ def solve_gate(
     return gate if all(part.abs().max() < TOO_LARGE for part in gate) else None  # NaN is not
 
 
-def choose_shrinkage(
-    scatter: Sums, accuracy_of: Callable[[Tensor, Tensor], float]
-) -> tuple[float, float]:
-    """The shrinkage with the best accuracy on held-out tokens; the largest of equal ones.
+class Chosen(NamedTuple):
+    """The best of `SHRINKAGES`; the largest one if no gate can be solved."""
+
+    shrinkage: float
+    accuracy: float
+    """Weighted, in [0, 1]; -1 without a gate."""
+    gate: tuple[Tensor, Tensor] | None
+    """G [E, IN] and c [E]"""
+
+
+def choose_shrinkage(scatter: Sums, accuracy_of: Callable[[Tensor, Tensor], float]) -> Chosen:
+    """The shrinkage with the best accuracy on held-out tokens; the larger of neighbours that tie.
+
+    From the smallest on, until `ENOUGH_WORSE` in a row are worse than the best.
 
     Args:
         scatter: of the sequences that are not held out
         accuracy_of: of a gate G, c, the weighted share of held-out tokens that go to their expert
-
-    Returns:
-        the shrinkage, and its weighted accuracy in [0, 1]; the largest candidate and -1 if none
-        can be solved
     """
     covariance = scatter.covariance()
-    best, best_accuracy = SHRINKAGES[-1], -1.0
-    for shrinkage in reversed(SHRINKAGES):
+    best = Chosen(SHRINKAGES[-1], -1.0, None)
+    num_worse = 0
+    for shrinkage in SHRINKAGES:
         if (gate := solve_gate(covariance, scatter.means, scatter.shift, shrinkage)) is None:
             continue
         accuracy = accuracy_of(*gate)
-        if accuracy > best_accuracy:
-            best, best_accuracy = shrinkage, accuracy
-    return best, best_accuracy
+        if accuracy >= best.accuracy:
+            best, num_worse = Chosen(shrinkage, accuracy, gate), 0
+        elif (num_worse := num_worse + 1) == ENOUGH_WORSE:
+            break
+    return best
 
 
 def bias_for_base(unseen: Sequence[tuple[Tensor, Tensor]]) -> float:

@@ -27,6 +27,7 @@ import torch
 from torch import Tensor
 
 from meteora.fitting.sequences import sample
+from meteora.kernels import onednn
 
 if TYPE_CHECKING:
     from meteora.fitting.statistics import PointStatistics
@@ -44,6 +45,8 @@ SURE = 0.01
 """Cross-entropy of a token, in nats, below which its gate is sure of it."""
 SURE_TAKEN = 8
 """One in so many tokens that a gate is sure of is taken, with the weight of all of them."""
+STEP = 512
+"""A round has a multiple of so many tokens: for each size, torch keeps 0.7 MB of code."""
 MAX_LOGITS = 1 << 23
 """Most tokens times experts in a round: 10,000 tokens of each of 28 experts, 128 of each of 256."""
 
@@ -78,7 +81,7 @@ class Tokens(NamedTuple):
     def uncertain(self, weight: Tensor, bias: Tensor) -> Tokens:
         """The tokens of which the gate G [E, IN], c [E] is not sure, and a sample of the others."""
         sure = torch.cat(
-            [part.losses(part.x @ weight.T + bias) for part in self.parts(len(bias))]
+            [part.losses(onednn.linear(part.x, weight, bias)) for part in self.parts(len(bias))]
         ).lt(SURE)
         stands_for = (~sure).float()
         stands_for[sure.nonzero()[::SURE_TAKEN]] = SURE_TAKEN
@@ -90,6 +93,11 @@ class Tokens(NamedTuple):
         if len(self.x) <= limit:
             return self
         return self.sampled(sample(self.labels, num_experts, limit))
+
+    def filled_up(self) -> Tokens:
+        """The tokens, and others without a weight up to a multiple of `STEP`."""
+        pad, lacking = torch.nn.functional.pad, (0, -len(self.x) % STEP)
+        return Tokens(pad(self.x, (0, 0, *lacking)), *(pad(one, lacking) for one in self[1:]))
 
     def parts(self, num_experts: int) -> Iterator[Tokens]:
         """All of the tokens in their order, a few at a time."""
@@ -108,7 +116,10 @@ class Tokens(NamedTuple):
     def accuracy(self, weight: Tensor, bias: Tensor) -> float:
         """The weighted share of tokens that a gate G [E, IN], c [E] gives to their expert."""
         right = torch.cat(
-            [(part.x @ weight.T + bias).argmax(-1) == part.labels for part in self.parts(len(bias))]
+            [
+                onednn.linear(part.x, weight, bias).argmax(-1) == part.labels
+                for part in self.parts(len(bias))
+            ]
         )
         return ((right * self.weights).sum() / self.weights.sum()).item()
 
@@ -134,7 +145,7 @@ class Whitening:
 
     def __call__(self, x: Tensor, *, in_place: bool = False) -> Tensor:
         """Map rows x [N, IN]; `in_place` saves a copy, which can be a gigabyte."""
-        along = (x @ self.directions.T) * self.apart
+        along = onednn.linear(x, self.directions) * self.apart
         out = x if in_place else None
         return torch.addmm(x, along, self.directions, beta=self.rest, out=out)
 
@@ -158,7 +169,7 @@ def refine(
     whiten = Whitening(statistics)
     gate = scaled(weight, bias, tokens.limited(len(bias)))
     for iterations in rounds:
-        few = tokens.uncertain(*gate).limited(len(bias))
+        few = tokens.uncertain(*gate).limited(len(bias)).filled_up()
         gate = search(*gate, few, whiten, iterations)
     return gate
 
@@ -167,7 +178,7 @@ def scaled(
     weight: Tensor, bias: Tensor, tokens: Tokens, rows: slice = slice(None)
 ) -> tuple[Tensor, Tensor]:
     """The gate with these rows multiplied by the one of `SCALES` that has the least loss."""
-    logits = tokens.x @ weight.T + bias
+    logits = onednn.linear(tokens.x, weight, bias)
 
     def times(part: Tensor, scale: float) -> Tensor:
         part = part.clone()
@@ -191,23 +202,23 @@ def search(
     """One round of `refine` on all of these tokens; overwrites their inputs."""
     shares = tokens.weights / tokens.weights.sum()
     centre = shares @ tokens.x
-    start = tokens.x @ weight.T + bias
+    start = onednn.linear(weight, tokens.x).add_(bias[:, None])  # [E, T]: rows of many numbers
     u = whiten(tokens.x.sub_(centre), in_place=True)
-    own = tokens.labels[:, None]
-    change = weight.new_zeros(len(bias), u.shape[1] + 1)
-    inside, offset = change[:, :-1], change[:, -1]
+    own = tokens.labels[None]
+    inside, offset = torch.zeros_like(weight), torch.zeros_like(bias)
 
     def loss() -> float:
-        """The loss at `change`; sets its gradient."""
-        logs = (start + torch.addmm(offset, u, inside.T)).log_softmax(-1)
-        value = PULL * inside.square().sum() - (logs.gather(1, own)[:, 0] * shares).sum()
+        """The loss at `inside` and `offset`; sets their gradients."""
+        logs = onednn.linear(inside, u).add_(start).add_(offset[:, None]).log_softmax(0)
+        value = PULL * inside.square().sum() - (logs.gather(0, own)[0] * shares).sum()
         missing = logs.exp_()
-        missing.scatter_(1, own, missing.gather(1, own) - 1).mul_(shares[:, None])
-        change.grad = torch.cat([missing.T @ u + 2 * PULL * inside, missing.sum(0)[:, None]], dim=1)
+        missing.scatter_(0, own, missing.gather(0, own) - 1).mul_(shares)
+        inside.grad = onednn.linear(missing, u.T).add_(inside, alpha=2 * PULL)
+        offset.grad = missing.sum(1)
         return value.item()
 
     torch.optim.LBFGS(
-        [change], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe"
+        [inside, offset], max_iter=iterations, history_size=10, line_search_fn="strong_wolfe"
     ).step(loss)
     added = whiten(inside)
     return weight + added, bias + (offset - added @ centre)

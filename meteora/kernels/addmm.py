@@ -27,6 +27,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn.modules.module import _has_any_global_hook
 
+from meteora.kernels import onednn
+
 HALVES = torch.bfloat16, torch.float16
 CONV1D = "transformers.pytorch_utils", "Conv1D"
 """GPT-2's projection, with a weight [IN, OUT]. By name, since transformers is slow to import."""
@@ -72,7 +74,7 @@ class Plain(NamedTuple):
         plain tensor of torch (quantised, distributed), or under autocast.
         """
         kind = type(projection)
-        is_linear = kind is nn.Linear
+        is_linear = kind in {nn.Linear, onednn.Linear}
         if x.dtype not in HALVES or not (
             is_linear or (kind.__module__, kind.__qualname__) == CONV1D
         ):

@@ -21,7 +21,7 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from meteora.artifacts import MeteoraError
-from meteora.kernels import reference
+from meteora.kernels import onednn, reference
 from meteora.kernels.stack import ExpertStack
 
 ROWS_AT_ONCE = 256
@@ -228,7 +228,7 @@ def add_grouped(
             if not widths[c]:
                 continue
             (a, b), scale = pair(c), stack.scale(c)
-            shrunk = torch.nn.functional.linear(x, a)
+            shrunk = onednn.linear(x, a)
             if isinstance(scale, float):
                 reference.add_expanded(shrunk, b, out, share=weight * scale)
             else:
@@ -251,13 +251,14 @@ def add_grouped(
             continue
         for start in range(first, end, ROWS_AT_ONCE):
             pairs = slice(start, min(start + ROWS_AT_ONCE, end))
-            shrunk = x.index_select(0, tokens[pairs]) @ a.T * (shares[pairs] * scale)
-            added = shrunk.to(x.dtype) @ b.T
+            rows = x.index_select(0, tokens[pairs])
+            shrunk = onednn.linear(rows, a) * (shares[pairs] * scale)
+            added = onednn.linear(shrunk.to(x.dtype), b)
             out.index_add_(0, tokens[pairs], added.to(out.dtype))
     if every:
         a, b, factors = (
             torch.cat(parts, dim) if len(parts) > 1 else parts[0]
             for parts, dim in zip(zip(*every, strict=True), (0, 1, 1), strict=True)
         )
-        reference.add_expanded((x @ a.T * factors).to(x.dtype), b, out)
+        reference.add_expanded((onednn.linear(x, a) * factors).to(x.dtype), b, out)
     return out

@@ -13,6 +13,7 @@ the definition; every other `lora_delta_…` is a faster kernel of the same sign
 import torch
 from torch import Tensor
 
+from meteora.kernels import onednn
 from meteora.kernels.stack import ExpertStack
 
 
@@ -100,8 +101,10 @@ def lora_delta_dense(
     while R is small against IN, since the ranks of all experts are computed.
     """
     factors = rank_weights(weights, experts, stack.choice_scaling())
-    shrunk = ((x @ stack.a.T) * factors).to(x.dtype)
-    return shrunk @ stack.b.T if add_to is None else add_expanded(shrunk, stack.b, add_to)
+    shrunk = (onednn.linear(x, stack.a) * factors).to(x.dtype)
+    if add_to is None:
+        return onednn.linear(shrunk, stack.b)
+    return add_expanded(shrunk, stack.b, add_to)
 
 
 def add_expanded(shrunk: Tensor, b: Tensor, add_to: Tensor, *, share: float = 1.0) -> Tensor:

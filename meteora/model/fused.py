@@ -24,6 +24,7 @@ from meteora.base.sources import PATH, weights_sha256
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import Manifest, ModuleEntry, read_manifest, unknown_expert_message
 from meteora.checkpoint.resolve import base_download, find_checkpoint, load_base
+from meteora.kernels import onednn
 from meteora.kernels.addmm import experts_dtype, weight_of
 from meteora.kernels.stack import Choice, ExpertStack, mean_of_all, own_choices
 from meteora.model import saving
@@ -183,6 +184,7 @@ def insert_experts(
     for method in ("add_adapter", "load_adapter"):
         setattr(model, method, _refuse_to_add)
     route_again_as_before(model)
+    onednn.use_in(model)
     for path, lora_a, lora_b in tensors.read_experts(folder, manifest):
         entry = manifest.modules[path]
         choices = choices_of(entry.ranks, manifest.router)

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from meteora.artifacts import MeteoraError, RouterOptions
-from meteora.kernels import reference
+from meteora.kernels import onednn, reference
 
 if TYPE_CHECKING:
     from meteora.base.chat_template import Template
@@ -128,7 +128,7 @@ class Gate(Router):
 
     def logits(self, tokens: Tensor) -> Tensor:
         """The logits of each token by itself, [T, C]."""
-        logits = nn.functional.linear(tokens.to(self.weight.dtype), self.weight, self.bias)
+        logits = onednn.linear(tokens.to(self.weight.dtype), self.weight, self.bias)
         return logits if self.stand_in is None else self.stand_in(logits, tokens)
 
     def forward(self, tokens: Tensor) -> Tensor:

@@ -19,7 +19,7 @@ from typing import NamedTuple, Protocol
 import torch
 from torch import Tensor
 
-from meteora.kernels import gather_grouped, reference
+from meteora.kernels import gather_grouped, onednn, reference
 from meteora.kernels.dispatch import KernelName
 from meteora.kernels.stack import ExpertStack, RankTable
 
@@ -43,7 +43,7 @@ class Product(NamedTuple):
         """Apply B [OUT, R]: [T, OUT]; it is added to `add_to` in place, if given."""
         if self.index is None:
             if add_to is None:
-                return self.factors @ b.T
+                return onednn.linear(self.factors, b)
             return reference.add_expanded(self.factors, b, add_to)
         return gather_grouped.add_sums(b.T, self.index, self.factors, add_to)
 
@@ -127,7 +127,7 @@ class SharedMatmul:
 
     def _dense(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> list[Product]:
         factors = reference.rank_weights(weights, experts, self._choice_scaling)
-        shrunk = ((tokens @ self._a.T) * factors).to(tokens.dtype)
+        shrunk = (onednn.linear(tokens, self._a) * factors).to(tokens.dtype)
         return [Product(own, None) for own in shrunk.split(self._sizes, dim=1)]
 
     def _gather(self, tokens: Tensor, weights: Tensor, experts: Tensor) -> list[Product]:

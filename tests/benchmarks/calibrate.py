@@ -100,7 +100,7 @@ def cost(inputs: int, outputs: int, rows_only: bool, examples: int) -> Cost:
     scatter, every_token, num_fit = calibrate._scatter_of(stream(), batches, weights, EXPERTS)
     held = every_token.between(num_fit)
     marks.append(time.process_time())
-    shrinkage, _ = choose_shrinkage(scatter[0], held.accuracy)
+    shrinkage = choose_shrinkage(scatter[0], held.accuracy).shrinkage
     both = scatter[0] + scatter[1]
     gate, bias = gate_from(both, shrinkage)
     marks.append(time.process_time())

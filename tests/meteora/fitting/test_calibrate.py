@@ -18,7 +18,7 @@ from meteora.fitting import layerwise
 from meteora.fitting import sequences as dealing
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.covariance import RowScatter, Scatter
-from meteora.fitting.lda import SHRINKAGES, gate_from
+from meteora.fitting.lda import SHRINKAGES, choose_shrinkage, gate_from
 from meteora.fitting.sequences import UNLABELLED, LabelledSequence, TrainingError
 from meteora.model.fused import insert_experts, load
 from meteora.routing.gates import gates_of, insert_gates
@@ -601,15 +601,15 @@ def test_a_point_of_many_inputs_is_fitted_from_a_sample_of_its_tokens(model, mon
     """Of 32 and 48 inputs a point: none, some and all are fitted from second moments."""
     forms = []
 
-    def gate_from_noted(scatter, shrinkage):
+    def choose_noted(scatter, accuracy_of):
         forms.append((type(scatter).__name__, scatter.means.shape[1]))
         if isinstance(scatter, RowScatter):
             assert sum(len(x) for x, _, _ in scatter.parts) <= limit
-        return gate_from(scatter, shrinkage)
+        return choose_shrinkage(scatter, accuracy_of)
 
     for module in (train, dealing):
         monkeypatch.setattr(module, "MAX_ROWS", limit)
-    monkeypatch.setattr(train, "gate_from", gate_from_noted)
+    monkeypatch.setattr(train, "choose_shrinkage", choose_noted)
     calibrate(model, examples(12))
     assert set(forms) == {("Scatter" if n <= limit else "RowScatter", n) for n in (32, 48)}
     assert routing_accuracy(model, examples(6, seed=1)) > 0.85

@@ -58,13 +58,15 @@ def test_shrinkage_is_the_one_that_is_right_most_often_on_held_out_tokens():
     x, labels, weights = draw(seed=1)
     scatter = scatter_of(x, labels, weights)
     held = Tokens(*map(torch.from_numpy, draw(seed=1)))
-    chosen, accuracy = choose_shrinkage(scatter, held.accuracy)
+    chosen, accuracy, gate = choose_shrinkage(scatter, held.accuracy)
     accuracies = {}
     for candidate in (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6):
         weight, bias = gate_from(scatter, candidate)
         right = (held.x @ weight.T + bias).argmax(-1) == held.labels
         accuracies[candidate] = float((right * held.weights).sum() / held.weights.sum())
     assert accuracy == pytest.approx(max(accuracies.values()))
+    assert gate is not None
+    assert all(map(torch.equal, gate, gate_from(scatter, chosen)))
     assert chosen == max(c for c, a in accuracies.items() if a == pytest.approx(accuracy))
 
 
@@ -85,4 +87,4 @@ def test_tokens_that_are_all_alike_within_each_expert_are_refused():
     scatter.add(torch.eye(IN)[labels], labels, torch.ones(2 * E))
     with pytest.raises(SingularError, match="do not vary within any expert"):
         gate_from(scatter, 0.1)
-    assert choose_shrinkage(scatter, lambda *_: 1.0)[1] == -1
+    assert choose_shrinkage(scatter, lambda *_: 1.0) == (0.6, -1, None)

@@ -1,0 +1,74 @@
+"""Multiply float32 matrices on a CPU by oneDNN, which is a part of torch.
+
+In float32 torch itself asks MKL, which has kernels with AVX-512 for Intel's processors alone; on
+others it takes those with AVX2. oneDNN, which torch asks in 16 bits, takes AVX-512 wherever it is.
+"""
+
+from functools import cache
+from types import MethodType
+
+import torch
+from torch import Tensor, nn
+
+LEAST_PRODUCTS = 1 << 19
+"""Products of two numbers, T · IN · OUT, below which a call takes longer than MKL's: 8 µs and 2."""
+
+
+@cache
+def _has_wide_kernels() -> bool:
+    """Whether torch has oneDNN and the CPU has AVX-512; without it nothing was measured."""
+    has_onednn = torch.backends.mkldnn.is_available()
+    return has_onednn and torch.backends.cpu.get_cpu_capability() == "AVX512"
+
+
+def _is_plain(tensor: Tensor) -> bool:
+    """Whether it is float32 on a CPU, not of another library's kind, and needs no gradient."""
+    if type(tensor) not in {Tensor, nn.Parameter} or tensor.dtype is not torch.float32:
+        return False
+    return tensor.is_cpu and not (tensor.requires_grad and torch.is_grad_enabled())
+
+
+def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether oneDNN multiplies these faster than torch, and torch needs to see no product."""
+    if torch.compiler.is_compiling() or x.numel() * len(weight) < LEAST_PRODUCTS:
+        return False
+    if not (_is_plain(x) and _is_plain(weight) and (bias is None or _is_plain(bias))):
+        return False
+    # rows of a wider matrix take a thousand times as long
+    is_dense = weight.is_contiguous() or weight.mT.is_contiguous()
+    is_asked = bool(torch.backends.mkldnn.enabled) and not torch.is_autocast_enabled("cpu")
+    return is_dense and is_asked and _has_wide_kernels()
+
+
+def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """`torch.nn.functional.linear` of x [..., IN], W [OUT, IN] and a bias [OUT].
+
+    By oneDNN where it is faster; the results differ by the rounding of sums.
+    `torch.backends.mkldnn.flags(enabled=False)` turns it off.
+    """
+    if not _is_faster(x, weight, bias):
+        return nn.functional.linear(x, weight, bias)
+    # what torch's compiler calls; no public function of torch asks oneDNN in float32
+    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+
+
+class Linear(nn.Linear):
+    """A linear layer that multiplies by `linear`."""
+
+    def forward(self, input: Tensor) -> Tensor:  # noqa: A002  (as torch names it)
+        """Map [..., IN] to [..., OUT]."""
+        return linear(input, self.weight, self.bias)
+
+
+def use_in(model: nn.Module) -> None:
+    """Let the linear layers of a model multiply by `linear`, where that can make a difference.
+
+    Weights and names stay as they are, and so do the layers of other libraries.
+    """
+    if not _has_wide_kernels():
+        return
+    for layer in model.modules():
+        if type(layer) is nn.Linear and layer.weight.dtype is torch.float32:
+            layer.__class__ = Linear
+            if "_old_forward" in vars(layer):  # Accelerate calls the one that it found
+                vars(layer)["_old_forward"] = MethodType(Linear.forward, layer)

@@ -1,0 +1,150 @@
+"""oneDNN's products equal torch's, and torch computes those that it has to see itself."""
+
+import copy
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from meteora.kernels import onednn
+
+IN, OUT = 256, 192
+WIDE = pytest.mark.skipif(not onednn._has_wide_kernels(), reason="needs oneDNN and AVX-512")
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """The shapes of the products that oneDNN computed."""
+    seen = []
+    multiply = torch.ops.mkldnn._linear_pointwise
+
+    def noted(x, weight, *rest):
+        seen.append((*x.shape, len(weight)))
+        return multiply(x, weight, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", noted)
+    return seen
+
+
+def drawn(num_tokens=64, num_in=IN, num_out=OUT):
+    torch.manual_seed(0)
+    return torch.randn(num_tokens, num_in), torch.randn(num_out, num_in), torch.randn(num_out)
+
+
+def expected(x, weight, bias):
+    return (x.double() @ weight.double().mT + bias.double()).float()
+
+
+@WIDE
+@pytest.mark.parametrize("shape", [(64, IN), (4, 16, IN), (1, 1, 40 * IN)])
+def test_a_product_is_torchs_but_for_rounding(calls, shape):
+    _, weight, bias = drawn(num_in=shape[-1])
+    x = torch.randn(shape)
+    torch.testing.assert_close(
+        onednn.linear(x, weight, bias), expected(x, weight, bias), atol=2e-4, rtol=1e-5
+    )
+    torch.testing.assert_close(
+        onednn.linear(x, weight), expected(x, weight, torch.zeros(OUT)), atol=2e-4, rtol=1e-5
+    )
+    assert calls == [(*shape, OUT)] * 2
+
+
+@WIDE
+def test_factors_may_be_transposed(calls):
+    x, weight, bias = drawn()
+    turned = x.T.contiguous().T, weight.T.contiguous().T
+    torch.testing.assert_close(
+        onednn.linear(*turned, bias), expected(x, weight, bias), atol=1e-4, rtol=1e-5
+    )
+    assert calls == [(64, IN, OUT)]
+
+
+class _Kind(torch.Tensor):
+    """A tensor of another library."""
+
+
+FOR_TORCH = {
+    "rows of a wider matrix": lambda x, w, b: (x, torch.cat([w, w], dim=1)[:, :IN], b),
+    "16 bits": lambda *tensors: [tensor.bfloat16() for tensor in tensors],
+    "64 bits": lambda *tensors: [tensor.double() for tensor in tensors],
+    "few numbers": lambda x, w, b: (x[:1], w[:8], b[:8]),
+    "no tokens": lambda x, w, b: (x[:0], w, b),
+    "gradients of tokens": lambda x, w, b: (x.requires_grad_(), w, b),
+    "gradients of a weight": lambda x, w, b: (x, w.requires_grad_(), b),
+    "gradients of a bias": lambda x, w, b: (x, w, b.requires_grad_()),
+    "another kind of weight": lambda x, w, b: (x, w.as_subclass(_Kind), b),
+    "another kind of tokens": lambda x, w, b: (x.as_subclass(_Kind), w, b),
+}
+
+
+@pytest.mark.parametrize("change", FOR_TORCH.values(), ids=list(FOR_TORCH))
+def test_torch_computes_what_it_has_to_see_or_what_is_small(calls, change):
+    x, weight, bias = change(*drawn())
+    assert torch.equal(onednn.linear(x, weight, bias), nn.functional.linear(x, weight, bias))
+    assert not calls
+
+
+@WIDE
+def test_gradients_are_torchs_and_cost_nothing_where_none_is_asked(calls):
+    x, weight, bias = drawn()
+    weight.requires_grad_()
+    onednn.linear(x, weight, bias).sum().backward()
+    torch.testing.assert_close(weight.grad, x.sum(0).expand_as(weight))
+    assert not calls
+    with torch.no_grad():
+        onednn.linear(x, weight, bias)
+    assert calls
+
+
+@pytest.mark.filterwarnings("ignore:TF32")  # of torch itself, as it sets the switch
+def test_autocast_and_the_switch_of_torch_are_heeded(calls):
+    tensors = drawn()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert onednn.linear(*tensors).dtype == torch.bfloat16
+    with torch.backends.mkldnn.flags(enabled=False):
+        onednn.linear(*tensors)
+    assert not calls
+
+
+def test_a_compiled_graph_has_torchs_product(calls):
+    tensors = drawn()
+    compiled = torch.compile(onednn.linear, backend="eager", fullgraph=True)
+    with torch.inference_mode():
+        assert torch.equal(compiled(*tensors), nn.functional.linear(*tensors))
+    assert not calls
+
+
+class _Own(nn.Linear):
+    """A layer of another library."""
+
+
+@WIDE
+def test_the_linear_layers_of_a_model_multiply_by_it_and_stay_what_they_are(calls):
+    model = nn.Sequential(nn.Linear(IN, OUT), _Own(OUT, OUT), nn.Linear(OUT, 4).bfloat16())
+    weights = dict(model.state_dict())
+    onednn.use_in(model)
+    assert [type(layer) for layer in model] == [onednn.Linear, _Own, nn.Linear]
+    assert all(
+        tensor is weights[name] or torch.equal(tensor, weights[name])
+        for name, tensor in model.state_dict().items()
+    )
+    x = drawn()[0]
+    with torch.inference_mode():
+        y = model[0](x)
+        for same in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):  # noqa: S301
+            assert torch.equal(same[0](x), y)
+    assert len(calls) == 3
+
+
+@WIDE
+def test_a_layer_that_accelerate_loads_for_each_call_multiplies_by_it(calls):
+    from accelerate import cpu_offload  # noqa: PLC0415  (slow to import)
+
+    model = nn.Sequential(nn.Linear(IN, OUT)).requires_grad_(requires_grad=False)
+    weight, bias = (tensor.clone() for tensor in model.parameters())
+    x = drawn()[0]
+    cpu_offload(model, execution_device=torch.device("cpu"))
+    onednn.use_in(model)
+    torch.testing.assert_close(model(x), expected(x, weight, bias), atol=1e-4, rtol=1e-5)
+    assert calls

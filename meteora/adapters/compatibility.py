@@ -7,7 +7,7 @@ from dataclasses import replace
 from meteora.adapters.tensors import Adapter
 from meteora.artifacts import AdapterSpec, Reason
 from meteora.artifacts.specs import place_of
-from meteora.untrusted.findings import AdapterError, Findings, listed
+from meteora.untrusted.findings import AdapterError, Findings, counted, listed
 from meteora.untrusted.safetensors_header import ITEMSIZE
 
 SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
@@ -91,7 +91,7 @@ def check_memory(
     if stacked_bytes > limit_bytes:
         found.refuse(
             "memory",
-            f"{num_experts} experts take {stacked_bytes / 1e6:,.0f} MB stacked, and"
+            f"the stack of {counted(num_experts, 'expert')} has {stacked_bytes / 1e6:,.0f} MB, and"
             f" {limit_bytes / 1e6:,.0f} MB are there in all; {advice}",
         )
 

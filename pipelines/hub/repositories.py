@@ -59,8 +59,9 @@ def resolve(
         HubRevisionError: The repository has no such branch, tag or commit.
         HubError: The Hub does not answer; earlier downloads are no substitute.
     """
-    repo_id, _, revision = text.partition("@")
-    if not REPO_ID.fullmatch(repo_id) or ".." in text or not REVISION.fullmatch(revision or "main"):
+    repo_id, at, revision = text.partition("@")
+    wanted = revision if at else "main"
+    if not REPO_ID.fullmatch(repo_id) or ".." in text or not REVISION.fullmatch(wanted):
         raise HubReferenceError(
             f"{text!r} is not owner/name or owner/name@revision; a folder on this machine is"
             " written path:<folder>"
@@ -77,7 +78,6 @@ def resolve(
             f"{text} names no commit, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE switches the"
             f" network off, so it cannot be looked up; write {repo_id}@<commit of 40 hex digits>"
         )
-    wanted = revision or "main"
     try:
         refs = hub.ask("refs", repo_id, text, pull_requests=wanted.startswith(PULL_REQUEST))
     except HubConnectionError as error:

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 
 from meteora.artifacts import MeteoraError
+from meteora.kernels.onednn import linear
 from meteora.untrusted.findings import counted
 
 SECONDS = 0.15
@@ -64,8 +65,8 @@ def measure_machine(dtype: torch.dtype) -> Machine:
     small = torch.zeros(1, device=device)
     data = bytes(8 << 20)
     with torch.inference_mode():
-        flops = _rate(device, lambda i: batch @ weights[i % 8]) * 2 * 512 * SIZE * SIZE
-        reads = _rate(device, lambda i: token @ weights[i % 8]) * weights[0].nbytes
+        flops = _rate(device, lambda i: linear(batch, weights[i % 8])) * 2 * 512 * SIZE * SIZE
+        reads = _rate(device, lambda i: linear(token, weights[i % 8])) * weights[0].nbytes
         calls = _rate(device, lambda _: small.add_(1.0))
     hashed = _rate(torch.device("cpu"), lambda _: hashlib.sha256(data)) * len(data)
     if device.type == "cuda":

@@ -17,6 +17,8 @@ import torch
 import transformers
 from torch import nn
 
+from meteora.kernels import onednn
+
 
 def ask(parser: argparse.ArgumentParser) -> None:
     """What every benchmark is asked."""
@@ -52,17 +54,22 @@ def built(
 ) -> dict[str, tuple[nn.Module, str]]:
     """The variants that are asked for, and those alone are made.
 
+    The linear layers of all multiply by the same library.
+
     Args:
         made: by name, how to make it and the name of its floor
     """
     unknown = set(only or ()) - made.keys()
     if unknown:
         raise SystemExit(f"no variant {', '.join(sorted(unknown))}; there are {', '.join(made)}")
-    return {
+    variants = {
         name: (make(), floor)
         for name, (make, floor) in made.items()
         if only is None or name in {*only, *NEEDED}
     }
+    for model, _ in variants.values():
+        onednn.use_in(model)
+    return variants
 
 
 def seconds(run: Callable[[], object], device: str = "cpu") -> float:

@@ -37,7 +37,7 @@ def expected(x, weight, bias):
 
 
 @WIDE
-@pytest.mark.parametrize("shape", [(64, IN), (4, 16, IN), (1, 1, 40 * IN)])
+@pytest.mark.parametrize("shape", [(64, IN), (4, 16, IN), (1, 1, 90 * IN)])
 def test_a_product_is_torchs_but_for_rounding(calls, shape):
     _, weight, bias = drawn(num_in=shape[-1])
     x = torch.randn(shape)
@@ -68,7 +68,8 @@ FOR_TORCH = {
     "rows of a wider matrix": lambda x, w, b: (x, torch.cat([w, w], dim=1)[:, :IN], b),
     "16 bits": lambda *tensors: [tensor.bfloat16() for tensor in tensors],
     "64 bits": lambda *tensors: [tensor.double() for tensor in tensors],
-    "few numbers": lambda x, w, b: (x[:1], w[:8], b[:8]),
+    "few numbers": lambda x, w, b: (x[:8], w[:8], b[:8]),
+    "one token": lambda x, w, b: (x[:1].repeat(1, 64), w.repeat(1, 64), b),
     "no tokens": lambda x, w, b: (x[:0], w, b),
     "gradients of tokens": lambda x, w, b: (x.requires_grad_(), w, b),
     "gradients of a weight": lambda x, w, b: (x, w.requires_grad_(), b),

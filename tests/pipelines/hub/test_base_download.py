@@ -148,5 +148,5 @@ def test_a_dry_run_knows_the_base_that_a_branch_names(
 def test_a_stack_that_no_memory_holds_is_refused(
     workplace: Callable[..., RunContext], server: HubServer
 ) -> None:
-    with pytest.raises(IncompatibleAdaptersError, match="1 experts take 0 MB stacked"):
+    with pytest.raises(IncompatibleAdaptersError, match="the stack of 1 expert has 0 MB"):
         found(asking(workplace, server), memory_limit_bytes=1_000)

@@ -301,7 +301,7 @@ def test_who_would_not_fit_in_memory_is_refused_before_any_weights_are_written(
         app.main()
     assert ended.value.code == 1
     said = " ".join(capfd.readouterr().err.split())
-    assert f"3 experts take {needs / 1e6:,.0f} MB stacked" in said
+    assert f"the stack of 3 experts has {needs / 1e6:,.0f} MB" in said
     assert said.endswith("[memory]")
     assert "`meteora drop`" in said
     assert written() == before

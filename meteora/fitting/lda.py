@@ -20,7 +20,7 @@ from meteora.fitting.covariance import Covariance, Sums
 SHRINKAGES = (0.001, 0.003, 0.01, 0.03, 0.1, 0.3, 0.6)
 """The candidates, in ascending order."""
 ENOUGH_WORSE = 2
-"""After so many that are worse, larger candidates are worse too, and are not tried."""
+"""After so many in a row that are worse, larger candidates are not tried."""
 SHARE_LOST_TO_BASE = 0.01
 """The share of the experts' own tokens that may go to the base, so that foreign text goes there."""
 

@@ -12,6 +12,7 @@ from types import MethodType
 
 import torch
 from torch import Tensor, nn
+from torch.autograd.forward_ad import unpack_dual
 
 LEAST_PRODUCTS = 1 << 19
 """Products of two numbers, T · IN · OUT, below which a call takes longer than MKL's: 8 µs and 2."""
@@ -27,10 +28,11 @@ def _has_wide_kernels() -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether it is float32 on a CPU, not of another library's kind, and needs no gradient."""
+    """Whether it is float32 on a CPU, not of another library's kind, and needs no derivative."""
     if type(tensor) not in {Tensor, nn.Parameter} or tensor.dtype is not torch.float32:
         return False
-    return tensor.is_cpu and not (tensor.requires_grad and torch.is_grad_enabled())
+    needs_gradient = tensor.requires_grad and torch.is_grad_enabled()
+    return tensor.is_cpu and not needs_gradient and unpack_dual(tensor).tangent is None
 
 
 def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:

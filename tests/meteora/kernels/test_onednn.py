@@ -6,6 +6,7 @@ import pickle
 import pytest
 import torch
 from torch import nn
+from torch.autograd import forward_ad
 
 from meteora.kernels import onednn
 
@@ -96,6 +97,17 @@ def test_gradients_are_torchs_and_cost_nothing_where_none_is_asked(calls):
     with torch.no_grad():
         onednn.linear(x, weight, bias)
     assert calls
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # of torch itself
+def test_directional_derivatives_are_torchs(calls):
+    x, weight, bias = drawn()
+    with forward_ad.dual_level():
+        along_x = onednn.linear(forward_ad.make_dual(x, 2 * x), weight, bias)
+        along_w = onednn.linear(x, forward_ad.make_dual(weight, 2 * weight), bias)
+        for y in (along_x, along_w):
+            torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, 2 * x @ weight.T)
+    assert not calls
 
 
 @pytest.mark.filterwarnings("ignore:TF32")  # of torch itself, as it sets the switch

@@ -252,7 +252,8 @@ class Sweep:
     ) -> Any:  # noqa: ANN401
         """The output of a child of a layer; it is saved once all routed modules in it are.
 
-        So attention runs twice for each batch, and not once for each point of its layer.
+        So attention runs twice for each batch, and not once for each point of its layer. Eager
+        attention, which returns its weights, too, is not saved.
         """
         inside = [path for path in self._routed[index] if f".{index}.{name}." in path]
         if (saved := self._parts.get((batch, name))) is not None:

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 LEAST_PRODUCTS = 1 << 19
-"""Products of two numbers, T · IN · OUT, below which a call takes longer than MKL's: 8 µs and 2."""
+"""Multiplications, T · IN · OUT, below which MKL is faster: its shortest call takes 2 µs, not 8."""
 LEAST_FOR_ONE = 1 << 22
 """The same with one token: nearly all time goes to reading W, and MKL reads from a cache faster."""
 
@@ -73,7 +73,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear` of x [..., IN], W [OUT, IN] and a bias [OUT].
 
     By oneDNN where it is faster; the results differ by the rounding of sums.
-    `torch.backends.mkldnn.flags(enabled=False)` turns it off.
+    `with torch.backends.mkldnn.flags(enabled=False):` turns it off.
     """
     if not _is_faster(x, weight, bias):
         return nn.functional.linear(x, weight, bias)

@@ -252,18 +252,19 @@ class Sweep:
     ) -> Any:  # noqa: ANN401
         """The output of a child of a layer; it is saved once all routed modules in it are.
 
-        So attention runs twice for each batch, and not once for each point of its layer.
+        So attention runs twice for each batch, and not once for each point of its layer. Eager
+        attention, which returns its weights, too, is not saved.
         """
-        inside = [path for path in self._routed[index] if f".{name}." in path]
+        inside = [path for path in self._routed[index] if f".{index}.{name}." in path]
         if (saved := self._parts.get((batch, name))) is not None:
             for path in inside:
                 self._decide_again(index, batch, path)
             output = saved.output.to(saved.device, copy=True)  # a model may add to it in place
             return (output, *[None] * saved.num_others) if saved.is_tuple else output
         out = forward(*args, **kwargs)
-        output, *others = out if isinstance(out, tuple) else (out,)
+        output, *others = out if type(out) is tuple else (out,)
         is_final = inside and all((batch, path) in self._outputs for path in inside)
-        is_alone = all(other is None for other in others)
+        is_alone = isinstance(output, Tensor) and all(other is None for other in others)
         if is_final and is_alone and self._has_room_for(output):
             kept = output.to("cpu", copy=True), output.device, isinstance(out, tuple), len(others)
             self._parts[batch, name] = _Part(*kept)

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 LEAST_PRODUCTS = 1 << 19
-"""Products of two numbers, T · IN · OUT, below which a call takes longer than MKL's: 8 µs and 2."""
+"""Multiplications, T · IN · OUT, below which MKL is faster: its shortest call takes 2 µs, not 8."""
 LEAST_FOR_ONE = 1 << 22
 """The same with one token: nearly all time goes to reading W, and MKL reads from a cache faster."""
 
@@ -31,8 +31,25 @@ def _is_plain(tensor: Tensor) -> bool:
     """Whether it is float32 on a CPU, not of another library's kind, and needs no derivative."""
     if type(tensor) not in {Tensor, nn.Parameter} or tensor.dtype is not torch.float32:
         return False
+    if not tensor.is_cpu or tensor.layout is not torch.strided:
+        return False
     needs_gradient = tensor.requires_grad and torch.is_grad_enabled()
-    return tensor.is_cpu and not needs_gradient and unpack_dual(tensor).tangent is None
+    return not needs_gradient and unpack_dual(tensor).tangent is None
+
+
+def _is_as_stated(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
+    """Whether the sizes are those of `linear`, and the numbers of the bias lie side by side.
+
+    torch takes others or says what is wrong; oneDNN would read what lies beside them.
+    """
+    if weight.dim() != 2 or weight.shape[1] != x.shape[-1]:
+        return False
+    return bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
+
+
+def _is_recorded() -> bool:
+    """Whether torch notes each product, to trace a model, or to count what it computes."""
+    return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
 
 
 def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -44,6 +61,8 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if not (_is_plain(x) and _is_plain(weight) and (bias is None or _is_plain(bias))):
         return False
+    if _is_recorded() or not _is_as_stated(x, weight, bias):
+        return False
     # rows of a wider matrix take a thousand times as long
     is_dense = weight.is_contiguous() or weight.mT.is_contiguous()
     is_asked = bool(torch.backends.mkldnn.enabled) and not torch.is_autocast_enabled("cpu")
@@ -54,7 +73,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear` of x [..., IN], W [OUT, IN] and a bias [OUT].
 
     By oneDNN where it is faster; the results differ by the rounding of sums.
-    `torch.backends.mkldnn.flags(enabled=False)` turns it off.
+    `with torch.backends.mkldnn.flags(enabled=False):` turns it off.
     """
     if not _is_faster(x, weight, bias):
         return nn.functional.linear(x, weight, bias)

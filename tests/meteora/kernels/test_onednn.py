@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.autograd import forward_ad
+from torch.utils.flop_counter import FlopCounterMode
 
 from meteora.kernels import onednn
 
@@ -77,13 +78,39 @@ FOR_TORCH = {
     "gradients of a bias": lambda x, w, b: (x, w, b.requires_grad_()),
     "another kind of weight": lambda x, w, b: (x, w.as_subclass(_Kind), b),
     "another kind of tokens": lambda x, w, b: (x.as_subclass(_Kind), w, b),
+    "a bias with gaps": lambda x, w, b: (x, w, torch.stack([b, -b], dim=1)[:, 0]),
+    "one number for all of the bias": lambda x, w, b: (x, w, b[:1].expand(OUT)),
+    "a bias of one number": lambda x, w, b: (x, w, b[0]),
+    "a bias for each token": lambda x, w, b: (x, w, torch.outer(x[:, 0], b)),
+    "one row of weights": lambda x, w, _: (x.repeat(64, 1), w[0], None),
+    "sparse weights": lambda x, w, _: (x, w.to_sparse_csr(), None),
 }
 
 
+@pytest.mark.filterwarnings("ignore:Sparse CSR")  # of torch itself
 @pytest.mark.parametrize("change", FOR_TORCH.values(), ids=list(FOR_TORCH))
 def test_torch_computes_what_it_has_to_see_or_what_is_small(calls, change):
     x, weight, bias = change(*drawn())
     assert torch.equal(onednn.linear(x, weight, bias), nn.functional.linear(x, weight, bias))
+    assert not calls
+
+
+@pytest.mark.parametrize("shape", [(OUT, IN + 1), (OUT, OUT, IN)])
+def test_what_is_wrong_is_said_by_torch(calls, shape):
+    with pytest.raises(RuntimeError, match=r"\(64x256 and 257x192\)|dimensions"):
+        onednn.linear(drawn()[0], torch.randn(shape))
+    assert not calls
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # of torch itself
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
+def test_products_are_traced_and_counted(calls):
+    x, weight, bias = drawn()
+    traced = torch.jit.trace(lambda x: onednn.linear(x, weight, bias), (x,), check_trace=False)
+    assert torch.equal(traced(x), nn.functional.linear(x, weight, bias))
+    with FlopCounterMode(display=False) as counter:
+        onednn.linear(x, weight, bias)
+    assert counter.get_total_flops() == 2 * x.numel() * OUT
     assert not calls
 
 

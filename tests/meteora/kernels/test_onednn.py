@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode
 from meteora.kernels import onednn
 
 IN, OUT = 256, 192
-WIDE = pytest.mark.skipif(not onednn._has_wide_kernels(), reason="needs oneDNN and AVX-512")
+WIDE = pytest.mark.skipif(not onednn._has_wide_kernels(), reason="needs a CPU of AMD with AVX-512")
 
 
 @pytest.fixture
@@ -152,6 +152,22 @@ def test_a_compiled_graph_has_torchs_product(calls):
     compiled = torch.compile(onednn.linear, backend="eager", fullgraph=True)
     with torch.inference_mode():
         assert torch.equal(compiled(*tensors), nn.functional.linear(*tensors))
+    assert not calls
+
+
+@pytest.mark.parametrize("facts", ["vendor_id : GenuineIntel", None], ids=["Intel", "unknown"])
+def test_on_another_cpu_nothing_changes(calls, monkeypatch, tmp_path, facts):
+    if facts is not None:
+        (tmp_path / "cpuinfo").write_text(facts)
+    monkeypatch.setattr(onednn, "CPU_FACTS", tmp_path / "cpuinfo")
+    onednn._has_wide_kernels.cache_clear()
+    model = nn.Sequential(nn.Linear(IN, OUT))
+    try:
+        onednn.use_in(model)
+        onednn.linear(*drawn())
+    finally:
+        onednn._has_wide_kernels.cache_clear()
+    assert type(model[0]) is nn.Linear
     assert not calls
 
 

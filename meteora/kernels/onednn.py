@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from torch.autograd.forward_ad import unpack_dual
 
 CPU_FACTS = Path("/proc/cpuinfo")
+"""Who made the processors, as Linux tells it."""
 LEAST_PRODUCTS = 1 << 19
 """Multiplications, T · IN · OUT, below which MKL is faster: its shortest call takes 2 µs, not 8."""
 LEAST_FOR_ONE = 1 << 22

@@ -17,6 +17,8 @@ from torch.autograd.forward_ad import unpack_dual
 
 CPU_FACTS = Path("/proc/cpuinfo")
 """Who made the processors, as Linux tells it."""
+PRODUCT = "_linear_pointwise"
+"""The name of oneDNN's product in `torch.ops.mkldnn`."""
 LEAST_PRODUCTS = 1 << 19
 """Multiplications, T · IN · OUT, below which MKL is faster: its shortest call takes 2 µs, not 8."""
 LEAST_FOR_ONE = 1 << 22
@@ -25,8 +27,12 @@ LEAST_FOR_ONE = 1 << 22
 
 @cache
 def _has_wide_kernels() -> bool:
-    """Whether torch has oneDNN, on a CPU of AMD with AVX-512; on others nothing was measured."""
-    if not torch.backends.mkldnn.is_available():
+    """Whether torch has oneDNN, on a CPU of AMD with AVX-512; on others nothing was measured.
+
+    What is asked of torch below is not public, so a later version may lack it.
+    """
+    is_there = hasattr(torch.ops.mkldnn, PRODUCT) and hasattr(torch._C, "_len_torch_dispatch_stack")
+    if not (is_there and torch.backends.mkldnn.is_available()):
         return False
     facts = CPU_FACTS.read_text("utf-8") if CPU_FACTS.is_file() else ""
     return "AuthenticAMD" in facts and torch.backends.cpu.get_cpu_capability() == "AVX512"
@@ -59,7 +65,7 @@ def _is_recorded() -> bool:
 
 def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN multiplies these faster than torch, and torch needs to see no product."""
-    if torch.compiler.is_compiling():
+    if torch.compiler.is_compiling() or not _has_wide_kernels():
         return False
     least = LEAST_PRODUCTS if x.numel() > x.shape[-1] else LEAST_FOR_ONE
     if x.numel() * len(weight) < least:
@@ -71,7 +77,7 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     # rows of a wider matrix take a thousand times as long
     is_dense = weight.is_contiguous() or weight.mT.is_contiguous()
     is_asked = bool(torch.backends.mkldnn.enabled) and not torch.is_autocast_enabled("cpu")
-    return is_dense and is_asked and _has_wide_kernels()
+    return is_dense and is_asked
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
@@ -83,7 +89,7 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     if not _is_faster(x, weight, bias):
         return nn.functional.linear(x, weight, bias)
     # what torch's compiler calls; no public function of torch asks oneDNN in float32
-    return torch.ops.mkldnn._linear_pointwise(x, weight, bias, "none", [], "")
+    return getattr(torch.ops.mkldnn, PRODUCT)(x, weight, bias, "none", [], "")
 
 
 class Linear(nn.Linear):

@@ -155,11 +155,16 @@ def test_a_compiled_graph_has_torchs_product(calls):
     assert not calls
 
 
-@pytest.mark.parametrize("facts", ["vendor_id : GenuineIntel", None], ids=["Intel", "unknown"])
-def test_on_another_cpu_nothing_changes(calls, monkeypatch, tmp_path, facts):
+@pytest.mark.parametrize(
+    ("facts", "product"),
+    [("GenuineIntel", onednn.PRODUCT), (None, onednn.PRODUCT), ("AuthenticAMD", "_renamed")],
+    ids=["Intel", "unknown", "another torch"],
+)
+def test_on_another_cpu_or_torch_nothing_changes(calls, monkeypatch, tmp_path, facts, product):
     if facts is not None:
         (tmp_path / "cpuinfo").write_text(facts)
     monkeypatch.setattr(onednn, "CPU_FACTS", tmp_path / "cpuinfo")
+    monkeypatch.setattr(onednn, "PRODUCT", product)
     onednn._has_wide_kernels.cache_clear()
     model = nn.Sequential(nn.Linear(IN, OUT))
     try:

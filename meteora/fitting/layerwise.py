@@ -56,8 +56,8 @@ class _Part(NamedTuple):
 
     output: Tensor
     device: torch.device
-    is_tuple: bool
-    num_others: int
+    beside: tuple[None, ...] | None
+    """The other items of the tuple; None if it was a tensor."""
 
 
 class Sweep:
@@ -260,14 +260,13 @@ class Sweep:
             for path in inside:
                 self._decide_again(index, batch, path)
             output = saved.output.to(saved.device, copy=True)  # a model may add to it in place
-            return (output, *[None] * saved.num_others) if saved.is_tuple else output
+            return output if saved.beside is None else (output, *saved.beside)
         out = forward(*args, **kwargs)
-        output, *others = out if type(out) is tuple else (out,)
+        output, beside = (out[0], out[1:]) if type(out) is tuple and out else (out, None)
         is_final = inside and all((batch, path) in self._outputs for path in inside)
-        is_alone = isinstance(output, Tensor) and all(other is None for other in others)
+        is_alone = isinstance(output, Tensor) and all(one is None for one in beside or ())
         if is_final and is_alone and self._has_room_for(output):
-            kept = output.to("cpu", copy=True), output.device, isinstance(out, tuple), len(others)
-            self._parts[batch, name] = _Part(*kept)
+            self._parts[batch, name] = _Part(output.to("cpu", copy=True), output.device, beside)
         return out
 
     @contextmanager

@@ -2,9 +2,9 @@
 
 In float32 torch itself asks MKL, which has kernels with AVX-512 for Intel's processors alone; on
 others it takes those with AVX2. oneDNN, which torch asks in 16 bits, takes AVX-512 wherever it is.
-On an AMD EPYC (Zen 5) it then takes 0.44 to 0.52 of MKL's time, from 256 tokens of SmolLM2-135M on
-(`tests/benchmarks/results/products.md`). For each size it keeps code of 0.7 MB, for 1,024 sizes at
-most.
+On an AMD EPYC (Zen 5) the layers of SmolLM2-135M then take about half of the time by MKL, from 256
+tokens on (`tests/benchmarks/results/products.md`). For each size it keeps code of 0.7 MB, for 1,024
+sizes at most.
 """
 
 from functools import cache

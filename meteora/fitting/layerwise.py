@@ -12,7 +12,7 @@ from collections.abc import Callable, Generator, Iterator, Sequence
 from contextlib import ExitStack, contextmanager
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, NamedTuple, cast
+from typing import TYPE_CHECKING, Any, NamedTuple, Self, cast
 
 import torch
 from torch import Tensor, nn
@@ -51,11 +51,29 @@ class _Reached(Exception):  # noqa: N818  (a signal, not an error)
         self.x = x
 
 
+class _Saved(NamedTuple):
+    """An output in CPU memory, without a copy if it was there, so a model may overwrite it."""
+
+    tensor: Tensor
+    device: torch.device
+    version: int
+    """Of the tensor when it was saved; torch counts what overwrites it."""
+
+    @classmethod
+    def of(cls, output: Tensor) -> Self:
+        tensor = output.to("cpu")
+        return cls(tensor, output.device, tensor._version)
+
+    def read(self) -> Tensor | None:
+        """The output, where it was computed; None if it was overwritten."""
+        is_as_saved = self.tensor._version == self.version
+        return self.tensor.to(self.device) if is_as_saved else None
+
+
 class _Part(NamedTuple):
     """What a child of a layer returned: a tensor, or a tuple of it and of `None`s."""
 
-    output: Tensor
-    device: torch.device
+    output: _Saved
     beside: tuple[None, ...] | None
     """The other items of the tuple; None if it was a tensor."""
 
@@ -104,7 +122,7 @@ class Sweep:
         self._hidden: list[Tensor] = []
         self._calls: dict[int, list[Call]] = {}
         """By batch: the arguments of each layer; with a scratch folder, of one batch only."""
-        self._outputs: dict[tuple[int, str], tuple[Tensor, Tensor | None]] = {}
+        self._outputs: dict[tuple[int, str], tuple[_Saved, Tensor | None]] = {}
         """By batch and path: the output of a module of the present layer, and its gate's logits."""
         self._parts: dict[tuple[int, str], _Part] = {}
         """By batch and name: the output of a child of the present layer."""
@@ -148,7 +166,7 @@ class Sweep:
         self._token_bytes = ends[0].nbytes // ids.numel()
 
     def _forward(self, ids: Tensor, mask: Tensor) -> None:
-        with torch.inference_mode():
+        with torch.no_grad():
             self.model.base_model(input_ids=ids, attention_mask=mask, use_cache=False)
 
     def _record(self, ids: Tensor, mask: Tensor) -> tuple[Tensor, list[Call]]:
@@ -206,14 +224,15 @@ class Sweep:
 
     def _output(self, index: int, batch: int, path: str, layer: MoELoRALinear, x: Tensor) -> Tensor:
         """The output of a module with its final router, computed once for each batch."""
-        if (saved := self._outputs.get((batch, path))) is not None:
+        saved = self._outputs.get((batch, path))
+        if saved is not None and (output := saved[0].read()) is not None:
             self._decide_again(index, batch, path)
-            return saved[0].to(x.device, copy=True)  # a model may add to it in place
+            return output
         output = type(layer).forward(layer, x)
         if self._has_room_for(output):
             decision = _decision_of(layer)
             logits = None if decision is None else decision.logits
-            self._outputs[batch, path] = output.to("cpu", copy=True), logits
+            self._outputs[batch, path] = _Saved.of(output), logits
         return output
 
     def _has_room_for(self, output: Tensor) -> bool:
@@ -256,17 +275,17 @@ class Sweep:
         attention, which returns its weights, too, is not saved.
         """
         inside = [path for path in self._routed[index] if f".{index}.{name}." in path]
-        if (saved := self._parts.get((batch, name))) is not None:
+        saved = self._parts.get((batch, name))
+        if saved is not None and (output := saved.output.read()) is not None:
             for path in inside:
                 self._decide_again(index, batch, path)
-            output = saved.output.to(saved.device, copy=True)  # a model may add to it in place
             return output if saved.beside is None else (output, *saved.beside)
         out = forward(*args, **kwargs)
         output, beside = (out[0], out[1:]) if type(out) is tuple and out else (out, None)
         is_final = inside and all((batch, path) in self._outputs for path in inside)
         is_alone = isinstance(output, Tensor) and all(one is None for one in beside or ())
         if is_final and is_alone and self._has_room_for(output):
-            self._parts[batch, name] = _Part(output.to("cpu", copy=True), output.device, beside)
+            self._parts[batch, name] = _Part(_Saved.of(output), beside)
         return out
 
     @contextmanager
@@ -303,7 +322,7 @@ class Sweep:
                     return
             seen.append((args[0], [path]))
 
-        with ExitStack() as hooks, torch.inference_mode():
+        with ExitStack() as hooks, torch.no_grad():
             for path, layer in self._routed[index].items():
                 hooks.enter_context(layer.register_forward_pre_hook(partial(see, path)))
             self._run(index, 0)
@@ -334,7 +353,7 @@ class Sweep:
         with self._routed[index][path].register_forward_pre_hook(stop):
             for batch in range(len(self._hidden)):
                 try:
-                    with torch.inference_mode():
+                    with torch.no_grad():
                         self._run_once(index, batch)
                 except _Reached as reached:
                     x = reached.x.to(self._device)  # its layer may be on another one
@@ -347,7 +366,7 @@ class Sweep:
 
     def advance(self, index: int) -> None:
         """Run one layer with the routers that it has now, over all batches."""
-        with torch.inference_mode():
+        with torch.no_grad():
             for batch in range(len(self._hidden)):
                 out = self._run_once(index, batch)
                 if self._decision is not None and self._decision.logits is not None:

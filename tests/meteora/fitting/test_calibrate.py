@@ -264,6 +264,25 @@ def test_outputs_that_are_kept_change_no_byte(world, monkeypatch, share):
     assert ran[0] < 0.6 * ran[1] if again else ran[0] == ran[1]
 
 
+@pytest.mark.parametrize("names", [("q_proj", "up_proj"), ("self_attn", "mlp")])
+def test_a_model_may_overwrite_what_a_module_returned(world, monkeypatch, names):
+    """An output is kept without a copy; one that was overwritten is computed again."""
+    fitted = []
+    for limit in (layerwise.MAX_OUTPUT_BYTES, 0):
+        monkeypatch.setattr(layerwise, "MAX_OUTPUT_BYTES", limit)
+        model = world.load()
+        for name, module in model.named_modules():
+            if name.endswith(names):
+                module.register_forward_hook(_doubled_in_place)
+        calibrate(model, examples(4))
+        fitted.append(gates_of(model))
+    assert same_gates(*fitted)
+
+
+def _doubled_in_place(_module, _args, output):
+    (output[0] if isinstance(output, tuple) else output).mul_(2)
+
+
 def test_a_scratch_folder_that_cannot_be_written_is_said_so(model, tmp_path, monkeypatch):
     monkeypatch.setattr(layerwise, "MAX_HIDDEN_BYTES", 0)
     with pytest.raises(layerwise.SweepError, match=r"cannot be kept in .*missing"):

@@ -10,6 +10,7 @@ sizes at most.
 from functools import cache
 from pathlib import Path
 from types import MethodType
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -23,6 +24,8 @@ LEAST_PRODUCTS = 1 << 19
 """Multiplications, T · IN · OUT, below which MKL is faster: its shortest call takes 2 µs, not 8."""
 LEAST_FOR_ONE = 1 << 22
 """The same with one token: nearly all time goes to reading W, and MKL reads from a cache faster."""
+LEAST_WITH_GRADIENTS = 1 << 22
+"""The same where gradients follow: torch notes its own products in less time than ours."""
 
 
 @cache
@@ -31,7 +34,8 @@ def _has_wide_kernels() -> bool:
 
     What is asked of torch below is not public, so a later version may lack it.
     """
-    is_there = hasattr(torch.ops.mkldnn, PRODUCT) and hasattr(torch._C, "_len_torch_dispatch_stack")
+    asked = "_len_torch_dispatch_stack", "_are_functorch_transforms_active"
+    is_there = hasattr(torch.ops.mkldnn, PRODUCT) and all(hasattr(torch._C, one) for one in asked)
     if not (is_there and torch.backends.mkldnn.is_available()):
         return False
     facts = CPU_FACTS.read_text("utf-8") if CPU_FACTS.is_file() else ""
@@ -39,13 +43,17 @@ def _has_wide_kernels() -> bool:
 
 
 def _is_plain(tensor: Tensor) -> bool:
-    """Whether it is float32 on a CPU, not of another library's kind, and needs no derivative."""
+    """Whether it is float32 on a CPU, not of another library's kind, and has no tangent."""
     if type(tensor) not in {Tensor, nn.Parameter} or tensor.dtype is not torch.float32:
         return False
     if not tensor.is_cpu or tensor.layout is not torch.strided:
         return False
-    needs_gradient = tensor.requires_grad and torch.is_grad_enabled()
-    return not needs_gradient and unpack_dual(tensor).tangent is None
+    return unpack_dual(tensor).tangent is None
+
+
+def _needs_gradient(*tensors: Tensor | None) -> bool:
+    is_asked = any(tensor is not None and tensor.requires_grad for tensor in tensors)
+    return is_asked and torch.is_grad_enabled()
 
 
 def _is_as_stated(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -59,8 +67,11 @@ def _is_as_stated(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 
 def _is_recorded() -> bool:
-    """Whether torch notes each product, to trace a model, or to count what it computes."""
-    return torch.jit.is_tracing() or torch._C._len_torch_dispatch_stack() > 0
+    """Whether torch notes each product: to trace it, count its operations, or transform it."""
+    is_seen = (
+        torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
+    )
+    return torch.jit.is_tracing() or is_seen
 
 
 def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
@@ -68,6 +79,8 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     if torch.compiler.is_compiling() or not _has_wide_kernels():
         return False
     least = LEAST_PRODUCTS if x.numel() > x.shape[-1] else LEAST_FOR_ONE
+    if _needs_gradient(x, weight, bias):
+        least = max(least, LEAST_WITH_GRADIENTS)
     if x.numel() * len(weight) < least:
         return False
     if not (_is_plain(x) and _is_plain(weight) and (bias is None or _is_plain(bias))):
@@ -80,6 +93,30 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return is_dense and is_asked
 
 
+def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    # what torch's compiler calls; no public function of torch asks oneDNN in float32
+    return getattr(torch.ops.mkldnn, PRODUCT)(x, weight, bias, "none", [], "")
+
+
+class _Differentiable(torch.autograd.Function):
+    """`_product` with gradients, which are products as well."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:  # noqa: ANN401
+        of_x, of_weight, _ = ctx.needs_input_grad
+        ctx.save_for_backward(x if of_weight else None, weight if of_x else None)
+        return _product(x, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *gradients: Tensor) -> tuple[Tensor | None, ...]:  # noqa: ANN401
+        x, weight = ctx.saved_tensors
+        (of_output,) = gradients
+        of_x = None if weight is None else linear(of_output, weight.mT)
+        rows = of_output.flatten(0, -2)
+        of_weight = None if x is None else linear(rows.mT, x.flatten(0, -2).mT)
+        return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """`torch.nn.functional.linear` of x [..., IN], W [OUT, IN] and a bias [OUT].
 
@@ -88,8 +125,9 @@ def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
     """
     if not _is_faster(x, weight, bias):
         return nn.functional.linear(x, weight, bias)
-    # what torch's compiler calls; no public function of torch asks oneDNN in float32
-    return getattr(torch.ops.mkldnn, PRODUCT)(x, weight, bias, "none", [], "")
+    if _needs_gradient(x, weight, bias):
+        return cast("Tensor", _Differentiable.apply(x, weight, bias))
+    return _product(x, weight, bias)
 
 
 class Linear(nn.Linear):

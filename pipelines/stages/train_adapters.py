@@ -35,6 +35,7 @@ from meteora.base.placement import is_out_of_memory, placed
 from meteora.base.sources import PATH
 from meteora.fitting.joint import DivergedError
 from meteora.fitting.losses import computed_again, decoder_layers
+from meteora.kernels.onednn import use_in
 from meteora.untrusted.findings import brief, counted, did_you_mean
 from pipelines.admission.sources import local_folder, resolve_base, token_of_rows
 from pipelines.data.row_sources import read_rows, row_place
@@ -368,6 +369,7 @@ def fit(
     learning = {name: p for name, p in model.named_parameters() if p.requires_grad}
     weights, layers = list(learning.values()), decoder_layers(model, learning)
     device = weights[0].device
+    use_in(model)
     optimizer = torch.optim.AdamW(weights, lr=peak, weight_decay=0.0)
     losses = []
     with bar(f"training {what}", steps, "steps") as advance:

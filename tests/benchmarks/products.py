@@ -1,15 +1,18 @@
 """Products of float32 matrices on this CPU: by torch itself, and by oneDNN.
 
-    python -m tests.benchmarks.products [--rounds 30]
+    python -m tests.benchmarks.products [--rounds 30] [--gradients]
 
 Microseconds of x [T, IN] times W [OUT, IN], the best of the rounds, and their ratio. The sizes are
-those of SmolLM2-135M, its output head and a gate of seven choices included.
+those of SmolLM2-135M, its output head and a gate of seven choices included. With `--gradients` the
+gradient of x, too, as in a training of adapters, which leaves W as it is.
 """
 
 import argparse
+from collections.abc import Callable
 from functools import partial
 
 import torch
+from torch import Tensor
 from torch.nn import functional
 
 from meteora.kernels import onednn
@@ -19,10 +22,18 @@ SIZES = [(576, 7), (576, 192), (576, 576), (576, 1536), (1536, 576), (576, 49152
 TOKENS = [1, 4, 16, 64, 256, 1024]
 
 
+@torch.inference_mode(mode=False)
+@torch.enable_grad()
+def with_gradient(multiply: Callable[..., Tensor], x: Tensor, weight: Tensor) -> None:
+    y = multiply(x.detach().requires_grad_(), weight)
+    y.backward(torch.ones_like(y))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--rounds", type=int, default=30)
-    rounds = parser.parse_args().rounds
+    parser.add_argument("--gradients", action="store_true")
+    asked = parser.parse_args()
     rows = []
     for num_in, num_out in SIZES:
         weight = torch.randn(num_out, num_in)
@@ -32,13 +43,15 @@ def main() -> None:
             best = []
             for multiply in (functional.linear, onednn.linear):
                 run = partial(multiply, x, weight)
-                run()
+                if asked.gradients:
+                    run = partial(with_gradient, multiply, x, weight)
+                seconds(run)
                 repeats = max(1, 4_000_000 // (num_tokens * num_in * num_out))
                 best.append(
                     min(
                         seconds(lambda run=run, repeats=repeats: [run() for _ in range(repeats)])
                         / repeats
-                        for _ in range(rounds)
+                        for _ in range(asked.rounds)
                     )
                 )
             theirs, ours = (1e6 * one for one in best)
@@ -48,5 +61,4 @@ def main() -> None:
 
 
 if __name__ == "__main__":
-    with torch.inference_mode():
-        main()
+    main()

@@ -73,9 +73,7 @@ FOR_TORCH = {
     "few numbers": lambda x, w, b: (x[:8], w[:8], b[:8]),
     "one token": lambda x, w, b: (x[:1].repeat(1, 64), w.repeat(1, 64), b),
     "no tokens": lambda x, w, b: (x[:0], w, b),
-    "gradients of tokens": lambda x, w, b: (x.requires_grad_(), w, b),
-    "gradients of a weight": lambda x, w, b: (x, w.requires_grad_(), b),
-    "gradients of a bias": lambda x, w, b: (x, w, b.requires_grad_()),
+    "few numbers with gradients": lambda x, w, b: (x[:64].requires_grad_(), w, b),
     "another kind of weight": lambda x, w, b: (x, w.as_subclass(_Kind), b),
     "another kind of tokens": lambda x, w, b: (x.as_subclass(_Kind), w, b),
     "a bias with gaps": lambda x, w, b: (x, w, torch.stack([b, -b], dim=1)[:, 0]),
@@ -115,15 +113,55 @@ def test_products_are_traced_and_counted(calls):
 
 
 @WIDE
-def test_gradients_are_torchs_and_cost_nothing_where_none_is_asked(calls):
-    x, weight, bias = drawn()
+@pytest.mark.parametrize("asked", ["x", "w", "b", "xw", "xb", "xwb"])
+def test_gradients_are_torchs_but_for_rounding(calls, asked):
+    x, weight, bias = drawn(num_tokens=256)
+    x = x.view(2, 128, IN)
+    wanted = [
+        one.requires_grad_()
+        for one, name in zip((x, weight, bias), "xwb", strict=True)
+        if name in asked
+    ]
+    own, torchs = (
+        torch.autograd.grad(multiply(x, weight, bias).square().sum(), wanted)
+        for multiply in (onednn.linear, nn.functional.linear)
+    )
+    for one, other in zip(own, torchs, strict=True):
+        torch.testing.assert_close(one, other, atol=2e-2, rtol=1e-5)
+    assert len(calls) == 1 + ("x" in asked) + ("w" in asked)
+
+
+@WIDE
+def test_a_gradient_of_a_gradient_is_torchs(calls):
+    x, weight, _ = drawn(num_tokens=256)
     weight.requires_grad_()
-    onednn.linear(x, weight, bias).sum().backward()
-    torch.testing.assert_close(weight.grad, x.sum(0).expand_as(weight))
-    assert not calls
-    with torch.no_grad():
-        onednn.linear(x, weight, bias)
+
+    def twice(multiply):
+        (of_weight,) = torch.autograd.grad(
+            multiply(x, weight).square().sum(), weight, create_graph=True
+        )
+        return torch.autograd.grad(of_weight.square().sum(), weight)[0]
+
+    own, torchs = map(twice, (onednn.linear, nn.functional.linear))
+    assert (own - torchs).norm() < 1e-5 * torchs.norm()
     assert calls
+
+
+@pytest.mark.filterwarnings("ignore:`torch.jit")  # of torch itself
+def test_transforms_of_functions_are_torchs(calls):
+    x, weight, bias = drawn(num_tokens=256)
+
+    def transformed(multiply):
+        def loss(weight, x):
+            return multiply(x, weight, bias).square().mean()
+
+        of_each = torch.vmap(torch.func.grad(loss), (None, 0))(weight, x.view(2, 128, IN))
+        along = torch.func.jvp(lambda w: torch.func.grad(loss)(w, x), (weight,), (weight,))
+        return of_each, *along
+
+    for own, torchs in zip(*map(transformed, (onednn.linear, nn.functional.linear)), strict=True):
+        assert torch.equal(own, torchs)
+    assert not calls
 
 
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # of torch itself

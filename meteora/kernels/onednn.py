@@ -112,8 +112,8 @@ class _Differentiable(torch.autograd.Function):
         x, weight = ctx.saved_tensors
         (of_output,) = gradients
         of_x = None if weight is None else linear(of_output, weight.mT)
-        rows = of_output.flatten(0, -2)
-        of_weight = None if x is None else linear(rows.mT, x.flatten(0, -2).mT)
+        rows = of_output.reshape(-1, of_output.shape[-1])
+        of_weight = None if x is None else linear(rows.mT, x.reshape(-1, x.shape[-1]).mT)
         return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
 
 

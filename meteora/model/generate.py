@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast
+from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor
@@ -43,12 +43,16 @@ def batch_of(model: PreTrainedModel, prompt: Sequence[int]) -> Tensor:
     Raises:
         EmptyPromptError: the prompt has no tokens.
     """
+    _require_tokens(prompt)
+    return torch.tensor([list(prompt)], device=input_device(model))
+
+
+def _require_tokens(prompt: Sequence[int], which: str = "the prompt") -> None:
     if not prompt:
         raise EmptyPromptError(
-            "the prompt has no tokens: it is empty, and the base's tokenizer puts none in front of"
+            f"{which} has no tokens: it is empty, and the base's tokenizer puts none in front of"
             " it; ask something"
         )
-    return torch.tensor([list(prompt)], device=input_device(model))
 
 
 def prompts_at_once(model: PreTrainedModel, number: Any) -> Any:  # noqa: ANN401  (lm-eval: `auto`)
@@ -99,6 +103,7 @@ def generate_ids(
     )
 
 
+@overload
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
@@ -106,19 +111,46 @@ def generate(
     *,
     max_new_tokens: int = 256,
     stream: bool = False,
-) -> str:
-    """Answer one prompt greedily, and return the text of the answer.
+) -> str: ...
+@overload
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: list[str],
+    *,
+    max_new_tokens: int = 256,
+) -> list[str]: ...
+def generate(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    prompt: str | list[str],
+    *,
+    max_new_tokens: int = 256,
+    stream: bool = False,
+) -> str | list[str]:
+    """Answer a prompt, or each of several, greedily; returns the text of the answer or answers.
 
     Args:
         model: fused, or any causal language model of transformers
-        prompt: text; it is put into the tokenizer's chat template, if there is one
-        max_new_tokens: the answer is cut at this many tokens
-        stream: also print the text on stdout while it is generated, without control characters
+        prompt: text; it is put into the tokenizer's chat template, if there is one. Several are
+            answered in batches
+        max_new_tokens: an answer is cut at this many tokens
+        stream: also print the answer to one prompt on stdout while it is generated, without control
+            characters
 
     Raises:
-        EmptyPromptError: the prompt has no tokens.
+        EmptyPromptError: a prompt has no tokens.
         ConversationError: it is no Unicode.
+        ValueError: several answers cannot be shown as they grow.
     """
+    if not isinstance(prompt, str):
+        if stream:
+            raise ValueError("stream shows one answer as it grows; give one prompt")
+        prompts = [encode_prompt(tokenizer, one) for one in prompt]
+        for number, one in enumerate(prompts, 1):
+            _require_tokens(one, f"prompt {number}")
+        answers = answer_all(model, tokenizer, prompts, max_new_tokens)
+        return [str(tokenizer.decode(one, skip_special_tokens=True)) for one in answers]
     ids = batch_of(model, encode_prompt(tokenizer, prompt))
     streamer = _TerminalStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.inference_mode():

@@ -1,6 +1,7 @@
 """The layer keeps the signature that it replaces: caches, padding, batches and beams just work."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -90,6 +91,19 @@ def test_a_prompt_without_tokens_is_refused(world, tokenizer) -> None:
     for ask in (meteora.generate, meteora.trace):
         with pytest.raises(EmptyPromptError, match="the prompt has no tokens"):
             ask(world.load(), bare, "")
+    with pytest.raises(EmptyPromptError, match="prompt 2 has no tokens"):
+        meteora.generate(world.load(), bare, ["w1", ""])
+
+
+def test_several_prompts_are_answered_as_each_alone(model, tokenizer) -> None:
+    prompts = ["w1 w2 w3", "w9", "w4 w5"]
+    ask = partial(meteora.generate, model, tokenizer, max_new_tokens=5)
+    alone = [ask(one) for one in prompts]
+    assert ask(prompts) == alone
+    assert len(set(alone)) > 1
+    assert ask([]) == []
+    with pytest.raises(ValueError, match="stream shows one answer"):
+        ask(prompts, stream=True)  # ty: ignore[invalid-argument-type]
 
 
 def test_half_a_character_in_a_prompt_is_refused(model, tokenizer) -> None:

@@ -11,7 +11,6 @@ task is likelier in the gap than its answer is, and likelier for the expert than
 from __future__ import annotations
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, cast
 
 import torch
@@ -23,6 +22,7 @@ from meteora.base.chat_template import Template, encode_prompt
 from meteora.base.placement import input_device
 from meteora.model.fused import force_expert, without_experts
 from meteora.model.generate import answer_all, end_tokens, generate_ids, prompts_at_once
+from pipelines.data.claims import Claim
 from pipelines.data.labels import MAX_NEW_TOKENS
 from pipelines.workspace.console import bar
 
@@ -38,22 +38,10 @@ ENDED = 7 / 8
 TOP_P = 0.95
 """Nucleus sampling: leaves out the tail of unlikely tokens, which spoil a prompt."""
 LEAST_GAIN, LEAST_LEAD = 1.25, 0.25
-"""Thresholds in nats a token, for the means of `Written.gain` and `Written.lead` over the first
+"""Thresholds in nats a token, for the means of `Claim.score` and `Claim.lead` over the first
 batch. The quickstart's adapters, trained on answers, stay below one of them. Five of six adapters
 trained on whole conversations reach 1.93 and 0.56 or more; the sixth, which has learnt its task
 least, reaches 1.56 and -0.04. See `tests/benchmarks/results/written_prompts.md`."""
-
-
-@dataclass(frozen=True)
-class Written:
-    """A prompt that an expert wrote, and its own answer to it."""
-
-    prompt: str
-    answer: str
-    gain: float
-    """How much likelier the prompt is for the expert than for the base, in nats a token."""
-    lead: float
-    """How much likelier the prompt is in the user's turn than the answer, in nats a token."""
 
 
 def write_prompts(
@@ -63,7 +51,7 @@ def write_prompts(
     count: int,
     *,
     seed: int = 0,
-) -> dict[str, list[Written]]:
+) -> dict[str, list[Claim]]:
     """Have each expert write prompts: samples from an opened user's turn, at temperature 1.
 
     Args:
@@ -73,11 +61,12 @@ def write_prompts(
         seed: of the samples; PyTorch's own generators are left as they are
 
     Returns:
-        Different prompts by expert, in the order of writing. An empty list for an expert that
-        writes no questions, and for all without a chat template, which marks the end of a prompt.
+        Different prompts by expert, in the order of writing, each with the expert's own answer. An
+        empty list for an expert that writes no questions, and for all without a chat template,
+        which marks the end of a prompt.
     """
     template = Template.of(tokenizer)
-    prompts: dict[str, list[Written]] = {name: [] for name in names}
+    prompts: dict[str, list[Claim]] = {name: [] for name in names}
     if not template.opening or not template.question_end:
         return prompts
     devices = [input_device(model)] if input_device(model).type == "cuda" else []
@@ -85,30 +74,34 @@ def write_prompts(
         for place, name in enumerate(names):
             with force_expert(model, name), torch.random.fork_rng(devices):
                 torch.manual_seed(seed + place)
-                prompts[name] = _write(model, tokenizer, template, count)
+                prompts[name] = _write(model, tokenizer, template, name, count)
             advance(count)
     return prompts
 
 
 def _write(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, template: Template, count: int
-) -> list[Written]:
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    template: Template,
+    name: str,
+    count: int,
+) -> list[Claim]:
     """The prompts of the expert that all tokens are routed to."""
-    prompts: dict[str, Written] = {}
+    prompts: dict[str, Claim] = {}
     sizes = [min(JUDGED, count), *[AT_ONCE] * ((count - JUDGED) // AT_ONCE)]
     sizes.append(count - sum(sizes))
     for place, number in enumerate(filter(None, sizes)):
         texts = _sample(model, tokenizer, template, number)
-        new = _judged(model, tokenizer, template, texts)
+        new = _judged(model, tokenizer, template, name, texts)
         if place == 0 and not _are_questions(new):
             return []
-        prompts |= {one.prompt: one for one in new if one.gain >= LEAST_GAIN}
+        prompts |= {one.prompt: one for one in new if one.score >= LEAST_GAIN}
     return [*prompts.values()]
 
 
-def _are_questions(written: Sequence[Written]) -> bool:
+def _are_questions(written: Sequence[Claim]) -> bool:
     """Whether the expert that wrote these has learnt questions; one text alone shows nothing."""
-    gain = sum(one.gain for one in written) / max(1, len(written))
+    gain = sum(one.score for one in written) / max(1, len(written))
     lead = sum(one.lead for one in written) / max(1, len(written))
     return len(written) > 1 and gain >= LEAST_GAIN and lead >= LEAST_LEAD
 
@@ -159,8 +152,9 @@ def _judged(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
     template: Template,
+    name: str,
     texts: Sequence[str],
-) -> list[Written]:
+) -> list[Claim]:
     """Texts with the model's answers, and the likelihoods that tell questions from answers.
 
     Those that do not fit into the base's context, with an answer, are left out.
@@ -183,7 +177,7 @@ def _judged(
             gain = own - _likelihood(model, template.opening, question)
         lead = own - _likelihood(model, template.opening, answer) if answer else 0.0
         answer_text = str(tokenizer.decode(answer, skip_special_tokens=True))
-        judged.append(Written(text, answer_text, round(gain, 3), round(lead, 3)))
+        judged.append(Claim(text, name, 0, round(gain, 3), round(lead, 3), answer_text))
     return judged
 
 

@@ -19,10 +19,11 @@ class Claim(Noun):
     """Negative if the prompt was not read, since it does not fit into the base's context."""
     score: float
     """By how many standard deviations the expert's updates are larger on this cluster than on the
-    whole pool. For a prompt that the expert wrote: its `Written.gain`."""
+    whole pool. For a prompt that the expert wrote: how much likelier it is for the expert than for
+    the base, in nats a token."""
     lead: float
-    """The score minus that of the next expert. For a prompt that the expert wrote: its
-    `Written.lead`."""
+    """The score minus that of the next expert. For a prompt that the expert wrote: how much
+    likelier it is in the user's turn than its answer, in nats a token."""
     response: str | None = None
     """The expert's own answer, if the prompt is an example."""
 

@@ -100,13 +100,8 @@ def _written(
             "note",
         )
     known = {prompt for own in plan.known_prompts.values() for prompt in own}
-    claims = {
-        one.prompt: Claim(one.prompt, name, 0, one.gain, one.lead, one.answer)
-        for name, own in written.items()
-        for one in own
-        if one.prompt not in known
-    }
-    return [*claims.values()]
+    claims = (one for own in written.values() for one in own if one.prompt not in known)
+    return [*{one.prompt: one for one in claims}.values()]
 
 
 def _say(made: PoolBuild, claims: Sequence[Claim]) -> None:

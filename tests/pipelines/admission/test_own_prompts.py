@@ -124,8 +124,8 @@ def test_an_expert_that_has_learnt_prompts_writes_some(
     own = [one.prompt for one in written[WRITER]]
     assert len({*own}) == len(own) >= 30
     assert sum({*text} <= {*ALPHABETS[WRITER]} for text in own) >= 0.9 * len(own)
-    assert {one.answer for one in written[WRITER]} == {ANSWERS[WRITER]}
-    assert min(one.gain for one in written[WRITER]) >= LEAST_GAIN
+    assert {one.response for one in written[WRITER]} == {ANSWERS[WRITER]}
+    assert min(one.score for one in written[WRITER]) >= LEAST_GAIN
     assert write_prompts(model, tokenizer, [*ALPHABETS], 40) == written
     assert write_prompts(model, tokenizer, [WRITER], 40, seed=1) != {WRITER: written[WRITER]}
 

@@ -128,29 +128,22 @@ def schedule(
 def _dry_run(context: RunContext, until: Stage, *, alone: bool) -> bool:
     """Look at a recipe and print what a run would do; returns whether it would reach its end."""
     from pipelines.flows.up_to_date import look
+    from pipelines.planning.dry_run import print_steps
+    from pipelines.workspace.console import plain_console
 
     if not alone:
         print(f"{context.name}:")
     try:
-        return print_steps(context, look(context, until), until)
+        looked = look(context, until)
+        if looked.summary:
+            plain_console().print(f"{context.name}: everything is in the ledger already")
+            return True
+        return print_steps(context, looked.base, looked.built, looked.reason, until, looked.plan)
     except MeteoraError as error:
         if alone:
             raise
         say(f"{context.name}: {error}", "error")  # the other recipes go on
         return False
-
-
-def print_steps(context: RunContext, looked: Look, until: Stage = Stage.publish) -> bool:
-    """Print what a run of a recipe would do; returns whether it would reach its end."""
-    from pipelines.planning import dry_run
-    from pipelines.workspace.console import plain_console
-
-    if looked.summary:
-        plain_console().print(f"{context.name}: everything is in the ledger already")
-        return True
-    return dry_run.print_steps(
-        context, looked.base, looked.built, looked.reason, until, looked.plan
-    )
 
 
 def _run_all(

@@ -108,10 +108,11 @@ def finished(work: RunContext) -> Plan | None:
 
 def print_steps(work: RunContext, until: Stage = Stage.publish) -> None:
     """What `--dry-run` prints of a recipe that is not finished."""
-    from pipelines.cli.run import print_steps
     from pipelines.flows.up_to_date import look
+    from pipelines.planning.dry_run import print_steps
 
-    print_steps(work, replace(look(work), summary=None), until)
+    looked = look(work)
+    print_steps(work, looked.base, looked.built, looked.reason, until, looked.plan)
 
 
 def base_of(work: RunContext) -> BuiltBase:

@@ -13,14 +13,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import MeteoraError
-from meteora.checkpoint.manifest import MANIFEST
+from meteora.checkpoint.manifest import MANIFEST, SIGNATURE
 from meteora.untrusted.findings import brief, listed
 from store.files import replace_text
 
 if TYPE_CHECKING:
     from model_signing.hashing import Config
 
-SIGNATURE = "model.sig"
 HOW = (
     "`openssl ecparam -name prime256v1 -genkey -noout -out key.pem` makes a key, and"
     " `openssl ec -in key.pem -pubout -out key.pub` its public half"

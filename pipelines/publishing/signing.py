@@ -46,7 +46,8 @@ def sign(folder: Path, private_key: Path) -> Path:
     An older signature stays if the new one cannot be written.
 
     Raises:
-        SignatureError: The folder is no checkpoint, or the key cannot sign.
+        SignatureError: The folder is no checkpoint, or holds more than files, or the key cannot
+            sign.
     """
     _require_checkpoint(folder)
     hashing, signing, _ = _library()
@@ -60,7 +61,12 @@ def sign(folder: Path, private_key: Path) -> Path:
     config.set_hashing_config(_hashed(hashing))
     with tempfile.TemporaryDirectory(prefix="meteora-sign-") as scratch:
         made = Path(scratch, SIGNATURE)
-        config.sign(folder, made)
+        try:
+            config.sign(folder, made)
+        except ValueError as error:  # a pipe, or a link to nothing
+            raise SignatureError(
+                f"{folder} cannot be signed ({brief(error)}); take out what is no file"
+            ) from None
         replace_text(signature, made.read_text(encoding="utf-8"))
     return signature
 

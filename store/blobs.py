@@ -123,7 +123,7 @@ class Blobs:
     def __iter__(self) -> Iterator[str]:
         """The names of all blobs on this disk, in order."""
         for path in sorted(self.root.glob("[0-9a-f][0-9a-f]/*")):
-            if SHA256.fullmatch(name := path.parent.name + path.name):
+            if SHA256.fullmatch(name := path.parent.name + path.name) and path.is_file():
                 yield name
 
     def _fetched(self, sha256: str) -> bool:

@@ -228,12 +228,12 @@ def _dependants_of(connection: duckdb.DuckDBPyConnection, subjects: list[str]) -
 
 
 def _foreign_files(home: Path, *roots: Path) -> Iterator[Finding]:
-    """Files in the store's folders that the store did not write."""
+    """Files in the store's folders that the store did not write, and pipes in their place."""
     for root in roots:
         for path in sorted(root.rglob("*")):
             name = path.relative_to(root)
             ours = NAMES.fullmatch(name.as_posix()) or "tmp" in name.parts
-            if path.is_file() and not ours:
+            if not path.is_dir() and not (ours and path.is_file()):
                 yield Finding("file", str(path.relative_to(home)), "it does not belong here")
 
 

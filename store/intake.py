@@ -11,6 +11,8 @@ logger = logging.getLogger(__name__)
 
 ORDERED_ROWS = 100_000
 """Up to this many rows, the leaderboard is stored in sorted order; sorting millions is slow."""
+REFUSALS = (duckdb.DataError, duckdb.IntegrityError, duckdb.ProgrammingError, UnicodeDecodeError)
+"""Errors about a record. The last one is of a message that quotes it and is cut in a character."""
 
 
 def offer_texts(connection: duckdb.DuckDBPyConnection, texts: dict[str, bytes]) -> None:
@@ -52,7 +54,7 @@ def add(connection: duckdb.DuckDBPyConnection, start: int = 0, end: int | None =
             resources.files("store").joinpath("ingest.sql").read_text(encoding="utf-8")
         )
         connection.execute("COMMIT")
-    except (duckdb.DataError, duckdb.IntegrityError, duckdb.ProgrammingError) as error:
+    except REFUSALS as error:
         connection.execute("ROLLBACK")
         if end - start == 1:
             _reject(connection, start, brief(error))

@@ -138,6 +138,8 @@ class Records:
 
     def _loose_bytes(self, sha256: str) -> bytes:
         path = self.path_of(sha256)
+        if not path.is_file():
+            raise FileNotFoundError(path)
         data = path.read_bytes()
         if hashlib.sha256(data).hexdigest() != sha256:
             raise DamagedError(
@@ -167,7 +169,9 @@ class Records:
                 names.update(
                     folder.name + entry.name[:62]
                     for entry in entries
-                    if len(entry.name) == NAME_LENGTH and entry.name.endswith(".json")
+                    if len(entry.name) == NAME_LENGTH
+                    and entry.name.endswith(".json")
+                    and entry.is_file()  # reading a pipe would never end
                 )
         return names
 

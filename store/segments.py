@@ -36,7 +36,7 @@ class Segments:
 
     def names(self) -> set[str]:
         """The file names of all segments."""
-        return {path.name for path in self.root.glob(f"*{SUFFIX}")}
+        return {path.name for path in self.root.glob(f"*{SUFFIX}") if path.is_file()}
 
     def path_of(self, name: str) -> Path:
         """The file of a segment."""

@@ -1,6 +1,7 @@
 """Checks of a base's configs that transformers does not make.
 
-It lists every layer of a config, one by one, and compares what it generates with any end token.
+It lists every layer of a config, one by one, and compares what it generates with any end token. The
+fields of a GGUF file are a config, too.
 """
 
 import json
@@ -9,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 from meteora.untrusted.findings import shortened
+from meteora.untrusted.gguf_header import read_fields
 
 MAX_BYTES = 16 << 20
 MAX_LAYERS = 2_000
@@ -17,14 +19,28 @@ LAYERS = re.compile(r"(num|n)_(\w+_)?layers?")
 """Names of their number: `num_hidden_layers`, `n_layer`, `num_decoder_layers`."""
 
 
-def refuse_endless(config: Path) -> None:
-    """Check the number of layers in a `config.json`, if it is there.
+def refuse_endless(source: Path) -> None:
+    """Check the number of layers in a GGUF file, or in the `config.json` of a folder if it has one.
 
     Raises:
-        ValueError: it is no JSON, or too large, or has more layers than any model.
+        ValueError: it cannot be read, or is too large, or has more layers than any model.
     """
-    if not config.is_file():
-        return
+    if source.is_file():
+        _refuse_endless_gguf(source)
+    elif (config := source / "config.json").is_file():
+        _refuse_endless_json(config)
+
+
+def _refuse_endless_gguf(path: Path) -> None:
+    with path.open("rb") as file:
+        fields = read_fields(file, path.stat().st_size)
+    for key, value in fields.items():
+        if key.endswith(".block_count") and not (type(value) is int and 0 < value <= MAX_LAYERS):
+            found = "no number" if value is None else f"{value!s:.20}"
+            raise ValueError(f"{shortened(key)} is {found}; it must be 1 to {MAX_LAYERS}")
+
+
+def _refuse_endless_json(config: Path) -> None:
     with config.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:

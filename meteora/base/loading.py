@@ -144,6 +144,7 @@ def load_tokenizer(
         SourceError: transformers cannot read it, or needs a package that is not installed.
     """
     with _reading(source, "the tokenizer cannot be loaded"):
+        refuse_endless(source)
         loaded: Any = AutoTokenizer.from_pretrained(
             **_named(source), trust_remote_code=False, **(options or {})
         )
@@ -158,7 +159,7 @@ def load_config(source: Path) -> PretrainedConfig:
         SourceError: transformers cannot read it, or cannot generate text with it.
     """
     try:
-        refuse_endless(source / "config.json")
+        refuse_endless(source)
         with _QUIET.open():
             config = AutoConfig.from_pretrained(**_named(source), trust_remote_code=False)
     except Exception as error:  # a stranger's file: the library can raise anything

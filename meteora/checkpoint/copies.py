@@ -3,6 +3,7 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import NamedTuple, Self
 
 from meteora.artifacts import file_sha256
@@ -13,6 +14,7 @@ from meteora.checkpoint.manifest import (
     FILES,
     GATES,
     MANIFEST,
+    SIGNATURE,
     CheckpointError,
     read_manifest,
 )
@@ -33,7 +35,10 @@ class Source(NamedTuple):
 
 
 def copy_checkpoint(source: Source, out: Path, gates: Gates | None = None) -> None:
-    """Copy a checkpoint's files to another folder, over any checkpoint there; the manifest last.
+    """Copy a checkpoint's files to another folder, in place of any checkpoint there.
+
+    They are written beside it and moved when all are whole, the manifest last; after an error the
+    older checkpoint stays.
 
     Args:
         gates: in place of its own. If they differ, the copy has none of what is said of those:
@@ -51,19 +56,30 @@ def copy_checkpoint(source: Source, out: Path, gates: Gates | None = None) -> No
         )
     manifest, copied = read_manifest(folder), [name for name in FILES if name != MANIFEST]
     out.mkdir(parents=True, exist_ok=True)
-    is_checkpoint = (out / MANIFEST).exists()
-    for name in FILES:
-        if is_checkpoint or (out / name).is_symlink():  # the Hub's cache links to what it shares
-            (out / name).unlink(missing_ok=True)
-    if gates is not None:
-        write_gates(out / GATES, gates)
-        own = file_sha256(out / GATES)
-        if own != file_sha256(folder / GATES):
-            copied = [EXPERTS]
-            files = {name: manifest.files[name] for name in copied if name in manifest.files}
-            manifest = replace(manifest, gates={}, router_id="", files={**files, GATES: own})
-    for name in copied:
-        if (folder / name).exists():  # most are not downloaded from the Hub
-            shutil.copyfile(folder / name, out / name)
-    (out / CONFIG).write_text(CONFIG_TEXT, encoding="utf-8")
-    (out / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+    with TemporaryDirectory(dir=out, prefix=".", suffix=".partial") as beside:
+        whole = Path(beside)
+        if gates is not None:
+            write_gates(whole / GATES, gates)
+            own = file_sha256(whole / GATES)
+            if own != file_sha256(folder / GATES):
+                copied = [EXPERTS]
+                files = {name: manifest.files[name] for name in copied if name in manifest.files}
+                manifest = replace(manifest, gates={}, router_id="", files={**files, GATES: own})
+        for name in copied:
+            if (folder / name).exists():  # most are not downloaded from the Hub
+                shutil.copyfile(folder / name, whole / name)
+        (whole / CONFIG).write_text(CONFIG_TEXT, encoding="utf-8")
+        (whole / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
+        _move(whole, out)
+
+
+def _move(whole: Path, out: Path) -> None:
+    """Move a checkpoint's files into a folder, in place of any checkpoint there."""
+    if (out / MANIFEST).exists():
+        for name in (SIGNATURE, *FILES):
+            if not (whole / name).exists():
+                (out / name).unlink(missing_ok=True)
+        (out / MANIFEST).unlink()
+    for name in reversed(FILES):
+        if (whole / name).exists():
+            (whole / name).replace(out / name)

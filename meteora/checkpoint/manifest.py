@@ -48,6 +48,8 @@ CONFIG = "config.json"
 CONFIG_TEXT = '{"model_type": "meteora", "architectures": ["MeteoraForCausalLM"]}\n'
 FILES = (MANIFEST, CONFIG, EXPERTS, GATES, STATISTICS, CARD, LINEAGE)
 """All files that a checkpoint can have; these are published."""
+SIGNATURE = "model.sig"
+"""A signature over all files of the folder, if its maker signed it."""
 TENSORS = (EXPERTS, GATES, STATISTICS)
 
 # Bounds on what a stranger may ask for; a stack of 1,000 experts on a 70B model stays below them

@@ -13,14 +13,13 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import MeteoraError
-from meteora.checkpoint.manifest import MANIFEST
+from meteora.checkpoint.manifest import MANIFEST, SIGNATURE
 from meteora.untrusted.findings import brief, listed
 from store.files import replace_text
 
 if TYPE_CHECKING:
     from model_signing.hashing import Config
 
-SIGNATURE = "model.sig"
 HOW = (
     "`openssl ecparam -name prime256v1 -genkey -noout -out key.pem` makes a key, and"
     " `openssl ec -in key.pem -pubout -out key.pub` its public half"
@@ -47,7 +46,8 @@ def sign(folder: Path, private_key: Path) -> Path:
     An older signature stays if the new one cannot be written.
 
     Raises:
-        SignatureError: The folder is no checkpoint, or the key cannot sign.
+        SignatureError: The folder is no checkpoint, or holds more than files, or the key cannot
+            sign.
     """
     _require_checkpoint(folder)
     hashing, signing, _ = _library()
@@ -61,7 +61,12 @@ def sign(folder: Path, private_key: Path) -> Path:
     config.set_hashing_config(_hashed(hashing))
     with tempfile.TemporaryDirectory(prefix="meteora-sign-") as scratch:
         made = Path(scratch, SIGNATURE)
-        config.sign(folder, made)
+        try:
+            config.sign(folder, made)
+        except ValueError as error:  # a pipe, or a link to nothing
+            raise SignatureError(
+                f"{folder} cannot be signed ({brief(error)}); take out what is no file"
+            ) from None
         replace_text(signature, made.read_text(encoding="utf-8"))
     return signature
 

@@ -6,6 +6,7 @@ import re
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain, count
 from pathlib import Path
 
 import yaml
@@ -214,9 +215,9 @@ def _path(path: Path, folder: Path) -> str:
 
 
 def _name(text: str, taken: set[str]) -> str:
-    name = re.sub(r"[^A-Za-z0-9_.-]", "-", text).lstrip("_.-")[: LONGEST_NAME - 4] or "adapter"
-    numbered = (name, *(f"{name}-{n}" for n in range(2, 1000)))
-    return next(one for one in numbered if one not in taken)
+    name = re.sub(r"[^A-Za-z0-9_.-]", "-", text).lstrip("_.-")[: LONGEST_NAME - 6] or "adapter"
+    numbered = (f"{name}-{n}" for n in count(2))
+    return next(one for one in chain([name], numbered) if one not in taken)
 
 
 def _text(value: str) -> str:

@@ -6,7 +6,7 @@ from meteora.artifacts import RouterBuild, Score, short
 from meteora.artifacts.scores import Abstention
 from meteora.base.sources import GGUF, PATH
 from meteora.checkpoint.manifest import Manifest
-from meteora.untrusted.findings import MOST_NAMED, listed
+from meteora.untrusted.findings import MOST_NAMED, counted, listed
 from pipelines.hub.client import page_of
 from pipelines.reports.hub_metadata import card_metadata, shots
 from pipelines.reports.summary import Summary
@@ -228,8 +228,8 @@ def method_lines(summary: Summary) -> list[str]:
     lines = [
         f"Settings: {how}; 95 % intervals are {' or '.join(used)}."
         + (
-            f" Of {total:,} answers {cut:,} were cut at the greatest length and {empty:,} were"
-            " empty; they count like the others."
+            f" Of {counted(total, 'answer')} {_were(cut)} cut at the greatest length and"
+            f" {_were(empty)} empty; they count like the others."
             if total
             else ""
         )
@@ -241,6 +241,10 @@ def method_lines(summary: Summary) -> list[str]:
             " tasks). Without a mark the difference may be chance."
         )
     return lines
+
+
+def _were(number: int) -> str:
+    return f"{number:,} {'was' if number == 1 else 'were'}"
 
 
 def _has_answers(score: Score) -> bool:

@@ -59,6 +59,23 @@ def test_a_missing_blob_is_found(filled: Shelf) -> None:
     assert "missing" in finding.problem
 
 
+def test_a_pipe_in_place_of_a_file_is_found_and_never_read(filled: Shelf) -> None:
+    ledger, digits = filled.ledger, "ab" * 32
+    segment = ledger.records.segments.path_of(f"{digits}.parquet")
+    segment.parent.mkdir()
+    pipes = {ledger.records.path_of(digits), ledger.blobs.place_of(digits), segment}
+    for pipe in pipes:
+        pipe.parent.mkdir(exist_ok=True)
+        os.mkfifo(pipe)
+    assert not ledger.ingest().reason
+    found = ledger.verify().findings
+    assert {(one.what, one.name) for one in found} == {
+        ("file", str(pipe.relative_to(ledger.home))) for pipe in pipes
+    }
+    with pytest.raises(DamagedError, match="is missing"):
+        ledger.records.read(digits)
+
+
 def test_a_damaged_score_touches_the_comparisons_with_it(filled: Shelf) -> None:
     expert = filled.adapter(2)
     score_id = filled.benchmark(expert.id, "sorting").id

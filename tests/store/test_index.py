@@ -631,6 +631,18 @@ def test_the_reason_against_a_record_is_short_and_printable(
     assert len(said) < 500
 
 
+@pytest.mark.parametrize("start", ["", "x"])
+def test_a_message_that_the_database_cuts_in_a_character_stops_nothing(
+    shelf: Shelf, start: str
+) -> None:
+    shelf.make(shelf.base)
+    body = {"parents": start + "é" * 100}
+    shelf.ledger.records.write(Record("artifact", "x", body, "r1", "2026-01-01"))
+    assert shelf.ledger.ingest().reason == ""
+    assert shelf.ledger.query("SELECT id FROM artifacts").rows == [(shelf.base.id,)]
+    assert len(shelf.ledger.query("FROM rejected").rows) == 1
+
+
 @pytest.mark.parametrize("value", ["NaN", "Infinity", "-Infinity"])
 def test_a_number_that_is_not_finite_is_refused_by_the_tables(shelf: Shelf, value: str) -> None:
     shelf.make(shelf.base)

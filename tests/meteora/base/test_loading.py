@@ -4,6 +4,7 @@ import gc
 import json
 import os
 import shutil
+import struct
 import tempfile
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
@@ -30,6 +31,7 @@ from meteora.base.loading import (
     load_config,
     load_folder,
     load_gguf,
+    load_tokenizer,
     sizes_of,
 )
 from meteora.base.placement import WRITTEN, PlacementError, own_head, written_weights
@@ -284,6 +286,38 @@ def test_a_gguf_file_is_parsed_once_and_without_a_bar(
     assert tokenizer.convert_tokens_to_ids("ab") == model.config.vocab_size - 1
     down = load_file(base / WEIGHTS)["model.layers.1.mlp.down_proj.weight"]
     assert torch.equal(model.get_parameter("model.layers.1.mlp.down_proj.weight"), down)
+
+
+def header(*fields: bytes) -> bytes:
+    return b"GGUF" + struct.pack("<IQQ", 3, 0, len(fields)) + b"".join(fields)
+
+
+def gguf_field(kind: int, value: bytes, name: bytes = b"llama.block_count") -> bytes:
+    return struct.pack("<Q", len(name)) + name + struct.pack("<I", kind) + value
+
+
+ENDLESS_HEADERS = {
+    "layers": (header(gguf_field(4, b"\xff" * 4)), "block_count is 4294967295; it must be 1 to"),
+    "listed": (header(gguf_field(9, struct.pack("<IQI", 4, 1, 9))), "is no number; it must be 1"),
+    "array": (header(gguf_field(9, struct.pack("<IQ", 0, 1 << 60))), "have over 2097152 items"),
+    "arrays": (header(gguf_field(9, struct.pack("<IQ", 9, 1 << 20))), "is an array of type 9"),
+    "fields": (b"GGUF" + struct.pack("<IQQ", 3, 0, 1 << 60), "1152921504606846976 fields, more"),
+    "other order": (b"GGUF" + struct.pack(">IQQ", 3, 1 << 60, 0), "1152921504606846976 tensors"),
+    "text": (header(gguf_field(8, b"\xff" * 8)), "it ends inside its header"),
+    "type": (header(gguf_field(13, b"")), "is of type 13, which no field has"),
+    "name": (header(struct.pack("<Q", 1 << 60)), "the name of a field has"),
+    "empty": (b"", "it ends inside its header"),
+    "other": (b"PK\3\4", "it is no GGUF file"),
+}
+
+
+@pytest.mark.parametrize("name", ENDLESS_HEADERS)
+def test_an_endless_gguf_header_is_refused_before_it_is_listed(name: str, tmp_path: Path) -> None:
+    data, why = ENDLESS_HEADERS[name]
+    (path := tmp_path / "bad.gguf").write_bytes(data)
+    for load in (load_gguf, load_config, load_tokenizer):
+        with little_work(), pytest.raises(SourceError, match=why):
+            load(path)
 
 
 def test_a_gguf_base_answers_a_padded_batch_on_every_cache(base: Path, tmp_path: Path) -> None:

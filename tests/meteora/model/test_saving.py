@@ -2,6 +2,7 @@
 
 import copy
 import dataclasses
+import errno
 import shutil
 from typing import Any
 
@@ -18,6 +19,8 @@ from meteora.checkpoint.manifest import (
     EXPERTS,
     GATES,
     MANIFEST,
+    SIGNATURE,
+    STATISTICS,
     CheckpointError,
     read_manifest,
 )
@@ -123,6 +126,29 @@ def test_a_checkpoint_that_has_changed_since_is_not_copied(
         with pytest.raises(CheckpointError, match="own: the checkpoint has changed or gone since"):
             model.save_pretrained(saved)
     assert {path.name for path in saved.iterdir()} == before  # what is there stays
+
+
+def test_over_an_older_checkpoint_comes_a_whole_one_or_none(
+    checkpoint, world, tmp_path, monkeypatch
+):
+    saved = tmp_path / "saved"
+    shutil.copytree(checkpoint, saved)
+    for name in (SIGNATURE, STATISTICS):  # of its own gates
+        (saved / name).write_text("older")
+    before = {path.name: path.read_bytes() for path in saved.iterdir()}
+    model, _ = meteora.load(checkpoint, base_folder=world.base)
+
+    def full(_source, target):
+        target.write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device", str(target))
+
+    with monkeypatch.context() as patch:
+        patch.setattr(shutil, "copyfile", full)
+        with pytest.raises(OSError, match="No space"):
+            model.save_pretrained(saved)
+    assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
+    model.save_pretrained(saved)
+    assert {path.name for path in saved.iterdir()} == {MANIFEST, EXPERTS, GATES, CONFIG}
 
 
 def train(model, folder):

@@ -3,6 +3,7 @@
 import base64
 import errno
 import json
+import os
 import random
 import shutil
 from collections.abc import Callable
@@ -171,6 +172,10 @@ def test_what_cannot_be_signed_or_verified_is_a_sentence(folder: Path, key: Path
     )
     with pytest.raises(SignatureError, match=r"can sign \(it is no ECDSA key\)"):
         sign(folder, weak)
+    os.mkfifo(folder / "pipe")
+    with pytest.raises(SignatureError, match=r"cannot be signed .*pipe.*; take out what is no"):
+        sign(folder, key)
+    (folder / "pipe").unlink()
     sign(folder, key)
     with pytest.raises(SignatureError, match="is no public key that can verify"):
         check_signature(folder, key)

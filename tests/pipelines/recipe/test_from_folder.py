@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.recipe.from_folder import ImportingError, write_recipe
+from pipelines.recipe.from_folder import ImportingError, find_adapters, write_recipe
 from pipelines.recipe.recipe import Recipe
 from tests.conftest import World
 from tests.pipelines.cli.command_line import ask, meteora
@@ -185,6 +185,15 @@ def test_any_name_of_a_folder_is_read_back_as_it_is(
     shutil.copytree(world.adapters["q_and_v"], tmp_path / name)
     (found,) = write_recipe(tmp_path / name, tmp_path / "one.yaml", str(world.base)).experts
     assert found.adapter == f"path:{name}"
+
+
+def test_every_adapter_has_a_name_of_its_own(tmp_path: Path) -> None:
+    for number in range(1001):  # a recipe's names have Latin letters
+        (tmp_path / chr(0x4E00 + number)).mkdir()
+        (tmp_path / chr(0x4E00 + number) / "adapter_config.json").touch()
+    names = {one.name for one in find_adapters(tmp_path)}
+    assert len(names) == 1001
+    assert {"adapter", "adapter-1001"} <= names
 
 
 def test_a_name_that_a_recipe_cannot_hold_is_refused(folder: Path, tmp_path: Path) -> None:

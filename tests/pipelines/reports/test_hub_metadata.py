@@ -96,7 +96,10 @@ def test_answers_are_counted_once_for_all_metrics_of_a_task_and_a_turn_is_one() 
         "lm": replace(score, spec=replace(spec, task="lm"), mean_prompt_tokens=None),
     }
     summary = Summary({name: {"fused": one} for name, one in scores.items()}, Mock(), None, {})
-    assert "Of 120 answers 8 were cut at the greatest length" in method_lines(summary)[0]
+    said = "Of 120 answers 8 were cut at the greatest length and 0 were empty"
+    assert said in method_lines(summary)[0]
+    one = Summary({"t": {"fused": replace(score, num_truncated=1)}}, Mock(), None, {})
+    assert "Of 30 answers 1 was cut at the greatest length" in method_lines(one)[0]
 
 
 @pytest.mark.parametrize("name", ["gsm8k", "openai/gsm8k", "a/b/c/d", "a/b/c d"])

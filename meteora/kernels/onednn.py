@@ -95,7 +95,9 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
 
 def _product(x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     # what torch's compiler calls; no public function of torch asks oneDNN in float32
-    return getattr(torch.ops.mkldnn, PRODUCT)(x, weight, bias, "none", [], "")
+    y = getattr(torch.ops.mkldnn, PRODUCT)(x, weight, bias, "none", [], "")
+    # torch lets nobody change a view in place that a function with gradients returned
+    return torch.ops.aten._unsafe_view(y, y.shape) if y._is_view() else y
 
 
 class _Differentiable(torch.autograd.Function):

@@ -133,6 +133,18 @@ def test_gradients_are_torchs_but_for_rounding(calls, asked, shape):
 
 
 @WIDE
+def test_a_model_may_change_a_product_in_place(calls):
+    x, (_, weight, bias) = torch.randn(2, 128, IN), drawn()
+    weight.requires_grad_()
+    own, torchs = (
+        torch.autograd.grad(multiply(x, weight, bias).relu_().square().sum(), weight)[0]
+        for multiply in (onednn.linear, nn.functional.linear)
+    )
+    assert (own - torchs).norm() < 1e-5 * torchs.norm()
+    assert calls
+
+
+@WIDE
 def test_a_gradient_of_a_gradient_is_torchs(calls):
     x, weight, _ = drawn(num_tokens=256)
     weight.requires_grad_()

@@ -56,16 +56,21 @@ class _Saved(NamedTuple):
 
     tensor: Tensor
     device: torch.device
-    version: int
-    """Of the tensor when it was saved; torch counts what overwrites it."""
+    version: int | None
+    """Of the tensor when it was saved; torch counts what overwrites it, but not through `.data` or
+    numpy. None: it counts nothing in inference mode, so this is a copy."""
 
     @classmethod
     def of(cls, output: Tensor) -> Self:
         tensor = output.to("cpu")
+        if tensor.is_inference():
+            return cls(output.to("cpu", copy=True), output.device, None)
         return cls(tensor, output.device, tensor._version)
 
     def read(self) -> Tensor | None:
         """The output, where it was computed; None if it was overwritten."""
+        if self.version is None:
+            return self.tensor.to(self.device, copy=True)
         is_as_saved = self.tensor._version == self.version
         return self.tensor.to(self.device) if is_as_saved else None
 
@@ -229,7 +234,7 @@ class Sweep:
             self._decide_again(index, batch, path)
             return output
         output = type(layer).forward(layer, x)
-        if self._has_room_for(output):
+        if saved is not None or self._has_room_for(output):
             decision = _decision_of(layer)
             logits = None if decision is None else decision.logits
             self._outputs[batch, path] = _Saved.of(output), logits
@@ -284,7 +289,7 @@ class Sweep:
         output, beside = (out[0], out[1:]) if type(out) is tuple and out else (out, None)
         is_final = inside and all((batch, path) in self._outputs for path in inside)
         is_alone = isinstance(output, Tensor) and all(one is None for one in beside or ())
-        if is_final and is_alone and self._has_room_for(output):
+        if is_final and is_alone and (saved is not None or self._has_room_for(output)):
             self._parts[batch, name] = _Part(_Saved.of(output), beside)
         return out
 

@@ -279,6 +279,21 @@ def test_a_model_may_overwrite_what_a_module_returned(world, monkeypatch, names)
     assert same_gates(*fitted)
 
 
+@pytest.mark.parametrize("names", [(), ("self_attn", "mlp")])
+def test_outputs_of_inference_mode_are_kept_as_well(world, monkeypatch, names):
+    """Of all modules, since the caller is in that mode; or of some that enter it themselves."""
+    fitted = []
+    for is_entered in (True, False):
+        model = world.load()
+        for name, module in model.named_modules():
+            if names and is_entered and name.endswith(names):
+                monkeypatch.setattr(module, "forward", torch.inference_mode()(module.forward))
+        with torch.inference_mode(is_entered and not names):
+            calibrate(model, examples(4))
+        fitted.append(gates_of(model))
+    assert same_gates(*fitted)
+
+
 def _doubled_in_place(_module, _args, output):
     (output[0] if isinstance(output, tuple) else output).mul_(2)
 

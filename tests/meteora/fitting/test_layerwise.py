@@ -82,3 +82,15 @@ def test_a_part_of_a_layer_may_return_what_it_likes(form, read):
 
 def test_a_part_that_a_layer_calls_twice_is_computed_twice():
     check(_Repeated(), "layers.1.other.part.proj")
+
+
+def test_an_output_that_is_overwritten_and_computed_again_takes_its_room_once():
+    model: Any = _Chain(linked=False)
+    model.layers[1] = _Formed(lambda x: x, lambda out: out.mul_(2))
+    for path in ("layers.1.part.proj", "layers.1.proj"):
+        routed(model, path)
+    sweep = Sweep(model, BATCHES)
+    sweep.advance(0)
+    for _ in range(3):
+        (x,) = sweep.inputs(1, "layers.1.proj")
+        assert sweep._output_bytes == 2 * x.nbytes  # of the module, and of the part around it

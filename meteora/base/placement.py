@@ -9,14 +9,10 @@ them to the device for the time of one call.
 from __future__ import annotations
 
 import errno
-import fcntl
-import os
-import platform
-import shutil
 import tempfile
 from collections import Counter
 from collections.abc import Callable, Generator, Mapping
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial, update_wrapper
 from itertools import chain
 from pathlib import Path
@@ -28,6 +24,7 @@ from torch import nn
 
 from meteora.artifacts import MeteoraError
 from meteora.artifacts.specs import place_of
+from meteora.base.temporary_folder import temporary_folder
 from meteora.untrusted.findings import shortened
 
 if TYPE_CHECKING:
@@ -35,9 +32,8 @@ if TYPE_CHECKING:
 
 WHOLE = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of `device_map` from which Accelerate makes a map."""
-WRITTEN = f"meteora-offload-{platform.node()}-"
-"""How the names of temporary folders with offloaded weights begin. Each machine has its own: others
-with the same temporary folder may not see its locks."""
+WRITTEN = "meteora-offload-"
+"""How the names of temporary folders with offloaded weights begin."""
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 """Part of torch's RuntimeError when CPU memory is not enough."""
 
@@ -120,31 +116,9 @@ def spreading(options: Mapping[str, Any]) -> Generator[None]:
         ) from error
 
 
-@contextmanager
-def written_weights() -> Generator[Path]:
-    """A temporary folder for offloaded weights; what killed processes left of theirs is removed.
-
-    A process locks its folder before it writes there. The kernel frees the lock when the process
-    ends, however it ends.
-    """
-    for left in Path(tempfile.gettempdir()).glob(f"{WRITTEN}*"):
-        with suppress(OSError), _locked(left, fcntl.LOCK_EX | fcntl.LOCK_NB):
-            if any(left.iterdir()):  # an empty one may be about to be locked
-                shutil.rmtree(left)
-    with tempfile.TemporaryDirectory(prefix=WRITTEN) as name, ExitStack() as held:
-        with suppress(OSError):  # a file system without locks: nobody can clean up there either
-            held.enter_context(_locked(Path(name), fcntl.LOCK_EX))
-        yield Path(name)
-
-
-@contextmanager
-def _locked(folder: Path, operation: int) -> Generator[None]:
-    descriptor = os.open(folder, os.O_RDONLY | os.O_DIRECTORY | os.O_NOFOLLOW)
-    try:
-        fcntl.flock(descriptor, operation)
-        yield
-    finally:
-        os.close(descriptor)
+def written_weights() -> AbstractContextManager[Path]:
+    """A temporary folder for offloaded weights."""
+    return temporary_folder(Path(tempfile.gettempdir()), WRITTEN)
 
 
 def explain_offloading(model: nn.Module) -> None:

@@ -3,10 +3,10 @@
 import shutil
 from dataclasses import replace
 from pathlib import Path
-from tempfile import TemporaryDirectory
 from typing import NamedTuple, Self
 
 from meteora.artifacts import file_sha256
+from meteora.base.temporary_folder import temporary_folder
 from meteora.checkpoint.manifest import (
     CONFIG,
     CONFIG_TEXT,
@@ -19,6 +19,9 @@ from meteora.checkpoint.manifest import (
     read_manifest,
 )
 from meteora.checkpoint.tensors import Gates, write_gates
+
+PARTIAL = ".partial-"
+"""How the names of temporary folders with files of a checkpoint begin."""
 
 
 class Source(NamedTuple):
@@ -56,8 +59,7 @@ def copy_checkpoint(source: Source, out: Path, gates: Gates | None = None) -> No
         )
     manifest, copied = read_manifest(folder), [name for name in FILES if name != MANIFEST]
     out.mkdir(parents=True, exist_ok=True)
-    with TemporaryDirectory(dir=out, prefix=".", suffix=".partial") as beside:
-        whole = Path(beside)
+    with temporary_folder(out, PARTIAL) as whole:
         if gates is not None:
             write_gates(whole / GATES, gates)
             own = file_sha256(whole / GATES)
@@ -79,7 +81,7 @@ def _move(whole: Path, out: Path) -> None:
         for name in (SIGNATURE, *FILES):
             if not (whole / name).exists():
                 (out / name).unlink(missing_ok=True)
-        (out / MANIFEST).unlink()
+        (out / MANIFEST).unlink(missing_ok=True)  # another process may save there, too
     for name in reversed(FILES):
         if (whole / name).exists():
             (whole / name).replace(out / name)

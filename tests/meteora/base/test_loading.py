@@ -36,6 +36,7 @@ from meteora.base.loading import (
 )
 from meteora.base.placement import WRITTEN, PlacementError, own_head, written_weights
 from meteora.base.sources import SourceError
+from meteora.base.temporary_folder import HERE
 from meteora.checkpoint import resolve
 from meteora.checkpoint.manifest import CONFIG, CONFIG_TEXT
 from tests.clock import little_work
@@ -166,10 +167,11 @@ def test_what_a_killed_process_left_is_removed_and_a_living_ones_stays(
     monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
-    dead = tmp_path / f"{WRITTEN}dead"  # its lock went with its process
+    begin = f"{WRITTEN}{HERE}"
+    dead = tmp_path / f"{begin}dead"  # its lock went with its process
     dead.mkdir()
     (dead / "weights").touch()
-    os.mkfifo(pipe := tmp_path / f"{WRITTEN}pipe")  # by anybody: opened as a file it never ends
+    os.mkfifo(pipe := tmp_path / f"{begin}pipe")  # by anybody: opened as a file it never ends
     with written_weights() as one:
         pipe.unlink()
         assert not dead.exists()

@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import errno
 import shutil
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import pytest
@@ -13,6 +14,8 @@ from transformers import AutoModelForCausalLM, Trainer, TrainingArguments
 
 import meteora
 from meteora.artifacts import file_sha256
+from meteora.base.temporary_folder import HERE
+from meteora.checkpoint import copies
 from meteora.checkpoint.manifest import (
     CARD,
     CONFIG,
@@ -149,6 +152,25 @@ def test_over_an_older_checkpoint_comes_a_whole_one_or_none(
     assert {path.name: path.read_bytes() for path in saved.iterdir()} == before
     model.save_pretrained(saved)
     assert {path.name for path in saved.iterdir()} == {MANIFEST, EXPERTS, GATES, CONFIG}
+
+
+def test_what_a_killed_save_left_is_removed_by_the_next(checkpoint, world, tmp_path):
+    left = tmp_path / f"{copies.PARTIAL}{HERE}dead"  # its lock went with its process
+    left.mkdir()
+    (left / EXPERTS).write_bytes(b"half")
+    meteora.load(checkpoint, base_folder=world.base)[0].save_pretrained(tmp_path)
+    assert {path.name for path in tmp_path.iterdir()} == {MANIFEST, EXPERTS, GATES, CONFIG}
+
+
+def test_several_may_save_in_one_folder_at_once(checkpoint, world, tmp_path):
+    """As each process of a training does that does not ask whether it is the main one."""
+    source = copies.Source.of(checkpoint)
+    with ThreadPoolExecutor(3) as pool:
+        saves = [pool.submit(copies.copy_checkpoint, source, tmp_path) for _ in range(60)]
+    for one in saves:
+        one.result()
+    assert {path.name for path in tmp_path.iterdir()} == {MANIFEST, EXPERTS, GATES, CONFIG}
+    meteora.load(tmp_path, base_folder=world.base)
 
 
 def train(model, folder):

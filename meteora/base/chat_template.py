@@ -51,7 +51,13 @@ def render_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> str:
 
 
 def encode_prompt(tokenizer: PreTrainedTokenizerBase, prompt: str) -> list[int]:
-    """Return the token ids of a prompt; a chat template has its own special tokens."""
+    """Return the token ids of a prompt; a chat template has its own special tokens.
+
+    Raises:
+        ConversationError: the prompt is no text, or no Unicode, or the template does not take it.
+    """
+    if not isinstance(prompt, str):  # a template would write whatever it is given
+        raise ConversationError(f"a prompt is text, and this is a {type(prompt).__name__}")
     text = render_prompt(tokenizer, prompt)
     return encode_text(tokenizer, text, add_special_tokens=not tokenizer.chat_template)
 

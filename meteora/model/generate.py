@@ -140,7 +140,7 @@ def generate(
 
     Raises:
         EmptyPromptError: a prompt has no tokens.
-        ConversationError: it is no Unicode.
+        ConversationError: a prompt is no text, or no Unicode.
         ValueError: several answers cannot be shown as they grow.
     """
     if not isinstance(prompt, str):

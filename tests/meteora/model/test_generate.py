@@ -111,6 +111,15 @@ def test_half_a_character_in_a_prompt_is_refused(model, tokenizer) -> None:
         meteora.generate(model, tokenizer, "one \ud800")
 
 
+@pytest.mark.parametrize("prompts", [[{"role": "user", "content": "w1"}], ["w1", None], b"w1"])
+@pytest.mark.parametrize("template", [None, "{{ messages[0]['content'] }}"])
+def test_what_is_no_text_is_no_prompt(world, tokenizer, prompts, template) -> None:
+    asked = copy.deepcopy(tokenizer)
+    asked.chat_template = template
+    with pytest.raises(ConversationError, match="a prompt is text, and this is a"):
+        meteora.generate(world.load(), asked, prompts)
+
+
 def test_an_answer_ends_with_the_first_of_several_ends(world, tokenizer) -> None:
     model = world.load()
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]

@@ -115,8 +115,18 @@ class _Differentiable(torch.autograd.Function):
         (of_output,) = gradients
         of_x = None if weight is None else linear(of_output, weight.mT)
         rows = of_output.reshape(-1, of_output.shape[-1])
-        of_weight = None if x is None else linear(rows.mT, x.reshape(-1, x.shape[-1]).mT)
+        of_weight = None if x is None else _of_weight(rows, x.reshape(-1, x.shape[-1]))
         return of_x, of_weight, rows.sum(0) if ctx.needs_input_grad[2] else None
+
+
+def _of_weight(of_output: Tensor, x: Tensor) -> Tensor:
+    """The gradient of W [OUT, IN] by those of the output [T, OUT] and x [T, IN].
+
+    With the many rows of LoRA's B in front oneDNN takes five times as long.
+    """
+    if of_output.shape[1] > 4 * x.shape[1]:
+        return linear(x.mT, of_output.mT).mT
+    return linear(of_output.mT, x.mT)
 
 
 def linear(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:

@@ -133,6 +133,19 @@ def test_gradients_are_torchs_but_for_rounding(calls, asked, shape):
 
 
 @WIDE
+@pytest.mark.parametrize(("num_in", "num_out"), [(8, 576), (576, 8)])
+def test_the_gradient_of_a_factor_of_lora_has_its_few_rows_in_front(calls, num_in, num_out):
+    x, weight, _ = drawn(1024, num_in, num_out)
+    weight.requires_grad_()
+    own, torchs = (
+        torch.autograd.grad(multiply(x, weight).square().sum(), weight)[0]
+        for multiply in (onednn.linear, nn.functional.linear)
+    )
+    assert (own - torchs).norm() < 1e-5 * torchs.norm()
+    assert calls[1:] == [(8, 1024, 576)]
+
+
+@WIDE
 def test_a_model_may_change_a_product_in_place(calls):
     x, (_, weight, bias) = torch.randn(2, 128, IN), drawn()
     weight.requires_grad_()

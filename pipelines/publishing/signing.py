@@ -63,9 +63,9 @@ def sign(folder: Path, private_key: Path) -> Path:
         made = Path(scratch, SIGNATURE)
         try:
             config.sign(folder, made)
-        except ValueError as error:  # a pipe, or a link to nothing
+        except ValueError as error:  # a pipe, a link to nothing, or a name that is not UTF-8
             raise SignatureError(
-                f"{folder} cannot be signed ({brief(error)}); take out what is no file"
+                f"{folder} cannot be signed ({brief(error)}); take that out"
             ) from None
         replace_text(signature, made.read_text(encoding="utf-8"))
     return signature
@@ -122,6 +122,8 @@ def _difference(error: Exception) -> str:
         return listed(found)
     if "Key mismatch" in text:
         return "another key signed it"
+    if "Cannot use '" in text:  # a pipe, or a link to nothing
+        return brief(error)
     return f"{SIGNATURE} is no signature of that key ({brief(error)})"
 
 

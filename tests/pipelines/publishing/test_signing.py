@@ -172,11 +172,14 @@ def test_what_cannot_be_signed_or_verified_is_a_sentence(folder: Path, key: Path
     )
     with pytest.raises(SignatureError, match=r"can sign \(it is no ECDSA key\)"):
         sign(folder, weak)
-    os.mkfifo(folder / "pipe")
-    with pytest.raises(SignatureError, match=r"cannot be signed .*pipe.*; take out what is no"):
-        sign(folder, key)
-    (folder / "pipe").unlink()
     sign(folder, key)
+    for name, make in (("pipe", os.mkfifo), (os.fsdecode(b"\xff"), Path.touch)):
+        make(folder / name)
+        with pytest.raises(SignatureError, match=r"cannot be signed \(.+\); take that out"):
+            sign(folder, key)
+        with pytest.raises(SignatureError, match=r"signed: (Cannot use .*pipe|.* was not there)"):
+            check_signature(folder, public)
+        (folder / name).unlink()
     with pytest.raises(SignatureError, match="is no public key that can verify"):
         check_signature(folder, key)
     (folder / "meteora.json").unlink()

@@ -8,7 +8,7 @@ with the smaller matrix, so that a point with 14,336 inputs and few tokens is ch
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields, replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from typing import Self
 
 import torch
@@ -60,12 +60,8 @@ class Covariance(ABC):
         Returns:
             C [≤ num_rows, IN] in float64, and the floor.
         """
-        device, num_inputs = self.level.device, self.num_inputs
-        generator = torch.Generator(device).manual_seed(0)
-        size = min(num_rows + 8, num_inputs)
-        basis = torch.randn(
-            size, num_inputs, generator=generator, device=device, dtype=torch.float64
-        )
+        num_inputs = self.num_inputs
+        basis = _random_rows(min(num_rows + 8, num_inputs), num_inputs, self.level.device)
         for _ in range(ITERATIONS):
             basis = _orthonormal(self.times(basis))
         spread, inside = torch.linalg.eigh(basis @ self.times(basis).T)  # ascending
@@ -269,6 +265,15 @@ class Rows(Covariance):
         for part, wide in self._blocks():
             inner.addmm_(x[:, part], wide.T)
         return torch.cat([inner @ wide for _, wide in self._blocks()], dim=1) + self.floor * x
+
+
+@lru_cache(maxsize=8)
+def _random_rows(num_rows: int, num_inputs: int, device: torch.device) -> Tensor:
+    """The same rows [N, IN] for all points of these sizes: drawing them took half a second."""
+    generator = torch.Generator(device).manual_seed(0)
+    return torch.randn(
+        num_rows, num_inputs, generator=generator, device=device, dtype=torch.float64
+    )
 
 
 def add_by_label(sums: Tensor, labels: Tensor, rows: Tensor, *, index: bool | None = None) -> None:

@@ -42,6 +42,9 @@ LEAST_GAIN, LEAST_LEAD = 1.25, 0.25
 batch. The quickstart's adapters, trained on answers, stay below one of them. Five of six adapters
 trained on whole conversations reach 1.93 and 0.56 or more; the sixth, which has learnt its task
 least, reaches 1.56 and -0.04. See `tests/benchmarks/results/written_prompts.md`."""
+LEAST_DIFFERENT = 1 / 4
+"""The share of the first batch that has to be whole and different: those twelve adapters have 12 to
+15 of 16. An expert that writes its one answer again and again has few."""
 
 
 def write_prompts(
@@ -93,17 +96,19 @@ def _write(
     for place, number in enumerate(filter(None, sizes)):
         texts = _sample(model, tokenizer, template, number)
         new = _judged(model, tokenizer, template, name, texts)
-        if place == 0 and not _are_questions(new):
+        if place == 0 and not _are_questions(new, number):
             return []
         prompts |= {one.prompt: one for one in new if one.score >= LEAST_GAIN}
     return [*prompts.values()]
 
 
-def _are_questions(written: Sequence[Claim]) -> bool:
-    """Whether the expert that wrote these has learnt questions; one text alone shows nothing."""
-    gain = sum(one.score for one in written) / max(1, len(written))
-    lead = sum(one.lead for one in written) / max(1, len(written))
-    return len(written) > 1 and gain >= LEAST_GAIN and lead >= LEAST_LEAD
+def _are_questions(written: Sequence[Claim], begun: int) -> bool:
+    """Whether an expert that began so many texts, and wrote these, has learnt questions."""
+    if len(written) < max(2, begun * LEAST_DIFFERENT):
+        return False
+    gain = sum(one.score for one in written) / len(written)
+    lead = sum(one.lead for one in written) / len(written)
+    return gain >= LEAST_GAIN and lead >= LEAST_LEAD
 
 
 class _MostEnded(StoppingCriteria):

@@ -138,7 +138,7 @@ def test_prompts_and_their_answers_fit_into_the_base_s_context(
     from pipelines.admission import own_prompts
 
     monkeypatch.setattr(own_prompts, "MAX_NEW_TOKENS", 6)
-    monkeypatch.setattr(own_prompts, "_are_questions", lambda _written: True)
+    monkeypatch.setattr(own_prompts, "_are_questions", lambda *_: True)
     model, tokenizer = fused
     room = len(encode_prompt(tokenizer, "a" * 14)) + 6
     model.config.max_position_embeddings = room
@@ -196,6 +196,14 @@ def test_gates_are_fitted_to_what_an_expert_writes(
     assert not asked & {*texts}
     shares = work.ledger.query("SELECT expert, num_prompts FROM pool_shares WHERE num_prompts > 0")
     assert shares.rows[0] == (WRITER, max(count for _, count in shares.rows))
+
+
+def test_few_different_texts_are_an_answer_said_again() -> None:
+    from pipelines.admission.own_prompts import _are_questions
+    from pipelines.data.claims import Claim
+
+    written = [Claim("=" * n, SILENT, 0, score=15.0, lead=1.0) for n in range(4)]
+    assert [n for n in range(5) if _are_questions(written[:n], 16)] == [4]
 
 
 @pytest.mark.usefixtures("prefect_server")

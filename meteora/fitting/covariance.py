@@ -267,9 +267,9 @@ class Rows(Covariance):
         return torch.cat([inner @ wide for _, wide in self._blocks()], dim=1) + self.floor * x
 
 
-@lru_cache(maxsize=8)
+@lru_cache(maxsize=4)
 def _random_rows(num_rows: int, num_inputs: int, device: torch.device) -> Tensor:
-    """The same rows [N, IN] for all points of these sizes: drawing them took half a second."""
+    """The same rows [N, IN] for all points of these sizes; drawing them for each takes longer."""
     generator = torch.Generator(device).manual_seed(0)
     return torch.randn(
         num_rows, num_inputs, generator=generator, device=device, dtype=torch.float64

@@ -52,7 +52,7 @@ class _Reached(Exception):  # noqa: N818  (a signal, not an error)
 
 
 class _Saved(NamedTuple):
-    """An output in CPU memory, without a copy if it was there, so a model may overwrite it."""
+    """An output in CPU memory; if it was there it is no copy, so a model may overwrite it."""
 
     tensor: Tensor
     device: torch.device

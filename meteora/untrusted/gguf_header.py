@@ -52,7 +52,10 @@ class _Walk:
         ):
             if found > most:
                 raise HeaderError(f"its header has {found} {what}, more than {most}")
-        return dict(self._field() for _ in range(int(num_fields)))
+        fields = dict(self._field() for _ in range(int(num_fields)))
+        if len(fields) < num_fields:  # a reader might take another one of them than we do
+            raise HeaderError("two of its fields have one name")
+        return fields
 
     def _field(self) -> tuple[str, int | float | None]:
         length = int(self._number("Q"))

@@ -300,6 +300,7 @@ def gguf_field(kind: int, value: bytes, name: bytes = b"llama.block_count") -> b
 
 ENDLESS_HEADERS = {
     "layers": (header(gguf_field(4, b"\xff" * 4)), "block_count is 4294967295; it must be 1 to"),
+    "twice": (header(*[gguf_field(4, struct.pack("<I", 2))] * 2), "two of its fields have one"),
     "listed": (header(gguf_field(9, struct.pack("<IQI", 4, 1, 9))), "is no number; it must be 1"),
     "array": (header(gguf_field(9, struct.pack("<IQ", 0, 1 << 60))), "have over 2097152 items"),
     "arrays": (header(gguf_field(9, struct.pack("<IQ", 9, 1 << 20))), "is an array of type 9"),

@@ -26,7 +26,7 @@ from meteora.model.fused import choices_of, make_router, stack_for
 from meteora.routing.gates import give_router, new_decisions, share_first_matmuls
 from meteora.routing.layer import RoutedExperts
 from meteora.routing.routers import Decision, Follower, Gate
-from meteora.serving.folded_experts import FoldedExperts
+from meteora.serving.folded_experts import FoldedExperts, MakeLinear, plain_linear
 from meteora.serving.served_folder import UnservableError
 from meteora.serving.served_turns import ServedTurns
 
@@ -111,12 +111,15 @@ class ServedExperts:
         )
         return self.turns
 
-    def build(self, parts: Sequence[Part], weight: Tensor) -> FusedExperts:
+    def build(
+        self, parts: Sequence[Part], weight: Tensor, linear: MakeLinear = plain_linear
+    ) -> FusedExperts:
         """Build the experts of one projection of the server.
 
         Args:
             parts: of its output, each a module that has experts
             weight: of the projection; the experts get its device
+            linear: makes the linear layers of `FoldedExperts`
 
         Raises:
             UnservableError: a part has another size than its experts, or its gate decides for whole
@@ -143,8 +146,7 @@ class ServedExperts:
         for layer in layers.values():
             if isinstance(layer.router, Gate):
                 layer.router.decision = None  # no layer follows it, and a graph has no side effects
-        dtype = weight.dtype
-        folded = {part: FoldedExperts.of(layer, dtype) or layer for part, layer in layers.items()}
+        folded = {part: FoldedExperts.of(layer, linear) or layer for part, layer in layers.items()}
         return FusedExperts(folded, inline=True)
 
     def _layer_of(self, part: Part, weight: Tensor) -> RoutedExperts:

@@ -1,11 +1,13 @@
 """A fused model in vLLM beside the bare base, and beside vLLM's own adapters named by hand.
 
     python -m tests.benchmarks.serving CHECKPOINT BASE FOLDER [--rows 8] [--rounds 6] [--tasks DIR]
+        [--dtype bfloat16]
 
 CHECKPOINT has gates that vLLM can serve, and experts whose tests lie in DIR (the quickstart's, by
 default). BASE is its base as safetensors, FOLDER is one for the files that are written meanwhile.
-With `--rounds 0` nothing is timed. All of it in float32, over HTTP, greedy, 8 requests at
-a time. Servers stand side by side and take turns, so that a busy moment meets all of them.
+With `--rounds 0` nothing is timed. All of it in one dtype, float32 by default, over HTTP, greedy,
+8 requests at a time. Servers stand side by side and take turns, so that a busy moment meets all
+of them.
 
     parity      tokens and scores of chat requests against `model.generate`, one prompt at a time;
                 with the prefix cache, without it, and with prefills in chunks; gates that wait
@@ -48,7 +50,7 @@ LONGEST = 32
 TIMED = 64
 """Tokens of an answer that is timed."""
 START_SECONDS = 400
-COMMON = ("--dtype", "float32", "--max-model-len", "2048", "--max-num-seqs", str(AT_ONCE))
+COMMON = ("--max-model-len", "2048", "--max-num-seqs", str(AT_ONCE))
 COMMON += ("--kv-cache-memory-bytes", str(1 << 30))
 ALWAYS = {"temperature": 0, "return_token_ids": True}
 VARIANTS: dict[str, tuple[str, ...]] = {
@@ -138,9 +140,9 @@ def serve(folder: Path, words: Iterable[str], logs: Path, port: int) -> Generato
         server.stop()
 
 
-def ours(checkpoint: Path, base: Path, prompts: Sequence[str]) -> list[list[int]]:
+def ours(checkpoint: Path, base: Path, prompts: Sequence[str], dtype: str) -> list[list[int]]:
     """Token ids of `model.generate`, one prompt at a time, without the end token."""
-    loaded: Any = meteora.load(checkpoint, base_folder=base, dtype="float32")
+    loaded: Any = meteora.load(checkpoint, base_folder=base, dtype=dtype)
     model, tokenizer = loaded
     answers = []
     for prompt in prompts:
@@ -210,6 +212,7 @@ def main() -> None:
     parser.add_argument("--rows", type=int, default=8, help="of each expert's test")
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--tasks", type=Path, default=SHIPPED / "tasks")
+    parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
     args = parser.parse_args()
     names = read_manifest(args.checkpoint).names
@@ -224,21 +227,23 @@ def main() -> None:
         for i in range(args.rows)
         for name in names
     ]
-    expected = ours(args.checkpoint, args.base, [row.prompt for _, row in rows])
+    expected = ours(args.checkpoint, args.base, [row.prompt for _, row in rows], args.dtype)
     tokenizer = loading.load_tokenizer(args.base)
     eos = tokenizer.eos_token_id
     texts = [str(tokenizer.decode(ids, skip_special_tokens=True)) for ids in expected]
     score = statistics.mean(exact_match(t, row) for t, (_, row) in zip(texts, rows, strict=True))
+    dtype = ["--dtype", args.dtype]
     lines: list[Sequence[object]] = [("model.generate", "", len(rows), f"{score:.4f}")]
     for port, variant in enumerate(args.variants, 8101):
         if variant == "meteora" or needed:  # which leaves one way to compute a prompt
             continue
-        with serve(served, VARIANTS[variant], args.folder, port) as server:
+        with serve(served, (*VARIANTS[variant], *dtype), args.folder, port) as server:
             share, same, score = parity(server, rows, expected, eos)
             lines.append((variant, f"{share:.4%}", same, f"{score:.4f}"))
     lora = ["--enable-lora", "--max-loras", str(len(names)), "--max-lora-rank", "16"]
     lora += ["--lora-modules", *(f"{name}={args.folder / 'adapters' / name}" for name in names)]
     with ExitStack() as stack:
+        needed += dtype
         lora += needed  # all with the options that the gates need
         asked = {"meteora": (served, needed), BARE: (args.base, needed), LORA: (args.base, lora)}
         if not args.rounds:

@@ -15,7 +15,7 @@ from meteora.kernels.stack import ExpertStack
 from meteora.routing.layer import MoELoRALinear, RoutedExperts, routed_layers
 from meteora.routing.routers import Gate
 from meteora.serving import fused_experts
-from meteora.serving.folded_experts import FoldedExperts
+from meteora.serving.folded_experts import FoldedExperts, plain_linear
 from meteora.serving.fused_experts import Part, ServedExperts, parts_of
 from meteora.serving.served_folder import UnservableError
 from meteora.serving.served_turns import Requests
@@ -111,11 +111,12 @@ def test_small_experts_of_one_point_are_one_stack_and_others_share_their_first_m
     assert small.inline
     (layer,) = small.layers
     assert isinstance(layer, FoldedExperts)
+    choices, ranks = layer.scaling.shape
+    assert ranks == 12 + 9 + 16 + 2  # of q, k and v together
+    assert layer.first.out_features == ranks + choices
     (half,) = ServedExperts(folder).build(parts, torch.empty(64, 32, dtype=torch.bfloat16)).layers
-    assert isinstance(half, RoutedExperts)  # a gate stays in 32 bits
-    assert half.stack.widths[:4] == [12, 9, 16, 2]  # of q, k and v together
-    assert half.stack.sizes.max_rank == 16
-    assert len(layer.first) == 12 + 9 + 16 + 2 + half.num_choices
+    assert isinstance(half, FoldedExperts)
+    assert half.first.weight.dtype == torch.float32  # as experts and gates are in the checkpoint
     monkeypatch.setattr(fused_experts, "_is_dense", lambda *_: False)
     large = ServedExperts(folder).build(parts, torch.empty(64, 32))
     assert not large.inline
@@ -126,15 +127,20 @@ def test_small_experts_of_one_point_are_one_stack_and_others_share_their_first_m
 
 @torch.no_grad()
 @pytest.mark.parametrize("with_offsets", [True, False])
-def test_gates_of_16_bits_are_folded_with_experts_of_16_bits(with_offsets):
+@pytest.mark.parametrize("experts", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("gate", [torch.bfloat16, torch.float32])
+def test_experts_of_a_base_of_16_bits_are_folded(gate, experts, with_offsets):
     torch.manual_seed(0)
     stack = ExpertStack(torch.randn(9, 32), torch.randn(16, 9), [4, 2, 3], [0.3, 1.0, 2.0])
     layer = RoutedExperts(stack)
     layer.router = Gate(torch.randn(3, 32), torch.randn(3), ROUTERS["one decision a module"])
     if with_offsets:
         layer.router.offsets = torch.randn(3, 16)
-    folded = FoldedExperts.of(layer.bfloat16(), torch.bfloat16)
+    layer.to(experts)
+    layer.router.to(gate)
+    folded = FoldedExperts.of(layer, plain_linear)
     assert folded
+    assert (folded.gate is None) == (gate == experts)
     x, y = torch.randn(5, 32).bfloat16(), torch.randn(5, 16).bfloat16()
     found = y.clone()
     folded.add(x, found)

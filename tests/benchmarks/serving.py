@@ -12,19 +12,21 @@ of them.
     parity      tokens and scores of chat requests against `model.generate`, one prompt at a time;
                 with the prefix cache, without it, and with prefills in chunks; gates that wait
                 for whole questions have none of the three
-    throughput  eight requests of 64 tokens each; the ratio to the bare base in the same round, by
+    decoding    eight requests of 64 tokens each; the ratio to the bare base in the same round, by
                 the clock and by the time that the server's processes computed
+    prefill     eight requests for one token each, whose prompts have some 500 tokens
     memory      of a server's processes, proportional set size
 """
 
 import argparse
+import itertools
 import json
 import os
 import statistics
 import subprocess
 import sys
 import time
-from collections.abc import Generator, Iterable, Sequence
+from collections.abc import Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -49,6 +51,8 @@ LONGEST = 32
 """Tokens of an answer that is compared."""
 TIMED = 64
 """Tokens of an answer that is timed."""
+LONG = 1_600
+"""Characters of a long prompt."""
 START_SECONDS = 400
 COMMON = ("--max-model-len", "2048", "--max-num-seqs", str(AT_ONCE))
 COMMON += ("--kv-cache-memory-bytes", str(1 << 30))
@@ -168,40 +172,53 @@ def parity(
     return equal / total, same, sum(scores) / len(scores)
 
 
-def throughput(
-    servers: dict[str, Server], rows: Sequence[tuple[str, Row]], rounds: int
+def long_prompts(rows: Sequence[tuple[str, Row]]) -> Generator[tuple[str, str]]:
+    """Pairs of a task and a prompt of `LONG` characters, no two of which begin with the same."""
+    for number in itertools.count():
+        task, _ = rows[number % len(rows)]
+        texts = [row.prompt for _, row in (*rows[number % len(rows) :], *rows)]
+        yield task, " ".join([f"{number}:", *texts, *texts * (LONG // len(texts[0]))])[:LONG]
+
+
+def in_turns(
+    servers: dict[str, Server],
+    prompts: Iterator[tuple[str, str]],
+    rounds: int,
+    max_tokens: int,
 ) -> dict[str, list[tuple[float, float]]]:
     """Seconds by the clock and seconds computed, by round; servers are asked the same in turn."""
     found: dict[str, list[tuple[float, float]]] = {name: [] for name in servers}
     for place in range(rounds + 1):
-        start = place * AT_ONCE
-        asked = [rows[i % len(rows)] for i in range(start, start + AT_ONCE)]
+        asked = list(itertools.islice(prompts, AT_ONCE))
         for name, server in servers.items():
-            pairs = [(row.prompt, task if name == LORA else "model") for task, row in asked]
+            pairs = [(prompt, task if name == LORA else "model") for task, prompt in asked]
             began, computed = time.perf_counter(), server.computed()
-            server.chat_all(pairs, max_tokens=TIMED, ignore_eos=True)
+            server.chat_all(pairs, max_tokens=max_tokens, ignore_eos=True)
             if place:  # the first round warms up
                 taken = time.perf_counter() - began, server.computed() - computed
                 found[name].append(taken)
     return found
 
 
-def summarise(
-    times: dict[str, list[tuple[float, float]]], memory: dict[str, float]
-) -> list[tuple[str, ...]]:
-    """A line a server: medians over rounds; ratios are of the same round."""
+def write_times(what: str, times: dict[str, list[tuple[float, float]]], tokens: int) -> None:
+    """Write a line a server: medians over rounds; ratios are of the same round.
+
+    Args:
+        tokens: of a round, for the tokens a second
+    """
     lines = []
     for name, found in times.items():
         pairs = list(zip(times[BARE], found, strict=True))
-        speed = statistics.median(AT_ONCE * TIMED / clock for clock, _ in found)
+        speed = statistics.median(tokens / clock for clock, _ in found)
         by_clock = [bare[0] / own[0] for bare, own in pairs]
         by_work = [bare[1] / own[1] for bare, own in pairs]
         ratios = [
             f"{statistics.median(r):.3f} ({min(r):.2f} to {max(r):.2f})"
             for r in (by_clock, by_work)
         ]
-        lines.append((name, f"{speed:.1f}", *ratios, f"{memory[name]:,.0f}"))
-    return lines
+        lines.append((name, f"{speed:.1f}", *ratios))
+    head = what, "tokens a second", "to the bare base, by the clock", "by CPU time"
+    sys.stdout.write("\n" + table(head, lines))
 
 
 def main() -> None:
@@ -254,16 +271,21 @@ def main() -> None:
         }
         share, same, score = parity(servers["meteora"], rows, expected, eos)
         lines.insert(1, ("meteora", f"{share:.4%}", same, f"{score:.4f}"))
-        times = throughput(servers, rows, args.rounds)
+        short = ((task, row.prompt) for task, row in itertools.cycle(rows))
+        decoding = in_turns(servers, short, args.rounds, TIMED)
+        prefill = in_turns(servers, long_prompts(rows), args.rounds, 1)
         memory = {name: server.megabytes() for name, server in servers.items()}
     sys.stdout.write(
         table(("server", "equal tokens", f"equal answers of {len(rows)}", "exact match"), lines)
     )
     if args.rounds:
-        sys.stdout.write("\n")
-        head = "server", "tokens a second", "to the bare base, by the clock", "by CPU time", "MB"
-        sys.stdout.write(table(head, summarise(times, memory)))
-    facts = {**machine(), "load": str(os.getloadavg()), "times": json.dumps(times)}
+        long = [prompt for _, prompt in itertools.islice(long_prompts(rows), AT_ONCE)]
+        num_long = sum(len(encode_prompt(tokenizer, prompt)) for prompt in long)
+        write_times("decoding", decoding, AT_ONCE * TIMED)
+        write_times(f"prefill of {num_long // AT_ONCE} tokens", prefill, num_long)
+    facts: dict[str, object] = {**machine(), "load": os.getloadavg()}
+    facts |= {f"MB of {name}": f"{size:,.0f}" for name, size in memory.items()}
+    facts["times"] = json.dumps([decoding, prefill])
     sys.stdout.write("".join(f"- {name}: {value}\n" for name, value in facts.items()))
 
 

@@ -42,7 +42,7 @@ from tests.meteora.model.conftest import with_shared
 
 
 def gates_file(folder):
-    return file_sha256(folder / GATES)
+    return file_sha256(Path(folder) / GATES)
 
 
 def test_a_model_is_saved_as_its_checkpoint_and_with_the_gates_that_it_has(
@@ -250,29 +250,53 @@ def test_several_may_save_in_one_folder_at_once(checkpoint, world, tmp_path):
     meteora.load(tmp_path, base_folder=world.base)
 
 
-def train(model, folder):
+class Resuming(Trainer):
+    """A trainer of a model that was loaded from the folder that it resumes from."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        pass
+
+
+def train(model, folder, steps=2, resumed=None):
     rows: Any = [{"input_ids": s.input_ids, "labels": s.input_ids} for s in with_shared(1)]
     args = TrainingArguments(
         output_dir=str(folder),
-        max_steps=2,
+        max_steps=steps,
+        lr_scheduler_type="constant",
         per_device_train_batch_size=1,
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
     )
-    Trainer(model, args, train_dataset=rows).train()
+    Resuming(model, args, train_dataset=rows).train(resume_from_checkpoint=resumed)
+
+
+def to_train(folder, world, monkeypatch):
+    """The model in a folder, with gates that a trainer can train."""
+    model, _ = meteora.load(folder, base_folder=world.base)
+    for gate in gates_in(model).values():
+        monkeypatch.setattr(gate, "options", dataclasses.replace(gate.options, top_k=2))
+        gate.requires_grad_()
+    return model
 
 
 def test_a_trainer_saves_the_gates_that_it_trained(checkpoint, world, tmp_path, monkeypatch):
-    model, _ = meteora.load(checkpoint, base_folder=world.base)
-    for gate in gates_in(model).values():
-        monkeypatch.setattr(gate, "options", dataclasses.replace(gate.options, top_k=2))
+    model = to_train(checkpoint, world, monkeypatch)
     with pytest.raises(RuntimeError, match="does not require grad"):  # at the first step
-        train(model, tmp_path / "frozen")
-    for gate in gates_in(model).values():
-        gate.requires_grad_()
+        train(model.requires_grad_(requires_grad=False), tmp_path / "frozen")
+    model = to_train(checkpoint, world, monkeypatch)
     train(model, tmp_path)
     again, _ = meteora.load(tmp_path / "checkpoint-2", base_folder=world.base)
     assert gates_file(tmp_path / "checkpoint-2") != gates_file(checkpoint)
     for own, read in zip(gates_in(model).values(), gates_in(again).values(), strict=True):
         assert torch.equal(own.weight, read.weight)
+
+
+def test_a_training_that_stopped_goes_on_as_if_it_had_not(checkpoint, world, tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(to_train(checkpoint, world, monkeypatch), whole, 4)
+    train(to_train(checkpoint, world, monkeypatch), stopped, 2)
+    resumed = str(stopped / "checkpoint-2")
+    train(to_train(resumed, world, monkeypatch), stopped, 4, resumed)
+    assert gates_file(stopped / "checkpoint-4") == gates_file(whole / "checkpoint-4")
+    assert gates_file(stopped / "checkpoint-4") != gates_file(resumed)

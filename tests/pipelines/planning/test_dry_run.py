@@ -424,7 +424,7 @@ def test_gates_take_the_longer_the_more_they_are_taught() -> None:
 
 
 def test_the_fit_of_the_quickstart_is_estimated_as_it_was_measured(tmp_path: Path) -> None:
-    """116 s of processor time on one thread of an AMD EPYC, whose speed was measured beside it."""
+    """95 to 116 s of processor time on one thread of an AMD EPYC, and its speed at that time."""
     sizes = {
         "hidden_size": 576,
         "intermediate_size": 1536,
@@ -456,7 +456,7 @@ def test_the_fit_of_the_quickstart_is_estimated_as_it_was_measured(tmp_path: Pat
         opening_tokens=19,
     )
     (gates,) = (need for need in found if need.stage == "gates")
-    assert 116 / 1.3 < gates.seconds < 116 * 1.3
+    assert 116 / 1.3 < gates.seconds < 95 * 1.3
     assert gates.disk_bytes == pytest.approx(27.9e6 + 3.2e6, rel=0.05)  # as its run said
 
 

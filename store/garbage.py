@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from store.blobs import Blobs
+from store.errors import DamagedError
 from store.files import HEX_DIGIT, STALE_SECONDS, leftovers, size_of
 from store.records import Records
 
@@ -43,13 +44,13 @@ def find_garbage(home: Path, records: Records, blobs: Blobs) -> list[Garbage]:
     """
     oldest = time.time() - STALE_SECONDS
     unused = {sha256 for sha256 in blobs if blobs.place_of(sha256).stat().st_mtime < oldest}
-    for sha256 in records.loose():
-        unused.difference_update(
-            match.decode() for match in SHA256_IN_TEXT.findall(records.read_bytes(sha256))
-        )
-    for name in records.segments.names():
-        records.segments.check(name)
-    unused -= records.segments.mentioned(unused)
+    try:
+        _leave_out_mentioned(unused, records)
+    except DamagedError as error:
+        raise DamagedError(
+            f"{error}; blobs that it alone names then count as unused (`verify` names all such"
+            " files)"
+        ) from None
     aside = [*home.glob("ledger.damaged-*"), *home.glob("ledger.rebuilt-*")]
     files = [path for path in aside if path.stat().st_mtime < oldest]
     for root in (home, records.root, records.segments.root, blobs.root):
@@ -59,3 +60,14 @@ def find_garbage(home: Path, records: Records, blobs: Blobs) -> list[Garbage]:
     found = [(sha256, blobs.place_of(sha256)) for sha256 in sorted(unused)]
     found += [(str(path), path) for path in files]
     return [Garbage(name, path, size_of(path, follow_symlinks=False)) for name, path in found]
+
+
+def _leave_out_mentioned(unused: set[str], records: Records) -> None:
+    """Take the blobs that a record mentions out of a set of SHA-256s."""
+    for sha256 in records.loose():
+        unused.difference_update(
+            match.decode() for match in SHA256_IN_TEXT.findall(records.read_bytes(sha256))
+        )
+    for name in records.segments.names():
+        records.segments.check(name)
+    unused -= records.segments.mentioned(unused)

@@ -8,6 +8,7 @@ records can be packed into few files (`segments`), byte for byte, and are still 
 
 import hashlib
 import json
+import logging
 import os
 import re
 from collections.abc import Collection, Iterable
@@ -20,6 +21,8 @@ from meteora.artifacts import canonical_json
 from store.errors import DamagedError, StoreError
 from store.files import discard, locked, write_whole
 from store.segments import SEGMENT_RECORDS, Segments
+
+logger = logging.getLogger(__name__)
 
 PACK_SECONDS = 600.0
 """Time to wait for another process that packs."""
@@ -176,25 +179,31 @@ class Records:
         return names
 
     def pack(self) -> int:
-        """Move all loose records into segments; return their number.
+        """Move all readable loose records into segments; return their number.
 
         A loose file is removed only after its segment is on disk. If the process dies in between,
-        some records are in both, and the next `pack` removes their loose files.
+        some records are in both, and the next `pack` removes their loose files. A record that
+        cannot be read stays where it is, with a warning.
 
         Raises:
-            DamagedError: a record does not hash to its name; its segment is not written.
+            DamagedError: a segment that holds loose records does not hash to its name.
             BusyError: another process is packing.
         """
+        num_packed = 0
         with locked(self.root.parent / "pack.lock", deadline_seconds=PACK_SECONDS):
             loose = sorted(self.loose())
             twice = self._packed_already(loose)
             waiting = [sha256 for sha256 in loose if sha256 not in twice]
             self.drop(twice)
             for start in range(0, len(waiting), SEGMENT_RECORDS):
-                part = waiting[start : start + SEGMENT_RECORDS]
-                self.segments.write({sha256: self.read_bytes(sha256) for sha256 in part})
-                self.drop(part)
-        return len(waiting)
+                texts, errors = self.read_all(waiting[start : start + SEGMENT_RECORDS])
+                for error in errors.values():
+                    logger.warning("not packed: %s", error)
+                if texts:
+                    self.segments.write(texts)
+                    self.drop(texts)
+                    num_packed += len(texts)
+        return num_packed
 
     def _packed_already(self, loose: list[str]) -> set[str]:
         """The loose records that an undamaged segment holds: their loose files may be removed."""

@@ -8,18 +8,24 @@ from typing import NamedTuple, Self
 from meteora.artifacts import file_sha256
 from meteora.base.temporary_folder import temporary_folder
 from meteora.checkpoint.manifest import (
+    CARD,
     CONFIG,
     CONFIG_TEXT,
+    EVAL_RESULTS,
     EXPERTS,
     FILES,
     GATES,
+    LINEAGE,
     MANIFEST,
     SIGNATURE,
+    STATISTICS,
     CheckpointError,
     read_manifest,
 )
 from meteora.checkpoint.tensors import Gates, write_gates
 
+BESIDE = (SIGNATURE, EVAL_RESULTS, GATES, STATISTICS, CARD, LINEAGE)
+"""The files that not every checkpoint has."""
 PARTIAL = ".partial-"
 """How the names of temporary folders with files of a checkpoint begin."""
 
@@ -40,15 +46,16 @@ class Source(NamedTuple):
 def copy_checkpoint(source: Source, out: Path, gates: Gates | None = None) -> None:
     """Copy a checkpoint's files to another folder, in place of any checkpoint there.
 
-    They are written beside it and moved when all are whole, the manifest last; after an error the
-    older checkpoint stays.
+    They are written beside it and moved when all are whole; after an error the older checkpoint
+    stays.
 
     Args:
         gates: in place of its own. If they differ, the copy has none of what is said of those:
             facts about their fit, statistics, the lineage and the card with the scores
 
     Raises:
-        CheckpointError: the source has changed, or is gone. Then nothing is written.
+        CheckpointError: the source has changed, or is gone; or a folder is where a file has to be.
+            Then nothing is written.
     """
     folder = source.folder
     is_there = (folder / MANIFEST).is_file() and (folder / EXPERTS).is_file()
@@ -57,6 +64,7 @@ def copy_checkpoint(source: Source, out: Path, gates: Gates | None = None) -> No
             f"{folder}: the checkpoint has changed or gone since it was loaded, and its experts are"
             " to be copied; put it back"
         )
+    _refuse_folders(out)
     manifest, copied = read_manifest(folder), [name for name in FILES if name != MANIFEST]
     out.mkdir(parents=True, exist_ok=True)
     with temporary_folder(out, PARTIAL) as whole:
@@ -75,13 +83,27 @@ def copy_checkpoint(source: Source, out: Path, gates: Gates | None = None) -> No
         _move(whole, out)
 
 
+def _refuse_folders(out: Path) -> None:
+    """Refuse a folder in the place of a file: it may hold anything, so it is not removed."""
+    for name in (*FILES, SIGNATURE, EVAL_RESULTS):
+        if (out / name).is_dir() and not (out / name).is_symlink():
+            raise CheckpointError(
+                f"{out / name} is a folder, and a checkpoint has a file there; move it away, or"
+                " save into another folder"
+            )
+
+
 def _move(whole: Path, out: Path) -> None:
-    """Move a checkpoint's files into a folder, in place of any checkpoint there."""
+    """Move a checkpoint's files into a folder, in place of any checkpoint there.
+
+    Whenever it is killed, the folder has the older checkpoint, the new one, or what cannot be
+    loaded. What could stay beside the files of a later save is there only while the manifest is,
+    and then that save removes it. The gates come last: without them no checkpoint loads that has
+    some.
+    """
     if (out / MANIFEST).exists():
-        for name in (SIGNATURE, *FILES):
-            if not (whole / name).exists():
-                (out / name).unlink(missing_ok=True)
-        (out / MANIFEST).unlink(missing_ok=True)  # another process may save there, too
-    for name in reversed(FILES):
+        for name in (*BESIDE, MANIFEST):
+            (out / name).unlink(missing_ok=True)  # another process may save there, too
+    for name in (EXPERTS, CONFIG, MANIFEST, *reversed(BESIDE)):
         if (whole / name).exists():
             (whole / name).replace(out / name)

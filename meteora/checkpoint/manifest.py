@@ -50,6 +50,8 @@ FILES = (MANIFEST, CONFIG, EXPERTS, GATES, STATISTICS, CARD, LINEAGE)
 """All files that a checkpoint can have; these are published."""
 SIGNATURE = "model.sig"
 """A signature over all files of the folder, if its maker signed it."""
+EVAL_RESULTS = ".eval_results/meteora.yaml"
+"""Scores for the Hub's leaderboards, relative to the checkpoint's folder."""
 TENSORS = (EXPERTS, GATES, STATISTICS)
 
 # Bounds on what a stranger may ask for; a stack of 1,000 experts on a 70B model stays below them

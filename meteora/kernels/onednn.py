@@ -78,6 +78,8 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     """Whether oneDNN multiplies these faster than torch, and torch needs to see no product."""
     if torch.compiler.is_compiling() or not _has_wide_kernels():
         return False
+    if not (x.dim() and weight.dim()):  # torch says what is wrong
+        return False
     least = LEAST_PRODUCTS if x.numel() > x.shape[-1] else LEAST_FOR_ONE
     if _needs_gradient(x, weight, bias):
         least = max(least, LEAST_WITH_GRADIENTS)

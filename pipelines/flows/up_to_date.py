@@ -4,12 +4,13 @@ from dataclasses import dataclass
 
 from meteora.artifacts import BaseSpec, BuiltBase, MeteoraError
 from meteora.base.sources import texts_sha256
+from meteora.checkpoint.manifest import EVAL_RESULTS
 from pipelines.admission import sources
 from pipelines.planning.plan import Plan
 from pipelines.planning.resolve import local_steps, resolve
 from pipelines.publishing.signing import is_signed
 from pipelines.recipe.stage import Stage
-from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
+from pipelines.reports.hub_metadata import write_eval_results
 from pipelines.reports.summary import Summary, summarise
 from pipelines.workspace.bases import require_sound
 from pipelines.workspace.checkpoints import is_whole

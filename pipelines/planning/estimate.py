@@ -4,9 +4,10 @@ Memory follows from the shapes of the base (its config), of the experts (an adap
 this disk counts as rank 8 on every linear layer, as in the paper), and of the rows.
 
 Time is work divided by speed. Work: for the prompt two operations per parameter and token; for each
-generated token one pass over the weights, and a number of calls per layer. Speed: the rates that
-`machine` measures now, times `EFFICIENCY`. Answers count with their greatest length, and sources of
-rows as full, so times are rather too long. Estimates are good to a factor of two or so.
+generated token one pass over the weights, and a number of calls per layer; for gates the products
+and factors at each input point. Speed: the rates that `machine` measures now, times `EFFICIENCY`.
+Answers count with their greatest length, and sources of rows as full, so times are rather too long.
+Estimates are good to a factor of two or so.
 """
 
 from collections.abc import Iterator, Mapping, Sequence
@@ -14,10 +15,11 @@ from dataclasses import dataclass, field, replace
 
 from meteora.base.loading import Shape
 from meteora.fitting.calibrate import MAX_TOKEN_BYTES
+from meteora.fitting.covariance import BLOCK, ITERATIONS
 from meteora.fitting.layerwise import MAX_HIDDEN_BYTES, MAX_OUTPUT_BYTES
 from meteora.fitting.logistic import MAX_LOGITS, ONE_ROUND, ROUNDS
 from meteora.fitting.sequences import MAX_ROWS, TOKENS_PER_BATCH
-from meteora.fitting.statistics import MAX_WRITTEN
+from meteora.fitting.statistics import MAX_DIRECTIONS, MAX_WRITTEN
 from meteora.model.generate import PROMPTS_PER_BATCH
 from meteora.model.opening_offsets import EXAMPLES
 from meteora.untrusted.findings import counted
@@ -50,9 +52,20 @@ CALLS_A_LAYER = 150
 CALLS_A_ROUTED_MODULE = 12
 ASKING_SECONDS = 0.5
 """Overhead of lm-eval for each task and system."""
-SWEEPS, SWEEPS_AGAIN = 1.3, 1.2
-"""Passes through the model while gates are fitted, and the extra passes if the outputs of no module
-can be kept: then each point of a layer is computed again."""
+SWEEPS, SWEEPS_AGAIN = 1.1, 1.2
+"""Passes through the model while gates are fitted, with padding, and the extra passes if the
+outputs of no module can be kept: then each point of a layer is computed again."""
+FACTOR = 4
+"""The time of an operation of a triangular factor, in float64, in those of products in float32."""
+SHRINKAGES_TRIED = 4
+"""Of `SHRINKAGES`, at most points; each takes a Cholesky factor."""
+UNSURE = 0.2
+"""Share of the tokens in a round of the refinement: a gate is sure of nearly all others."""
+READS, READS_A_STEP = 12, 2.5
+"""How often the fit of a point reads its tokens to copy them, and to judge and scale gates; and how
+often an iteration of L-BFGS reads those of its round, twice for each loss with its gradient."""
+AFTER_ATTENTION = ("o_proj", "out_proj", "c_proj", "dense")
+"""Modules that read what attention returns, which may be as wide as what q, k and v read."""
 LOGITS_AT_ONCE = 6
 """Tensors [tokens, experts] in memory while a gate is refined; int64 labels count twice."""
 READINGS = 5
@@ -129,8 +142,11 @@ class Pace:
         return CALLS_A_LAYER * self.shape.num_layers + CALLS_A_ROUTED_MODULE * modules
 
     def reading(self, tokens: float, *, routed: bool) -> float:
-        """Seconds to read prompts of `tokens` tokens in all, batch by batch."""
-        work = 2 * self.shape.num_parameters * tokens * (1.2 if routed else 1.0)
+        """Seconds to read prompts of `tokens` tokens in all; the head reads the last of each."""
+        shape = self.shape
+        table = shape.vocab_size * shape.hidden_size
+        inside = max(shape.layer_parameters, shape.num_parameters - shape.head_parameters - table)
+        work = 2 * inside * tokens * (1.2 if routed else 1.0)
         return work / (EFFICIENCY * self.machine.flops_per_second)
 
     def writing(self, rows: int, tokens: int, *, routed: bool) -> float:
@@ -155,10 +171,13 @@ def estimate(
     examples: Mapping[str, Rows],
     tests: Mapping[str, Rows],
     pool: Rows | None = None,
+    opening_tokens: float = 0.0,
 ) -> list[Need]:
     """The needs of each stage, in order.
 
     Args:
+        opening_tokens: of the chat template, before the first question of each sequence that gates
+            are fitted to; a benchmark reads them once for all prompts of a batch
         examples: the rows that gates are fitted to, by expert; an expert that takes its rows from
             the pool counts with the most that it may take
         tests: the test rows, by task
@@ -185,7 +204,7 @@ def estimate(
     ]
     gates = recipe.router.kind == "gate"
     if gates:
-        work = _fitting_work(recipe, list(examples.values()))
+        work = _fitting_work(recipe, list(examples.values()), opening_tokens)
         disk = gate_bytes + (kept_bytes if work.kept else 0)
         if reads_by_layer(recipe, shape.num_bytes + held, machine.memory_bytes):
             one_layer = PROGRAM_BYTES + _bytes_by_layer(shape, expert_bytes) + gate_bytes
@@ -248,9 +267,13 @@ def _bytes_by_layer(shape: Shape, expert_bytes: float) -> float:
 
 
 def _widths(inputs: Mapping[str, int]) -> list[int]:
-    """The width of each input point; modules of one parent and width share a point."""
-    points = dict.fromkeys((path.rpartition(".")[0], width) for path, width in inputs.items())
-    return [width for _, width in points]
+    """The width of each input point.
+
+    Modules of one parent and width share a point, except for what comes after attention.
+    """
+    parts = [(*path.rpartition(".")[::2], width) for path, width in inputs.items()]
+    points = dict.fromkeys((parent, name in AFTER_ATTENTION, n) for parent, name, n in parts)
+    return [width for *_, width in points]
 
 
 def bytes_of_gates(inputs: Mapping[str, int], num_experts: int) -> tuple[float, float]:
@@ -285,7 +308,9 @@ BACKGROUND_TOKENS = 3_000
 """The tokens of the texts that `router.kind: prompt` compares prompts with, in the template."""
 
 
-def _fitting_work(recipe: Recipe, examples: Sequence[Rows]) -> FittingWork:
+def _fitting_work(
+    recipe: Recipe, examples: Sequence[Rows], opening_tokens: float = 0.0
+) -> FittingWork:
     lengths = [rows.prompt_tokens + rows.answer_tokens for rows in examples]
     num_examples = sum(rows.count for rows in examples)
     num_sequences = num_examples
@@ -297,9 +322,15 @@ def _fitting_work(recipe: Recipe, examples: Sequence[Rows]) -> FittingWork:
     if turns:  # every example is one turn of a conversation
         num_sequences *= len(turns) / sum(turns)
     above = [len(system) / CHARACTERS_PER_TOKEN for system in systems] or [0.0]
-    tokens += num_sequences / 2 * sum(above) / len(above)  # every other one has a system prompt
+    # every other one has a system prompt
+    before = opening_tokens + sum(above) / len(above) / 2
+    tokens += num_sequences * before
     both = 2 * EXAMPLES if recipe.router.options((), fitted=True).opening == "shared" else 0
-    for_offsets = both * sum(lengths)
+    longest = opening_tokens + max(above) + max(lengths, default=0.0)
+    # products are of tokens alone; what else a model computes is of their padding, too
+    for_offsets = both * sum(
+        EFFICIENCY * (before + length) + (1 - EFFICIENCY) * longest for length in lengths
+    )
     if not isinstance(recipe.gates, JointSection):
         return FittingWork(tokens, for_offsets)
     settings = recipe.gates
@@ -342,14 +373,7 @@ def _gates(pace: Pace, loaded: float, disk: float, work: FittingWork) -> Need:
     kept_outputs = min(outputs, MAX_OUTPUT_BYTES)
     sweeps = SWEEPS + SWEEPS_AGAIN * (1 - kept_outputs / outputs)
     seconds = pace.reading(sweeps * tokens + work.passes, routed=True)
-    for width in widths:
-        n = min(width, MAX_ROWS)
-        # float64 has half the rate at best; an eigendecomposition a third of that
-        flops = 2 * 2 * tokens * n * n + 3 * 9 * n**3
-        # each iteration of the refinement reads the tokens twice
-        read = min(tokens, MAX_TOKEN_BYTES / 4 / width, MAX_LOGITS / experts.count)
-        flops += 2 * 2 * sum(ROUNDS + ONE_ROUND) * read * width * experts.count
-        seconds += flops / pace.machine.flops_per_second
+    seconds += sum(_point_seconds(pace, width, tokens) for width in widths)
     copies = 2 * min(4 * tokens * widest, MAX_TOKEN_BYTES)  # all, and whitened those of a round
     copies += LOGITS_AT_ONCE * 4 * min(tokens * experts.count, MAX_LOGITS)
     memory = loaded + batch + spread + copies
@@ -357,6 +381,25 @@ def _gates(pace: Pace, loaded: float, disk: float, work: FittingWork) -> Need:
         memory += hidden + kept_outputs
     memory = max(memory, loaded + _graph_bytes(shape, experts, work))
     return Need("gates", memory, disk, seconds)
+
+
+def _point_seconds(pace: Pace, width: int, tokens: float) -> float:
+    """The time to fit the gate of one input point to its tokens."""
+    rows, found = min(tokens, MAX_ROWS), MAX_DIRECTIONS
+    if width <= rows:  # the upper triangle of second moments, block by block
+        size, flops = width, tokens * width * min(2 * width, width + BLOCK)
+        flops += 2 * (ITERATIONS + 1) * found * width**2
+    else:  # products of rows in float64, which take twice as long
+        size, flops = rows, 2 * 2 * rows**2 * width
+        flops += 2 * 4 * (ITERATIONS + 1) * found * width * rows
+    flops += FACTOR * (SHRINKAGES_TRIED * size**3 / 3 + 6 * ITERATIONS * found**2 * width)
+    kept = min(tokens, MAX_TOKEN_BYTES / 4 / width)
+    taken = min(UNSURE * kept, MAX_LOGITS / pace.experts.count)
+    flops += len(ROUNDS + ONE_ROUND) * 4 * taken * width * MAX_DIRECTIONS  # to whiten them
+    rate = EFFICIENCY * pace.machine.flops_per_second
+    read = width * (READS_A_STEP * sum(ROUNDS + ONE_ROUND) * taken + READS * kept)
+    products = 2 * pace.experts.count * read / rate
+    return flops / rate + max(products, 4 * read / pace.machine.read_bytes_per_second)
 
 
 def _benchmark(recipe: Recipe, pace: Pace, loaded: float, tests: Mapping[str, Rows]) -> Need:

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import COMMIT, BaseSpec
+from meteora.base.chat_template import ConversationError, encode_messages
 from meteora.base.loading import Shape, load_tokenizer, shape_of
 from meteora.base.sources import GGUF, PATH, find_gguf
 from pipelines.data.rows import ExamplesError, Row
@@ -66,10 +67,18 @@ def print_estimates(
         return []
     shape, tokenizer = known
     experts, num_assumed = _experts(recipe, shape, accepted)
-    examples, tests, pool = _all_rows(context, tokenizer, read)
+    opening, turn = tokens_of_template(recipe, tokenizer)
+    examples, tests, pool = _all_rows(context, tokenizer, read, turn)
     machine = measure_machine(shape.dtype)
     needs_on = partial(
-        estimate, recipe, shape, experts=experts, examples=examples, tests=tests, pool=pool
+        estimate,
+        recipe,
+        shape,
+        experts=experts,
+        examples=examples,
+        tests=tests,
+        pool=pool,
+        opening_tokens=opening,
     )
     bring_base, *others = needs_on(machine=machine)
     to_write = max(0.0, bring_base.disk_bytes - _bytes_here(context, base))
@@ -108,9 +117,13 @@ def print_estimates(
 
 
 def _all_rows(
-    context: RunContext, tokenizer: PreTrainedTokenizerBase | None, read: Read
+    context: RunContext, tokenizer: PreTrainedTokenizerBase | None, read: Read, turn_tokens: int
 ) -> tuple[dict[str, Rows], dict[str, Rows], Rows | None]:
-    """The examples by expert, the tests by task, and the pool, if there is one."""
+    """The examples by expert, the tests by task, and the pool, if there is one.
+
+    Args:
+        turn_tokens: of the chat template, around each question and its answer
+    """
     recipe, settings = context.recipe, context.recipe.benchmark
 
     def rows(source: str | None, limit: int, *, answered: bool = True) -> Rows:
@@ -120,7 +133,8 @@ def _all_rows(
             source_rows = read(source, context.folder, limit, answered=answered)
         except ExamplesError:
             return Rows(limit)
-        return _measured(source_rows, tokenizer)
+        measured = _measured(source_rows, tokenizer)
+        return replace(measured, prompt_tokens=measured.prompt_tokens + turn_tokens)
 
     limit, pool = recipe.gates.examples_per_expert, None
     examples = {e.name: rows(e.examples, limit) for e in recipe.experts if e.examples}
@@ -173,12 +187,12 @@ def shape_at_hand(
         base: None if the Hub did not answer; then a commit in the recipe is enough.
     """
     source = context.recipe.base
-    if source.startswith(GGUF):
-        file = find_gguf(source)
-        return shape_of(file), None
     repo_id, _, revision = source.partition("@")
     spec = base or BaseSpec(repo_id, revision)
     folder = _folder_at_hand(context, spec)
+    if source.startswith(GGUF) and not folder.is_dir():
+        file = find_gguf(source)
+        return shape_of(file), load_tokenizer(file)
     if COMMIT.fullmatch(spec.base_revision) and not folder.is_dir():
         config = cached(spec.base_model, "config.json", spec.base_revision)
         folder = config.parent if config else folder
@@ -199,6 +213,26 @@ def _experts(recipe: Recipe, shape: Shape, accepted: Mapping[str, Expert]) -> tu
         ranks.update({path: r for path, r in own.items() if path in shape.linears})
     num_assumed = sum(expert.name not in accepted for expert in recipe.experts)
     return Experts(len(recipe.experts), ranks), num_assumed
+
+
+def tokens_of_template(
+    recipe: Recipe, tokenizer: PreTrainedTokenizerBase | None
+) -> tuple[int, int]:
+    """The tokens of the chat template: before the first question, and around each with its answer.
+
+    Both are 0 without a template, or if it takes no conversation.
+    """
+    if tokenizer is None or not tokenizer.chat_template or recipe.benchmark.template == "plain":
+        return 0, 0
+    asked, answered = ({"role": role, "content": "a"} for role in ("user", "assistant"))
+    try:
+        one, two = (
+            len(encode_messages(tokenizer, talk)) for talk in ([asked], [asked, answered, asked])
+        )
+    except ConversationError:
+        return 0, 0
+    turn = max(0, two - one - 2)
+    return max(0, one - 1 - turn), turn
 
 
 def _measured(rows: Sequence[Row], tokenizer: PreTrainedTokenizerBase | None) -> Rows:

@@ -13,7 +13,6 @@ from pipelines.data.rows import Row, refuse_overlap
 from pipelines.data.spans import prompt_parts
 from pipelines.recipe.recipe import AUTO
 from pipelines.workspace.console import say
-from store.files import replace_text
 
 if TYPE_CHECKING:
     from pipelines.data.spans import SpannedRow, SpannedTurns
@@ -29,7 +28,7 @@ def separate(adapters: Sequence[Found], out: Path, *, drop: bool) -> list[Found]
     Prints the refused adapters; their rows do not count.
 
     Args:
-        out: The folder for files of examples with rows left out; made if needed.
+        out: The folder for files of examples with rows left out; nothing is written here.
         drop: Leave out examples that are also test rows, in place of an error.
 
     Raises:
@@ -55,7 +54,7 @@ def separate(adapters: Sequence[Found], out: Path, *, drop: bool) -> list[Found]
 
 
 def _without(one: Found, rows: Sequence[Row], tested: set[str], out: Path) -> Found:
-    """The adapter with a new file of examples, if any of its examples is a test row."""
+    """The adapter with a new file of examples in `out`, if any of its examples is a test row."""
     kept = [number for number, row in enumerate(rows) if row.question not in tested]
     if one.examples is None or len(kept) == len(rows):
         return one
@@ -67,11 +66,10 @@ def _without(one: Found, rows: Sequence[Row], tested: set[str], out: Path) -> Fo
         say(f"{one.name}: {note}", "note")
         return replace(one, examples=None, note=note)
     lines = [line for line, _ in json_lines(one.examples)]
-    out.mkdir(parents=True, exist_ok=True)
     path = out / f"{one.name}.train.jsonl"
-    replace_text(path, "".join(lines[number].rstrip("\n") + "\n" for number in kept))
-    say(f"{one.name}: {note}; the others are in {path}", "note")
-    return replace(one, examples=path, note=note)
+    say(f"{one.name}: {note}; the others go into {path}", "note")
+    rows_left = "".join(lines[number].rstrip("\n") + "\n" for number in kept)
+    return replace(one, examples=path, note=note, rows=rows_left)
 
 
 def _read(path: Path) -> list[Row]:

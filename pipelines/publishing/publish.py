@@ -17,7 +17,14 @@ from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import REPO_ID, ArtifactId, MeteoraError, Publication, file_sha256
 from meteora.base.sources import PATH, texts_sha256
-from meteora.checkpoint.manifest import CARD, FILES, MANIFEST, SIGNATURE, read_manifest
+from meteora.checkpoint.manifest import (
+    CARD,
+    EVAL_RESULTS,
+    FILES,
+    MANIFEST,
+    SIGNATURE,
+    read_manifest,
+)
 from pipelines.hub.bundle import Bundle, make_bundle
 from pipelines.hub.errors import HubReferenceError
 from pipelines.hub.upload import Repository, hub_to_publish
@@ -25,7 +32,6 @@ from pipelines.publishing import licences
 from pipelines.publishing.signing import is_signed
 from pipelines.recipe.publish import is_tag
 from pipelines.reports import card
-from pipelines.reports.hub_metadata import EVAL_RESULTS
 from pipelines.workspace.bases import require_sound
 from pipelines.workspace.console import say
 from pipelines.workspace.processes import ChildError, ChildProcess

@@ -39,6 +39,8 @@ class Found:
     test: Path | None = None
     note: str = ""
     """A change of its rows, for a comment in the recipe."""
+    rows: str = ""
+    """The content of its file of examples, if that is to be written beside the recipe."""
 
 
 def write_recipe(
@@ -56,7 +58,8 @@ def write_recipe(
         base: A folder, or as in a recipe. Default: the base that most adapters' configs name.
         examples: A folder with rows for the adapters; see `find_rows`. Default: beside each.
         pool: A file of prompts without labels, for adapters without examples.
-        prepare: Called with all adapters, refused ones among them; may change their rows.
+        prepare: Called with all adapters, refused ones among them; may change their rows. Files
+            of rows are written right before the recipe, when nothing is left to refuse.
 
     Raises:
         ImportingError: There is no folder, or no usable adapter in it; no base is named, or `base`
@@ -85,9 +88,14 @@ def write_recipe(
             f" the adapter's name are needed, or NAME.{EXAMPLES[0]} and NAME.{TESTS[0]}"
         )
     base = _given_base(base, out.parent) if base else _base_of(usable, folder, out.parent)
-    text = recipe_text(prepare(adapters), base, out.parent, pool)
+    prepared = prepare(adapters)
+    text = recipe_text(prepared, base, out.parent, pool)
     recipe = Recipe.parse(text.encode(), out)
     out.parent.mkdir(parents=True, exist_ok=True)
+    for one in prepared:
+        if one.examples and one.rows:
+            one.examples.parent.mkdir(exist_ok=True)
+            replace_text(one.examples, one.rows)
     replace_text(out, text)
     return recipe
 

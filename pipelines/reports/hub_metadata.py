@@ -44,8 +44,6 @@ LICENCES = {
 }  # fmt: skip
 """The licences of the Hub besides `other`, in May 2026; it refuses a card with another one."""
 NAME_OF_LICENCE = re.compile(r"[a-z0-9.-]+")
-EVAL_RESULTS = ".eval_results/meteora.yaml"
-"""The leaderboards' file, relative to the checkpoint's folder."""
 
 
 def card_metadata(manifest: Manifest, summary: Summary | None, name: str) -> str:
@@ -108,7 +106,7 @@ def shots(num_fewshot: int) -> str:
 
 
 def write_eval_results(tasks: Sequence[TaskSection], summary: Summary) -> str:
-    """The text of `EVAL_RESULTS`; empty if the recipe puts no task on a leaderboard.
+    """The text for leaderboards; empty if the recipe puts no task on a leaderboard.
 
     Shares of right rows become percent, as the leaderboards show them.
     """

@@ -3,11 +3,19 @@
 from pathlib import Path
 
 from meteora.artifacts import ArtifactId, FusedCheckpoint, FusedSpec, RouterBuild
-from meteora.checkpoint.manifest import CARD, CONFIG, CONFIG_TEXT, LINEAGE, MANIFEST, Manifest
+from meteora.checkpoint.manifest import (
+    CARD,
+    CONFIG,
+    CONFIG_TEXT,
+    EVAL_RESULTS,
+    LINEAGE,
+    MANIFEST,
+    Manifest,
+)
 from pipelines.publishing.in_toto import write_lineage
 from pipelines.publishing.signing import is_signed
 from pipelines.reports import card
-from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
+from pipelines.reports.hub_metadata import write_eval_results
 from pipelines.reports.summary import Summary
 from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext, put_in_place

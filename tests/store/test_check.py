@@ -272,8 +272,9 @@ def test_gc_waits_for_no_run_and_touches_none(filled: Shelf) -> None:
 def test_gc_removes_nothing_while_a_record_cannot_be_read(filled: Shelf) -> None:
     unused = filled.ledger.blobs.put_bytes(b"unused")
     old(filled.ledger.blobs.path_of(unused))
-    flip(filled.ledger.records.path_of(min(filled.ledger.records.loose())))
-    with pytest.raises(DamagedError):
+    damaged = filled.ledger.records.path_of(min(filled.ledger.records.loose()))
+    flip(damaged)
+    with pytest.raises(DamagedError, match=f"{damaged}: .* blobs that it alone names then count"):
         filled.ledger.gc(remove=True)
     assert unused in filled.ledger.blobs
 

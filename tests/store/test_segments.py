@@ -5,6 +5,7 @@ import shutil
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
+from unittest.mock import Mock
 
 import duckdb
 import pytest
@@ -109,10 +110,11 @@ def test_records_that_cannot_be_packed_stop_no_run(
     filled: Shelf, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
     monkeypatch.setattr("store.ledger.PACK_RECORDS", 1)
-    flip(filled.ledger.records.path_of(min(filled.ledger.records.loose())), 9)
+    full = Mock(side_effect=StoreError("the disk is full"))
+    monkeypatch.setattr(filled.ledger.records.segments, "write", full)
     with filled.ledger.running("weekly"):
         assert filled.ledger.records.loose()
-    assert "loose records are not packed" in caplog.text
+    assert "loose records are not packed: the disk is full" in caplog.text
 
 
 def test_large_stores_have_several_segments(filled: Shelf, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -202,14 +204,20 @@ def test_a_damaged_segment_is_never_a_reason_to_drop_a_loose_record(filled: Shel
     assert filled.ledger.records.loose() == before
 
 
-def test_a_damaged_record_is_not_packed_and_stops_no_other_promise(filled: Shelf) -> None:
+def test_a_damaged_record_is_not_packed_and_stops_no_other(
+    filled: Shelf, caplog: pytest.LogCaptureFixture
+) -> None:
     records = filled.ledger.records
-    flip(records.path_of(min(records.loose())), 9)
     before = records.loose()
-    with pytest.raises(DamagedError, match="do not hash to its name"):
-        records.pack()
-    assert records.loose() == before
-    assert not records.segments.names()
+    damaged = records.path_of(min(before))
+    flip(damaged, 9)
+    for num_packed in (len(before) - 1, 0):
+        assert records.pack() == num_packed
+        assert records.loose() == {min(before)}
+        assert f"not packed: {damaged}: its bytes do not hash to its name" in caplog.text
+        caplog.clear()
+    (finding,) = filled.ledger.verify().findings
+    assert finding.name == min(before)
 
 
 def test_what_is_not_whole_when_it_is_read_back_is_not_packed(

@@ -100,6 +100,13 @@ def test_what_is_wrong_is_said_by_torch(calls, shape):
     assert not calls
 
 
+def test_a_single_number_is_refused_by_torch():
+    x, weight, _ = drawn()
+    for wrong in ((x[0, 0], weight), (x, weight[0, 0])):
+        with pytest.raises(RuntimeError, match="at least 1D"):
+            onednn.linear(*wrong)
+
+
 @pytest.mark.filterwarnings("ignore:`torch.jit")  # of torch itself
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 def test_products_are_traced_and_counted(calls):

@@ -3,8 +3,11 @@
 import copy
 import dataclasses
 import errno
+import itertools
 import shutil
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -19,14 +22,18 @@ from meteora.checkpoint import copies
 from meteora.checkpoint.manifest import (
     CARD,
     CONFIG,
+    EVAL_RESULTS,
     EXPERTS,
+    FILES,
     GATES,
+    LINEAGE,
     MANIFEST,
     SIGNATURE,
     STATISTICS,
     CheckpointError,
     read_manifest,
 )
+from meteora.checkpoint.tensors import read_gates
 from meteora.model.fused import force_expert
 from meteora.model.saving import UnsavableError
 from meteora.routing.gates import gates_in
@@ -35,7 +42,7 @@ from tests.meteora.model.conftest import with_shared
 
 
 def gates_file(folder):
-    return file_sha256(folder / GATES)
+    return file_sha256(Path(folder) / GATES)
 
 
 def test_a_model_is_saved_as_its_checkpoint_and_with_the_gates_that_it_has(
@@ -154,6 +161,76 @@ def test_over_an_older_checkpoint_comes_a_whole_one_or_none(
     assert {path.name for path in saved.iterdir()} == {MANIFEST, EXPERTS, GATES, CONFIG}
 
 
+@pytest.mark.parametrize("is_over_another", [True, False])
+def test_killed_while_files_move_it_leaves_nothing_for_the_next_save_or_loading(
+    checkpoint, tmp_path, monkeypatch, *, is_over_another
+):
+    whole = tmp_path / "whole"
+    shutil.copytree(checkpoint, whole)
+    for name in (STATISTICS, CARD, LINEAGE):
+        (whole / name).write_text("of these gates")
+    source, other = copies.Source.of(whole), read_gates(whole, read_manifest(whole))
+    module, (weight, bias) = next(iter(other.own.items()))
+    other = dataclasses.replace(other, own={**other.own, module: (weight, bias + 1.0)})
+    older = dataclasses.replace(other, own={**other.own, module: (weight, bias + 2.0)})
+    loaded = []
+    for left in itertools.count():
+        saved = tmp_path / f"saved-{left}"
+        if is_over_another:
+            copies.copy_checkpoint(source, saved, older)
+            for name in (SIGNATURE, STATISTICS, EVAL_RESULTS):
+                (saved / name).parent.mkdir(exist_ok=True)
+                (saved / name).write_text("older")
+        with monkeypatch.context() as patch:
+            steps = itertools.count()
+            for step in ("unlink", "replace"):
+                patch.setattr(Path, step, killed_after(left, steps, getattr(Path, step)))
+            try:
+                copies.copy_checkpoint(source, saved)
+                break
+            except KeyboardInterrupt:
+                pass
+        with suppress(CheckpointError):
+            own = read_gates(saved, read_manifest(saved)).own[module][1]
+            loaded.append(int((own - bias).max()))
+        copies.copy_checkpoint(source, saved, other)
+        assert {path.name for path in saved.iterdir() if path.is_file()} == {
+            MANIFEST,
+            EXPERTS,
+            GATES,
+            CONFIG,
+        }
+        assert not (saved / EVAL_RESULTS).exists()
+    assert left > len(FILES) - 2
+    assert set(loaded) == ({2} if is_over_another else set())  # the new one only at the end
+
+
+def killed_after(most, steps, step):
+    """A step of `Path` that ends the process in place of the one after the first `most`."""
+
+    def do(path, *arguments, **options):
+        if next(steps) == most:
+            raise KeyboardInterrupt
+        return step(path, *arguments, **options)
+
+    return do
+
+
+def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_moves(
+    checkpoint, world, tmp_path
+):
+    model, _ = meteora.load(checkpoint, base_folder=world.base)
+    for name in (CARD, EXPERTS):
+        saved = tmp_path / name
+        shutil.copytree(checkpoint, saved)
+        (saved / name).unlink(missing_ok=True)
+        (saved / name / "mine").mkdir(parents=True)
+        before = {path: path.is_file() and path.read_bytes() for path in saved.rglob("*")}
+        with pytest.raises(CheckpointError, match=f"{name} is a folder, .* move it away, or save"):
+            model.save_pretrained(saved)
+        assert {path: path.is_file() and path.read_bytes() for path in saved.rglob("*")} == before
+
+
 def test_what_a_killed_save_left_is_removed_by_the_next(checkpoint, world, tmp_path):
     left = tmp_path / f"{copies.PARTIAL}{HERE}dead"  # its lock went with its process
     left.mkdir()
@@ -173,29 +250,53 @@ def test_several_may_save_in_one_folder_at_once(checkpoint, world, tmp_path):
     meteora.load(tmp_path, base_folder=world.base)
 
 
-def train(model, folder):
+class Resuming(Trainer):
+    """A trainer of a model that was loaded from the folder that it resumes from."""
+
+    def _load_from_checkpoint(self, resume_from_checkpoint, model=None):
+        pass
+
+
+def train(model, folder, steps=2, resumed=None):
     rows: Any = [{"input_ids": s.input_ids, "labels": s.input_ids} for s in with_shared(1)]
     args = TrainingArguments(
         output_dir=str(folder),
-        max_steps=2,
+        max_steps=steps,
+        lr_scheduler_type="constant",
         per_device_train_batch_size=1,
         use_cpu=True,
         report_to=[],
         disable_tqdm=True,
     )
-    Trainer(model, args, train_dataset=rows).train()
+    Resuming(model, args, train_dataset=rows).train(resume_from_checkpoint=resumed)
+
+
+def to_train(folder, world, monkeypatch):
+    """The model in a folder, with gates that a trainer can train."""
+    model, _ = meteora.load(folder, base_folder=world.base)
+    for gate in gates_in(model).values():
+        monkeypatch.setattr(gate, "options", dataclasses.replace(gate.options, top_k=2))
+        gate.requires_grad_()
+    return model
 
 
 def test_a_trainer_saves_the_gates_that_it_trained(checkpoint, world, tmp_path, monkeypatch):
-    model, _ = meteora.load(checkpoint, base_folder=world.base)
-    for gate in gates_in(model).values():
-        monkeypatch.setattr(gate, "options", dataclasses.replace(gate.options, top_k=2))
+    model = to_train(checkpoint, world, monkeypatch)
     with pytest.raises(RuntimeError, match="does not require grad"):  # at the first step
-        train(model, tmp_path / "frozen")
-    for gate in gates_in(model).values():
-        gate.requires_grad_()
+        train(model.requires_grad_(requires_grad=False), tmp_path / "frozen")
+    model = to_train(checkpoint, world, monkeypatch)
     train(model, tmp_path)
     again, _ = meteora.load(tmp_path / "checkpoint-2", base_folder=world.base)
     assert gates_file(tmp_path / "checkpoint-2") != gates_file(checkpoint)
     for own, read in zip(gates_in(model).values(), gates_in(again).values(), strict=True):
         assert torch.equal(own.weight, read.weight)
+
+
+def test_a_training_that_stopped_goes_on_as_if_it_had_not(checkpoint, world, tmp_path, monkeypatch):
+    whole, stopped = tmp_path / "whole", tmp_path / "stopped"
+    train(to_train(checkpoint, world, monkeypatch), whole, 4)
+    train(to_train(checkpoint, world, monkeypatch), stopped, 2)
+    resumed = str(stopped / "checkpoint-2")
+    train(to_train(resumed, world, monkeypatch), stopped, 4, resumed)
+    assert gates_file(stopped / "checkpoint-4") == gates_file(whole / "checkpoint-4")
+    assert gates_file(stopped / "checkpoint-4") != gates_file(resumed)

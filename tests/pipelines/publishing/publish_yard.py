@@ -22,12 +22,12 @@ from meteora.checkpoint.manifest import (
     CARD,
     CONFIG,
     CONFIG_TEXT,
+    EVAL_RESULTS,
     FILES,
     GATES,
     LINEAGE,
     MANIFEST,
 )
-from pipelines.reports.hub_metadata import EVAL_RESULTS
 from store.ledger import Ledger
 from tests.conftest import World
 from tests.pipelines.hub.hub_server import Fault, HubServer

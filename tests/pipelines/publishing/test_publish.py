@@ -24,6 +24,7 @@ from meteora.checkpoint.manifest import (
     CARD,
     CONFIG,
     CONFIG_TEXT,
+    EVAL_RESULTS,
     EXPERTS,
     FILES,
     GATES,
@@ -42,7 +43,7 @@ from pipelines.publishing import publish as publishing
 from pipelines.publishing.licences import LicenceError, refuse_forbidden
 from pipelines.publishing.publish import Destination, PublicationError, publish
 from pipelines.reports import card
-from pipelines.reports.hub_metadata import EVAL_RESULTS, hub_ids, shared_licence
+from pipelines.reports.hub_metadata import hub_ids, shared_licence
 from pipelines.workspace.context import RunContext
 from pipelines.workspace.environment import SETTINGS
 from store.ledger import Ledger

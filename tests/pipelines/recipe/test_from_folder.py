@@ -121,6 +121,19 @@ def test_examples_that_are_all_test_rows_count_as_none(folder: Path, tmp_path: P
     assert not out.with_suffix(".examples").exists()
 
 
+def test_what_is_refused_late_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
+    rows = [json.dumps({"prompt": f"p{n}", "response": "r"}) + "\n" for n in range(3)]
+    (folder / "q_and_v" / "train.jsonl").write_text("".join(rows))
+    (folder / "q_and_v" / "test.jsonl").write_text(rows[0])
+    nameless = os.fsdecode(b"caf\xe9.jsonl")
+    (tmp_path / nameless).write_text(rows[0])
+    out = tmp_path / "recipes" / "recipe.yaml"
+    said = ask("import", folder, "-o", out, "--drop-overlaps", "--pool", tmp_path / nameless)
+    assert said.returncode == 1
+    assert "its name is not UTF-8" in said.stderr
+    assert not out.parent.exists()
+
+
 def test_a_pool_makes_a_recipe_that_runs_with_gates(folder: Path, tmp_path: Path) -> None:
     shutil.rmtree(folder / "patterns")
     (folder / "q_and_v" / "train.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 3)

@@ -11,10 +11,11 @@ import yaml
 from huggingface_hub import parse_eval_result_entries
 
 from meteora.artifacts import ArtifactId, BenchmarkSpec, Score, ScoreTurn
+from meteora.checkpoint.manifest import EVAL_RESULTS
 from pipelines.recipe.benchmark import TaskSection
 from pipelines.recipe.recipe import Recipe, RecipeError
 from pipelines.reports.card import method_lines, score_table, usage_lines
-from pipelines.reports.hub_metadata import EVAL_RESULTS, write_eval_results
+from pipelines.reports.hub_metadata import write_eval_results
 from pipelines.reports.summary import Summary, summarise
 from pipelines.workspace.context import RunContext
 from tests.conftest import World

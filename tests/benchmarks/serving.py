@@ -221,7 +221,7 @@ def write_times(what: str, times: dict[str, list[tuple[float, float]]], tokens: 
     sys.stdout.write("\n" + table(head, lines))
 
 
-def main() -> None:
+def read_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("base", type=Path)
@@ -231,7 +231,11 @@ def main() -> None:
     parser.add_argument("--tasks", type=Path, default=SHIPPED / "tasks")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
-    args = parser.parse_args()
+    return parser.parse_args()
+
+
+def main() -> None:
+    args = read_arguments()
     names = read_manifest(args.checkpoint).names
     args.folder.mkdir(parents=True, exist_ok=True)
     served = args.folder / "served"

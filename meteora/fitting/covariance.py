@@ -19,7 +19,7 @@ from meteora.kernels import onednn
 COLUMNS = 1024
 """Columns of float32 rows that are converted to float64 at a time."""
 BLOCK = 512
-"""Rows of second moments that are computed at a time, from their diagonal to the right."""
+"""Rows or columns of a symmetric matrix that are computed at a time, from the diagonal on."""
 ITERATIONS = 3
 """Steps of subspace iteration. Few suffice, since the variances fall off quickly."""
 
@@ -233,8 +233,10 @@ class Rows(Covariance):
         self.num_inputs = rows.shape[1]
         # float64, because the difference above nearly cancels
         self.gram = rows.new_zeros(len(rows), len(rows), dtype=torch.float64)
-        for _, wide in self._blocks():
-            self.gram.addmm_(wide, wide.T)
+        for _, wide in self._blocks():  # its lower triangle, which is all that Cholesky reads
+            for start in range(0, len(rows), BLOCK):
+                columns = slice(start, start + BLOCK)
+                self.gram[start:, columns].addmm_(wide[start:], wide[columns].T)
         self.level = _positive(self.gram.diagonal().sum() / rows.shape[1] + floor)
 
     def _blocks(self) -> Iterator[tuple[slice, Tensor]]:

@@ -386,11 +386,11 @@ def _gates(pace: Pace, loaded: float, disk: float, work: FittingWork) -> Need:
 def _point_seconds(pace: Pace, width: int, tokens: float) -> float:
     """The time to fit the gate of one input point to its tokens."""
     rows, found = min(tokens, MAX_ROWS), MAX_DIRECTIONS
-    if width <= rows:  # the upper triangle of second moments, block by block
+    if width <= rows:  # a triangle of second moments, block by block
         size, flops = width, tokens * width * min(2 * width, width + BLOCK)
         flops += 2 * (ITERATIONS + 1) * found * width**2
     else:  # products of rows in float64, which take twice as long
-        size, flops = rows, 2 * 2 * rows**2 * width
+        size, flops = rows, 2 * rows * width * min(2 * rows, rows + BLOCK)
         flops += 2 * 4 * (ITERATIONS + 1) * found * width * rows
     flops += FACTOR * (SHRINKAGES_TRIED * size**3 / 3 + 6 * ITERATIONS * found**2 * width)
     kept = min(tokens, MAX_TOKEN_BYTES / 4 / width)

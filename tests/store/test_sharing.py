@@ -298,6 +298,8 @@ def test_what_cannot_be_shared_is_a_sentence(shelf: Shelf, url: str) -> None:
         connect(shelf.home, "no-url")
     with pytest.raises(UnreachableError, match=r"cannot be used now .* nothing is shared there"):
         connect(shelf.home, "s3://no-such-bucket/x")
+    with pytest.raises(StoreError, match=r"x ignores `If-None-Match`.* conditional puts"):
+        connect(shelf.home, f"{os.environ['AWS_ENDPOINT_URL']}/{BUCKET}/x")
     assert not (shelf.home / SETTING).exists()
     shelf.home.mkdir(exist_ok=True)
     (shelf.home / SETTING).write_text(f'remote = "{url}"\nbucket = 3\n')

@@ -21,9 +21,10 @@ from obstore.store import from_url
 from meteora.artifacts import file_sha256
 from store import remote as remote_storage
 from store.errors import ConflictError, StoreError, UnreachableError
-from store.events import RunStarted
+from store.events import Failure, RunStarted
 from store.files import locked
 from store.ledger import Ledger
+from store.records import Record
 from store.remote import Remote
 from store.sharing import SETTING, connect
 from tests.store.conftest import Shelf
@@ -287,6 +288,17 @@ def test_a_run_of_another_home_is_not_taken_for_killed(homes: tuple[Shelf, Shelf
         assert not killed
     with one.ledger.running("nightly") as killed:
         assert [run.run_id for run in killed] == ["r1"]
+
+
+def test_the_first_run_of_a_new_home_knows_that_its_clock_is_behind(
+    homes: tuple[Shelf, Shelf], caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two = homes
+    body = Failure("fit", "x", "E", "m").to_dict()
+    one.ledger.records.write(Record("failure", "x", body, "r1", "2999-12-01T03:00:00.000000Z"))
+    one.ledger.ingest()
+    with two.ledger.running("nightly"):
+        assert any("this machine's clock is" in text for text in caplog.messages)
 
 
 def test_what_cannot_be_shared_is_a_sentence(shelf: Shelf, url: str) -> None:

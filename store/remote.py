@@ -4,8 +4,9 @@
                        records/packed/….parquet
                        blobs/ab/cdef…
 
-The layout is that of a home. Objects never change: a name is the hash of its bytes, and a complete
-object is put only if its name is free (`If-None-Match: *`). So no writer can disturb a reader.
+The layout is that of a home. Objects never change: a name is the hash of its bytes, and an object
+is put only if its name is free (`If-None-Match: *`), or, in parts, after a look that finds none. It
+appears when it is complete. So no writer can disturb a reader.
 Credentials and endpoint are those of S3's own tools: `AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL` and so
 on, or the machine's role.
 """

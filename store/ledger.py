@@ -162,7 +162,8 @@ class Ledger(Recording):
             self.home / "runs.lock", deadline_seconds=WRITE_DEADLINE_SECONDS, shared=True
         )
         with alone, together:
-            self.share()  # so that nothing is made again that another home has made
+            if self.sharing:
+                self.ingest()  # so that nothing is made again that another home has made
             self._check_clock()
             killed = self.unended_here(recipe_name)
             for run in killed:  # only the holder of a recipe's lock is still running

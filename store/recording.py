@@ -224,22 +224,29 @@ class Recording:
             with locked(self.home / "records.lock", deadline_seconds=WRITE_DEADLINE_SECONDS):
                 since = self.records.loose() - seen
                 earlier |= _earliest(self._lookup.find_among(since, kind, left))
-                for subject, record in wanted.items():
-                    if subject not in earlier:
-                        self._write(record)
+                fresh = [record for subject, record in wanted.items() if subject not in earlier]
+                names = [self._keep(record) for record in fresh]
+            self._push(names)  # others need not wait for the network
         for subject, before in earlier.items():
             _require_agreement(before, wanted[subject], must_agree)
 
     def _write(self, record: Record) -> None:
+        self._push([self._keep(record)])
+
+    def _keep(self, record: Record) -> str:
+        """Write a record to disk; return its SHA-256."""
         for sha256 in record.blobs:
             if sha256 not in self.blobs:
                 raise MissingBlobError(
                     f"{record.kind} {short(record.subject)} names blob {sha256}, which is not in"
                     " the store; put it there first"
                 )
-        sha256 = self.records.write(record)
+        return self.records.write(record)
+
+    def _push(self, sha256s: Iterable[str]) -> None:
         if self.sharing:
-            self.sharing.push(sha256)
+            for sha256 in sha256s:
+                self.sharing.push(sha256)
 
 
 def _require_openable(home: Path) -> None:

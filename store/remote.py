@@ -4,8 +4,9 @@
                        records/packed/….parquet
                        blobs/ab/cdef…
 
-The layout is that of a home. Objects never change: a name is the hash of its bytes, and a complete
-object is put only if its name is free (`If-None-Match: *`). So no writer can disturb a reader.
+The layout is that of a home. Objects never change: a name is the hash of its bytes, and an object
+is put only if its name is free (`If-None-Match: *`), or, in parts, after a look that finds none. It
+appears when it is complete. So no writer can disturb a reader.
 Credentials and endpoint are those of S3's own tools: `AWS_ACCESS_KEY_ID`, `AWS_ENDPOINT_URL` and so
 on, or the machine's role.
 """
@@ -29,8 +30,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SINGLE_PUT_BYTES = 1 << 30
-"""Larger files are uploaded in parts, and appear complete. S3's limit for one request is higher."""
+PART_BYTES = 8 << 20
+"""Larger files are uploaded in parts of this size, one at a time, and appear complete."""
+STALL_SECONDS = 60.0
+"""A part has to be uploaded in this time. A download may take longer, but not pause for so long."""
 RETRY_SECONDS = 30.0
 """Time for which a request is repeated before the storage counts as unreachable."""
 LATER = "what was recorded is safe on this machine, and the next ingest tries again to share it"
@@ -53,7 +56,12 @@ class Remote:
                 f"{url} is reached through obstore: pip install 'meteora-pipelines[shared]'"
             ) from None
         self._obstore = obstore
-        client: ClientConfig = {"connect_timeout": "5s", "allow_http": True}
+        client: ClientConfig = {
+            "connect_timeout": "5s",
+            "read_timeout": timedelta(seconds=STALL_SECONDS),
+            "timeout": timedelta(days=1),  # of a whole request: by default 30 s
+            "allow_http": True,
+        }
         retries: RetryConfig = {
             "max_retries": 3,
             "retry_timeout": timedelta(seconds=RETRY_SECONDS),
@@ -73,7 +81,8 @@ class Remote:
             StoreError: it does not, so one home could overwrite an object that another one reads.
         """
         name = f"tmp/{secrets.token_hex(8)}"
-        with self._reached("nothing is shared there; check address, keys and network"):
+        there = self._reached("nothing is shared there; check address, keys and network")
+        with there, suppress(NotImplementedError):  # of an address such as https://…
             self._obstore.put(self._store, name, b"first", mode="create")
             try:
                 self._obstore.put(self._store, name, b"second", mode="create")
@@ -88,12 +97,12 @@ class Remote:
 
     def put(self, name: str, path: Path) -> None:
         """Upload a file as `name`; does nothing if the name exists."""
-        large = path.stat().st_size > SINGLE_PUT_BYTES
+        large = path.stat().st_size > PART_BYTES
         if large and self.holds(name):
             return
         with self._reached(), suppress(self._obstore.exceptions.AlreadyExistsError):
             if large:
-                self._obstore.put(self._store, name, path)
+                self._obstore.put(self._store, name, path, chunk_size=PART_BYTES, max_concurrency=1)
             else:
                 self._obstore.put(self._store, name, path, mode="create", use_multipart=False)
 

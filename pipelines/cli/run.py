@@ -274,6 +274,8 @@ def _show(
         return True
     found = made or (looked if looked.summary else look(context, until))
     if (plan := found.plan) is None or found.summary is None:
+        again = "run it again: what is missing is made, or comes from a shared storage"
+        say(f"{context.name}: not all of its results are under {context.home}; {again}", "error")
         return False
     folder, base = context.checkpoint_folder(plan.router.id), context.base_folder(plan.base)
     score_table.print_scores(

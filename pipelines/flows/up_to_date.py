@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 from meteora.artifacts import BaseSpec, BuiltBase, MeteoraError
 from meteora.base.sources import texts_sha256
-from meteora.checkpoint.manifest import EVAL_RESULTS
+from meteora.checkpoint.manifest import EVAL_RESULTS, read_manifest
 from pipelines.admission import sources
 from pipelines.planning.plan import Plan
 from pipelines.planning.resolve import local_steps, resolve
@@ -93,15 +93,22 @@ def _summary(context: RunContext, plan: Plan) -> Summary | None:
 def _is_written(context: RunContext, plan: Plan, summary: Summary) -> bool:
     """Whether the checkpoint is whole, with the leaderboards that the recipe names now.
 
-    The texts of a signed one stay as they are.
+    It also has to be the recorded one: of two homes that share a store and make gates at the same
+    time, the earlier record counts. A signed checkpoint stays as it is.
     """
     folder = context.checkpoint_folder(plan.router.id)
     if not is_whole(folder):
         return False
+    if is_signed(folder):
+        return True
+    ledger = context.ledger
+    recorded = {*ledger.blobs_of(plan.fused.id), *ledger.blobs_of(plan.router.id)}
+    if not recorded.issuperset(read_manifest(folder).files.values()):
+        return False
     results = folder / EVAL_RESULTS
     written = results.read_text(encoding="utf-8") if results.is_file() else ""
     asked = write_eval_results(context.recipe.benchmark.tasks, summary)
-    return written == asked or is_signed(folder)
+    return written == asked
 
 
 def _is_published(context: RunContext, plan: Plan) -> bool:

@@ -148,6 +148,17 @@ CONSOLE = Console()
 say, bar, growing = CONSOLE.say, CONSOLE.bar, CONSOLE.growing
 
 
+class _Warnings(logging.Handler):
+    """Shows the warnings of this program, in a run too: Prefect's own handlers print none."""
+
+    def emit(self, record: logging.LogRecord) -> None:
+        say(record.getMessage(), "note")
+
+
+for room in ("meteora", "pipelines", "store"):
+    logging.getLogger(room).addHandler(_Warnings(logging.WARNING))
+
+
 def at_spaces(text: str, width: int) -> str:
     """The text, of the same length, with line breaks in place of spaces where a line is too wide.
 

@@ -2,9 +2,15 @@
 
 import http.client
 import logging
+import os
 import shutil
+import socket
+import socketserver
 import subprocess
+import threading
+import time
 from collections.abc import Callable, Generator
+from contextlib import suppress
 from pathlib import Path
 
 import obstore
@@ -12,9 +18,13 @@ import pytest
 from moto.server import ThreadedMotoServer
 from obstore.store import from_url
 
+from meteora.artifacts import file_sha256
+from store import remote as remote_storage
 from store.errors import ConflictError, StoreError, UnreachableError
-from store.events import RunStarted
+from store.events import Failure, RunStarted
+from store.files import locked
 from store.ledger import Ledger
+from store.records import Record
 from store.remote import Remote
 from store.sharing import SETTING, connect
 from tests.store.conftest import Shelf
@@ -195,6 +205,72 @@ def test_what_changed_on_the_storage_is_found_and_never_taken(
     assert found["blobs"].touches == (one.base.id,)
 
 
+class SlowLink(socketserver.ThreadingTCPServer):
+    """A relay to a server on loopback, for `rate` bytes a second each way."""
+
+    daemon_threads = True
+
+    def __init__(self, port: int, rate: int) -> None:
+        super().__init__(("127.0.0.1", 0), Relay)
+        self.port, self.rate = port, rate
+
+
+class Relay(socketserver.BaseRequestHandler):
+    def handle(self) -> None:
+        assert isinstance(self.server, SlowLink)
+        self.rate = self.server.rate
+        with socket.create_connection(("127.0.0.1", self.server.port)) as there:
+            back = threading.Thread(target=self.pass_on, args=(there, self.request))
+            back.start()
+            self.pass_on(self.request, there)
+            back.join()
+
+    def pass_on(self, source: socket.socket, target: socket.socket) -> None:
+        with suppress(OSError):
+            while data := source.recv(1 << 16):
+                time.sleep(len(data) / self.rate)
+                target.sendall(data)
+        with suppress(OSError):
+            target.shutdown(socket.SHUT_WR)
+
+
+def test_a_large_blob_takes_its_time_on_a_slow_link(
+    url: str,
+    server: int,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(remote_storage, "STALL_SECONDS", 3.0)
+    monkeypatch.setattr(remote_storage, "PART_BYTES", 5 << 20)
+    (tmp_path / "large").write_bytes(os.urandom(20 << 20))
+    with SlowLink(server, rate=5 << 20) as link:
+        threading.Thread(target=link.serve_forever).start()
+        monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{link.server_address[1]}")
+        remote = Remote(url)
+        began = time.monotonic()
+        remote.put("blobs/ab/cd", tmp_path / "large")
+        assert time.monotonic() - began > remote_storage.STALL_SECONDS
+        began = time.monotonic()
+        assert remote.get("blobs/ab/cd", tmp_path / "came") == file_sha256(tmp_path / "large")
+        assert time.monotonic() - began > remote_storage.STALL_SECONDS
+        link.shutdown()
+
+
+def test_nobody_waits_for_the_upload_of_another_s_blob(
+    homes: tuple[Shelf, Shelf], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, _ = homes
+    uploads = []
+
+    def upload(sha256: str) -> None:
+        with locked(one.home / "records.lock", deadline_seconds=0):
+            uploads.append(sha256)
+
+    monkeypatch.setattr(one.ledger.sharing, "push", upload)
+    one.make(one.base)
+    assert set(uploads) == one.ledger.records.loose()
+
+
 def test_a_name_is_given_once(url: str, tmp_path: Path) -> None:
     remote = Remote(url)
     for text in ("first", "second"):
@@ -214,6 +290,17 @@ def test_a_run_of_another_home_is_not_taken_for_killed(homes: tuple[Shelf, Shelf
         assert [run.run_id for run in killed] == ["r1"]
 
 
+def test_the_first_run_of_a_new_home_knows_that_its_clock_is_behind(
+    homes: tuple[Shelf, Shelf], caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two = homes
+    body = Failure("fit", "x", "E", "m").to_dict()
+    one.ledger.records.write(Record("failure", "x", body, "r1", "2999-12-01T03:00:00.000000Z"))
+    one.ledger.ingest()
+    with two.ledger.running("nightly"):
+        assert any("this machine's clock is" in text for text in caplog.messages)
+
+
 def test_what_cannot_be_shared_is_a_sentence(shelf: Shelf, url: str) -> None:
     with pytest.raises(StoreError, match="cannot be used as shared storage"):
         connect(shelf.home, "shed://somewhere")
@@ -223,6 +310,8 @@ def test_what_cannot_be_shared_is_a_sentence(shelf: Shelf, url: str) -> None:
         connect(shelf.home, "no-url")
     with pytest.raises(UnreachableError, match=r"cannot be used now .* nothing is shared there"):
         connect(shelf.home, "s3://no-such-bucket/x")
+    with pytest.raises(StoreError, match=r"x ignores `If-None-Match`.* conditional puts"):
+        connect(shelf.home, f"{os.environ['AWS_ENDPOINT_URL']}/{BUCKET}/x")
     assert not (shelf.home / SETTING).exists()
     shelf.home.mkdir(exist_ok=True)
     (shelf.home / SETTING).write_text(f'remote = "{url}"\nbucket = 3\n')

@@ -4,6 +4,7 @@ import os
 import signal
 import subprocess
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Self
 
@@ -11,7 +12,10 @@ import pytest
 import yaml
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from pipelines.cli.run import _show as show
+from pipelines.flows.up_to_date import Look
 from pipelines.recipe.stage import Stage
+from pipelines.workspace.context import RunContext
 from store.ledger import Ledger
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.flows.test_local_server import wait_until
@@ -32,6 +36,14 @@ def recipes(recipe_folder: Path, tmp_path: Path) -> dict[str, Path]:
         made[name] = recipe_folder / f"{name}-{tmp_path.name}.yaml"
         made[name].write_text(yaml.safe_dump(body | change))
     return made
+
+
+def test_results_that_stayed_on_a_worker_s_own_disk_are_said(
+    workplace: Callable[..., RunContext], capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = workplace()
+    assert not show(work, Look(None), None, Stage.publish, as_json=False)
+    assert f"not all of its results are under {work.home}; run it again" in capsys.readouterr().err
 
 
 def start(kind: str, server: str, home: Path, *recipes: Path) -> subprocess.Popen[str]:

@@ -11,6 +11,7 @@ from typing import Any
 import pytest
 import yaml
 
+from meteora.artifacts import file_sha256
 from meteora.checkpoint.manifest import CARD, CONFIG, GATES, LINEAGE, MANIFEST
 from pipelines.admission import sources
 from pipelines.flows import flow, up_to_date
@@ -129,6 +130,37 @@ def test_a_checkpoint_that_lacks_a_file_is_made_whole_and_a_signed_one_stays(
     run(more)
     assert (folder / CARD).is_file()
     assert "was signed, and is made again without its signature: sign it" in capsys.readouterr().err
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_gates_that_another_home_recorded_earlier_take_the_place_of_its_own(
+    workplace: Callable[..., RunContext],
+) -> None:
+    """Two homes that share a store ran the recipe at once, and their CPUs round differently."""
+    work = workplace(benchmark={"limit": 1, "compare": [], "max_new_tokens": 1})
+    run(work)
+    done = look(work)
+    assert done.plan is not None
+    router, folder = done.plan.router.id, work.checkpoint_folder(done.plan.router.id)
+    gates = bytearray((folder / GATES).read_bytes())
+    gates[-4] ^= 1  # the last bit of a number
+    sha256 = work.ledger.blobs.put_bytes(bytes(gates))
+    (ours,) = (
+        record
+        for record in map(work.ledger.records.read, work.ledger.records.loose())
+        if record.subject == router and record.kind == "artifact"
+    )
+    built = {**ours.body["built"], "weights_sha256": sha256}
+    body = {**ours.body, "weights_sha256": sha256, "built": built}
+    theirs = replace(
+        ours, body=body, at="2020-01-01T00:00:00.000000Z", blobs=(sha256, *ours.blobs[1:])
+    )
+    work.ledger.records.write(theirs)
+    work.ledger.ingest()
+    assert look(work).summary is None
+    run(work)
+    assert file_sha256(folder / GATES) == sha256
+    assert look(work).summary
 
 
 @pytest.mark.slow

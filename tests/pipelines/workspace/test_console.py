@@ -106,3 +106,12 @@ def test_nobody_is_told_to_install_what_runs_code_from_the_hub(
 ) -> None:
     logging.getLogger("bitsandbytes.backends.cpu.ops").warning("`pip install kernels`")
     assert not caplog.records
+
+
+def test_warnings_are_shown_where_another_program_has_taken_over_the_log(
+    capsys: pytest.CaptureFixture[str], caplog: pytest.LogCaptureFixture
+) -> None:
+    """Prefect has handlers that print nothing, and Python's own is for programs without any."""
+    assert caplog.handler in logging.getLogger().handlers
+    logging.getLogger("store.ledger").warning("this machine's clock is %s behind", "an hour")
+    assert capsys.readouterr().err == "note: this machine's clock is an hour behind\n"

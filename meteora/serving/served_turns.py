@@ -69,7 +69,7 @@ class ServedTurns(nn.Module):
             self._add(name, torch.zeros(num_tokens, dtype=torch.long))
         self._add("goes_on", torch.zeros(num_tokens, dtype=torch.bool))
         for name in ("asked", "num_asked"):
-            self._add(name, torch.ones(num_tokens))
+            self._add(name, torch.ones(num_tokens, dtype=torch.float32))
         self._slots: OrderedDict[int, int] = OrderedDict()
 
     def _add(self, name: str, tensor: Tensor) -> None:

@@ -21,6 +21,16 @@ def test_the_order_of_the_file_is_accepted_in_16_bits_too(build_base):
     refuse_another_order(base, path, weight.to(torch.bfloat16))
 
 
+def test_many_outputs_are_compared_where_numbers_are_in_16_bits_by_default(tmp_path):
+    weight = torch.randn(1536, 8, dtype=torch.float32)  # in bfloat16, 1535 is 1536
+    save_file({f"{BY_HEADS}.weight": weight}, tmp_path / "model.safetensors")
+    torch.set_default_dtype(torch.bfloat16)
+    try:
+        refuse_another_order(tmp_path, BY_HEADS, weight.bfloat16())
+    finally:
+        torch.set_default_dtype(torch.float32)
+
+
 def test_a_weight_that_the_file_has_turned_is_accepted(build_base):
     base, path = build_base("gpt2"), "transformer.h.0.attn.c_attn"
     refuse_another_order(base, path, weight_of(base, path).T)

@@ -1,13 +1,13 @@
 """A fused model in vLLM beside the bare base, and beside vLLM's own adapters named by hand.
 
     python -m tests.benchmarks.serving CHECKPOINT BASE FOLDER [--rows 8] [--rounds 6] [--tasks DIR]
-        [--dtype bfloat16]
+        [--dtype bfloat16] [--without-adapters]
 
 CHECKPOINT has gates that vLLM can serve, and experts whose tests lie in DIR (the quickstart's, by
 default). BASE is its base as safetensors, FOLDER is one for the files that are written meanwhile.
 With `--rounds 0` nothing is timed. All of it in one dtype, float32 by default, over HTTP, greedy,
 8 requests at a time. Servers stand side by side and take turns, so that a busy moment meets all
-of them.
+of them. `--without-adapters` leaves vLLM's own out, whose server has the base in memory again.
 
     parity      tokens and scores of chat requests against `model.generate`, one prompt at a time;
                 with the prefix cache, without it, and with prefills in chunks; gates that wait
@@ -230,6 +230,7 @@ def read_arguments() -> argparse.Namespace:
     parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument("--tasks", type=Path, default=SHIPPED / "tasks")
     parser.add_argument("--dtype", default="float32", choices=["float32", "bfloat16", "float16"])
+    parser.add_argument("--without-adapters", action="store_true")
     parser.add_argument("--variants", nargs="*", default=list(VARIANTS), choices=VARIANTS)
     return parser.parse_args()
 
@@ -267,8 +268,10 @@ def main() -> None:
         needed += dtype
         lora += needed  # all with the options that the gates need
         asked = {"meteora": (served, needed), BARE: (args.base, needed), LORA: (args.base, lora)}
+        if args.without_adapters or not args.rounds:
+            del asked[LORA]
         if not args.rounds:
-            asked = {"meteora": asked["meteora"]}
+            del asked[BARE]
         servers = {
             name: stack.enter_context(serve(folder, words, args.folder, port))
             for port, (name, (folder, words)) in enumerate(asked.items(), 8111)

@@ -32,6 +32,8 @@ logger = logging.getLogger(__name__)
 
 PART_BYTES = 8 << 20
 """Larger files are uploaded in parts of this size, one at a time, and appear complete."""
+MOST_PARTS = 10_000
+"""S3 takes no more for one object, so the parts of files beyond 80 GB are larger."""
 STALL_SECONDS = 60.0
 """A part has to be uploaded in this time. A download may take longer, but not pause for so long."""
 RETRY_SECONDS = 30.0
@@ -97,12 +99,13 @@ class Remote:
 
     def put(self, name: str, path: Path) -> None:
         """Upload a file as `name`; does nothing if the name exists."""
-        large = path.stat().st_size > PART_BYTES
-        if large and self.holds(name):
+        size = path.stat().st_size
+        if (large := size > PART_BYTES) and self.holds(name):
             return
         with self._reached(), suppress(self._obstore.exceptions.AlreadyExistsError):
             if large:
-                self._obstore.put(self._store, name, path, chunk_size=PART_BYTES, max_concurrency=1)
+                part = max(PART_BYTES, -(-size // MOST_PARTS))
+                self._obstore.put(self._store, name, path, chunk_size=part, max_concurrency=1)
             else:
                 self._obstore.put(self._store, name, path, mode="create", use_multipart=False)
 

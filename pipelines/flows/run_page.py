@@ -7,7 +7,7 @@ import logging
 import re
 import socket
 from collections.abc import Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from uuid import UUID
 
 import httpx
@@ -21,7 +21,7 @@ from prefect.artifacts import (
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import StateType
-from prefect.exceptions import PrefectException
+from prefect.exceptions import MissingContextError, PrefectException
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
 from prefect.states import Crashed
@@ -74,8 +74,12 @@ def introduce(context: RunContext) -> None:
 
 
 def note(text: str) -> None:
-    """Write a line that was printed to the run's log, too."""
-    get_run_logger().info(text)
+    """Write a line that was printed to the run's log, too, unless a thread of its own printed it.
+
+    Such threads, as those of the store that exchange records, know no run.
+    """
+    with suppress(MissingContextError):
+        get_run_logger().info(text)
 
 
 def close_killed(context: RunContext) -> None:

@@ -141,12 +141,12 @@ class Pace:
         modules = len(self.experts.ranks) if routed else 0
         return CALLS_A_LAYER * self.shape.num_layers + CALLS_A_ROUTED_MODULE * modules
 
-    def reading(self, tokens: float, *, routed: bool) -> float:
-        """Seconds to read prompts of `tokens` tokens in all; the head reads the last of each."""
+    def reading(self, tokens: float, *, routed: bool, logits: bool = False) -> float:
+        """Seconds to read so many tokens; without `logits` the head skips nearly all of them."""
         shape = self.shape
         table = shape.vocab_size * shape.hidden_size
         inside = max(shape.layer_parameters, shape.num_parameters - shape.head_parameters - table)
-        work = 2 * inside * tokens * (1.2 if routed else 1.0)
+        work = 2 * tokens * (inside * (1.2 if routed else 1.0) + table * logits)
         return work / (EFFICIENCY * self.machine.flops_per_second)
 
     def writing(self, rows: int, tokens: int, *, routed: bool) -> float:
@@ -328,9 +328,7 @@ def _fitting_work(
     both = 2 * EXAMPLES if recipe.router.options((), fitted=True).opening == "shared" else 0
     longest = opening_tokens + max(above) + max(lengths, default=0.0)
     # products are of tokens alone; what else a model computes is of their padding, too
-    for_offsets = both * sum(
-        EFFICIENCY * (before + length) + (1 - EFFICIENCY) * longest for length in lengths
-    )
+    for_offsets = both * sum(longest - EFFICIENCY * (longest - before - n) for n in lengths)
     if not isinstance(recipe.gates, JointSection):
         return FittingWork(tokens, for_offsets)
     settings = recipe.gates
@@ -372,7 +370,8 @@ def _gates(pace: Pace, loaded: float, disk: float, work: FittingWork) -> Need:
     outputs = tokens * itemsize * sum(shape.linears[p][1] for p in experts.ranks) / shape.num_layers
     kept_outputs = min(outputs, MAX_OUTPUT_BYTES)
     sweeps = SWEEPS + SWEEPS_AGAIN * (1 - kept_outputs / outputs)
-    seconds = pace.reading(sweeps * tokens + work.passes, routed=True)
+    seconds = pace.reading(sweeps * tokens, routed=True)
+    seconds += pace.reading(work.passes, routed=True, logits=work.graph_tokens > 0)
     seconds += sum(_point_seconds(pace, width, tokens) for width in widths)
     copies = 2 * min(4 * tokens * widest, MAX_TOKEN_BYTES)  # all, and whitened those of a round
     copies += LOGITS_AT_ONCE * 4 * min(tokens * experts.count, MAX_LOGITS)
@@ -497,4 +496,4 @@ def _asking_seconds(pace: Pace, asking: Asking, batch_size: int) -> float:
         most = min(batch_size, rows.count)
         return seconds + batches * pace.writing(most, asking.new_tokens, routed=routed)
     weighed = rows.choices * rows.count * (rows.prompt_tokens + rows.answer_tokens)
-    return seconds + pace.reading(weighed, routed=routed)
+    return seconds + pace.reading(weighed, routed=routed, logits=True)

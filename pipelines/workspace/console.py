@@ -39,6 +39,8 @@ WORD = re.compile(r"(?:`[^`\n]*`|\S)+")
 """What no line break divides."""
 LOOK_EVERY_SECONDS = 0.5
 """The time between two measurements of `Console.growing`."""
+SILENT_SECONDS = 600.0
+"""The same warning is shown again only after this time."""
 
 # on some CPUs it tells users to install a package that would run code from the Hub
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
@@ -149,14 +151,27 @@ say, bar, growing = CONSOLE.say, CONSOLE.bar, CONSOLE.growing
 
 
 class _Warnings(logging.Handler):
-    """Shows the warnings of this program, in a run too: Prefect's own handlers print none."""
+    """Shows the warnings of this program, in a run too: Prefect's own handlers print none.
+
+    A run ingests many times, and each time meets the same damaged record: it is shown once.
+    """
+
+    def __init__(self) -> None:
+        super().__init__(logging.WARNING)
+        self._shown_at: dict[str, float] = {}
 
     def emit(self, record: logging.LogRecord) -> None:
-        say(record.getMessage(), "note")
+        """Show a warning, unless it was shown in the last `SILENT_SECONDS`."""
+        text, now = record.getMessage(), time.monotonic()
+        self._shown_at = {t: at for t, at in self._shown_at.items() if now - at < SILENT_SECONDS}
+        if text not in self._shown_at:
+            self._shown_at[text] = now
+            say(text, "note")
 
 
+WARNINGS = _Warnings()
 for room in ("meteora", "pipelines", "store"):
-    logging.getLogger(room).addHandler(_Warnings(logging.WARNING))
+    logging.getLogger(room).addHandler(WARNINGS)
 
 
 def at_spaces(text: str, width: int) -> str:

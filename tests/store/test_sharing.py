@@ -12,6 +12,7 @@ import time
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from pathlib import Path
+from unittest.mock import Mock
 
 import obstore
 import pytest
@@ -254,6 +255,20 @@ def test_a_large_blob_takes_its_time_on_a_slow_link(
         assert remote.get("blobs/ab/cd", tmp_path / "came") == file_sha256(tmp_path / "large")
         assert time.monotonic() - began > remote_storage.STALL_SECONDS
         link.shutdown()
+
+
+def test_no_file_has_more_parts_than_s3_takes(
+    url: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    remote, put = Remote(url), Mock()
+    monkeypatch.setattr(remote._obstore, "put", put)
+    for num_bytes in (9 << 20, 300 << 30):
+        with (tmp_path / "large").open("wb") as file:
+            file.truncate(num_bytes)
+        remote.put("blobs/ab/cd", tmp_path / "large")
+    first, second = (call.kwargs["chunk_size"] for call in put.call_args_list)
+    assert first == remote_storage.PART_BYTES
+    assert 300 << 30 <= 10_000 * second < 301 << 30
 
 
 def test_nobody_waits_for_the_upload_of_another_s_blob(

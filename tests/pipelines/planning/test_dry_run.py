@@ -384,13 +384,23 @@ def needs(
     router: dict[str, Any] | None = None,
     quantise: str | None = None,
     expert_cache_bytes: int | None = None,
+    base: Shape | None = None,
+    metric: str = "exact_match",
     **asked: Any,
 ) -> dict[str, Any]:
     text = {
         "base": "a/b",
         "quantise": quantise,
         "expert_cache_bytes": expert_cache_bytes,
-        "experts": ({"name": "x", "adapter": "path:x", "examples": "jsonl:x", "test": "jsonl:x"},),
+        "experts": (
+            {
+                "name": "x",
+                "adapter": "path:x",
+                "examples": "jsonl:x",
+                "test": "jsonl:x",
+                "metric": metric,
+            },
+        ),
         "benchmark": {"compare": ("base",), "batch_size": 4, **(changes or {})},
         "gates": gates or {},
         "router": router or {},
@@ -401,7 +411,7 @@ def needs(
         "examples": {"x": Rows(64)},
         "tests": {"x": Rows(100)},
     }
-    found = estimate(Recipe.model_validate(text), shape(), **(given | asked))
+    found = estimate(Recipe.model_validate(text), base or shape(), **(given | asked))
     return {need.stage: need for need in found}
 
 
@@ -482,6 +492,25 @@ def test_the_tokens_of_a_chat_template_are_counted(world: World, chat_base: Path
     assert printed.tokens_of_template(recipe, None) == (0, 0)
     plain = needs(opening_tokens=0.0)["gates"]
     assert needs(opening_tokens=320.0)["gates"].seconds > 1.3 * plain.seconds
+
+
+def test_the_head_counts_where_the_logits_of_every_token_are_asked() -> None:
+    """In a training through the model and for answers that are choices; else of the last alone."""
+    wide = 10**9  # parameters of the embeddings, which are most of some small bases
+    bases = [replace(shape(), vocab_size=wide // 64, head_parameters=0, num_parameters=2 * wide)]
+    bases.append(replace(bases[0], vocab_size=64, num_parameters=wide))
+    joint = {"method": "joint", "system_prompts": ()}
+
+    def ratio(stage: str, metric: str = "exact_match", **asked: Any) -> float:
+        one, other = (
+            needs(base=base, metric=metric, tests={"x": Rows(10**6, choices=4.0)}, **asked)[stage]
+            for base in bases
+        )
+        return one.seconds / other.seconds
+
+    assert ratio("gates", gates=joint, router={"top_k": 1}) == pytest.approx(1.0, rel=0.05)
+    assert ratio("gates", gates=joint, router={"top_k": 2}) == pytest.approx(1 + 1 / 1.2, rel=0.1)
+    assert ratio("benchmark", "acc") > 1.5
 
 
 def test_a_backward_pass_through_the_model_takes_memory_for_each_token_of_a_batch() -> None:

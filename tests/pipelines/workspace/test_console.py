@@ -4,6 +4,7 @@ import io
 import logging
 import re
 import time
+from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 import rich.console
@@ -13,6 +14,7 @@ from rich.text import Text
 from meteora.artifacts import Reason
 from meteora.untrusted.findings import AdapterError
 from pipelines.cli import app
+from pipelines.flows import run_page
 from pipelines.workspace import console
 
 
@@ -115,3 +117,24 @@ def test_warnings_are_shown_where_another_program_has_taken_over_the_log(
     assert caplog.handler in logging.getLogger().handlers
     logging.getLogger("store.ledger").warning("this machine's clock is %s behind", "an hour")
     assert capsys.readouterr().err == "note: this machine's clock is an hour behind\n"
+
+
+def test_the_same_warning_is_shown_once_in_a_while(
+    capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each ingest of a run meets the same damaged record."""
+    for silent_seconds, number in ((600.0, 1), (0.0, 2)):
+        monkeypatch.setattr(console, "SILENT_SECONDS", silent_seconds)
+        for room in ("store.index", "pipelines.flows"):
+            logging.getLogger(room).warning("%s cannot be read", f"a{silent_seconds:.0f}.json")
+        assert capsys.readouterr().err.count("cannot be read") == number
+
+
+def test_a_warning_from_a_thread_of_the_store_stops_no_run(
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    """Prefect has a log for threads of a run alone."""
+    warn = logging.getLogger("store.sharing").warning
+    with console.CONSOLE.listening(run_page.note), ThreadPoolExecutor(1) as pool:
+        pool.submit(warn, "not shared: a damaged record").result()
+    assert capsys.readouterr().err == "note: not shared: a damaged record\n"

@@ -1,6 +1,7 @@
 """Copy a checkpoint, perhaps with other gates."""
 
 import shutil
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 from typing import NamedTuple, Self
@@ -65,7 +66,8 @@ def copy_checkpoint(source: Source, out: Path, gates: Gates | None = None) -> No
             " to be copied; put it back"
         )
     _refuse_folders(out)
-    manifest, copied = read_manifest(folder), [name for name in FILES if name != MANIFEST]
+    manifest = read_manifest(folder)
+    copied = [name for name in (*FILES, EVAL_RESULTS) if name != MANIFEST]
     out.mkdir(parents=True, exist_ok=True)
     with temporary_folder(out, PARTIAL) as whole:
         if gates is not None:
@@ -77,6 +79,7 @@ def copy_checkpoint(source: Source, out: Path, gates: Gates | None = None) -> No
                 manifest = replace(manifest, gates={}, router_id="", files={**files, GATES: own})
         for name in copied:
             if (folder / name).exists():  # most are not downloaded from the Hub
+                (whole / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(folder / name, whole / name)
         (whole / CONFIG).write_text(CONFIG_TEXT, encoding="utf-8")
         (whole / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
@@ -84,7 +87,15 @@ def copy_checkpoint(source: Source, out: Path, gates: Gates | None = None) -> No
 
 
 def _refuse_folders(out: Path) -> None:
-    """Refuse a folder in the place of a file: it may hold anything, so it is not removed."""
+    """Refuse a folder in the place of a file: it may hold anything, so it is not removed.
+
+    A file in the place of a folder is refused, too.
+    """
+    if (holder := (out / EVAL_RESULTS).parent).is_file():
+        raise CheckpointError(
+            f"{holder} is a file, and a checkpoint has a folder there; move it away, or save into"
+            " another folder"
+        )
     for name in (*FILES, SIGNATURE, EVAL_RESULTS):
         if (out / name).is_dir() and not (out / name).is_symlink():
             raise CheckpointError(
@@ -104,6 +115,9 @@ def _move(whole: Path, out: Path) -> None:
     if (out / MANIFEST).exists():
         for name in (*BESIDE, MANIFEST):
             (out / name).unlink(missing_ok=True)  # another process may save there, too
+        with suppress(OSError):  # it has other files, or is gone
+            (out / EVAL_RESULTS).parent.rmdir()
     for name in (EXPERTS, CONFIG, MANIFEST, *reversed(BESIDE)):
         if (whole / name).exists():
+            (out / name).parent.mkdir(exist_ok=True)
             (whole / name).replace(out / name)

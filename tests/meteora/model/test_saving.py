@@ -57,10 +57,13 @@ def test_a_model_is_saved_as_its_checkpoint_and_with_the_gates_that_it_has(
         dataclasses.replace(manifest, files=files, gates=facts).to_json()
     )
     (folder / CARD).write_text("scores")
+    (folder / EVAL_RESULTS).parent.mkdir()
+    (folder / EVAL_RESULTS).write_text("scores")
     model, _ = meteora.load(folder, base_folder=world.base)
     model.save_pretrained(copy)
     assert (copy / MANIFEST).read_bytes() == (folder / MANIFEST).read_bytes()
     assert (gates_file(copy), (copy / CARD).read_text()) == (files[GATES], "scores")
+    assert (copy / EVAL_RESULTS).read_text() == "scores"
     gate = next(iter(gates_in(model).values())).requires_grad_()
     with torch.no_grad():
         gate.bias.add_(1.0)
@@ -229,6 +232,12 @@ def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_moves(
         with pytest.raises(CheckpointError, match=f"{name} is a folder, .* move it away, or save"):
             model.save_pretrained(saved)
         assert {path: path.is_file() and path.read_bytes() for path in saved.rglob("*")} == before
+    holder = tmp_path / "beside" / EVAL_RESULTS.partition("/")[0]
+    holder.parent.mkdir()
+    holder.write_text("mine")
+    with pytest.raises(CheckpointError, match=f"{holder.name} is a file, .* move it away, or save"):
+        model.save_pretrained(holder.parent)
+    assert [*holder.parent.iterdir()] == [holder]
 
 
 def test_what_a_killed_save_left_is_removed_by_the_next(checkpoint, world, tmp_path):

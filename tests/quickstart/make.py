@@ -91,7 +91,7 @@ def train(
     torch.manual_seed(TRAIN_SEED)
     tokenizer = load_tokenizer(base)
     model = get_peft_model(
-        AutoModelForCausalLM.from_pretrained(base, dtype=torch.float32),
+        AutoModelForCausalLM.from_pretrained(base, dtype="auto"),
         LoraConfig(
             r=asked.r,
             lora_alpha=asked.lora_alpha,

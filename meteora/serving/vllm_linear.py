@@ -181,7 +181,7 @@ def _refuse_what_is_not_supported(name: str) -> None:
         )
 
 
-class OwnLinear(torch.nn.Module):
+class VllmLinear(torch.nn.Module):
     """A linear layer with the matmul of vLLM's own layers, which may pack the weight."""
 
     def __init__(self, weight: Tensor) -> None:
@@ -231,7 +231,7 @@ class ExpertsLinearMethod(UnquantizedLinearMethod):
             rows = weight[part.start : part.end]
             refuse_another_order(served.folder.parent, part.path, rows)
         with set_default_torch_dtype(torch.float32):  # vLLM sets the model's dtype here
-            layer.routed = served.build(parts, weight, OwnLinear)
+            layer.routed = served.build(parts, weight, VllmLinear)
         order = self.config.order.on(weight.device) if served.in_order(parts) else None
         layer.register_buffer("order", order, persistent=False)
         super().process_weights_after_loading(layer)

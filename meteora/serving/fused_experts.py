@@ -59,12 +59,50 @@ class FusedExperts(nn.Module):
         self.inline = inline
         self.layers = nn.ModuleList(layers.values())
         self._parts = [(part.start, part.end, layer) for part, layer in layers.items()]
+        self._widths = [0] * len(layers)
+        """How many rows each layer has in the server's weight."""
 
-    def add(self, x: Tensor, y: Tensor) -> None:
-        """Add the experts' update for x [..., IN] to y [..., OUT of all parts] in place."""
-        x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        for start, end, layer in self._parts:
-            layer.add(x, y[:, start:end])
+    def join(self, weight: Tensor) -> Tensor:
+        """Give the server what its own matmul can compute of the experts; call it once.
+
+        Args:
+            weight: [OUT, IN] of the projection
+
+        Returns:
+            [OUT + N, IN] the weight that the server is to multiply by before it calls `add`.
+        """
+        for i, (_, _, layer) in enumerate(self._parts):
+            rows = layer.take_rows() if isinstance(layer, FoldedExperts) else None
+            if rows is not None:
+                self._widths[i] = len(rows)
+                weight = torch.cat([weight, rows])
+        return weight
+
+    @property
+    def num_joined(self) -> int:
+        """N, how many outputs of the server's matmul are the experts'."""
+        return sum(self._widths)
+
+    def add(self, x: Tensor, y: Tensor) -> Tensor:
+        """Add the experts' update for x to the server's product.
+
+        Args:
+            x: [..., IN]
+            y: [..., OUT + N] of x and the weight of `join`
+
+        Returns:
+            [..., OUT] of all parts; y itself, changed in place, if N is 0.
+        """
+        out = y.shape[-1] - self.num_joined
+        x, flat = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        _, *firsts = flat.split([out, *self._widths], dim=-1)
+        flat = flat[:, :out].contiguous()
+        for (start, end, layer), first in zip(self._parts, firsts, strict=True):
+            if isinstance(layer, FoldedExperts):
+                layer.add(x, flat[:, start:end], first)
+            else:
+                layer.add(x, flat[:, start:end])
+        return flat.view(*y.shape[:-1], out)
 
 
 class ServedExperts:
@@ -146,7 +184,10 @@ class ServedExperts:
         for layer in layers.values():
             if isinstance(layer.router, Gate):
                 layer.router.decision = None  # no layer follows it, and a graph has no side effects
-        folded = {part: FoldedExperts.of(layer, linear) or layer for part, layer in layers.items()}
+        folded = {
+            part: FoldedExperts.of(layer, linear, weight.dtype) or layer
+            for part, layer in layers.items()
+        }
         return FusedExperts(folded, inline=True)
 
     def _layer_of(self, part: Part, weight: Tensor) -> RoutedExperts:

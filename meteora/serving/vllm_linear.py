@@ -3,7 +3,8 @@
     apply(layer, x)   y = vLLM's own method ─▶ meteora::add_experts(x, y) adds to y in place
 
 The experts are one custom operator, which torch.compile leaves as it is and CUDA graphs record. Few
-and small experts are part of torch.compile's own graph (`FusedExperts.inline`).
+and small experts are part of torch.compile's own graph (`FusedExperts.inline`), and some of their
+weights a part of the layer's own (`FusedExperts.join`).
 """
 
 from __future__ import annotations
@@ -231,16 +232,18 @@ class ExpertsLinearMethod(UnquantizedLinearMethod):
             rows = weight[part.start : part.end]
             refuse_another_order(served.folder.parent, part.path, rows)
         with set_default_torch_dtype(torch.float32):  # vLLM sets the model's dtype here
-            layer.routed = served.build(parts, weight, VllmLinear)
+            layer.routed = routed = served.build(parts, weight, VllmLinear)
+        layer.weight.data = routed.join(weight)
         order = self.config.order.on(weight.device) if served.in_order(parts) else None
         layer.register_buffer("order", order, persistent=False)
         super().process_weights_after_loading(layer)
 
     def apply(self, layer: torch.nn.Module, x: Tensor, bias: Tensor | None = None) -> Tensor:
-        y = super().apply(layer, x, bias)
         routed: Any = layer.routed
+        if bias is not None and routed.num_joined:
+            bias = torch.nn.functional.pad(bias, (0, routed.num_joined))
+        y = super().apply(layer, x, bias)
         if routed.inline:
-            routed.add(x, y)
-        else:
-            torch.ops.meteora.add_experts(x, y, self.key, layer.order)
+            return routed.add(x, y)
+        torch.ops.meteora.add_experts(x, y, self.key, layer.order)
         return y

@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import pytest
 import torch
+from torch.nn.functional import linear
 
 import meteora
 from meteora.artifacts import RouterOptions
@@ -91,13 +92,14 @@ def test_joined_projections_give_what_the_routed_layers_give(
         model(IDS)
         for paths, parts, size in groups(manifest, linears):
             x = seen[paths[0]][0]
-            y = torch.cat([linears[path](x) for path in paths], dim=1)
-            experts = served.build(parts, x.new_empty(size, x.shape[1]))
+            weight = torch.cat([linears[path].weight for path in paths])
+            experts = served.build(parts, weight)
             for layer in experts.layers:
                 layer.kernel = kernel
-            experts.add(x, y)
+            y = linear(x, experts.join(weight))
+            assert y.shape[1] == size + experts.num_joined
             expected = torch.cat([seen[path][1] for path in paths], dim=1)
-            torch.testing.assert_close(y, expected, atol=1e-5, rtol=1e-5)
+            torch.testing.assert_close(experts.add(x, y), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_small_experts_of_one_point_are_one_stack_and_others_share_their_first_matmul(
@@ -113,10 +115,16 @@ def test_small_experts_of_one_point_are_one_stack_and_others_share_their_first_m
     assert isinstance(layer, FoldedExperts)
     choices, ranks = layer.scaling.shape
     assert ranks == 12 + 9 + 16 + 2  # of q, k and v together
-    assert layer.first.out_features == ranks + choices
-    (half,) = ServedExperts(folder).build(parts, torch.empty(64, 32, dtype=torch.bfloat16)).layers
-    assert isinstance(half, FoldedExperts)
-    assert half.first.weight.dtype == torch.float32  # as experts and gates are in the checkpoint
+    assert layer.first is None
+    assert small.join(torch.empty(64, 32)).shape == (64 + ranks + choices, 32)
+    assert layer.rows is None  # the server has them now
+    bfloat16 = torch.empty(64, 32, dtype=torch.bfloat16)
+    half = ServedExperts(folder).build(parts, bfloat16)
+    (layer,) = half.layers
+    assert isinstance(layer, FoldedExperts)
+    assert layer.first
+    assert layer.first.weight.dtype == torch.float32  # as experts and gates are in the checkpoint
+    assert half.join(bfloat16) is bfloat16
     monkeypatch.setattr(fused_experts, "_is_dense", lambda *_: False)
     large = ServedExperts(folder).build(parts, torch.empty(64, 32))
     assert not large.inline
@@ -138,12 +146,14 @@ def test_experts_of_a_base_of_16_bits_are_folded(gate, experts, with_offsets):
         layer.router.offsets = torch.randn(3, 16)
     layer.to(experts)
     layer.router.to(gate)
-    folded = FoldedExperts.of(layer, plain_linear)
+    folded = FoldedExperts.of(layer, plain_linear, torch.bfloat16)
     assert folded
     assert (folded.gate is None) == (gate == experts)
+    rows = folded.take_rows()
+    assert (rows is not None) == (gate == experts == torch.bfloat16)
     x, y = torch.randn(5, 32).bfloat16(), torch.randn(5, 16).bfloat16()
     found = y.clone()
-    folded.add(x, found)
+    folded.add(x, found, x[:, :0] if rows is None else linear(x, rows))
     layer.add(x, y)
     torch.testing.assert_close(found, y, rtol=2e-2, atol=0.2)
 
@@ -161,10 +171,11 @@ def test_modules_that_have_offsets_are_stacks_of_their_own(world, tmp_path, name
     gates = random_gates(read_manifest(folder), Template(), ["q_proj", "v_proj", "o_proj"])
     write_gates(folder / GATES, gates)
     parts = list(parts_of("model.layers.1.self_attn", names, sizes))
-    experts = ServedExperts(folder).build(parts, torch.empty(sum(sizes), 32))
+    weight = torch.zeros(sum(sizes), 32)
+    experts = ServedExperts(folder).build(parts, weight)
     assert [type(layer) for layer in experts.layers] == [kind] * len(names)
-    x, y = torch.randn(5, 32), torch.zeros(5, sum(sizes))
-    experts.add(x, y)
+    x = torch.randn(5, 32)
+    y = experts.add(x, linear(x, experts.join(weight)))
     layers = routed_layers(meteora.load(folder, base_folder=world.base, dtype="float32")[0])
     with torch.inference_mode():
         for part in parts:

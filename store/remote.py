@@ -52,7 +52,7 @@ class Remote:
         self.url = url
         try:
             import obstore  # noqa: PLC0415  (an extra: most homes lie on one machine)
-            from obstore.store import from_url  # noqa: PLC0415
+            from obstore.store import MemoryStore, from_url  # noqa: PLC0415
         except ImportError:
             raise StoreError(
                 f"{url} is reached through obstore: pip install 'meteora-pipelines[shared]'"
@@ -75,6 +75,11 @@ class Remote:
             raise StoreError(
                 f"{url} cannot be used as shared storage: {brief(error)}{advice}"
             ) from None
+        if isinstance(self._store, MemoryStore):
+            raise StoreError(
+                f"{url} is the memory of this process, which no other one sees; give an address"
+                " such as s3://bucket/prefix"
+            )
 
     def prove(self) -> None:
         """Check that the storage refuses a second writer of a name.

@@ -51,6 +51,8 @@ LOG_BYTES = 4 << 20
 """A longer log begins anew with the next server."""
 KEEP_SECONDS = 1.0
 """The time between two checks that the server lives."""
+MAX_PATH_BYTES = 512
+"""Of a path that SQLite opens, which has Prefect's database."""
 
 
 class ServerError(MeteoraError):
@@ -69,10 +71,12 @@ def use_local_server(home: Path) -> bool:
     Raises:
         SecretError: Other users could read the home's secret.
         NoSpaceError: The disk has no room for its database.
-        ServerError: It did not start, or the living one asks for no secret, or for another.
+        ServerError: It did not start or cannot, or the living one asks for no secret, or for
+            another.
         RuntimeError: The user has no home folder.
     """
     Path.home()  # Prefect looks for it when it is imported, also in the process of the server
+    _check_the_length_of(Path(os.environ.get("PREFECT_HOME", "")) / "prefect.db-journal")
     folder = home / "prefect"
     make_private(folder)
     _leave_out_the_proxy()
@@ -94,6 +98,14 @@ def use_local_server(home: Path) -> bool:
         atexit.register(_leave, users, server, held.pop_all(), leaving)
     threading.Thread(target=_keep_alive, args=(folder, server, leaving), daemon=True).start()
     return server is not None
+
+
+def _check_the_length_of(database: Path) -> None:
+    if (length := len(os.fsencode(database))) > MAX_PATH_BYTES:
+        raise ServerError(
+            f"the path of Prefect's database has {length} bytes, and SQLite takes"
+            f" {MAX_PATH_BYTES}; choose a home with a shorter path: {database}"
+        )
 
 
 def _leave_out_the_proxy() -> None:

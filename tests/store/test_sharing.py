@@ -323,6 +323,8 @@ def test_what_cannot_be_shared_is_a_sentence(shelf: Shelf, url: str) -> None:
         StoreError, match=r"no-url cannot be used .*; give an address such as s3://b"
     ):
         connect(shelf.home, "no-url")
+    with pytest.raises(StoreError, match=r"memory:///x is the memory of this process, which no"):
+        connect(shelf.home, "memory:///x")
     with pytest.raises(UnreachableError, match=r"cannot be used now .* nothing is shared there"):
         connect(shelf.home, "s3://no-such-bucket/x")
     with pytest.raises(StoreError, match=r"x ignores `If-None-Match`.* conditional puts"):

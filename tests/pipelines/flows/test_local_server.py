@@ -1,6 +1,7 @@
 import os
 import shutil
 import signal
+import sqlite3
 import ssl
 import subprocess
 import sys
@@ -169,6 +170,19 @@ def test_a_disk_without_room_is_said_before_a_server_starts(
     with pytest.raises(NoSpaceError, match=r"needs 33\.6 MB, and the disk of .* has 0\.0 MB left"):
         local_server.use_local_server(tmp_path)
     assert not servers(tmp_path)
+
+
+def test_a_path_that_sqlite_does_not_open_is_said_before_a_server_starts(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    home = tmp_path.joinpath(*["h" * 200] * 3)
+    monkeypatch.setenv("PREFECT_HOME", str(home / "prefect"))
+    with pytest.raises(local_server.ServerError, match=r"SQLite takes 512; choose a home with a"):
+        local_server.use_local_server(home)
+    assert not home.exists()
+    home.mkdir(parents=True)
+    with pytest.raises(sqlite3.OperationalError, match="unable to open"):
+        sqlite3.connect(home / "prefect.db")
 
 
 def test_a_server_that_fails_or_refuses_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

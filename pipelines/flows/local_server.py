@@ -101,10 +101,11 @@ def use_local_server(home: Path) -> bool:
 
 
 def _check_the_length_of(database: Path) -> None:
-    if (length := len(os.fsencode(database))) > MAX_PATH_BYTES:
+    path = os.path.realpath(database)  # SQLite follows links, too
+    if (length := len(os.fsencode(path))) > MAX_PATH_BYTES:
         raise ServerError(
             f"the path of Prefect's database has {length} bytes, and SQLite takes"
-            f" {MAX_PATH_BYTES}; choose a home with a shorter path: {database}"
+            f" {MAX_PATH_BYTES}; choose a home with a shorter path: {path}"
         )
 
 

@@ -181,8 +181,14 @@ def test_a_path_that_sqlite_does_not_open_is_said_before_a_server_starts(
         local_server.use_local_server(home)
     assert not home.exists()
     home.mkdir(parents=True)
-    with pytest.raises(sqlite3.OperationalError, match="unable to open"):
-        sqlite3.connect(home / "prefect.db")
+    link = tmp_path / "link"
+    link.symlink_to(home)
+    monkeypatch.setenv("PREFECT_HOME", str(link))
+    with pytest.raises(local_server.ServerError, match=r"SQLite takes 512"):
+        local_server.use_local_server(link)
+    for path in (home, link):
+        with pytest.raises(sqlite3.OperationalError, match="unable to open"):
+            sqlite3.connect(path / "prefect.db")
 
 
 def test_a_server_that_fails_or_refuses_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:

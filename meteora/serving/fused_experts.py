@@ -96,7 +96,8 @@ class FusedExperts(nn.Module):
         out = y.shape[-1] - self.num_joined
         x, flat = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         _, *firsts = flat.split([out, *self._widths], dim=-1)
-        flat = flat[:, :out].contiguous()
+        if self.num_joined:
+            flat = flat[:, :out].contiguous()
         for (start, end, layer), first in zip(self._parts, firsts, strict=True):
             if isinstance(layer, FoldedExperts):
                 layer.add(x, flat[:, start:end], first)

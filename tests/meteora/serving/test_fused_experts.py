@@ -102,6 +102,20 @@ def test_joined_projections_give_what_the_routed_layers_give(
             torch.testing.assert_close(experts.add(x, y), expected, atol=1e-5, rtol=1e-5)
 
 
+def test_experts_apart_from_the_projection_change_any_output_in_place(world):
+    path = "model.layers.0.mlp.down_proj"
+    entry = world.manifest.modules[path]
+    weight = torch.randn(entry.out_features, entry.in_features)
+    experts = ServedExperts(world.checkpoint).build([Part(path, 0, len(weight))], weight)
+    assert experts.join(weight) is weight
+    x = torch.randn(5, entry.in_features)
+    expected = experts.add(x, torch.zeros(5, len(weight)))
+    assert expected.count_nonzero()
+    y = torch.zeros(5, len(weight) + 3)[:, : len(weight)]  # as matmuls that pad it give it
+    experts.add(x, y)
+    torch.testing.assert_close(y, expected)
+
+
 def test_small_experts_of_one_point_are_one_stack_and_others_share_their_first_matmul(
     world, tmp_path, monkeypatch
 ):

@@ -45,14 +45,19 @@ class FoldedExperts(nn.Module):
     bias: Tensor
     """[C] c"""
     scaling: Tensor
-    """[C, R] of the ranks by each choice; with offsets [C, R + C], of which each choice has one"""
+    """[C, R] of the ranks by each choice; with offsets [C, R + C]: beside it, the one-hot choice"""
     by_question: ByQuestion | None
     """Decides for whole turns, if the gate does."""
 
     def __init__(
         self, experts: ExpertStack, gate: Gate, linear: MakeLinear, dtype: torch.dtype
     ) -> None:
-        """Take the `dtype` of the server's projection."""
+        """Fold the experts of one layer and its gate.
+
+        Args:
+            linear: makes the layers that the server multiplies by apart from its projection
+            dtype: of the weight of the server's projection
+        """
         super().__init__()
         a, b, offsets, weight = experts.a, experts.b, gate.offsets, gate.weight.data
         self.by_question, self.num_ranks, self.dtype = gate.by_question, len(a), a.dtype

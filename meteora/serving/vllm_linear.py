@@ -27,6 +27,7 @@ from vllm.model_executor.layers.vocab_parallel_embedding import (
     ParallelLMHead,
     VocabParallelEmbedding,
 )
+from vllm.model_executor.utils import replace_parameter
 from vllm.platforms import current_platform
 from vllm.utils.torch_utils import set_default_torch_dtype
 
@@ -200,6 +201,8 @@ class VllmLinear(torch.nn.Module):
 class ExpertsLinearMethod(UnquantizedLinearMethod):
     """The method of one layer that has experts."""
 
+    supports_pre_processed_weights = False  # they have the experts' rows already
+
     def __init__(self, config: MeteoraConfig, prefix: str, names: Sequence[str]) -> None:
         """Take the layer's path in vLLM, and the names of the modules that the layer joins."""
         super().__init__()
@@ -233,7 +236,8 @@ class ExpertsLinearMethod(UnquantizedLinearMethod):
             refuse_another_order(served.folder.parent, part.path, rows)
         with set_default_torch_dtype(torch.float32):  # vLLM sets the model's dtype here
             layer.routed = routed = served.build(parts, weight, VllmLinear)
-        layer.weight.data = routed.join(weight)
+        if (joined := routed.join(weight)) is not weight:
+            replace_parameter(layer, "weight", joined)  # a new one, so that vLLM offloads it again
         order = self.config.order.on(weight.device) if served.in_order(parts) else None
         layer.register_buffer("order", order, persistent=False)
         super().process_weights_after_loading(layer)

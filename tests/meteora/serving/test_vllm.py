@@ -17,6 +17,7 @@ import sys
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
 import pytest
 import torch
@@ -24,7 +25,12 @@ import torch
 import meteora
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import Template
+from meteora.kernels.stack import ExpertStack
+from meteora.routing.layer import RoutedExperts
+from meteora.routing.routers import Gate
 from meteora.serving import vllm_plugin
+from meteora.serving.folded_experts import FoldedExperts
+from meteora.serving.fused_experts import FusedExperts, Part
 from meteora.serving.served_folder import UnservableError, export_for_vllm
 from tests.conftest import ATTENTION, MLP
 from tests.meteora.model.test_architectures import TARGETS
@@ -153,6 +159,56 @@ def test_the_engine_gives_them_on_other_architectures(build_served, kind):
     expected = ask_transformers(base, checkpoint)
     for found in ask_vllm(served):
         assert [one["ids"] for one in found] == expected
+
+
+def test_a_layer_with_a_bias_multiplies_by_the_rows_of_its_experts(monkeypatch):
+    """vLLM puts a parameter of a new shape back to where it offloads, but only if it is new."""
+    from vllm.config import VllmConfig, set_current_vllm_config  # noqa: PLC0415
+    from vllm.distributed import parallel_state  # noqa: PLC0415
+    from vllm.model_executor.layers.linear import (  # noqa: PLC0415
+        ReplicatedLinear,
+        UnquantizedLinearMethod,
+    )
+
+    from meteora.serving.vllm_linear import ExpertsLinearMethod, MeteoraConfig  # noqa: PLC0415
+
+    torch.manual_seed(0)
+    experts = RoutedExperts(ExpertStack(torch.randn(7, 32), torch.randn(16, 7), [4, 3], [1.0, 2.0]))
+    experts.router = Gate(torch.randn(2, 32), torch.randn(2), RouterOptions("gate", 1, 1.0))
+    served = Mock(in_order=lambda _: False)
+    served.build = lambda _, weight, linear: FusedExperts(
+        {Part("", 4, 20): FoldedExperts.of(experts, linear, weight.dtype) or experts}, inline=True
+    )
+    config = MeteoraConfig()
+    monkeypatch.setattr(config, "experts", lambda: served)
+    monkeypatch.setattr(config, "parts", lambda *_: [])
+    monkeypatch.setattr(
+        config, "get_quant_method", lambda _, name: ExpertsLinearMethod(config, name, [name])
+    )
+    monkeypatch.setattr(parallel_state, "_TP", Mock(rank_in_group=0, world_size=1))
+    with set_current_vllm_config(VllmConfig()), torch.inference_mode():
+        layer = ReplicatedLinear(32, 24, quant_config=config, prefix="proj")
+        weight, bias = torch.randn(24, 32), torch.randn(24)
+        layer.weight.data.copy_(weight)
+        layer.bias.data.copy_(bias)
+        before = layer.weight
+        pack, packed = UnquantizedLinearMethod.process_weights_after_loading, []
+
+        def process(self, layer):
+            packed.append(layer.weight)
+            pack(self, layer)
+
+        monkeypatch.setattr(UnquantizedLinearMethod, "process_weights_after_loading", process)
+        layer.quant_method.process_weights_after_loading(layer)
+        assert packed[-1].shape == (24 + 7 + 2, 32)
+        assert packed[-1] is not before
+        assert packed[-1].weight_loader == before.weight_loader
+        assert not layer.quant_method.supports_pre_processed_weights
+        for num_tokens in (0, 1, 9):
+            x = torch.randn(num_tokens, 32)
+            expected = torch.nn.functional.linear(x, weight, bias)
+            experts.add(x, expected[:, 4:20])
+            torch.testing.assert_close(layer(x)[0], expected, atol=1e-4, rtol=1e-4)
 
 
 def test_bloom_whose_outputs_vllm_puts_in_another_order_is_refused(build_served):

@@ -5,6 +5,7 @@
     meteora run OUT/recipe.yaml --home HOME
     python -m tests.benchmarks.pool judge RECIPE OUT HOME
     python -m tests.benchmarks.pool limits RECIPE OUT CHECKPOINT BASE
+    python -m tests.benchmarks.pool beside OUT HOME CHECKPOINT HOME LABELS
     python -m tests.benchmarks.pool draws RECIPE CHECKPOINT BASE [--beside 64 32 0]
 
 `make` writes a recipe without examples, and a pool of their prompts in a random order; with
@@ -13,8 +14,11 @@ experts lose their examples, drawn from the recipe's; with `--stand-in` there is
 and they are routed by their weights. `judge` compares what each expert was dealt with whose the
 prompts are, and its own answers with the right ones. `limits` prints how far the clusters of a pool
 are from the limits below which they belong to no expert, and how many prompts get the same owner in
-another order. `draws` reads the prompts of all experts of a recipe once, and deals those of a few,
-drawn 20 times, beside so many examples of each other one. CHECKPOINT has the recipe's experts.
+another order. `beside` compares a checkpoint that OUT's recipe made in a home with one of another
+home, whose gates were fitted to labelled examples, on the rows that both were asked; each is named
+by the first characters of its id. `draws` reads the prompts of all experts of a recipe once, and
+deals those of a few, drawn 20 times, beside so many examples of each other one. Both it and
+`limits` take a CHECKPOINT with the recipe's experts.
 """
 
 import argparse
@@ -37,7 +41,10 @@ from pipelines.data.claims import Claim, read_claims
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import Row
 from pipelines.recipe.recipe import locate
+from pipelines.scoring.compare import recorded_scores
+from pipelines.scoring.outputs import read_outputs
 from store.ledger import Ledger
+from tests.benchmarks.paired import Pair, difference, mean_score
 from tests.benchmarks.timing import table
 
 NUM_DRAWS = 20
@@ -143,6 +150,46 @@ def limits(recipe: Path, out: Path, checkpoint: Path, base: Path) -> None:
     print(f"in another order {same} of {len(prompts)} prompts have the same owner")
 
 
+def beside(out: Path, home: Path, checkpoint: str, labels_home: Path, labels: str) -> None:
+    """Print the scores of two checkpoints on the same rows, and their differences."""
+    body = yaml.safe_load((out / "recipe.yaml").read_text())
+    without = [expert["name"] for expert in body["experts"] if "examples" not in expert]
+    ours, others = _values(home, checkpoint), _values(labels_home, labels)
+    pairs: dict[str, Pair] = {}
+    for task in ours:
+        both = [asked for asked in ours[task] if asked in others.get(task, {})]
+        if both:
+            pairs[task] = [ours[task][one] for one in both], [others[task][one] for one in both]
+    means = {
+        "mean of those without examples": [pairs[task] for task in pairs if task in without],
+        "mean of the others": [
+            pairs[one["name"]] for one in body["experts"] if one["name"] not in without
+        ],
+    }
+    rows = []
+    for name, chosen in [*((task, [pair]) for task, pair in pairs.items()), *means.items()]:
+        if chosen:
+            our, their = (mean_score(values) for values in zip(*chosen, strict=True))
+            n = sum(len(values) for values, _ in chosen)
+            share = f"{our / their:.3f}" if their else ""
+            rows.append([name, n, f"{their:.3f}", f"{our:.3f}", share, difference(chosen)])
+    print(table(["task", "n", "labels", "this", "share", "difference"], rows))
+
+
+def _values(home: Path, checkpoint: str) -> dict[str, dict[str, float]]:
+    """The value of each row that a checkpoint was asked, by task and by what it was asked."""
+    ledger = Ledger(home)
+    ledger.ingest()
+    subjects = ledger.query("SELECT DISTINCT subject_id FROM scores").rows
+    values: dict[str, dict[str, float]] = {}
+    for router in (one for (one,) in subjects if one.startswith(f"router:{checkpoint}")):
+        for score in recorded_scores(ledger, router):
+            rows = read_outputs(ledger.blobs.path_of(score.outputs_sha256))
+            own = {str(row["asked"]): float(row[score.spec.metric]) for row in rows}
+            values.setdefault(score.spec.task, {}).update(own)
+    return values
+
+
 def draws(recipe: Path, checkpoint: Path, base: Path, beside: list[int]) -> None:
     """Print the share of prompts that go to their owner, by the number of experts without any."""
     examples = examples_in(recipe)
@@ -215,6 +262,13 @@ def main() -> None:
     limiting.add_argument("checkpoint", type=Path)
     limiting.add_argument("base", type=Path)
     limiting.set_defaults(do=limits)
+    comparing = commands.add_parser("beside")
+    comparing.add_argument("out", type=Path)
+    comparing.add_argument("home", type=Path)
+    comparing.add_argument("checkpoint")
+    comparing.add_argument("labels_home", type=Path)
+    comparing.add_argument("labels")
+    comparing.set_defaults(do=beside)
     drawing = commands.add_parser("draws")
     drawing.add_argument("recipe", type=locate)
     drawing.add_argument("checkpoint", type=Path)

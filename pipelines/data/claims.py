@@ -1,10 +1,11 @@
 """Claims: the expert that got each prompt of a pool. `pool` makes them, and plans use them."""
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Container, Iterable, Sequence
 from dataclasses import dataclass
 
 from meteora.artifacts import Noun, PoolShare, canonical_json
+from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.data.rows import Row
 
 
@@ -40,6 +41,21 @@ def shares_of(claims: Sequence[Claim], names: Sequence[str]) -> tuple[PoolShare,
         )
         shares.append(PoolShare(name, len(own), len({c.cluster for c in read}), score, lead))
     return tuple(shares)
+
+
+def told(shares: Iterable[PoolShare], known: Container[str] = ()) -> str:
+    """Who got how many prompts: `64 to dates, 60 to sums; 5 to no expert`.
+
+    Only the first few experts are named. One that has examples (`known`) needs no prompts, and is
+    left out if it got none.
+    """
+    nobodys, given = 0, []
+    for share in shares:
+        if not share.expert:
+            nobodys = share.num_prompts
+        elif share.num_prompts or share.expert not in known:
+            given.append(f"{share.num_prompts:,} to {share.expert}")
+    return f"{listed(given, MOST_NAMED)}; {nobodys:,} to no expert"
 
 
 def examples_of(claims: Iterable[Claim]) -> dict[str, list[Row]]:

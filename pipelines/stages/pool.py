@@ -6,14 +6,14 @@ Without a pool the experts whose cards name no examples write the prompts.
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 from meteora import __version__
 from meteora.artifacts import PoolBuild, PoolSpec, canonical_sha256
 from meteora.untrusted.findings import MOST_NAMED, counted, listed
 from pipelines.admission.own_prompts import write_prompts
-from pipelines.data.claims import Claim, shares_of, write_claims
+from pipelines.data.claims import Claim, shares_of, told, write_claims
 from pipelines.data.pool import divide
 from pipelines.evaluation.resume import open_log
 from pipelines.stages.open_model import is_spread, opened, tokenizer_of_gates
@@ -83,7 +83,10 @@ def divide_pool(work: RunContext, plan: Plan) -> None:
         spec, weights_sha256=labels, built=made, blobs=[labels], run_id=work.run_id
     )
     kept.unlink(missing_ok=True)
-    _say(made, claims)
+    which = "that experts wrote" if spec.writers else "of the pool"
+    say(f"of {counted(len(claims), 'prompt')} {which}: {told(made.shares, plan.known_prompts)}")
+    if unread := sum(claim.cluster < 0 for claim in claims):
+        say(f"{unread:,} of them do not fit into the base's context, and were not read", "note")
 
 
 def _written(
@@ -102,11 +105,3 @@ def _written(
     known = {prompt for own in plan.known_prompts.values() for prompt in own}
     claims = (one for own in written.values() for one in own if one.prompt not in known)
     return [*{one.prompt: one for one in claims}.values()]
-
-
-def _say(made: PoolBuild, claims: Sequence[Claim]) -> None:
-    given = [f"{share.num_prompts} to {share.expert or 'no expert'}" for share in made.shares]
-    which = "that experts wrote" if made.spec.writers else "of the pool"
-    say(f"of {counted(len(claims), 'prompt')} {which}: {listed(given, MOST_NAMED)}")
-    if unread := sum(claim.cluster < 0 for claim in claims):
-        say(f"{unread:,} of them do not fit into the base's context, and were not read", "note")

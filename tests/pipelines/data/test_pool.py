@@ -16,6 +16,7 @@ from pipelines.data.claims import (
     read_claims,
     rows_without_expert,
     shares_of,
+    told,
     write_claims,
 )
 from pipelines.data.rows import ExamplesError, Row
@@ -51,6 +52,15 @@ def test_each_prompt_goes_to_the_expert_that_knows_it(knowing: Knowing) -> None:
     ]
     again = divide(model, tokenizer, prompts, [*ALPHABETS], limit=10)
     assert again == claims
+
+
+def test_the_number_for_no_expert_is_told_after_many_experts() -> None:
+    """Experts with examples are named only if they got prompts."""
+    names = [f"e{i}" for i in range(12)]
+    claims = [Claim(f"{name} {i}", name, 0, 1.0, 1.0) for name in names[2:] for i in range(3)]
+    shares = shares_of([*claims, Claim("7", "", 0, 0.1, 0.1)], names)
+    first = ", ".join(f"3 to {name}" for name in names[2:9])
+    assert told(shares, names[1:3]) == f"0 to e0, {first} (and 3 more); 1 to no expert"
 
 
 def test_an_expert_with_examples_claims_nothing_of_a_pool_without_its_prompts(

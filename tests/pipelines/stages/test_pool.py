@@ -87,6 +87,7 @@ def test_a_run_deals_the_pool_once_and_fits_gates_to_it(
     why = f"{second['name']} has no examples of its own: its card names no data set of the Hub"
     assert said.count("no examples of its own") == said.count(why) == 1
     assert "of 48 prompts of the pool: " in said
+    assert f" to {second['name']}; 0 to no expert" in said
     plan = finished(work)
     assert plan is not None
     assert plan.pool is not None

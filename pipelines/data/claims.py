@@ -43,7 +43,7 @@ def shares_of(claims: Sequence[Claim], names: Sequence[str]) -> tuple[PoolShare,
     return tuple(shares)
 
 
-def told(shares: Iterable[PoolShare], known: Container[str] = ()) -> str:
+def describe_shares(shares: Iterable[PoolShare], known: Container[str] = ()) -> str:
     """Who got how many prompts: `64 to dates, 60 to sums; 5 to no expert`.
 
     Only the first few experts are named. One that has examples (`known`) needs no prompts, and is

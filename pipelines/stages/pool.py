@@ -13,7 +13,7 @@ from meteora import __version__
 from meteora.artifacts import PoolBuild, PoolSpec, canonical_sha256
 from meteora.untrusted.findings import MOST_NAMED, counted, listed
 from pipelines.admission.own_prompts import write_prompts
-from pipelines.data.claims import Claim, shares_of, told, write_claims
+from pipelines.data.claims import Claim, describe_shares, shares_of, write_claims
 from pipelines.data.pool import divide
 from pipelines.evaluation.resume import open_log
 from pipelines.stages.open_model import is_spread, opened, tokenizer_of_gates
@@ -84,7 +84,8 @@ def divide_pool(work: RunContext, plan: Plan) -> None:
     )
     kept.unlink(missing_ok=True)
     which = "that experts wrote" if spec.writers else "of the pool"
-    say(f"of {counted(len(claims), 'prompt')} {which}: {told(made.shares, plan.known_prompts)}")
+    given = describe_shares(made.shares, plan.known_prompts)
+    say(f"of {counted(len(claims), 'prompt')} {which}: {given}")
     if unread := sum(claim.cluster < 0 for claim in claims):
         say(f"{unread:,} of them do not fit into the base's context, and were not read", "note")
 

@@ -12,11 +12,11 @@ import torch
 from meteora.artifacts import PoolShare
 from pipelines.data.claims import (
     Claim,
+    describe_shares,
     examples_of,
     read_claims,
     rows_without_expert,
     shares_of,
-    told,
     write_claims,
 )
 from pipelines.data.rows import ExamplesError, Row
@@ -60,7 +60,7 @@ def test_the_number_for_no_expert_is_told_after_many_experts() -> None:
     claims = [Claim(f"{name} {i}", name, 0, 1.0, 1.0) for name in names[2:] for i in range(3)]
     shares = shares_of([*claims, Claim("7", "", 0, 0.1, 0.1)], names)
     first = ", ".join(f"3 to {name}" for name in names[2:9])
-    assert told(shares, names[1:3]) == f"0 to e0, {first} (and 3 more); 1 to no expert"
+    assert describe_shares(shares, names[1:3]) == f"0 to e0, {first} (and 3 more); 1 to no expert"
 
 
 def test_an_expert_with_examples_claims_nothing_of_a_pool_without_its_prompts(

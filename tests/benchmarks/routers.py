@@ -205,13 +205,12 @@ def measure(
         keep_routed(world, name, model, results, took["seconds"])
         return
     kind, k, weigh = BY_PROMPT[name]
-    shares = {task: shares_of(one, k, weigh) for task, one in scores()[kind].items()}
-    own = [shares[task].argmax(-1) == place for place, task in enumerate(world.names)]
-    values = {
-        task: world.scores(model, [task], partial(answer_all_mixed, shares=shares[task]))[task]
-        for task in world.names
-    }
-    results.keep(name, {"own prompts": torch.cat(own).float().mean().item(), "scores": values})
+    own, values = [], {}
+    for place, (task, judged) in enumerate(scores()[kind].items()):
+        own.append((judged.argmax(-1) == place).float())
+        answer = partial(answer_all_mixed, shares=shares_of(judged, k, weigh))
+        values |= world.scores(model, [task], answer)
+    results.keep(name, {"own prompts": torch.cat(own).mean().item(), "scores": values})
 
 
 def keep_routed(

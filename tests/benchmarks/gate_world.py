@@ -33,7 +33,7 @@ from tests.quickstart.make import TRAININGS as QUICKSTART
 from tests.quickstart.tasks import rows as made_rows
 
 if TYPE_CHECKING:
-    from collections.abc import Generator, Sequence
+    from collections.abc import Callable, Generator, Sequence
     from pathlib import Path
 
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -124,15 +124,22 @@ class World:
         return Labeller(self.tokenizer, self.names, nobody).spans(talks)
 
     def scores(
-        self, model: PreTrainedModel, names: Sequence[str] | None = None
+        self,
+        model: PreTrainedModel,
+        names: Sequence[str] | None = None,
+        answer: Callable[..., list[list[int]]] = answer_all,
     ) -> dict[str, list[float]]:
-        """Exact match of each test row, greedy, by task."""
+        """Exact match of each test row, greedy, by task.
+
+        Args:
+            answer: has the arguments of `answer_all`
+        """
         values = {}
         for name in names or self.names:
             rows = self.tests[name]
             asked = [encode_prompt(self.tokenizer, row.prompt) for row in rows]
             longest = max(len(self.tokenizer(row.response).input_ids) for row in rows)
-            said = answer_all(model, self.tokenizer, asked, longest + 4)
+            said = answer(model, self.tokenizer, asked, longest + 4)
             texts = self.tokenizer.batch_decode(said, skip_special_tokens=True)
             values[name] = [exact_match(t, row) for t, row in zip(texts, rows, strict=True)]
         return values

@@ -6,8 +6,8 @@ BASE is a folder with SmolLM2-135M-Instruct as safetensors, FOLDER one for files
 meanwhile. The experts are the quickstart's six, with 64 examples each for routers that need them.
 One thread, in seconds of processor time. The prompt has 128 tokens and is alone in its batch; the
 times to read it and to decode 32 tokens are relative to the base's, the best of some rounds that
-both take in turns. Retrieval and LoGo choose one adapter for a prompt that the base has read;
-one function computes what both need.
+both take in turns. Retrieval, its mean of three adapters, and LoGo choose for a prompt that the
+base has read; one function computes what they need.
 Every figure goes into OUT.json when it is there, and is not made again.
 """
 
@@ -22,14 +22,14 @@ import torch
 
 from meteora.artifacts import RouterOptions
 from meteora.fitting.background import fit_to_background
-from meteora.model.fused import force_expert, without_experts
-from meteora.routing.gates import insert_gates
-from meteora.routing.layer import routed_layers
+from meteora.model.fused import without_experts
+from meteora.routing.layer import routed_by, routed_layers
+from meteora.routing.routers import Fixed
 from pipelines.data.labels import background_ids
 from tests.benchmarks.gate_world import Results, World, timed
 from tests.benchmarks.phatgoose import AllGates
 from tests.benchmarks.prompts import fitted
-from tests.benchmarks.routers import EXAMPLES, mean_inputs, signals
+from tests.benchmarks.routers import BY_TOKEN, EXAMPLES, MERGED, route_by_token, signals
 from tests.benchmarks.timing import best_of, machine, table
 from tests.quickstart.make import TRAININGS as QUICKSTART
 
@@ -41,9 +41,11 @@ if TYPE_CHECKING:
 
 ROUTERS = [
     "oracle", "default", "share: turn", "kind: prompt", "hidden gates", "phatgoose", "retrieval",
-    "logo",
+    "logo", "mean of 3", "norm", "spectr", "spectr, 4",
 ]  # fmt: skip
-BY_THE_BASE = {"retrieval", "logo"}
+BY_THE_BASE = {"retrieval", "logo", "mean of 3"}
+CHOSEN = {"oracle": 1, "retrieval": 1, "logo": 1, "mean of 3": MERGED}
+"""How many adapters have shares of a whole prompt."""
 PROMPT, NEW, ROUNDS = 128, 32, 8
 
 
@@ -55,13 +57,13 @@ def fit(world: World, name: str) -> PreTrainedModel:
     if name == "kind: prompt":
         options, texts = RouterOptions("prompt", 1, 1.0), background_ids(world.tokenizer)
         fit_to_background(model, texts, options, world.template)
-    elif name == "hidden gates":
-        insert_gates(model, mean_inputs(world, model), RouterOptions("gate", 1, 1.0, share="point"))
+    elif name in BY_TOKEN and name != "phatgoose":
+        route_by_token(world, model, name)
     elif name == "phatgoose":  # whatever they are: learning them is timed elsewhere
         for layer in routed_layers(model).values():
             num_inputs = layer.stack.a.shape[1]
             layer.router = AllGates(torch.randn(len(world.names), num_inputs))
-    elif name == "retrieval":
+    elif name in ("retrieval", "mean of 3"):
         for rows in world.examples.values():
             for row in rows[:EXAMPLES]:
                 signals(world, model, row.prompt)
@@ -72,6 +74,8 @@ def cost(world: World, name: str) -> dict[str, float]:
     """Seconds to fit, and the times to read and to decode, relative to the base."""
     with timed() as took:
         model = fit(world, name)
+    shares = torch.zeros(len(world.names))
+    shares[: CHOSEN.get(name)] = 1 / CHOSEN.get(name, 1)
     template, generator = world.template, torch.Generator().manual_seed(0)
     num_own = PROMPT - len(template.opening) - len(template.closing)
     drawn = torch.randint(1000, 40_000, (num_own,), generator=generator).tolist()
@@ -86,8 +90,8 @@ def cost(world: World, name: str) -> dict[str, float]:
             with ExitStack() as stack:
                 if name in BY_THE_BASE:
                     signals(world, model, question)
-                if name in {"oracle", *BY_THE_BASE}:
-                    stack.enter_context(force_expert(model, world.names[0]))
+                if name in CHOSEN:
+                    stack.enter_context(routed_by(model, lambda _: Fixed(shares)))
                 return run()
 
         return choose_and_run

@@ -1,69 +1,87 @@
 """Other routers on the same adapters, written from their papers.
 
     python -m tests.benchmarks.routers BASE TRAINED OUT.json [--rows 60] [--only NAME...]
+                                       [--ours NAME=CHECKPOINT...]
 
 BASE is a folder with SmolLM2-135M-Instruct as safetensors, TRAINED what `tests.benchmarks.bigbench`
-left. Every figure goes into OUT.json when it is there, and is not made again.
+left, and a CHECKPOINT what `meteora run` made of the same adapters. Every figure goes into OUT.json
+when it is there, and is not made again.
 
-One adapter for each prompt, chosen from what the base computes on it:
+One adapter for each prompt, or several by shares, chosen from what the base computes on it:
 
-    retrieval     the one whose examples' mean embedding is nearest by cosine, as LoraRetriever
-                  (arXiv 2402.09997) and LoRAuter (2601.21795) do for one adapter. They have
-                  sentence encoders of their own; here an embedding is the mean of the base's last
-                  hidden states over the question
-    logo norm     the one whose update of the prompt's last token is the longest in the last block's
-    logo entropy  query projection, or has the least entropy (LoGo, arXiv 2511.07129). LoGo then
-                  merges the best few, which is not tried. It asks for adapters that all change that
-                  projection: one that does not is judged by the mean over what it changes there
+    retrieval     by the cosine between the prompt's embedding and the mean of an adapter's
+                  examples: the best; the mean of the best three, as LoraRetriever does (arXiv
+                  2402.09997); or those three by the softmax of their cosines, as LoRAuter does
+                  (2601.21795). They have sentence encoders of their own; here an embedding is the
+                  mean of the base's last hidden states over the question. Cosines of these differ
+                  less, and LoRAuter's softmax is nearly the mean; so a sharp one is tried, too
+    logo norm     by the length of the update of the prompt's last token in the last block's query
+    logo entropy  projection, or by the inverse of its entropy (LoGo, 2511.07129): the best, or the
+                  best three in proportion. LoGo asks for adapters that all change that projection:
+                  one that does not is judged by the mean over what it changes there. LoGo reads the
+                  prompt with all adapters on; here the base alone reads it
 
 An adapter for each token:
 
     hidden gates  G is the mean input of each expert's examples (mergekit's `gate_mode: hidden`)
     phatgoose     each adapter learns a gate of its own; a token has the two largest (`phatgoose`)
-
-Our own routers, Arrow and norms are a recipe's to compare.
+    spectr        the adapter whose directions of input make the token longest; or four (`spectr`)
+    arrow, norm   the package's own `kind: arrow` (2405.11157) and `norm` (2509.18093)
 """
 
 from __future__ import annotations
 
 import argparse
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple
 
 import numpy as np
 import torch
 
+import meteora
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import encode_prompt
 from meteora.checkpoint.tensors import Gates
 from meteora.fitting.layerwise import Sweep
 from meteora.fitting.sequences import UNLABELLED, batched
-from meteora.model.fused import force_expert, without_experts
+from meteora.model.fused import make_router, without_experts
 from meteora.routing.gates import insert_gates
 from meteora.routing.layer import routed_layers
 from pipelines.scoring.intervals import wilson
 from tests.benchmarks.bigbench import TRAININGS
 from tests.benchmarks.gate_world import Results, World, timed
+from tests.benchmarks.mixtures import answer_all_mixed, equal, in_proportion, shares_of, softmax
+from tests.benchmarks.paired import difference
 from tests.benchmarks.phatgoose import put_together
+from tests.benchmarks.spectr import SpectR
 from tests.benchmarks.timing import machine, table
 from tests.quickstart.make import TRAININGS as QUICKSTART
 
 if TYPE_CHECKING:
-    from collections.abc import Sequence
+    from collections.abc import Callable, Sequence
 
     from torch import Tensor
     from transformers import PreTrainedModel
 
 EXAMPLES = 64
-NEEDS = {
-    "oracle": "the right adapter",
-    "retrieval": "examples",
-    "logo norm": "nothing",
-    "logo entropy": "nothing",
-    "hidden gates": "examples",
-    "phatgoose": "examples, each adapter its own",
+MERGED = 3
+"""Adapters for one prompt, where there are several."""
+SPECTR_TOP_K = {"spectr": 1, "spectr, 4": 4}
+DEFAULT = "default"
+BY_PROMPT = {
+    "oracle": ("oracle", 1, equal),
+    "retrieval": ("cosine", 1, equal),
+    "retrieval, mean of 3": ("cosine", MERGED, equal),
+    "retrieval, softmax of 3": ("cosine", MERGED, partial(softmax, temperature=0.2)),
+    "retrieval, sharp softmax of 3": ("cosine", MERGED, partial(softmax, temperature=0.01)),
+    "logo norm": ("norm", 1, equal),
+    "logo norm, 3": ("norm", MERGED, in_proportion),
+    "logo entropy": ("entropy", 1, equal),
+    "logo entropy, 3": ("entropy", MERGED, in_proportion),
 }
+"""What the adapters are scored by, how many a prompt has, and their shares."""
+BY_TOKEN = ["arrow", "norm", *SPECTR_TOP_K, "hidden gates", "phatgoose"]
 
 
 class Signals(NamedTuple):
@@ -111,45 +129,25 @@ def signals(world: World, model: PreTrainedModel, prompt: str) -> Signals:
     return Signals(out.hidden_states[-1][0, question].mean(0), lengths, entropies)
 
 
-def choices(world: World, name: str) -> dict[str, list[int]]:
-    """The number of the adapter that each test row gets, by task."""
+def scores_by_prompt(world: World) -> dict[str, dict[str, Tensor]]:
+    """The adapters' scores [N, E] for the N test rows of each task, by what they are scored by."""
     model = world.model()
     read = partial(signals, world, model)
-    asked = {task: [read(row.prompt) for row in rows] for task, rows in world.tests.items()}
-    if name != "retrieval":
-        sizes = {
-            "logo norm": lambda seen: seen.lengths,
-            "logo entropy": lambda seen: -seen.entropies,
-        }[name]
-        return {task: [int(sizes(one).argmax()) for one in rows] for task, rows in asked.items()}
     means = torch.stack(
         [
             torch.stack([read(row.prompt).embedding for row in rows[:EXAMPLES]]).mean(0)
             for rows in world.examples.values()
         ]
     )
-    near = partial(torch.cosine_similarity, means)
-    return {task: [int(near(one.embedding).argmax()) for one in r] for task, r in asked.items()}
-
-
-def scores_of(world: World, chosen: dict[str, list[int]], results: Results) -> dict[str, list]:
-    """Exact match of each row by the adapter that it got; each answer is asked for once."""
-    model, kept = world.model(), world.tests
-    found: dict[str, list] = {task: [0.0] * len(rows) for task, rows in kept.items()}
-    for e, name in enumerate(world.names):
-        with force_expert(model, name):
-            for task, rows in kept.items():
-                places = [i for i, choice in enumerate(chosen[task]) if choice == e]
-                known = results.found.setdefault(f"answers {name} {task}", {"scores": {}})["scores"]
-                new = [i for i in places if str(i) not in known]
-                if new:
-                    world.tests = {task: [rows[i] for i in new]}
-                    values = world.scores(model, [task])[task]
-                    known.update(zip(map(str, new), values, strict=True))
-                    results.keep(f"answers {name} {task}", {"scores": known})
-                for i in places:
-                    found[task][i] = known[str(i)]
-    world.tests = kept
+    found: dict[str, dict[str, Tensor]] = {"oracle": {}, "cosine": {}, "norm": {}, "entropy": {}}
+    for own, (task, rows) in zip(torch.eye(len(means)), world.tests.items(), strict=True):
+        embeddings, lengths, entropies = map(
+            torch.stack, zip(*(read(row.prompt) for row in rows), strict=True)
+        )
+        found["oracle"][task] = own.expand(len(rows), -1)
+        found["cosine"][task] = torch.cosine_similarity(embeddings[:, None], means, dim=-1)
+        found["norm"][task] = lengths
+        found["entropy"][task] = 1 / (entropies + 1e-6)
     return found
 
 
@@ -179,57 +177,76 @@ def mean_inputs(world: World, model: PreTrainedModel) -> Gates:
     return Gates(own, follows)
 
 
-def measure(world: World, name: str, results: Results) -> None:
+def route_by_token(world: World, model: PreTrainedModel, name: str) -> None:
+    """Give a model the router of this name, one of `BY_TOKEN`."""
+    if name == "phatgoose":
+        put_together(world, model, EXAMPLES)
+    elif name == "hidden gates":
+        insert_gates(model, mean_inputs(world, model), RouterOptions("gate", 1, 1.0, share="point"))
+    else:
+        for layer in routed_layers(model).values():
+            if name in SPECTR_TOP_K:
+                options = RouterOptions("norm", SPECTR_TOP_K[name], 1.0)
+                layer.router = SpectR(layer.stack, options)
+            else:
+                layer.router = make_router(RouterOptions(name, 1, 1.0), layer)
+
+
+def measure(
+    world: World, name: str, results: Results, scores: Callable[[], dict[str, dict[str, Tensor]]]
+) -> None:
     """Measure one router, if it is not there."""
     if name in results:
         return
-    if name in ("hidden gates", "phatgoose"):
-        model = world.model()
+    model = world.model()
+    if name in BY_TOKEN:
         with timed() as took:
-            if name == "phatgoose":
-                put_together(world, model, EXAMPLES)
-            else:
-                gates = mean_inputs(world, model)
-                insert_gates(model, gates, RouterOptions("gate", 1, 1.0, share="point"))
-        share, scores = world.routing(model)["after"], world.scores(model)
-        results.keep(name, {"own tokens": share, "seconds": took["seconds"], "scores": scores})
+            route_by_token(world, model, name)
+        keep_routed(world, name, model, results, took["seconds"])
         return
-    with timed() as took:
-        chosen = (
-            {task: [e] * len(world.tests[task]) for e, task in enumerate(world.names)}
-            if name == "oracle"
-            else choices(world, name)
-        )
-    own = [choice == world.names.index(task) for task, row in chosen.items() for choice in row]
-    scores = scores_of(world, chosen, results)
-    share = float(np.mean(own))
-    results.keep(name, {"own prompts": share, "seconds": took["seconds"], "scores": scores})
+    kind, k, weigh = BY_PROMPT[name]
+    own, values = [], {}
+    for place, (task, judged) in enumerate(scores()[kind].items()):
+        own.append((judged.argmax(-1) == place).float())
+        answer = partial(answer_all_mixed, shares=shares_of(judged, k, weigh))
+        values |= world.scores(model, [task], answer)
+    results.keep(name, {"own prompts": torch.cat(own).mean().item(), "scores": values})
+
+
+def keep_routed(
+    world: World, name: str, model: PreTrainedModel, results: Results, seconds: float | None = None
+) -> None:
+    """Keep what a model with routers of its own scores."""
+    share, scores = world.routing(model)["after"], world.scores(model)
+    results.keep(name, {"own tokens": share, "seconds": seconds, "scores": scores})
 
 
 def show(world: World, names: Sequence[str], results: Results) -> None:
     rows = []
-
-    def values(name: str) -> list[float]:
-        return [value for task in world.names for value in results[name]["scores"][task]]
-
     for name in names:
-        found, flat = results[name], values(name)
-        low, high = wilson(int(sum(flat)), len(flat))
-        right = values("oracle") if "oracle" in results else flat
-        others = [a != b for a, b in zip(flat, right, strict=True)]
+        found = results[name]
+        values = {task: found["scores"][task] for task in world.names}
+        flat = [value for own in values.values() for value in own]
+        low, high = wilson(sum(flat), len(flat))
+        default = results[DEFAULT]["scores"] if DEFAULT in results else values
+        pairs = [(values[task], default[task]) for task in world.names]
         rows.append(
             [
                 name,
-                NEEDS[name],
                 f"{found['own prompts']:.3f}" if "own prompts" in found else "",
                 f"{found['own tokens']:.3f}" if "own tokens" in found else "",
                 f"{np.mean(flat):.3f} [{low:.3f}, {high:.3f}]",
-                f"{sum(others)}" if "oracle" in results else "",
+                "" if default is found["scores"] else difference(pairs),
             ]
         )
-    heads = ["router", "needs", "own prompts", "own tokens", "score", "rows unlike the oracle's"]
+    heads = ["router", "own prompts", "own tokens", "score", f"less the {DEFAULT}'s"]
     print(f"{machine()}; {EXAMPLES} examples an expert, {len(flat)} rows\n")
     print(table(heads, rows))
+
+
+def named_checkpoint(text: str) -> tuple[str, Path]:
+    name, _, folder = text.rpartition("=")
+    return name, Path(folder)
 
 
 def main() -> None:
@@ -238,13 +255,19 @@ def main() -> None:
     parser.add_argument("trained", type=Path)
     parser.add_argument("out", type=Path)
     parser.add_argument("--rows", type=int, default=60)
-    parser.add_argument("--only", nargs="+", choices=NEEDS, default=list(NEEDS))
+    parser.add_argument("--only", nargs="*", choices=[*BY_PROMPT, *BY_TOKEN])
+    parser.add_argument("--ours", nargs="+", default=[], type=named_checkpoint)
     args = parser.parse_args()
     world = World.open(args.base, args.trained, [*TRAININGS, *QUICKSTART], args.rows)
     results = Results(args.out)
-    for name in args.only:
-        measure(world, name, results)
-    show(world, [name for name in NEEDS if name in results], results)
+    for name, checkpoint in args.ours:
+        if name not in results:
+            model, _ = meteora.load(checkpoint, base_folder=args.base)
+            keep_routed(world, name, model, results)
+    scores = cache(partial(scores_by_prompt, world))
+    for name in [*BY_PROMPT, *BY_TOKEN] if args.only is None else args.only:
+        measure(world, name, results, scores)
+    show(world, list(results.found), results)
 
 
 if __name__ == "__main__":

@@ -14,7 +14,8 @@ One adapter for each prompt, or several by shares, chosen from what the base com
                   2402.09997); or those three by the softmax of their cosines, as LoRAuter does
                   (2601.21795). They have sentence encoders of their own; here an embedding is the
                   mean of the base's last hidden states over the question. Cosines of these differ
-                  less, and LoRAuter's softmax is nearly the mean; so a sharp one is tried, too
+                  less, and a softmax at 0.2 (LoRAuter's temperature is a guess) is nearly the
+                  mean; so a sharp one is tried, too
     logo norm     by the length of the update of the prompt's last token in the last block's query
     logo entropy  projection, or by the inverse of its entropy (LoGo, 2511.07129): the best, or the
                   best three in proportion. LoGo asks for adapters that all change that projection:

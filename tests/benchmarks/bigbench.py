@@ -28,6 +28,7 @@ from tests.quickstart.make import (
     as_expert,
     seen_in_training,
     train,
+    training_rows,
     write_rows,
     write_splits,
 )
@@ -63,17 +64,28 @@ def read(path: Path) -> list[dict[str, str]]:
     return [json.loads(line) for line in path.read_text().splitlines()]
 
 
-def split(task: str, data: Path, out: Path) -> list[dict[str, str]]:
-    """Write a task's rows for tests and gates, and give the others to train an adapter on.
+def parts(task: str, data: Path) -> tuple[list[dict[str, str]], ...]:
+    """A task's rows to train an adapter on, for gates, and for tests.
 
     BIG-bench's own test rows are fewer than `NUM_TEST`; the end of its train file has the rest.
     """
     test, train = (read(data / task / f"{name}.jsonl") for name in ("test", "train"))
     gates_end = len(train) - (NUM_TEST - len(test))
     train_end = gates_end - NUM_EXAMPLES
-    write_rows(out / "tasks" / task / "test.jsonl", test + train[gates_end:])
-    write_rows(out / "tasks" / task / "train.jsonl", train[train_end:gates_end])
-    return train[:train_end]
+    return train[:train_end], train[train_end:gates_end], test + train[gates_end:]
+
+
+def split(task: str, data: Path, out: Path) -> list[dict[str, str]]:
+    """Write a task's rows for gates and tests, and give the others to train an adapter on."""
+    training, gates, test = parts(task, data)
+    write_rows(out / "tasks" / task / "train.jsonl", gates)
+    write_rows(out / "tasks" / task / "test.jsonl", test)
+    return training
+
+
+def rows_trained_on(task: str, data: Path) -> list[dict[str, str]]:
+    """The rows that an adapter of this script, or of the quickstart, was trained on."""
+    return training_rows(task) if task in QUICKSTART else parts(task, data)[0]
 
 
 def write_recipe(file: Path, tasks: Sequence[str], **sections: Any) -> None:

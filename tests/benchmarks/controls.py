@@ -8,10 +8,14 @@ Where HOME holds the recipe's run, each is tested against the fused model on the
 
     multitask  one LoRA on all tasks whose rank at each layer is that of all experts there together:
                as many numbers as the experts have, and trained on their rows (arXiv 2405.13053
-               compares with rank 8); with `--quickstart` on the rows that the quickstart's
-               adapters were trained on, in place of the recipe's examples
-    arrow      PEFT's own; it asks for adapters of one rank and the same layers
+               compares with rank 8); with `--same-rows` on the rows that the adapters of
+               `tests.quickstart.make` or, with its DATA, of `tests.benchmarks.bigbench` were
+               trained on, in place of the recipe's examples
+    arrow      PEFT's own
     x-lora     PEFT's own; its classifier is trained here, on the rows that gates are fitted to
+
+The last two ask for adapters of one rank and the same layers, and get them filled up by zeros,
+which changes no output of an adapter.
 """
 
 from __future__ import annotations
@@ -20,6 +24,7 @@ import argparse
 import itertools
 import sys
 from pathlib import Path
+from tempfile import TemporaryDirectory
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -39,9 +44,9 @@ from pipelines.scoring.outputs import read_outputs, write_outputs
 from pipelines.stages.train_adapters import fit, lessons, shuffled_for_ever, training_rows
 from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext
+from tests.benchmarks.bigbench import rows_trained_on
 from tests.benchmarks.paired import are_graded
-from tests.benchmarks.peers import arrow, quiet, x_lora
-from tests.quickstart import make
+from tests.benchmarks.peers import arrow, of_one_shape, quiet, x_lora
 
 if TYPE_CHECKING:
     from collections.abc import Mapping, Sequence
@@ -88,46 +93,40 @@ def multitask(base: PreTrainedModel, ranks: Mapping[str, int]) -> torch.nn.Modul
         return get_peft_model(base, config)
 
 
-def rows_of_quickstart(work: RunContext) -> dict[str, list[Row]]:
-    """The rows that its adapters were trained on, each once."""
-    return {
-        expert.name: [
-            Row(row["prompt"], row["response"]) for row in make.training_rows(expert.name)
-        ]
-        for expert in work.recipe.experts
-    }
+def rows_to_learn(asked: argparse.Namespace, work: RunContext) -> dict[str, list[Row]]:
+    """What a system is trained on, by expert: each row once."""
+    if asked.system == "multitask" and asked.same_rows:
+        return {
+            expert.name: [
+                Row(row["prompt"], row["response"])
+                for row in rows_trained_on(expert.name, asked.same_rows)
+            ]
+            for expert in work.recipe.experts
+        }
+    limit = work.recipe.gates.examples_per_expert if asked.system == "x-lora" else None
+    every = training_rows(work, work.recipe.experts, skip=0)
+    return {name: own[:limit] for name, own in every.items()}
 
 
 def build(
     asked: argparse.Namespace, work: RunContext
 ) -> tuple[PreTrainedModel, PreTrainedTokenizerBase]:
     """The system, trained where it has to be."""
-    system = asked.system
     loaded, tokenizer = load_folder(asked.base)
     base, folders = on_device(loaded), folders_of(work)
-    with quiet():
-        if system == "arrow":
-            try:
-                made = arrow(base, folders, work.recipe.router.top_k)
-            except ValueError as error:
-                raise MeteoraError(f"PEFT's Arrow cannot take these adapters: {error}") from error
+    with quiet(), TemporaryDirectory() as filled_up:
+        if asked.system == "multitask":
+            made = multitask(base, ranks_stored(folders))
         else:
-            if system == "multitask":
-                made = multitask(base, ranks_stored(folders))
-                rows = (
-                    rows_of_quickstart(work)
-                    if asked.quickstart
-                    else training_rows(work, work.recipe.experts, skip=0)
-                )
-            else:
-                made = x_lora(base, folders, work.recipe.router.top_k)
-                limit = work.recipe.gates.examples_per_expert
-                every = training_rows(work, work.recipe.experts, skip=0)
-                rows = {name: own[:limit] for name, own in every.items()}
+            mixture = arrow if asked.system == "arrow" else x_lora
+            alike = of_one_shape(folders, Path(filled_up))
+            made = mixture(base, alike, work.recipe.router.top_k)
+        if asked.system != "arrow":
+            rows = rows_to_learn(asked, work)
             stream = shuffled_for_ever(list(itertools.chain(*rows.values())))
             made.train()
             batches = lessons(tokenizer, stream)
-            fit(made, batches, steps=asked.steps, peak=asked.peak, what=system)
+            fit(made, batches, steps=asked.steps, peak=asked.peak, what=asked.system)
     return cast("PreTrainedModel", made.eval()), tokenizer
 
 
@@ -206,7 +205,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--home", type=Path, default=Path("~/.meteora"))
     parser.add_argument("--steps", type=int, default=1000)
     parser.add_argument("--peak", type=float, default=5e-4)
-    parser.add_argument("--quickstart", action="store_true")
+    parser.add_argument("--same-rows", type=Path, nargs="?", const=Path(), metavar="DATA")
     asked: Any = parser.parse_args(arguments)
     work = RunContext.open(asked.recipe, asked.home.expanduser().absolute())
     try:

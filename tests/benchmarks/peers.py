@@ -17,9 +17,11 @@ import torch
 from peft import LoraConfig, PeftModel, XLoraConfig, get_peft_model
 from peft.tuners.lora import ArrowConfig, create_arrow_model
 from safetensors import safe_open
+from safetensors.torch import save_file
 from torch import nn
 
 from meteora.adapters import reader
+from meteora.adapters.weights import AdapterWeights
 from meteora.artifacts import RouterOptions
 from meteora.checkpoint import manifest
 from meteora.checkpoint.stack import module_entries, stack_adapters
@@ -64,6 +66,34 @@ def save_adapters(base: PreTrainedModel, folder: Path, num_experts: int, r: int)
                     nn.init.normal_(parameter, std=0.02)
             model.save_pretrained(str(folder / str(e)))
     return [folder / str(e) for e in range(num_experts)]
+
+
+def of_one_shape(adapters: Sequence[Path], out: Path) -> list[Path]:
+    """The same adapters as PEFT's own mixtures want them: one rank, the same modules.
+
+    A gets rows of zeros and B columns of them, up to the largest rank; a module that an adapter
+    lacks is zeros. The scaling is in B, in 32 bits.
+    """
+    read = [reader.read(folder) for folder in adapters]
+    entries = module_entries([adapter.spec for adapter in read])
+    r = max(max(entry.ranks) for entry in entries.values())
+    config = LoraConfig(r=r, lora_alpha=r, target_modules=list(entries), task_type="CAUSAL_LM")
+    for e, adapter in enumerate(read):
+        tensors = {}
+        with AdapterWeights(adapter) as weights:
+            for path, entry in entries.items():
+                a, b = torch.zeros(r, entry.in_features), torch.zeros(entry.out_features, r)
+                if names := adapter.tensors.get(path):
+                    own_a, own_b = weights.factors(names)
+                    a[: len(own_a)], b[:, : len(own_a)] = own_a, own_b.float() * entry.scaling[e]
+                tensors |= {
+                    f"base_model.model.{path}.lora_{factor}.weight": tensor
+                    for factor, tensor in (("A", a), ("B", b))
+                }
+        folder = out / str(e)
+        config.save_pretrained(str(folder))
+        save_file(tensors, folder / "adapter_model.safetensors")
+    return [out / str(e) for e in range(len(adapters))]
 
 
 def one_lora(base: PreTrainedModel, adapters: Sequence[Path]) -> nn.Module:

@@ -12,9 +12,13 @@ from meteora.model.generate import answer_all
 from meteora.routing.layer import routed_by, routed_layers
 from meteora.routing.routers import Fixed
 from tests.benchmarks.mixtures import answer_all_mixed, equal, in_proportion, shares_of, softmax
+from tests.benchmarks.peers import arrow, of_one_shape, x_lora
 from tests.benchmarks.spectr import SpectR
+from tests.conftest import load_peft
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
     from tests.conftest import World
 
 PROMPTS = [[5, 9, 4], [7, 3, 8, 6, 2], [11, 4]]
@@ -57,3 +61,14 @@ def test_spectr_measures_a_token_along_the_inputs_of_an_adapter(world: World) ->
                 continue
             v = torch.linalg.svd(b @ a).Vh[: len(a)]
             torch.testing.assert_close(logits[:, e], (x @ v.T).norm(dim=-1))
+
+
+def test_adapters_filled_up_to_one_shape_compute_as_before(world: World, tmp_path: Path) -> None:
+    filled = of_one_shape(list(world.adapters.values()), tmp_path)
+    ids = torch.tensor(PROMPTS[1:2])
+    for name, folder in zip(world.adapters, filled, strict=True):
+        torch.testing.assert_close(
+            load_peft(world.base, folder)(ids).logits, world.load_peft(name)(ids).logits
+        )
+    mixtures = [mix(world.load_base(), filled, 1) for mix in (arrow, x_lora)]
+    assert all(model(ids).logits.isfinite().all() for model in mixtures)

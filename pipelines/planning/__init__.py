@@ -9,6 +9,7 @@ room            whether every prompt of the benchmark has room in the base
 dry_run         `--dry-run`: the steps that a run would take
 row_faults      why that run would refuse its rows
 needs           prints its memory, disk and time
-estimate        estimates them
-batch_size      how many prompts are answered together
+estimate        estimates them, stage by stage
+fit_estimate    those of a fit of gates
+passes          the time of a pass, and how many prompts are answered together
 """

@@ -5,25 +5,17 @@ this disk counts as rank 8 on every linear layer, as in the paper), and of the r
 
 Time is work divided by speed. Work: for the prompt two operations per parameter and token; for each
 generated token one pass over the weights, and a number of calls per layer; for gates the products
-and factors at each input point. Speed: the rates that `machine` measures now, times `EFFICIENCY`.
-Answers count with their greatest length, and sources of rows as full, so times are rather too long.
-Estimates are good to a factor of two or so.
+and factors at each input point. Answers count with their greatest length, and sources of rows as
+full, so times are rather too long. Estimates are good to a factor of two or so.
 """
 
-from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, replace
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, replace
 
 from meteora.base.loading import Shape
-from meteora.fitting.calibrate import MAX_TOKEN_BYTES
-from meteora.fitting.covariance import BLOCK, ITERATIONS
-from meteora.fitting.layerwise import MAX_HIDDEN_BYTES, MAX_OUTPUT_BYTES
-from meteora.fitting.logistic import MAX_LOGITS, ONE_ROUND, ROUNDS
-from meteora.fitting.sequences import MAX_ROWS, TOKENS_PER_BATCH
-from meteora.fitting.statistics import MAX_DIRECTIONS, MAX_WRITTEN
 from meteora.model.generate import PROMPTS_PER_BATCH
-from meteora.model.opening_offsets import EXAMPLES
 from meteora.untrusted.findings import counted
-from pipelines.data.labels import MAX_NEW_TOKENS, QUESTIONS_IN_COMPOSITES
+from pipelines.data.labels import MAX_NEW_TOKENS
 from pipelines.evaluation.measurements import (
     BASE,
     EXPERTS,
@@ -36,61 +28,31 @@ from pipelines.evaluation.measurements import (
 )
 from pipelines.evaluation.routing_stats import QUESTIONS, num_composites
 from pipelines.evaluation.tasks import TURNS
-from pipelines.planning.batch_size import rows_at_once, working_bytes
-from pipelines.planning.plan import prompt_shapes
+from pipelines.planning.fit_estimate import (
+    bytes_of_gates,
+    fit_need,
+    inputs_of,
+    prompt_router_need,
+)
+from pipelines.planning.passes import (
+    PROGRAM_BYTES,
+    Experts,
+    Need,
+    Pace,
+    Rows,
+    rows_at_once,
+    working_bytes,
+)
 from pipelines.recipe.benchmark import ConversationSection, metric_names
-from pipelines.recipe.gates import CalibrateSection, JointSection
 from pipelines.recipe.recipe import Recipe
 from pipelines.scoring.metrics import METRICS
-from pipelines.workspace.machine import Machine, is_too_large
+from pipelines.workspace.machine import Machine
 
-PROGRAM_BYTES = 600e6
-"""Memory of Python with the model libraries loaded."""
-EFFICIENCY = 0.6
-"""Share of the measured rates that a whole model reaches; it also copies and normalises."""
-CALLS_A_LAYER = 150
-CALLS_A_ROUTED_MODULE = 12
 ASKING_SECONDS = 0.5
 """Overhead of lm-eval for each task and system."""
-SWEEPS, SWEEPS_AGAIN = 1.1, 1.2
-"""Passes through the model while gates are fitted, with padding, and the extra passes if the
-outputs of no module can be kept: then each point of a layer is computed again."""
-FACTOR = 4
-"""The time of an operation of a triangular factor, in float64, in those of products in float32."""
-SHRINKAGES_TRIED = 4
-"""Of `SHRINKAGES`, at most points; each takes a Cholesky factor."""
-UNSURE = 0.2
-"""Share of the tokens in a round of the refinement: a gate is sure of nearly all others."""
-READS, READS_A_STEP = 12, 2.5
-"""How often the fit of a point reads its tokens to copy them, and to judge and scale gates; and how
-often an iteration of L-BFGS reads those of its round, twice for each loss with its gradient."""
-AFTER_ATTENTION = ("o_proj", "out_proj", "c_proj", "dense")
-"""Modules that read what attention returns, which may be as wide as what q, k and v read."""
-LOGITS_AT_ONCE = 6
-"""Tensors [tokens, experts] in memory while a gate is refined; int64 labels count twice."""
-READINGS = 5
-"""Times that a fit one layer at a time reads the base: to load it, for two trial passes, for the
-offsets, and for the sweep. A trial pass of each expert comes on top."""
-PASSES_A_STEP = 3
-"""Passes for a training step with mixed experts: one forward, about two for the backward."""
 MERGE_PASSES = 20
 """Passes over all experts' products B A in float32 for one merge, such as TIES."""
 ASSUMED_RANK, ASSUMED_ITEMSIZE = 8, 4
-ASSUMED_PROMPT_TOKENS, ASSUMED_ANSWER_TOKENS = 256, 64
-CHARACTERS_PER_TOKEN = 4
-"""Of system prompts, and of rows if the tokenizer is not on this disk."""
-
-
-@dataclass(frozen=True)
-class Rows:
-    """The number of rows of a source, and their mean length."""
-
-    count: int
-    prompt_tokens: float = ASSUMED_PROMPT_TOKENS
-    answer_tokens: float = ASSUMED_ANSWER_TOKENS
-    choices: float = 0.0
-    known: bool = False
-    """Whether they are on this disk and were measured."""
 
 
 @dataclass(frozen=True)
@@ -101,59 +63,6 @@ class Asking:
     rows: Rows
     new_tokens: int
     """The greatest length of an answer; 0 if nothing is generated."""
-
-
-@dataclass(frozen=True)
-class Need:
-    """The needs of one stage."""
-
-    stage: str
-    memory_bytes: float
-    """The peak on the device that computes."""
-    disk_bytes: float
-    """The size of its results in the store."""
-    seconds: float
-    parts: Mapping[str, float] = field(default_factory=dict)
-    """The seconds of its parts, by name, if several take long."""
-    note: str = ""
-    """Printed below the numbers, for an unusual way of work."""
-
-
-@dataclass(frozen=True)
-class Experts:
-    """All experts together, by the modules that they change."""
-
-    count: int
-    ranks: Mapping[str, int]
-    """The sum of all experts' ranks, by module path."""
-
-
-@dataclass(frozen=True)
-class Pace:
-    """The speed of a base with its experts on a machine."""
-
-    shape: Shape
-    experts: Experts
-    machine: Machine
-
-    def calls(self, *, routed: bool) -> int:
-        """The number of operations that one pass starts; the same for any batch size."""
-        modules = len(self.experts.ranks) if routed else 0
-        return CALLS_A_LAYER * self.shape.num_layers + CALLS_A_ROUTED_MODULE * modules
-
-    def reading(self, tokens: float, *, routed: bool, logits: bool = False) -> float:
-        """Seconds to read so many tokens; without `logits` the head skips nearly all of them."""
-        shape = self.shape
-        table = shape.vocab_size * shape.hidden_size
-        inside = max(shape.layer_parameters, shape.num_parameters - shape.head_parameters - table)
-        work = 2 * tokens * (inside * (1.2 if routed else 1.0) + table * logits)
-        return work / (EFFICIENCY * self.machine.flops_per_second)
-
-    def writing(self, rows: int, tokens: int, *, routed: bool) -> float:
-        """Seconds to generate `tokens` tokens for each row of a batch, one after the other."""
-        weights = self.shape.loaded_bytes / (EFFICIENCY * self.machine.read_bytes_per_second)
-        work = 2 * self.shape.num_parameters * rows / (EFFICIENCY * self.machine.flops_per_second)
-        return tokens * (max(weights, work) + self.calls(routed=routed) * self.machine.call_seconds)
 
 
 def assumed_ranks(shape: Shape) -> dict[str, int]:
@@ -189,10 +98,9 @@ def estimate(
     by_module = [ASSUMED_ITEMSIZE * r * sum(shape.linears[p]) for p, r in experts.ranks.items()]
     expert_bytes = sum(by_module)
     largest = max(size[0] * size[1] for size in shape.linears.values())
-    widths = {path: shape.linears[path][0] for path in experts.ranks}
-    gate_bytes, kept_bytes = bytes_of_gates(widths, experts.count)
     held = held_bytes(recipe, expert_bytes)
-    loaded = PROGRAM_BYTES + shape.loaded_bytes + held + gate_bytes
+    loaded = PROGRAM_BYTES + shape.loaded_bytes + held
+    loaded += bytes_of_gates(inputs_of(pace), experts.count, recipe.router.share)[0]
     stacked = max(by_module, default=0)
     base_memory = PROGRAM_BYTES + (shape.num_bytes if recipe.base.startswith("gguf:") else 0)
     needs = [
@@ -202,31 +110,23 @@ def estimate(
         Need("check", PROGRAM_BYTES, 0, expert_bytes * hash_seconds),
         Need("stack", PROGRAM_BYTES + 2 * stacked, expert_bytes, 3 * expert_bytes * hash_seconds),
     ]
-    gates = recipe.router.kind == "gate"
-    if gates:
-        work = _fitting_work(recipe, list(examples.values()), opening_tokens)
-        disk = gate_bytes + (kept_bytes if work.kept else 0)
-        if reads_by_layer(recipe, shape.num_bytes + held, machine.memory_bytes):
-            one_layer = PROGRAM_BYTES + _bytes_by_layer(shape, expert_bytes) + gate_bytes
-            need = _gates(pace, one_layer, disk, work)
-            readings = READINGS + experts.count + 1
-            need = replace(
-                need,
-                seconds=need.seconds + readings * shape.num_bytes * hash_seconds,
-                note="the base is read from the disk one layer at a time",
-            )
-        else:
-            in_file = held < expert_bytes  # then the fitted layer loads all its experts from a file
-            fitted = loaded + in_file * expert_bytes / shape.num_layers
-            need = _gates(pace, fitted, disk, work)
+    if recipe.router.kind == "gate":
+        need = fit_need(
+            recipe,
+            pace,
+            list(examples.values()),
+            opening_tokens,
+            loaded=loaded,
+            held=held,
+            expert_bytes=expert_bytes,
+        )
         if pool is not None:
             dividing = _dividing_seconds(recipe, pace, pool)
             parts = {"dividing the pool": dividing, "fitting": need.seconds}
             need = replace(need, seconds=dividing + need.seconds, parts=parts)
         needs.append(need)
     elif recipe.router.kind == "prompt":
-        rows = 2.0 * sum(rank * shape.linears[p][0] for p, rank in experts.ranks.items())
-        needs.append(_gates(pace, loaded, rows, FittingWork(BACKGROUND_TOKENS)))
+        needs.append(prompt_router_need(pace, loaded))
     needs.append(_benchmark(recipe, pace, loaded, tests))
     return needs
 
@@ -243,162 +143,6 @@ def held_bytes(recipe: Recipe, expert_bytes: float) -> float:
     """The most bytes of the experts that lie on the device at once."""
     budget = recipe.expert_cache_bytes
     return expert_bytes if budget is None else min(budget, expert_bytes)
-
-
-def reads_by_layer(recipe: Recipe, num_bytes: float, memory_bytes: float) -> bool:
-    """Whether gates are fitted with one layer of the base in memory at a time.
-
-    Args:
-        num_bytes: of the base, and of the experts on the device
-        memory_bytes: of the device
-    """
-    if not isinstance(recipe.gates, CalibrateSection) or recipe.quantise:
-        return False
-    if recipe.gates.by_layer is not None:
-        return recipe.gates.by_layer
-    return is_too_large(num_bytes, memory_bytes)
-
-
-def _bytes_by_layer(shape: Shape, expert_bytes: float) -> float:
-    """The bytes of one layer with its experts, and of weights in no layer; without the head."""
-    itemsize = shape.dtype.itemsize
-    inside, head = shape.layer_parameters * itemsize, shape.head_parameters * itemsize
-    return shape.num_bytes - inside - head + (inside + expert_bytes) / shape.num_layers
-
-
-def _widths(inputs: Mapping[str, int]) -> list[int]:
-    """The width of each input point.
-
-    Modules of one parent and width share a point, except for what comes after attention.
-    """
-    parts = [(*path.rpartition(".")[::2], width) for path, width in inputs.items()]
-    points = dict.fromkeys((parent, name in AFTER_ATTENTION, n) for parent, name, n in parts)
-    return [width for *_, width in points]
-
-
-def bytes_of_gates(inputs: Mapping[str, int], num_experts: int) -> tuple[float, float]:
-    """The largest file sizes of gates, and of the statistics that they are fitted to, in bytes.
-
-    Args:
-        inputs: the width of the input of each routed module, by its path
-    """
-    kept = (2 * min(n, MAX_WRITTEN) * n + 4 * (num_experts + 1) * n for n in _widths(inputs))
-    return 4.0 * num_experts * sum(inputs.values()), float(sum(kept))
-
-
-@dataclass(frozen=True)
-class FittingWork:
-    """The tokens that pass the model while gates are made."""
-
-    tokens: float
-    """Tokens of the sweep."""
-    passes: float = 0.0
-    """Tokens of further passes, forward or backward."""
-    kept: bool = True
-    """Whether statistics are kept."""
-    graph_tokens: float = 0.0
-    """Tokens of a backward pass through the whole model, padding included."""
-    top_k: int = 1
-    """Experts of a token in that pass."""
-    recomputed: bool = False
-    """Whether that pass keeps the input of each layer alone (gradient checkpointing)."""
-
-
-BACKGROUND_TOKENS = 3_000
-"""The tokens of the texts that `router.kind: prompt` compares prompts with, in the template."""
-
-
-def _fitting_work(
-    recipe: Recipe, examples: Sequence[Rows], opening_tokens: float = 0.0
-) -> FittingWork:
-    lengths = [rows.prompt_tokens + rows.answer_tokens for rows in examples]
-    num_examples = sum(rows.count for rows in examples)
-    num_sequences = num_examples
-    tokens = sum(rows.count * length for rows, length in zip(examples, lengths, strict=True))
-    for mixed in recipe.gates.composites:
-        num_sequences += QUESTIONS_IN_COMPOSITES * len(lengths) / mixed.n
-        tokens += QUESTIONS_IN_COMPOSITES * sum(lengths) * (1 + mixed.num_fewshot)
-    turns, systems = prompt_shapes(recipe, num_examples)
-    if turns:  # every example is one turn of a conversation
-        num_sequences *= len(turns) / sum(turns)
-    above = [len(system) / CHARACTERS_PER_TOKEN for system in systems] or [0.0]
-    # every other one has a system prompt
-    before = opening_tokens + sum(above) / len(above) / 2
-    tokens += num_sequences * before
-    both = 2 * EXAMPLES if recipe.router.options((), fitted=True).opening == "shared" else 0
-    longest = opening_tokens + max(above) + max(lengths, default=0.0)
-    # products are of tokens alone; what else a model computes is of their padding, too
-    for_offsets = both * sum(longest - EFFICIENCY * (longest - before - n) for n in lengths)
-    if not isinstance(recipe.gates, JointSection):
-        return FittingWork(tokens, for_offsets)
-    settings = recipe.gates
-    learned = settings.steps * settings.batch_size * settings.accumulate
-    each = tokens / max(1, num_sequences)
-    swept = tokens if settings.start == "calibrate" else 2 * each * len(lengths)
-    if recipe.router.top_k == 1:  # no gradient goes through the model
-        return FittingWork(swept, learned * each + for_offsets, kept=False)
-    longest = max(lengths, default=0.0) * max(turns or (1,)) + max(above)
-    return FittingWork(
-        swept,
-        PASSES_A_STEP * learned * each + for_offsets,
-        kept=False,
-        graph_tokens=settings.batch_size / (settings.processes or 1) * longest,
-        top_k=recipe.router.top_k,
-        recomputed=settings.gradient_checkpointing,
-    )
-
-
-def _graph_bytes(shape: Shape, experts: Experts, work: FittingWork) -> float:
-    """The memory of a backward pass: what each layer keeps for it, logits and their gradients."""
-    sizes = [shape.linears[path] for path in experts.ranks]
-    routed = sum(work.top_k * num_in + num_out for num_in, num_out in sizes) / shape.num_layers
-    layer = (8 * shape.hidden_size + 4 * shape.intermediate_size + routed) * shape.dtype.itemsize
-    states = shape.hidden_size * shape.dtype.itemsize
-    layers = shape.num_layers * (states if work.recomputed else layer) + layer
-    return work.graph_tokens * (layers + (8 + shape.dtype.itemsize) * shape.vocab_size)
-
-
-def _gates(pace: Pace, loaded: float, disk: float, work: FittingWork) -> Need:
-    shape, experts, tokens = pace.shape, pace.experts, work.tokens
-    itemsize = shape.dtype.itemsize
-    widths = _widths({path: shape.linears[path][0] for path in experts.ranks})
-    widest = max(widths, default=shape.hidden_size)
-    size = min(widest, MAX_ROWS)
-    hidden = min(tokens * shape.hidden_size * itemsize, MAX_HIDDEN_BYTES)
-    batch = TOKENS_PER_BATCH * (4 * shape.intermediate_size + 8 * shape.hidden_size) * itemsize
-    spread = 48 * size * size + 8 * MAX_ROWS * widest
-    outputs = tokens * itemsize * sum(shape.linears[p][1] for p in experts.ranks) / shape.num_layers
-    kept_outputs = min(outputs, MAX_OUTPUT_BYTES)
-    sweeps = SWEEPS + SWEEPS_AGAIN * (1 - kept_outputs / outputs)
-    seconds = pace.reading(sweeps * tokens, routed=True)
-    seconds += pace.reading(work.passes, routed=True, logits=work.graph_tokens > 0)
-    seconds += sum(_point_seconds(pace, width, tokens) for width in widths)
-    copies = 2 * min(4 * tokens * widest, MAX_TOKEN_BYTES)  # all, and whitened those of a round
-    copies += LOGITS_AT_ONCE * 4 * min(tokens * experts.count, MAX_LOGITS)
-    memory = loaded + batch + spread + copies
-    if pace.machine.is_cpu:  # a sweep keeps its states between points in the CPU's memory
-        memory += hidden + kept_outputs
-    memory = max(memory, loaded + _graph_bytes(shape, experts, work))
-    return Need("gates", memory, disk, seconds)
-
-
-def _point_seconds(pace: Pace, width: int, tokens: float) -> float:
-    """The time to fit the gate of one input point to its tokens."""
-    rows, found = min(tokens, MAX_ROWS), MAX_DIRECTIONS
-    if width <= rows:  # a triangle of second moments, block by block
-        size, flops = width, tokens * width * min(2 * width, width + BLOCK)
-        flops += 2 * (ITERATIONS + 1) * found * width**2
-    else:  # products of rows in float64, which take twice as long
-        size, flops = rows, 2 * rows * width * min(2 * rows, rows + BLOCK)
-        flops += 2 * 4 * (ITERATIONS + 1) * found * width * rows
-    flops += FACTOR * (SHRINKAGES_TRIED * size**3 / 3 + 6 * ITERATIONS * found**2 * width)
-    kept = min(tokens, MAX_TOKEN_BYTES / 4 / width)
-    taken = min(UNSURE * kept, MAX_LOGITS / pace.experts.count)
-    flops += len(ROUNDS + ONE_ROUND) * 4 * taken * width * MAX_DIRECTIONS  # to whiten them
-    rate = EFFICIENCY * pace.machine.flops_per_second
-    read = width * (READS_A_STEP * sum(ROUNDS + ONE_ROUND) * taken + READS * kept)
-    products = 2 * pace.experts.count * read / rate
-    return flops / rate + max(products, 4 * read / pace.machine.read_bytes_per_second)
 
 
 def _benchmark(recipe: Recipe, pace: Pace, loaded: float, tests: Mapping[str, Rows]) -> Need:

@@ -10,6 +10,7 @@ from pipelines.admission.card_examples import NoCardExamplesError, read_card_exa
 from pipelines.admission.experts import Expert
 from pipelines.data.claims import Claim, examples_of, read_claims
 from pipelines.data.composites import compose, mixable
+from pipelines.data.conversations import CONVERSATION_TURNS, default_system_prompts
 from pipelines.data.row_sources import pin_source, read_rows
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.data.spans import SpannedRow, SpannedTurns
@@ -241,3 +242,20 @@ def asks_for_spans(recipe: Recipe) -> bool:
 def template_of(recipe: Recipe) -> str:
     """The template of prompts for the gates: the benchmark's."""
     return "plain" if recipe.benchmark.template == "plain" else "auto"
+
+
+def prompt_shapes(recipe: Recipe, num_examples: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
+    """The numbers of turns of the conversations that gates are fitted to, and the system prompts.
+
+    Plain text has neither.
+    """
+    if recipe.benchmark.template == "plain":
+        return (), ()
+    gates, router = recipe.gates, recipe.router
+    everywhere = router.opening == "shared" or router.share == "turn"
+    turns, systems = gates.conversations, gates.system_prompts
+    if turns is None:
+        turns = CONVERSATION_TURNS if everywhere else ()
+    if systems is None:
+        systems = default_system_prompts(num_examples, turns) if everywhere else ()
+    return turns, systems

@@ -17,17 +17,15 @@ from meteora.base.loading import Shape, load_tokenizer, shape_of
 from meteora.base.sources import GGUF, PATH, find_gguf
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.hub.snapshot import cached
-from pipelines.planning.estimate import (
+from pipelines.planning.estimate import ASSUMED_RANK, assumed_ranks, estimate
+from pipelines.planning.examples import most_prompts
+from pipelines.planning.passes import (
     ASSUMED_ANSWER_TOKENS,
-    ASSUMED_RANK,
     CHARACTERS_PER_TOKEN,
     Experts,
     Need,
     Rows,
-    assumed_ranks,
-    estimate,
 )
-from pipelines.planning.examples import most_prompts
 from pipelines.planning.row_faults import is_at_hand
 from pipelines.recipe.stage import Stage
 from pipelines.workspace.bases import unfinished

@@ -24,7 +24,6 @@ from pipelines.admission.experts import Expert
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.background import background_rows
 from pipelines.data.claims import rows_without_expert
-from pipelines.data.conversations import CONVERSATION_TURNS, default_system_prompts
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import Row
 from pipelines.data.spans import SpannedRow, SpannedTurns, read_spans
@@ -41,6 +40,7 @@ from pipelines.planning.examples import (
     asks_for_spans,
     find_pool,
     known_prompts,
+    prompt_shapes,
     read_examples,
     recorded_claims,
     refuse_too_few,
@@ -246,23 +246,6 @@ def _router(
 def stack_of(base: BaseSpec, experts: Sequence[Expert]) -> FusedSpec:
     ids = tuple(expert.adapter.spec.id for expert in experts)
     return FusedSpec(base.id, tuple(expert.name for expert in experts), ids)
-
-
-def prompt_shapes(recipe: Recipe, num_examples: int) -> tuple[tuple[int, ...], tuple[str, ...]]:
-    """The numbers of turns of the conversations that gates are fitted to, and the system prompts.
-
-    Plain text has neither.
-    """
-    if recipe.benchmark.template == "plain":
-        return (), ()
-    gates, router = recipe.gates, recipe.router
-    everywhere = router.opening == "shared" or router.share == "turn"
-    turns, systems = gates.conversations, gates.system_prompts
-    if turns is None:
-        turns = CONVERSATION_TURNS if everywhere else ()
-    if systems is None:
-        systems = default_system_prompts(num_examples, turns) if everywhere else ()
-    return turns, systems
 
 
 def joint_settings(section: CalibrateSection | JointSection) -> JointSettings | None:

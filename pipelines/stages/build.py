@@ -46,8 +46,8 @@ from pipelines.hub import repositories
 from pipelines.hub.card import licence_of
 from pipelines.hub.client import hub_of
 from pipelines.hub.snapshot import locked
-from pipelines.planning.estimate import bytes_of_gates
 from pipelines.planning.examples import LEAST_EXAMPLES
+from pipelines.planning.fit_estimate import bytes_of_gates
 from pipelines.planning.room import with_room, without_too_long
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
@@ -221,7 +221,8 @@ def _bytes_of_fit(plan: Plan) -> float:
     """The most disk space, in bytes, for gates until they are recorded."""
     modules = [module for expert in plan.experts for module in expert.adapter.spec.modules]
     inputs = {module.path: module.in_features for module in modules}
-    gates, statistics = bytes_of_gates(inputs, len(plan.experts) + 2)  # and the mean, and the base
+    num_choices = len(plan.experts) + 2  # and the mean, and the base
+    gates, statistics = bytes_of_gates(inputs, num_choices, plan.router.options.share)
     if plan.router.joint is not None:
         return gates * 4  # the saved state: parameters with two moments; and the gates
     # a file for each fitted point, with twice the directions, and one for all

@@ -31,8 +31,8 @@ from pipelines.evaluation.harness import HARNESS
 from pipelines.evaluation.measurements import ONE_EXPERT, Measurement, control_of
 from pipelines.evaluation.resume import BATCHES, Log, open_log
 from pipelines.evaluation.systems import use_system
-from pipelines.planning.batch_size import rows_at_once
 from pipelines.planning.overlaps import place_of_example
+from pipelines.planning.passes import rows_at_once
 from pipelines.planning.room import check_names, check_room, check_rows, longest
 from pipelines.scoring import compare
 from pipelines.scoring.judges import judged_scores

@@ -23,7 +23,8 @@ from meteora.checkpoint.manifest import (
 from meteora.checkpoint.stack import module_entries
 from meteora.model.fused import check_base, insert_experts, insert_routers
 from meteora.routing.expert_cache import ExpertCache
-from pipelines.planning.estimate import held_bytes, reads_by_layer
+from pipelines.planning.estimate import held_bytes
+from pipelines.planning.fit_estimate import reads_by_layer
 from pipelines.workspace.bases import require_sound
 from pipelines.workspace.console import say
 from pipelines.workspace.machine import choose_device, is_too_large, memory_bytes

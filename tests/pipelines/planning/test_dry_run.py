@@ -12,17 +12,13 @@ import yaml
 
 from meteora.base.chat_template import encode_messages
 from meteora.base.loading import Shape, load_tokenizer, shape_of
+from meteora.routing.gates import Sharing
 from pipelines.data.row_sources import read_rows
 from pipelines.planning import dry_run
 from pipelines.planning import needs as printed
-from pipelines.planning.batch_size import rows_at_once, working_bytes
-from pipelines.planning.estimate import (
-    Experts,
-    Rows,
-    assumed_ranks,
-    bytes_of_gates,
-    estimate,
-)
+from pipelines.planning.estimate import assumed_ranks, estimate
+from pipelines.planning.fit_estimate import bytes_of_gates
+from pipelines.planning.passes import Experts, Rows, rows_at_once, working_bytes
 from pipelines.planning.row_faults import faults_of_rows
 from pipelines.recipe.benchmark import BenchmarkSection
 from pipelines.recipe.recipe import Recipe, locate
@@ -472,10 +468,24 @@ def test_the_fit_of_the_quickstart_is_estimated_as_it_was_measured(tmp_path: Pat
 
 def test_what_comes_after_attention_has_an_input_of_its_own() -> None:
     def kept(*names: str) -> float:
-        return bytes_of_gates({f"layers.0.attn.{name}": 64 for name in names}, 3)[1]
+        return bytes_of_gates({f"layers.0.attn.{name}": 64 for name in names}, 3, "point")[1]
 
     assert kept("q_proj", "k_proj", "v_proj") == kept("o_proj")
     assert kept("q_proj", "k_proj", "v_proj", "o_proj") == 2 * kept("o_proj")
+
+
+@pytest.mark.parametrize("share", ["module", "point", "turn", "layer", "token"])
+def test_the_points_that_get_a_gate_are_counted(share: str) -> None:
+    modules = {"attn.q_proj": 64, "attn.v_proj": 64, "attn.o_proj": 64, "mlp.down_proj": 256}
+    inputs = {f"layers.{n}.{name}": width for n in range(10) for name, width in modules.items()}
+    sharing, fitted = Sharing(share, 10), {}
+    for path, width in inputs.items():
+        index = int(path.split(".")[1])
+        if "v_proj" not in path and sharing.decided(index) is None:
+            sharing.new(index)
+            fitted[path] = width
+    assert len(fitted) == {"layer": 10, "token": 10}.get(share, 30)
+    assert bytes_of_gates(inputs, 3, share)[1] == bytes_of_gates(fitted, 3, "point")[1]
 
 
 def test_the_tokens_of_a_chat_template_are_counted(world: World, chat_base: Path) -> None:

@@ -408,7 +408,7 @@ def fuse_adapters() -> Callable[..., Manifest]:
     def fuse_them(base: Path, adapters: dict[str, Path], out: Path) -> Manifest:
         from meteora.adapters import reader
         from meteora.artifacts import RouterOptions
-        from meteora.base.loading import fingerprint_of
+        from meteora.base.shapes import fingerprint_of
         from meteora.base.sources import weights_sha256
         from meteora.checkpoint.manifest import (
             EXPERTS,

@@ -1,6 +1,7 @@
 """Base models: find, load, measure and compare them, and turn text into their tokens.
 
-loading           load a base and its tokenizer; fingerprint and shapes
+loading           load a base and its tokenizer
+shapes            its fingerprint, the sizes and the norms of its layers
 config_checks     checks of a base's configs that transformers does not make
 placement         where the parts of a base lie and compute, if they are spread over devices
 download          the files of a base on the Hub

@@ -15,7 +15,8 @@ from typing import TYPE_CHECKING
 from transformers import AutoConfig
 
 from meteora.artifacts import MeteoraError
-from meteora.base.loading import fingerprint, load_tokenizer
+from meteora.base.loading import load_tokenizer
+from meteora.base.shapes import fingerprint
 from meteora.untrusted.findings import Findings, brief, shortened
 
 if TYPE_CHECKING:

@@ -16,7 +16,7 @@ from gguf import MODEL_ARCH
 from torch import Tensor
 
 from meteora.artifacts import Fingerprint
-from meteora.base.loading import shape_of
+from meteora.base.shapes import shape_of
 from meteora.checkpoint.export import ExportError, new_folder
 from meteora.checkpoint.manifest import Manifest, read_manifest, unknown_expert_message
 from meteora.checkpoint.sound_file import AGAIN

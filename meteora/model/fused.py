@@ -20,6 +20,7 @@ from torch import Tensor
 from meteora.artifacts import NULL, Fingerprint, MeteoraError, RouterOptions
 from meteora.base import loading
 from meteora.base.placement import PlacementError, is_offloaded, placed, require_device
+from meteora.base.shapes import fingerprint, sizes_of
 from meteora.base.sources import PATH, weights_sha256
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import Manifest, ModuleEntry, read_manifest, unknown_expert_message
@@ -133,7 +134,7 @@ def load(
     options |= placed(device_map, max_memory=max_memory, offload_folder=offload_folder)
     of_base = base_download(checkpoint_folder, manifest, download)
     model, tokenizer = load_base(manifest, base_folder, dtype, download=of_base, options=options)
-    check_base(manifest, loading.fingerprint(model.config, tokenizer), folder)
+    check_base(manifest, fingerprint(model.config, tokenizer), folder)
     if base_folder is not None:
         check_weights(manifest, Path(base_folder))
     insert_experts(model, folder, manifest, cache=cache)
@@ -234,7 +235,7 @@ def insert_layer(
         ) from error
     if cache is None and is_offloaded(projection):
         cache = ExpertCache(0)
-    sizes = loading.sizes_of(projection)
+    sizes = sizes_of(projection)
     if sizes != (entry.in_features, entry.out_features):
         raise WrongBaseError(
             f"{path}: the experts take {entry.in_features} inputs and give {entry.out_features},"

@@ -12,7 +12,7 @@ import torch
 from safetensors import safe_open
 from torch import Tensor
 
-from meteora.base.loading import weight_key
+from meteora.base.shapes import weight_key
 from meteora.serving.served_folder import UnservableError
 
 SAMPLES = 16

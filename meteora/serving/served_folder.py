@@ -19,6 +19,7 @@ from meteora.artifacts import MeteoraError
 from meteora.artifacts.routers import SERVABLE
 from meteora.base import loading
 from meteora.base.download import download_base
+from meteora.base.shapes import fingerprint_of
 from meteora.checkpoint.export import ExportError, new_folder
 from meteora.checkpoint.manifest import CONFIG, EXPERTS, GATES, MANIFEST, Manifest, read_manifest
 from meteora.checkpoint.resolve import find_checkpoint
@@ -87,7 +88,7 @@ def export_for_vllm(checkpoint: Path, base: Path, out: Path, *, copy: bool = Fal
             f"{base}: its weights are quantised, and experts are served beside plain ones; give"
             " the base in 16 or 32 bits with --base"
         )
-    check_base(manifest, loading.fingerprint_of(base), base)
+    check_base(manifest, fingerprint_of(base), base)
     check_weights(manifest, base)
     shards = sorted(path for path in base.glob("*.safetensors") if _is_served(path))
     if not shards:
@@ -134,7 +135,7 @@ def _download(name: str, revision: str | None) -> Path:
     folder, manifest = checkpoint.parent, read_manifest(checkpoint)
     commit, saved = folder.name, {"token": None}  # the saved token, which vLLM sends there, too
     download_base(name, commit, saved, weights=False)
-    check_base(manifest, loading.fingerprint_of(folder), folder)
+    check_base(manifest, fingerprint_of(folder), folder)
     download_base(name, commit, saved)
     return find_checkpoint(name, commit, subfolder=CHECKPOINT)
 
@@ -204,7 +205,7 @@ def find_served_checkpoint(name: str, revision: str | None, memory_bytes: int) -
     """
     if Path(name).is_dir():
         checkpoint = Path(name) / CHECKPOINT
-        found = loading.fingerprint_of(Path(name))
+        found = fingerprint_of(Path(name))
         check_base(read_manifest(checkpoint), found, Path(name))
     else:
         checkpoint = _download(name, revision)

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING, NoReturn
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError, check_duplicates, check_memory
 from meteora.adapters.update_norm import check_proportion
-from meteora.base import loading
+from meteora.base.shapes import norms_of, sizes_of
 from meteora.base.sources import PATH, names_path, path_from
 from meteora.checkpoint import edit
 from meteora.model.silent_experts import silent_experts
@@ -102,7 +102,7 @@ class Admission:
             UnusableRepositoryError: Its repository cannot be used; this is recorded, too.
             HubError: A fault of the Hub itself, which is no verdict on the adapter.
         """
-        sizes = {path: size for path, m in model.named_modules() if (size := loading.sizes_of(m))}
+        sizes = {path: size for path, m in model.named_modules() if (size := sizes_of(m))}
         candidate, context = self.candidate, self.context
         spec, policy = self.manifest.base.spec, context.recipe.policy
         ref, fetch = self.source
@@ -119,7 +119,7 @@ class Admission:
         warnings = self._compare_with_others(expert)
         for reason in expert.adapter.reasons:
             say(f"{candidate.name}: {reason.message}", "note")
-        norms = loading.norms_of(model, (module.path for module in expert.adapter.spec.modules))
+        norms = norms_of(model, (module.path for module in expert.adapter.spec.modules))
         warnings += check_proportion(expert.adapter, norms)
         return verdicts.with_warnings(verdicts.with_hub_facts(context, expert), warnings)
 

@@ -12,7 +12,7 @@ full, so times are rather too long. Estimates are good to a factor of two or so.
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
-from meteora.base.loading import Shape
+from meteora.base.shapes import Shape
 from meteora.model.generate import PROMPTS_PER_BATCH
 from meteora.untrusted.findings import counted
 from pipelines.data.labels import MAX_NEW_TOKENS

@@ -6,7 +6,7 @@ Work: the tokens that pass the model, and the products and factors at each input
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 
-from meteora.base.loading import Shape
+from meteora.base.shapes import Shape
 from meteora.fitting.calibrate import MAX_TOKEN_BYTES
 from meteora.fitting.covariance import BLOCK, ITERATIONS
 from meteora.fitting.layerwise import MAX_HIDDEN_BYTES, MAX_OUTPUT_BYTES

@@ -13,7 +13,8 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import COMMIT, BaseSpec
 from meteora.base.chat_template import ConversationError, encode_messages
-from meteora.base.loading import Shape, load_tokenizer, shape_of
+from meteora.base.loading import load_tokenizer
+from meteora.base.shapes import Shape, shape_of
 from meteora.base.sources import GGUF, PATH, find_gguf
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.hub.snapshot import cached

@@ -6,7 +6,7 @@ Speed: the rates that `machine` measures now, times `EFFICIENCY`.
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 
-from meteora.base.loading import Shape
+from meteora.base.shapes import Shape
 from pipelines.recipe.benchmark import BenchmarkSection
 from pipelines.workspace.machine import Machine
 

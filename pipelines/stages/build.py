@@ -27,6 +27,7 @@ from meteora.artifacts import (
 )
 from meteora.base import loading
 from meteora.base.chat_template import Template
+from meteora.base.shapes import fingerprint_of, linear_sizes, weight_norms
 from meteora.base.sources import GGUF, weights_sha256
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, GATES, STATISTICS
@@ -92,12 +93,12 @@ def build_base(work: RunContext, spec: BaseSpec) -> BuiltBase:
         if not folder.is_dir():
             _bring_base(work, spec, folder)
         require_sound(work.ledger, spec)
-        sizes = loading.linear_sizes(folder)
-        norms = loading.weight_norms(folder, sizes)
+        sizes = linear_sizes(folder)
+        norms = weight_norms(folder, sizes)
         built = BuiltBase(
             spec,
             weights_sha256(folder),
-            loading.fingerprint_of(folder),
+            fingerprint_of(folder),
             tuple(LinearSize(path, *size, norms.get(path, 0.0)) for path, size in sizes.items()),
             licence_of(folder),
         )

@@ -25,7 +25,8 @@ from meteora.artifacts import (
     short,
 )
 from meteora.artifacts.routers import ANSWER_START_SHARE
-from meteora.base.loading import fingerprint, layers_on_disk, shape_of
+from meteora.base.loading import layers_on_disk
+from meteora.base.shapes import fingerprint, shape_of
 from meteora.checkpoint import edit, tensors
 from meteora.checkpoint.manifest import (
     EXPERTS,

@@ -19,8 +19,8 @@ from meteora.artifacts import (
     RoutingSwitch,
     canonical_sha256,
 )
-from meteora.base import loading
 from meteora.base.placement import input_device
+from meteora.base.shapes import shape_of_model
 from meteora.model.fused import expert_names
 from meteora.model.generate import prompts_at_once
 from meteora.routing.layer import routed_layers
@@ -164,7 +164,7 @@ def _batch_size(
     settings = work.recipe.benchmark
     if settings.batch_size != "auto":
         return settings.batch_size
-    task, shape = plan.tasks[measurement.spec.task], loading.shape_of_model(model)
+    task, shape = plan.tasks[measurement.spec.task], shape_of_model(model)
     held = sum(t.nbytes for t in (*model.parameters(), *model.buffers()) if not t.is_meta)
     if measurement.system in plan.merges:
         routed = [shape.linears[f"{path}.projection"] for path in routed_layers(model)]

@@ -13,6 +13,7 @@ import torch
 from meteora.artifacts import WITH_GATES, AdapterSpec, ArtifactId, BuiltBase, FusedSpec, RouterBuild
 from meteora.base import loading
 from meteora.base.placement import placed
+from meteora.base.shapes import fingerprint, shape_of
 from meteora.checkpoint.manifest import (
     EXPERTS,
     GATES,
@@ -136,7 +137,7 @@ def opened(
         model, tokenizer = loading.load_folder(
             work.base_folder(plan.base), options=options, quantise=plan.base.quantise
         )
-        check_base(manifest, loading.fingerprint(model.config, tokenizer), scratch)
+        check_base(manifest, fingerprint(model.config, tokenizer), scratch)
         budget = work.recipe.expert_cache_bytes
         cache = None if budget is None else ExpertCache(budget)
         insert_experts(model, scratch, manifest, cache=cache)
@@ -178,7 +179,7 @@ def _num_bytes(work: RunContext, plan: Plan) -> float:
     """The bytes of base and experts on the device."""
     experts = work.ledger.blobs.path_of(str(work.ledger.weights_of(plan.fused.id))).stat().st_size
     held = held_bytes(work.recipe, experts)
-    return loading.shape_of(work.base_folder(plan.base)).num_bytes + held
+    return shape_of(work.base_folder(plan.base)).num_bytes + held
 
 
 def tokenizer_of_gates(

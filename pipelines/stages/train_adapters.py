@@ -29,9 +29,10 @@ from torch.nn.functional import cross_entropy
 from meteora.adapters.files import CONFIG, PEFT_WEIGHTS
 from meteora.artifacts import COMMIT, BaseSpec, MeteoraError
 from meteora.base.chat_template import encode_pair, encode_prompt
-from meteora.base.loading import load_folder, shape_of
+from meteora.base.loading import load_folder
 from meteora.base.padding import padded
 from meteora.base.placement import is_out_of_memory, placed
+from meteora.base.shapes import shape_of
 from meteora.base.sources import PATH
 from meteora.fitting.joint import DivergedError
 from meteora.fitting.losses import computed_again, decoder_layers

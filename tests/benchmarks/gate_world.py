@@ -17,6 +17,7 @@ from meteora.adapters.compatibility import fit_to_base
 from meteora.artifacts import RouterOptions
 from meteora.base import loading
 from meteora.base.chat_template import Template, encode_pair, encode_prompt
+from meteora.base.shapes import fingerprint_of, linear_sizes
 from meteora.checkpoint.manifest import EXPERTS, BaseEntry, ExpertEntry, Manifest
 from meteora.checkpoint.stack import module_entries, stack_adapters
 from meteora.fitting.sequences import UNLABELLED
@@ -82,11 +83,11 @@ class World:
     ) -> PreTrainedModel:
         """The base with these experts, all by default, and no router yet."""
         chosen = list(names or self.names)
-        sizes = loading.linear_sizes(self.base)
+        sizes = linear_sizes(self.base)
         read_ones = [fit_to_base(reader.read(self.adapters[n]), sizes) for n in chosen]
         stack_adapters(read_ones, self.folder / EXPERTS)
         manifest = Manifest(
-            base=BaseEntry("", "", loading.fingerprint_of(self.base)),
+            base=BaseEntry("", "", fingerprint_of(self.base)),
             experts=tuple(
                 ExpertEntry(name, one.spec.id, "", "", one.spec.weights_sha256, "", "")
                 for name, one in zip(chosen, read_ones, strict=True)

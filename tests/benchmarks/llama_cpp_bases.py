@@ -31,6 +31,7 @@ from meteora.adapters import reader
 from meteora.adapters.compatibility import fit_to_base
 from meteora.artifacts import RouterOptions
 from meteora.base import loading
+from meteora.base.shapes import fingerprint_of, linear_sizes
 from meteora.checkpoint.gguf_export import ARCHITECTURES, export_gguf
 from meteora.checkpoint.manifest import EXPERTS, MANIFEST, BaseEntry, ExpertEntry, Manifest
 from meteora.checkpoint.stack import module_entries, stack_adapters
@@ -104,14 +105,14 @@ def write_checkpoint(base: Path, architecture: str, out: Path) -> Manifest:
             if "lora_B" in path:
                 torch.nn.init.normal_(parameter, std=0.3)
         adapter.save_pretrained(str(out / name))
-        adapters.append(fit_to_base(reader.read(out / name), loading.linear_sizes(base)))
+        adapters.append(fit_to_base(reader.read(out / name), linear_sizes(base)))
     stack_adapters(adapters, out / EXPERTS)
     entries = [
         ExpertEntry(name, one.spec.id, SOURCE, COMMIT, one.spec.weights_sha256, "", "")
         for name, one in zip(EXPERTS_OF, adapters, strict=True)
     ]
     manifest = Manifest(
-        base=BaseEntry(SOURCE, COMMIT, loading.fingerprint_of(base)),
+        base=BaseEntry(SOURCE, COMMIT, fingerprint_of(base)),
         experts=tuple(entries),
         modules=module_entries([one.spec for one in adapters]),
         router=RouterOptions("uniform", 1, 1.0),

@@ -7,7 +7,7 @@ from safetensors.torch import load_file, save_file
 import meteora
 from meteora.adapters import reader
 from meteora.adapters.update_norm import LIMIT, check_proportion, update_norms
-from meteora.base.loading import linear_sizes, weight_norms
+from meteora.base.shapes import linear_sizes, weight_norms
 from meteora.model.silent_experts import silent_experts
 
 

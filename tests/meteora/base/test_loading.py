@@ -24,17 +24,9 @@ from transformers.models.llama4.modeling_llama4 import Llama4Router
 from transformers.utils import logging as hf_logging
 
 from meteora.base.config_checks import MAX_LAYERS
-from meteora.base.loading import (
-    fingerprint_of,
-    layers_on_disk,
-    linear_sizes,
-    load_config,
-    load_folder,
-    load_gguf,
-    load_tokenizer,
-    sizes_of,
-)
+from meteora.base.loading import layers_on_disk, load_config, load_folder, load_gguf, load_tokenizer
 from meteora.base.placement import WRITTEN, PlacementError, own_head, written_weights
+from meteora.base.shapes import fingerprint_of, linear_sizes, sizes_of
 from meteora.base.sources import SourceError
 from meteora.base.temporary_folder import HERE
 from meteora.checkpoint import resolve

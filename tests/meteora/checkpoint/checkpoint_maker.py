@@ -12,7 +12,7 @@ import torch
 
 from meteora.artifacts import RouterOptions, file_sha256
 from meteora.base.chat_template import Template
-from meteora.base.loading import fingerprint
+from meteora.base.shapes import fingerprint
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, Manifest, read_manifest
 from meteora.checkpoint.tensors import Gates, read_experts, read_gates, write_gates
 from meteora.model.fused import check_base, insert_experts, insert_routers

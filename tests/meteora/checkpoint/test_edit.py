@@ -11,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from meteora.adapters import reader
 from meteora.adapters.compatibility import fit_to_base
 from meteora.adapters.weights import ChangedAdapterError
-from meteora.base import loading
+from meteora.base.shapes import linear_sizes
 from meteora.checkpoint.edit import EditError, add_expert, drop_expert, larger_bytes
 from meteora.checkpoint.manifest import EXPERTS, MANIFEST, read_manifest
 from meteora.checkpoint.tensors import read_experts
@@ -52,7 +52,7 @@ def test_dropping_leaves_every_other_expert_as_it_was(world, smaller):
 
 
 def test_adding_brings_back_what_was_dropped_at_the_end(world, smaller, tmp_path):
-    sizes = loading.linear_sizes(world.base)
+    sizes = linear_sizes(world.base)
     adapter = fit_to_base(reader.read(world.adapters["q_and_v"]), sizes)
     entry = world.manifest.experts[2]
     grown = tmp_path / "grown"
@@ -82,9 +82,7 @@ def test_modules_that_only_one_expert_targeted_come_and_go_with_it(world, tmp_pa
     assert not any("up_proj" in path for path in manifest.modules)
     (folder / MANIFEST).write_text(manifest.to_json())
     (tmp_path / EXPERTS).rename(folder / EXPERTS)
-    adapter = fit_to_base(
-        reader.read(world.adapters["all_seven"]), loading.linear_sizes(world.base)
-    )
+    adapter = fit_to_base(reader.read(world.adapters["all_seven"]), linear_sizes(world.base))
     grown = add_expert(folder, adapter, world.manifest.experts[0], tmp_path / EXPERTS)
     assert list(grown.modules) == list(world.manifest.modules)
     assert grown.modules["model.layers.0.mlp.up_proj"].ranks == (0, 0, 0, 4)
@@ -122,7 +120,7 @@ def test_a_newcomer_of_mlx_lm_in_a_wider_dtype_is_added_exactly(world, tmp_path)
     save_file(turned, mlx / "adapters.safetensors")
     claims = {"fine_tune_type": "lora", "num_layers": 2, "lora_parameters": {"rank": 8, "scale": 2}}
     (mlx / "adapter_config.json").write_text(json.dumps(claims))
-    adapter = fit_to_base(reader.read(mlx), loading.linear_sizes(world.base))
+    adapter = fit_to_base(reader.read(mlx), linear_sizes(world.base))
     num_bytes = larger_bytes(folder, adapter)
     manifest = add_expert(folder, adapter, world.manifest.experts[2], tmp_path / EXPERTS)
     before, after = slices(world.checkpoint, world.manifest), slices(tmp_path, manifest)

@@ -19,7 +19,7 @@ from meteora.adapters.compatibility import fit_to_base
 from meteora.adapters.tensors import AdapterTensors
 from meteora.adapters.weights import AdapterWeights, ChangedAdapterError
 from meteora.artifacts import file_sha256
-from meteora.base.loading import linear_sizes
+from meteora.base.shapes import linear_sizes
 from meteora.checkpoint import interleave
 from meteora.checkpoint.manifest import EXPERTS
 from meteora.checkpoint.stack import OpenFilesError, stack_adapters

@@ -18,11 +18,10 @@ from transformers import AutoModelForCausalLM
 import meteora
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import Template
-from meteora.base.loading import (
+from meteora.base.loading import layers_on_disk, load_folder
+from meteora.base.shapes import (
     fingerprint_of,
-    layers_on_disk,
     linear_sizes,
-    load_folder,
     norms_of,
     shape_of,
     shape_of_model,

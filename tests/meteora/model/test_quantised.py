@@ -10,7 +10,7 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, BitsAndBytesConfig
 
 import meteora
-from meteora.base.loading import linear_sizes, weight_norms
+from meteora.base.shapes import linear_sizes, weight_norms
 from meteora.base.sources import SourceError
 from meteora.fitting.calibrate import calibrate
 from meteora.routing.layer import routed_layers

@@ -11,7 +11,8 @@ import pytest
 import yaml
 
 from meteora.base.chat_template import encode_messages
-from meteora.base.loading import Shape, load_tokenizer, shape_of
+from meteora.base.loading import load_tokenizer
+from meteora.base.shapes import Shape, shape_of
 from meteora.routing.gates import Sharing
 from pipelines.data.row_sources import read_rows
 from pipelines.planning import dry_run
@@ -358,7 +359,7 @@ SHAPE_SIZES = {"layers.0.attn.q": (64, 64), "layers.0.mlp.up": (64, 256), "head"
 def shape() -> Shape:
     import torch  # noqa: PLC0415
 
-    from meteora.base.loading import Shape  # noqa: PLC0415
+    from meteora.base.shapes import Shape  # noqa: PLC0415
 
     return Shape(
         num_parameters=10**9,

@@ -1,46 +1,58 @@
 """Which part of a prompt the default gates lose by: one part gets the right expert by hand.
 
     python -m tests.benchmarks.parts CHECKPOINT TASKS [--rows 60] [--system long]
+    python -m tests.benchmarks.parts CHECKPOINT TASKS --turns 10 [--conversations 60]
 
 CHECKPOINT has gates by which each token decides for itself, and TASKS a `NAME/test.jsonl` of each
-of its experts. The parts are the opening of the chat template, the question, its closing, and the
-answer. All parts but the named ones are left to the gates. `--system` asks under one of the system
-prompts of `tests.benchmarks.prompts`, which is then part of the opening.
+of its experts. The parts are the opening of the chat template or the text between two turns, the
+first two tokens of the question, the rest of it, its closing, and the answer. All parts but the
+named ones are left to the gates. `--system` asks under one of the system prompts of
+`tests.benchmarks.prompts`, which is then part of the opening. `--turns` asks conversations of so
+many turns, each about another task. The second table has the routes with nothing by hand.
 """
 
 import argparse
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
 import meteora
-from meteora.base.chat_template import Template, encode_messages
-from meteora.model.generate import answer_all
+from meteora.artifacts import SHARED
+from meteora.base.chat_template import Template
+from meteora.model.generate import end_tokens
 from meteora.routing.layer import routed_layers
 from meteora.routing.passes import PassInput, Present, Watcher
 from meteora.routing.routers import Gate
 from meteora.routing.turns import questions
+from pipelines.data.composites import Question
+from pipelines.data.dialogues import Dialogue, draw_dialogues
 from pipelines.data.row_sources import read_rows
+from pipelines.evaluation import measurements
+from pipelines.evaluation.conversations import Conversing, Prompt, TurnCache
 from pipelines.scoring.metrics import exact_match
 from tests.benchmarks.paired import difference, mean_score
-from tests.benchmarks.prompts import SYSTEMS
+from tests.benchmarks.prompts import BATCH_SIZE, SYSTEMS
 from tests.benchmarks.timing import table, tell
 
-OPENING, QUESTION, CLOSING, ANSWER = PARTS = (0, 1, 2, 3)
+PARTS = ("opening", "first two tokens", "rest of the question", "closing", "answer")
+OPENING, FIRST, REST, CLOSING, ANSWER = range(len(PARTS))
+TURN = (FIRST, REST, CLOSING, ANSWER)
 FORCED = {
     "none": (),
     "none; no offsets": (),
     "answer": (ANSWER,),
-    "question": (QUESTION,),
-    "question, closing, answer": (QUESTION, CLOSING, ANSWER),
-    "question, closing, answer; no offsets": (QUESTION, CLOSING, ANSWER),
+    "first two tokens": (FIRST,),
+    "question": (FIRST, REST),
+    "question, closing, answer": TURN,
+    "question, closing, answer; no offsets": TURN,
     "opening; no offsets": (OPENING,),
-    "all; no offsets": PARTS,
 }
-"""Where the right expert is forced; the first is the model as it is, the last the oracle. Offsets
-make up for an opening by all experts, and are left out where the right one has it."""
+"""Where the right expert is forced; the first is the model as it is. Offsets make up for an opening
+by all experts, and are left out where the right one has it."""
 ORACLE = "all; no offsets"
 MAX_NEW_TOKENS = 24
 
@@ -48,28 +60,72 @@ MAX_NEW_TOKENS = 24
 class Parts(Watcher):
     """The part of each token in the present pass, and what is forced there."""
 
-    def __init__(self, template: Template) -> None:
-        self.template, self.now = template, Present()
+    def __init__(self, template: Template, shared: int, ends: Sequence[int]) -> None:
+        """Take the number of the choice that is the mean of all experts, and what ends answers."""
+        self.template, self.shared, self.now = template, shared, Present()
+        self.ends = torch.tensor(ends)
         self.forced: tuple[int, ...] = ()
-        self.expert = 0
-        self.is_forced = torch.zeros(0, dtype=torch.bool)
-        """[T]"""
+        self.experts = self.before = torch.zeros(0, dtype=torch.long)
+        """[B] the right expert of each conversation's turn, and that of the turn before."""
+        self.part = torch.zeros(0, 0, dtype=torch.long)
+        """[B, L]; -1 for padding, and behind the end of an answer"""
+        self.went: Counter[tuple[int, str]] = Counter()
+        """Routes by part and by whose expert they chose."""
 
     def see(self, seen: PassInput) -> None:
-        part = torch.full_like(seen.is_token, ANSWER, dtype=torch.long)
-        if not seen.goes_on:
+        self.part = torch.full(seen.is_token.shape, ANSWER)
+        if seen.is_token.shape[1] > 1:
             asked = questions(seen, self.template).asked
-            begun = asked.cumsum(1) > 0
-            part = begun * CLOSING  # not begun: the opening
-            part[asked] = QUESTION
-        self.is_forced = torch.isin(part, torch.tensor(self.forced)).flatten()
+            place = asked.cumsum(1)
+            self.part = (place > 0) * CLOSING  # not begun: the opening
+            self.part[asked] = torch.where(place[asked] > 2, REST, FIRST)
+        elif seen.ids is not None:  # a batch goes on until its last answer ends
+            self.part[torch.isin(seen.ids, self.ends)] = -1
+        self.part[~seen.is_token] = -1
 
     def decide(self, logits_of: Callable[[Tensor], Tensor], tokens: Tensor) -> Tensor:
         """A gate's own logits [T, C], or those of the right expert."""
-        logits = logits_of(tokens)
-        right = torch.full_like(logits[0], -torch.inf)
-        right[self.expert] = 0.0
-        return torch.where(self.is_forced[:, None], right, logits)
+        logits, part = logits_of(tokens), self.part.flatten()
+        right, before = (
+            own[:, None].expand_as(self.part).flatten() for own in (self.experts, self.before)
+        )
+        chosen = logits.argmax(1)
+        whose = {"right": chosen == right, "all": chosen == self.shared, "before": chosen == before}
+        for number in range(len(PARTS)):
+            for name, is_so in whose.items():
+                self.went[number, name] += int((is_so & (part == number)).sum())
+            self.went[number, ""] += int((part == number).sum())
+        is_forced = torch.isin(part, torch.tensor(self.forced))[:, None]
+        by_hand = torch.full_like(logits, -torch.inf).scatter_(1, right[:, None], 0.0)
+        return torch.where(is_forced, by_hand, logits)
+
+
+@dataclass(eq=False)
+class PartsConversing(Conversing):
+    """Tells the parts whose turn it is."""
+
+    parts: Parts | None = None
+    names: Sequence[str] = ()
+
+    def _answer(self, prompts: Sequence[Prompt], cache: TurnCache) -> list[dict[str, object]]:
+        if self.parts is not None:
+            own = torch.tensor([self.names.index(one.experts[-1]) for one in prompts])
+            is_later = any(cache.ids)
+            self.parts.before = self.parts.experts if is_later else torch.full_like(own, -1)
+            self.parts.experts = own
+        return super()._answer(prompts, cache)
+
+
+def asked_of(
+    names: Sequence[str], tasks: Path, rows: int, turns: int, count: int, system: str | None
+) -> list[list[Dialogue]]:
+    """The dialogues of each task, or `count` of all tasks together."""
+    found = {name: read_rows(f"jsonl:{name}/test.jsonl", tasks, rows) for name in names}
+    if turns > 1:
+        return [draw_dialogues(found, turns, count, seed=0, system=system)]
+    return [
+        [Dialogue((Question(name, row),), system) for row in own] for name, own in found.items()
+    ]
 
 
 def main() -> None:
@@ -77,46 +133,78 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("tasks", type=Path)
     parser.add_argument("--rows", type=int, default=60)
+    parser.add_argument("--turns", type=int, default=1)
+    parser.add_argument("--conversations", type=int, default=60)
     parser.add_argument("--only", nargs="+", choices=FORCED, default=list(FORCED))
     parser.add_argument("--system", choices=SYSTEMS, default="default")
     asked = parser.parse_args()
-    system = SYSTEMS[asked.system]
-    before = [] if system is None else [{"role": "system", "content": system}]
     model, tokenizer = meteora.load(asked.checkpoint)
-    parts = Parts(Template.of(tokenizer))
-    parts.watch(model)
-    for layer in routed_layers(model).values():
-        if isinstance(layer.router, Gate):
-            layer.router.by_question = parts
-    routers = [layer.router for layer in routed_layers(model).values() if layer.router]
-    offsets = [router.offsets for router in routers]
-    names = [name for name in meteora.expert_names(model) if (asked.tasks / name).is_dir()]
+    choices = meteora.expert_names(model)
+    names = [name for name in choices if (asked.tasks / name).is_dir()]
     if not names:
         parser.error(f"{asked.tasks} has no folder of any expert's name")
-    values: dict[str, list[list[float]]] = {}
-    for what in dict.fromkeys([ORACLE, *asked.only]):
+    ends = end_tokens(model, tokenizer)
+    shared = choices.index(SHARED) if SHARED in choices else len(choices)
+    parts = Parts(Template.of(tokenizer), shared, ends)
+    routers = [layer.router for layer in routed_layers(model).values() if layer.router]
+    for router in routers:
+        if isinstance(router, Gate):
+            router.by_question = parts
+    offsets = [router.offsets for router in routers]
+    system = SYSTEMS[asked.system]
+    groups = asked_of(names, asked.tasks, asked.rows, asked.turns, asked.conversations, system)
+
+    def values(control: str) -> list[list[float]]:
+        """The mean of each dialogue's turns, by group."""
+        conversing = PartsConversing(
+            model,
+            tokenizer,
+            MAX_NEW_TOKENS,
+            BATCH_SIZE,
+            control,
+            parts=None if control else parts,
+            names=choices,
+        )
+        return [
+            [
+                sum(
+                    exact_match(turn["output"], question.row)
+                    for turn, question in zip(turns, dialogue.questions, strict=True)
+                )
+                / len(turns)
+                for turns, dialogue in zip(conversing.ask(group), group, strict=True)
+            ]
+            for group in groups
+        ]
+
+    found = {ORACLE: values(measurements.ORACLE)}
+    parts.watch(model)
+    for what in asked.only:
         parts.forced = FORCED[what]
         for router, own in zip(routers, offsets, strict=True):
             router.offsets = None if "no offsets" in what else own
-        for name in names:
-            parts.expert = meteora.expert_names(model).index(name)
-            rows = read_rows(f"jsonl:{name}/test.jsonl", asked.tasks, asked.rows)
-            prompts = [
-                encode_messages(tokenizer, [*before, {"role": "user", "content": row.prompt}])
-                for row in rows
-            ]
-            answers = tokenizer.batch_decode(
-                answer_all(model, tokenizer, prompts, MAX_NEW_TOKENS), skip_special_tokens=True
-            )
-            found = [exact_match(said, row) for said, row in zip(answers, rows, strict=True)]
-            values.setdefault(what, []).append(found)
+        parts.went.clear()
+        found[what] = values("")
+        if what == "none":
+            routes = parts.went.copy()
         print(f"{what}: done", flush=True)
     lines = [
-        [what, f"{mean_score(found):.3f}", difference([*zip(found, values[ORACLE], strict=True)])]
-        for what, found in values.items()
+        [what, f"{mean_score(own):.3f}", difference([*zip(own, found[ORACLE], strict=True)])]
+        for what, own in found.items()
     ]
     text = table(["right by hand", "mean", "against all"], lines)
-    tell(f"{len(names)} tasks, {asked.rows} rows each\n\n{text}", "cpu")
+    if "none" in asked.only:
+        whose = ("right", "before", "all")
+        shares = [
+            [part, *(f"{routes[i, name] / max(routes[i, ''], 1):.3f}" for name in whose)]
+            for i, part in enumerate(PARTS)
+        ]
+        columns = ["part", "its own expert", "the turn before's", "all experts"]
+        text += "\n\n" + table(columns, shares)
+    number = f"{asked.rows} rows each"
+    if asked.turns > 1:
+        number = f"{asked.conversations} conversations of {asked.turns} turns"
+    tell(f"{len(names)} tasks, {number}\n\n{text}", "cpu")
 
 
 if __name__ == "__main__":

@@ -74,8 +74,9 @@ def test_a_benchmark_prints_a_table_or_json(name, as_json, monkeypatch, capsys):
         assert all(row["floor"] >= 1 for row in rows.values())
 
 
+@pytest.mark.parametrize("turns", [1, 2])
 def test_the_right_expert_is_forced_where_a_part_of_the_prompt_says_so(
-    world, tmp_path, monkeypatch, capsys
+    turns, world, tmp_path, monkeypatch, capsys
 ):
     base = shutil.copytree(world.base, tmp_path / "base")
     (base / "chat_template.jinja").write_text(CHAT_TEMPLATE)
@@ -86,7 +87,8 @@ def test_the_right_expert_is_forced_where_a_part_of_the_prompt_says_so(
 
     def recorded(self, logits_of, tokens):
         logits = decide(self, logits_of, tokens)
-        found.append((self.is_forced, logits.argmax(-1) == self.expert))
+        is_forced = torch.isin(self.part, torch.tensor(self.forced))
+        found.append((is_forced, logits.argmax(-1).view_as(self.part) == self.experts[:, None]))
         return logits
 
     monkeypatch.setattr(parts.Parts, "decide", recorded)
@@ -94,13 +96,14 @@ def test_the_right_expert_is_forced_where_a_part_of_the_prompt_says_so(
     task.mkdir(parents=True)
     (task / "test.jsonl").write_text('{"prompt": "one", "response": "two"}\n')
     asked = ["parts", str(world.checkpoint), str(task.parent), "--rows", "1", "--only", "answer"]
+    asked += ["--turns", str(turns), "--conversations", "2"]
     monkeypatch.setattr("sys.argv", asked)
     parts.main()
     rows = capsys.readouterr().out
     assert f"| {parts.ORACLE} |" in rows
     assert "| answer |" in rows
     assert all(right[forced].all() for forced, right in found)
-    assert {bool(one) for forced, _ in found for one in forced} == {True, False}
+    assert {bool(one) for forced, _ in found for one in forced.flatten()} == {True, False}
 
 
 def test_more_rows_than_ship_begin_with_those_that_ship(tmp_path, monkeypatch):

@@ -191,7 +191,9 @@ def main() -> None:
     lines = [
         [what, f"{mean_score(own):.3f}", difference([*zip(own, found[ORACLE], strict=True)])]
         for what, own in found.items()
+        if what != ORACLE
     ]
+    lines.insert(0, [ORACLE, f"{mean_score(found[ORACLE]):.3f}", ""])
     text = table(["right by hand", "mean", "against all"], lines)
     if "none" in asked.only:
         whose = ("right", "before", "all")

@@ -30,9 +30,8 @@ from meteora.base.chat_template import encode_prompt
 from meteora.model.fused import force_expert
 from meteora.model.generate import answer_all
 from meteora.model.update_sizes import read_prompts
-from pipelines.data.background import background_rows
+from pipelines.data.background import MAX_NEW_TOKENS, background_rows
 from pipelines.data.claims import Claim
-from pipelines.data.labels import MAX_NEW_TOKENS
 from pipelines.data.rows import ExamplesError
 
 if TYPE_CHECKING:

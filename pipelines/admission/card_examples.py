@@ -12,6 +12,7 @@ from typing import Any
 from urllib.parse import urlencode
 
 from httpx2 import TransportError  # what huggingface_hub speaks HTTP with
+from huggingface_hub import HfApi
 
 from meteora.untrusted.findings import brief, causes, listed
 from pipelines.data.hub_rows import (
@@ -20,9 +21,10 @@ from pipelines.data.hub_rows import (
     exchange_in,
     hub_items,
 )
-from pipelines.data.pinned import cached_entries, pin
+from pipelines.data.pinned import SECONDS, cached_entries, pin
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import ExamplesError, Row
+from pipelines.hub.card import stated_licence
 
 COLUMNS = (
     ("prompt", "completion"),
@@ -94,6 +96,21 @@ def read_card_examples(
             cause = error.__cause__ if isinstance(error, UnreadableError) else None
             reasons.append(str(_fault(name, cause) if isinstance(cause, Exception) else error))
     raise NoCardExamplesError("; ".join(reasons) or "its card names no data set of the Hub")
+
+
+def licence_of_data_set(name: str, commit: str, token: str | None) -> str:
+    """The licence that the card of a data set states at a commit; empty if it is not known."""
+
+    def ask() -> list[dict[str, str]]:
+        options: Any = {"revision": commit, "token": token or False, "timeout": SECONDS}
+        card = HfApi().dataset_info(name, **options).card_data
+        return [{"licence": stated_licence(card and card.get("license"))}]
+
+    try:
+        (found,) = cached_entries(["licence", name, commit], ask, dict)
+    except Exception:  # of HTTP, and of wrong answers; it is noted where it is known
+        return ""
+    return found["licence"]
 
 
 def _is_fault_of_hub(error: BaseException | None) -> bool:

@@ -104,6 +104,12 @@ def _split(source: str) -> tuple[str, str, dict[str, str]]:
     return kind, name, dict(parse_qsl(query, keep_blank_values=True))
 
 
+def data_set_of(source: str) -> tuple[str, str]:
+    """The `owner/name` of a source's data set of the Hub, and its commit; both empty if unknown."""
+    kind, name, options = _split(source)
+    return (name, options.get("revision", "")) if kind == "hf" else ("", "")
+
+
 def pin_source(source: str, token_of: Callable[[str], str | None]) -> str:
     """A source of rows with its commit, if it is a data set of the Hub; else empty.
 

@@ -184,6 +184,7 @@ def _make_gates(work: RunContext, plan: Plan) -> RouterBuild:
             statistics_sha256=statistics_sha256,
             card_examples=tuple(f"{name}: {s}" for name, s in plan.card_examples.items()),
             hub_examples=tuple(f"{name}: {s}" for name, s in plan.hub_examples.items()),
+            example_licences=tuple(f"{name}: {s}" for name, s in plan.example_licences.items()),
             not_crossed=found.not_crossed,
         )
 

@@ -407,11 +407,22 @@ def test_a_recipe_takes_the_examples_of_a_card(
     rows = letters("attention", 0, 8)
     asked_rows = [{"question": r["prompt"], "answer": r["response"]} for r in rows]
     put(hub, "somebody/letters", asked_rows)
+    hub.repos["somebody/letters"].card = {"license": "mit"}
     plan = plan_of(workplace(**asked))
     assert [row.prompt for row in plan.examples["attention"]] == [row["prompt"] for row in rows]
     assert plan.card_examples["attention"].startswith("hf:somebody/letters?")
+    assert plan.example_licences == {"somebody/letters": "mit"}
     labelled = plan_of(plain)
     assert plan.router.examples_sha256 == labelled.router.examples_sha256
+
+    tested = [{"question": r.prompt, "answer": "?"} for r in plan.tests["attention"]]
+    put(hub, "somebody/letters", [tested[0], *asked_rows[:3], *tested[1:], *asked_rows[3:]])
+    hub.repos["somebody/letters"].commit = "b" * 40
+    assert plan_of(workplace(**asked)).examples["attention"] == labelled.examples["attention"]
+    put(hub, "somebody/letters", [*tested, asked_rows[0]])
+    hub.repos["somebody/letters"].commit = "c" * 40
+    plan = plan_of(workplace(**asked))
+    assert plan.no_card_examples["attention"].endswith(": of 5 rows 1 are no test rows")
 
 
 def test_rows_of_the_hub_are_those_of_one_commit_and_are_here_afterwards(

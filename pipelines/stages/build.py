@@ -49,6 +49,7 @@ from pipelines.hub.client import hub_of
 from pipelines.hub.snapshot import locked
 from pipelines.planning.examples import LEAST_EXAMPLES
 from pipelines.planning.fit_estimate import bytes_of_gates
+from pipelines.planning.overlaps import say_shared
 from pipelines.planning.room import with_room, without_too_long
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
@@ -278,6 +279,7 @@ def _labelled(
         say(
             f"{name}: {counted(num, 'example')} of the data set that its card names, {source}{more}"
         )
+    say_shared(fitting)
     plan = replace(plan, examples=fitting)
     names = plan.fused.names
     shared = router.opening == "shared"

@@ -1,13 +1,18 @@
 """Gates from the data sets that the adapters' own cards name.
 
-    python -m tests.benchmarks.cards OUT HOME [--only right mixed ...]
+    python -m tests.benchmarks.cards OUT HOME [--only right "all mixed" ...]
+    python -m tests.benchmarks.cards OUT HOME --judge CHECKPOINT BASE
 
 The quickstart's six adapters get cards that name data sets on a Hub of this machine, each in other
 columns, and the recipe says nothing about examples. The rows of the data sets are of the adapters'
 tasks: none is a test row, an example that ships, or a row that an adapter was trained on. The cases
 are in `CASES`. OUT gets adapters, recipes and `runs.txt`, what each run said of its examples; HOME
-has the results. A second call takes what is there.
+has the results. A second call takes what is there. The second command prints how well the adapters'
+weights know the rows: by the likelihood of the answers, and by whom the prompts are dealt to if all
+of a case are a pool; CHECKPOINT is one of these adapters.
 """
+
+from __future__ import annotations
 
 import argparse
 import json
@@ -16,16 +21,24 @@ import random
 import shutil
 import subprocess
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from io import BytesIO
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
+import numpy as np
+import torch
 import yaml
 from pyarrow import Table
 from pyarrow.parquet import write_table
 
+import meteora
+from meteora.base.chat_template import encode_pair, encode_prompt
+from meteora.model.fused import force_expert, without_experts
+from meteora.model.update_sizes import read_prompts
+from pipelines.data import pool
+from pipelines.data.background import background_rows
 from pipelines.evaluation.measurements import FUSED, ORACLE
 from pipelines.workspace.context import RunContext
 from tests.benchmarks.bigbench import SHIPPED, read
@@ -34,6 +47,9 @@ from tests.benchmarks.paired import difference, mean_score
 from tests.benchmarks.timing import table, tell
 from tests.pipelines.hub.hub_server import Main, running_hub
 from tests.quickstart import make, tasks
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
 DATA_SEED, NUM_ROWS = 2, 200
 HURT = "iso_dates"
@@ -153,12 +169,10 @@ SHAPES = dict(
 
 def data_sets() -> dict[str, Main]:
     """The repositories of the Hub."""
-    rows = {task: data_rows(task) for task in make.TRAININGS}
-    mixed = [row for own in rows.values() for row in own]
-    random.Random(DATA_SEED).shuffle(mixed)
-    found = {OWN[task]: SHAPES[task](own) for task, own in rows.items()}
-    found |= {MIXED: in_parquet(mixed), FOREIGN: in_messages(letters())}
-    return {name: Main(files, card={"license": "mit"}) for name, files in found.items()}
+    shapes = {OWN[task]: shape for task, shape in SHAPES.items()}
+    shapes |= {MIXED: in_parquet, FOREIGN: in_messages}
+    sets = {name: shapes[name](rows) for name, rows in rows_by_name().items()}
+    return {name: Main(files, card={"license": "mit"}) for name, files in sets.items()}
 
 
 def write_case(out: Path, case: str) -> Path:
@@ -199,6 +213,18 @@ def run(out: Path, home: Path, case: str, env: Mapping[str, str]) -> None:
         file.write("\n".join([f"## {case}", *said, "", ""]))
 
 
+def run_all(out: Path, home: Path, cases: Sequence[str]) -> None:
+    """Run cases over a Hub, and print what there is then; a finished run asks the Hub, too."""
+    out.mkdir(parents=True, exist_ok=True)
+    with running_hub() as hub:
+        hub.repos |= data_sets()
+        env = os.environ | {"HF_HOME": str(out.absolute() / "hf"), "HF_ENDPOINT": hub.endpoint}
+        for case in cases:
+            run(out, home, case, env)
+        words = [sys.executable, "-m", "tests.benchmarks.cards", out, home, "--show"]
+        subprocess.run(words, check=True, env=env)
+
+
 def values(out: Path, home: Path) -> Iterator[tuple[str, dict[str, list[float]]]]:
     """What each system's answers are worth, by task and row."""
     for case in CASES:
@@ -227,14 +253,107 @@ def show(out: Path, home: Path) -> None:
     tell(table(heads, rows), "cpu")
 
 
+def rows_by_name() -> dict[str, list[Row]]:
+    """The rows of each data set."""
+    rows = {task: data_rows(task) for task in make.TRAININGS}
+    mixed = [row for own in rows.values() for row in own]
+    random.Random(DATA_SEED).shuffle(mixed)
+    return {OWN[task]: own for task, own in rows.items()} | {MIXED: mixed, FOREIGN: letters()}
+
+
+@torch.inference_mode()
+def likelihoods(model: PreTrainedModel, asked: Sequence[tuple[list[int], int]]) -> list[float]:
+    """The mean log-probability of each answer, in nats a token.
+
+    Args:
+        asked: of each row, prompt and answer as token ids, and where the answer begins
+    """
+    longest = max(len(ids) for ids, _ in asked)
+    padded = torch.tensor([ids + ids[-1:] * (longest - len(ids)) for ids, _ in asked])
+    logits = model(padded, use_cache=False).logits.float()  # causal: what comes later is not seen
+    return [
+        own[start - 1 : len(ids) - 1]
+        .log_softmax(-1)
+        .gather(1, torch.tensor(ids[start:])[:, None])
+        .mean()
+        .item()
+        for own, (ids, start) in zip(logits, asked, strict=True)
+    ]
+
+
+def judge(checkpoint: Path, base: Path, num_rows: int) -> None:
+    """Print how well each adapter's own weights know the rows of each data set."""
+    model, tokenizer = meteora.load(checkpoint, base_folder=base)
+    sets = {name: rows[:num_rows] for name, rows in rows_by_name().items()}
+    gains, best = [], []
+    for name, rows in sets.items():
+        asked = [
+            (
+                encode_pair(tokenizer, row["prompt"], row["response"]),
+                len(encode_prompt(tokenizer, row["prompt"])),
+            )
+            for row in rows
+        ]
+        with without_experts(model):
+            found = [likelihoods(model, asked)]
+        for task in make.TRAININGS:
+            with force_expert(model, task):
+                found.append(likelihoods(model, asked))
+        values = np.array(found)
+        gains.append([name, *(f"{one:+.2f}" for one in (values[1:] - values[0]).mean(1))])
+        first = values[1:].argmax(0)
+        best.append([name, *(f"{np.mean(first == e):.2f}" for e in range(len(make.TRAININGS)))])
+    tell(table(["gain, nats a token", *make.TRAININGS], gains), "cpu")
+    tell(table(["the best adapter", *make.TRAININGS], best), "cpu")
+    tell(deal(model, tokenizer, sets), "cpu")
+
+
+def deal(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Sequence[Row]]
+) -> str:
+    """The share of rows on whose cluster the card's adapter stands out, by case."""
+    names = list(make.TRAININGS)
+    prompts = [*dict.fromkeys(row["prompt"] for rows in sets.values() for row in rows)]
+    texts = [row.prompt for row in background_rows() if row.prompt][: pool.OUTSIDERS]
+    every = [encode_prompt(tokenizer, text) for text in [*prompts, *texts]]
+    points, sizes = read_prompts(model, tokenizer, every, len(names))
+    place = {prompt: at for at, prompt in enumerate(prompts)}
+    lines = []
+    for case, named in CASES.items():
+        own = {task: sets[name] for task, name in named.items() if name}
+        if not own:
+            continue
+        chosen = [*dict.fromkeys(place[row["prompt"]] for rows in own.values() for row in rows)]
+        outside = [*range(len(prompts), len(every))]
+        count = pool.CLUSTERS_PER_EXPERT * len(names)
+        clusters = pool.clusters_of(points[chosen].numpy(), count)
+        scores = pool.stand_out(sizes[chosen + outside].double().numpy(), clusters)
+        enough = scores >= np.maximum(pool.LEAST_SCORE, pool.LEAST_SHARE * scores.max(0))
+        most = enough & (scores == scores.max(1, keepdims=True))
+        cluster_of = dict(zip(chosen, clusters, strict=True))
+        for how, right in (("the most", most), ("enough", enough)):
+            shares = [
+                np.mean(
+                    [right[cluster_of[place[row["prompt"]]], names.index(task)] for row in rows]
+                )
+                for task, rows in own.items()
+            ]
+            lines.append([case, how, *(f"{one:.2f}" for one in shares)])
+    return table(["case", "its adapter stands out", *names], lines)
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("home", type=Path)
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--show", action="store_true", help=argparse.SUPPRESS)
+    parser.add_argument("--judge", type=Path, nargs=2, metavar=("CHECKPOINT", "BASE"))
+    parser.add_argument("--rows", type=int, default=64, help="of a data set, to judge it by")
     asked = parser.parse_args()
-    if asked.show:
+    if asked.judge:
+        judge(*asked.judge, asked.rows)
+    elif asked.show:
         show(asked.out, asked.home)
         return
     asked.out.mkdir(parents=True, exist_ok=True)

@@ -69,7 +69,14 @@ CASES: dict[str, dict[str, str]] = {
 """The data set that each adapter's card names. `labels` is the quickstart itself, with the examples
 that ship; `foreign` is a task of none of the six; `other` that of another of the six; `mixed` has
 rows of all six; with `none` the adapters have to write their prompts themselves."""
-SAID = ("of the data set", "no examples", "write no questions", "card", "Routing accuracy")
+SAID = (
+    "of the data set",
+    "in common",
+    "no examples",
+    "write no questions",
+    "Routing accuracy",
+    "Most tokens",
+)
 
 Row = dict[str, str]
 

@@ -1,15 +1,16 @@
 """Gates from the data sets that the adapters' own cards name.
 
     python -m tests.benchmarks.cards OUT HOME [--only right "all mixed" ...]
-    python -m tests.benchmarks.cards OUT HOME --judge CHECKPOINT BASE
+    python -m tests.benchmarks.cards OUT HOME --judge CHECKPOINT BASE [--rows 64]
+    python -m tests.benchmarks.cards OUT HOME --know CHECKPOINT BASE
 
 The quickstart's six adapters get cards that name data sets on a Hub of this machine, each in other
 columns, and the recipe says nothing about examples. The rows of the data sets are of the adapters'
 tasks: none is a test row, an example that ships, or a row that an adapter was trained on. The cases
 are in `CASES`. OUT gets adapters, recipes and `runs.txt`, what each run said of its examples; HOME
-has the results. A second call takes what is there. The second command prints how well the adapters'
-weights know the rows: by the likelihood of the answers, and by whom the prompts are dealt to if all
-of a case are a pool; CHECKPOINT is one of these adapters.
+has the results. A second call takes what is there. The other commands print how well the adapters
+know the rows, by the likelihood of the answers, or by the weights, as a run finds it; CHECKPOINT is
+one of these adapters.
 """
 
 from __future__ import annotations
@@ -36,9 +37,7 @@ from pyarrow.parquet import write_table
 import meteora
 from meteora.base.chat_template import encode_pair, encode_prompt
 from meteora.model.fused import force_expert, without_experts
-from meteora.model.update_sizes import read_prompts
 from pipelines.data import pool
-from pipelines.data.background import background_rows
 from pipelines.evaluation.measurements import FUSED, ORACLE
 from pipelines.workspace.context import RunContext
 from tests.benchmarks.bigbench import SHIPPED, read
@@ -49,7 +48,7 @@ from tests.pipelines.hub.hub_server import Main, running_hub
 from tests.quickstart import make, tasks
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerBase
+    from transformers import PreTrainedModel
 
 DATA_SEED, NUM_ROWS = 2, 200
 HURT = "iso_dates"
@@ -312,41 +311,18 @@ def judge(checkpoint: Path, base: Path, num_rows: int) -> None:
         best.append([name, *(f"{np.mean(first == e):.2f}" for e in range(len(make.TRAININGS)))])
     tell(table(["gain, nats a token", *make.TRAININGS], gains), "cpu")
     tell(table(["the best adapter", *make.TRAININGS], best), "cpu")
-    tell(deal(model, tokenizer, sets), "cpu")
 
 
-def deal(
-    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, sets: Mapping[str, Sequence[Row]]
-) -> str:
-    """The share of rows on whose cluster the card's adapter stands out, by case."""
-    names = list(make.TRAININGS)
-    prompts = [*dict.fromkeys(row["prompt"] for rows in sets.values() for row in rows)]
-    texts = [row.prompt for row in background_rows() if row.prompt][: pool.OUTSIDERS]
-    every = [encode_prompt(tokenizer, text) for text in [*prompts, *texts]]
-    points, sizes = read_prompts(model, tokenizer, every, len(names))
-    place = {prompt: at for at, prompt in enumerate(prompts)}
-    lines = []
+def know(checkpoint: Path, base: Path) -> None:
+    """Print the share of rows that each adapter knows by its weights, as a run finds it."""
+    model, tokenizer = meteora.load(checkpoint, base_folder=base)
+    sets, names, lines = rows_by_name(), list(make.TRAININGS), []
     for case, named in CASES.items():
-        own = {task: sets[name] for task, name in named.items() if name}
-        if not own:
-            continue
-        chosen = [*dict.fromkeys(place[row["prompt"]] for rows in own.values() for row in rows)]
-        outside = [*range(len(prompts), len(every))]
-        count = pool.CLUSTERS_PER_EXPERT * len(names)
-        clusters = pool.clusters_of(points[chosen].numpy(), count)
-        scores = pool.stand_out(sizes[chosen + outside].double().numpy(), clusters)
-        enough = scores >= np.maximum(pool.LEAST_SCORE, pool.LEAST_SHARE * scores.max(0))
-        most = enough & (scores == scores.max(1, keepdims=True))
-        cluster_of = dict(zip(chosen, clusters, strict=True))
-        for how, right in (("the most", most), ("enough", enough)):
-            shares = [
-                np.mean(
-                    [right[cluster_of[place[row["prompt"]]], names.index(task)] for row in rows]
-                )
-                for task, rows in own.items()
-            ]
-            lines.append([case, how, *(f"{one:.2f}" for one in shares)])
-    return table(["case", "its adapter stands out", *names], lines)
+        own = {task: [row["prompt"] for row in sets[name]] for task, name in named.items() if name}
+        if own:
+            shares = pool.known_shares(model, tokenizer, own, names)
+            lines.append([case, *(f"{shares[task]:.2f}" for task in names)])
+    tell(table(["case", *names], lines), "cpu")
 
 
 def main() -> None:
@@ -356,10 +332,13 @@ def main() -> None:
     parser.add_argument("--only", nargs="*", choices=CASES, default=list(CASES))
     parser.add_argument("--show", action="store_true", help=argparse.SUPPRESS)
     parser.add_argument("--judge", type=Path, nargs=2, metavar=("CHECKPOINT", "BASE"))
+    parser.add_argument("--know", type=Path, nargs=2, metavar=("CHECKPOINT", "BASE"))
     parser.add_argument("--rows", type=int, default=64, help="of a data set, to judge it by")
     asked = parser.parse_args()
     if asked.judge:
         judge(*asked.judge, asked.rows)
+    elif asked.know:
+        know(*asked.know)
     elif asked.show:
         show(asked.out, asked.home)
         return

@@ -102,6 +102,27 @@ def test_what_is_too_long_in_a_cards_data_set_is_left_out(
         measure.check_prompts(work, planned)
 
 
+def test_a_card_that_names_rows_which_its_adapter_does_not_know_is_told(
+    workplace: Callable[..., RunContext],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not the examples that a recipe names: these are the user's own choice."""
+    work = workplace()
+    planned = plan_of(work)
+    planned = replace(planned, card_examples={"q_and_v": "hf:org/rows"})
+    build.stack(work, planned)
+    for share, is_told in ((0.25, True), (0.75, False)):
+        found = dict.fromkeys(planned.fused.names, share)
+        monkeypatch.setattr(build, "known_shares", lambda *_, found=found: found)
+        with opened(work, planned, None) as (model, tokenizer):
+            build._labelled(work, planned, model, tokenizer)
+        told = " ".join(capsys.readouterr().err.split())
+        said = "note: q_and_v: by its weights it knows 25% of the first prompts of the data set"
+        assert (said in told) == is_told
+        assert "attention: by" not in told
+
+
 def test_examples_that_several_experts_have_in_common_are_told(
     workplace: Callable[..., RunContext], capsys: pytest.CaptureFixture[str]
 ) -> None:

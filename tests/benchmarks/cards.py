@@ -341,18 +341,8 @@ def main() -> None:
         know(*asked.know)
     elif asked.show:
         show(asked.out, asked.home)
-        return
-    asked.out.mkdir(parents=True, exist_ok=True)
-    with running_hub() as hub:
-        hub.repos |= data_sets()
-        env = os.environ | {
-            "HF_ENDPOINT": hub.endpoint,
-            "HF_HOME": str(asked.out.absolute() / "hf"),
-        }
-        for case in asked.only:
-            run(asked.out, asked.home, case, env)
-        words = [sys.executable, "-m", "tests.benchmarks.cards", asked.out, asked.home, "--show"]
-        subprocess.run(words, check=True, env=env)
+    else:
+        run_all(asked.out, asked.home, asked.only)
 
 
 if __name__ == "__main__":

@@ -210,6 +210,8 @@ class RouterBuild(Noun):
     """`expert: source` of experts whose examples come from a data set that their card names."""
     hub_examples: tuple[str, ...] = ()
     """`expert: source`, with the commit, of experts whose examples a recipe takes from the Hub."""
+    example_licences: tuple[str, ...] = ()
+    """`owner/name: licence` of these data sets, as far as they state one."""
     not_crossed: tuple[str, ...] = ()
     """The experts with examples in one half alone. If there are any, a fit with a `crossed` spec
     was not crossed."""

@@ -4,42 +4,66 @@ A card is a stranger's text. So `datasets` reads the data set and runs none of i
 set whose columns are unclear is not used.
 """
 
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from itertools import pairwise
+from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
 from httpx2 import TransportError  # what huggingface_hub speaks HTTP with
+from huggingface_hub import HfApi
 
 from meteora.untrusted.findings import brief, causes, listed
-from pipelines.data.pinned import cached_entries, pin
-from pipelines.data.row_sources import HOW_TO_GET_ACCESS, hub_items, read_rows
+from pipelines.data.hub_rows import (
+    HOW_TO_GET_ACCESS,
+    UnreadableError,
+    exchange_in,
+    hub_items,
+)
+from pipelines.data.pinned import SECONDS, cached_entries, pin
+from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import ExamplesError, Row
+from pipelines.hub.card import stated_licence
 
 COLUMNS = (
     ("prompt", "completion"),
     ("prompt", "response"),
+    ("prompt", "chosen"),
     ("instruction,input", "output"),
+    ("instruction,context", "response"),
     ("instruction", "output"),
     ("instruction", "response"),
+    ("question,context", "answer"),
     ("question", "answer"),
     ("question", "response"),
+    ("question", "chosen"),
     ("query", "response"),
     ("query", "answer"),
     ("input", "output"),
     ("inputs", "targets"),
+    ("user", "assistant"),
+    ("human", "assistant"),
     ("source", "target"),
     ("article", "highlights"),
     ("document", "summary"),
     ("dialogue", "summary"),
 )
-"""Pairs of columns that hold a prompt and its answer, the most certain first."""
-CONVERSATIONS = (("messages", "role", "content"), ("conversations", "from", "value"))
-"""Columns with turns, and the keys of a turn."""
+"""Pairs of columns that hold a prompt and its answer, the most certain first. Of the two answers of
+a preference the chosen one counts."""
+TURNS = (
+    "messages",
+    "conversations",
+    "conversation",
+    "prompt,completion",
+    "prompt,chosen",
+    "chosen",
+)
+"""Columns of turns, the most certain first; with a comma, a conversation in two columns."""
+SEEN = 16
+"""The first rows, by which the columns are chosen."""
 LONGEST_PROMPT = 8_000
 """Characters. Longer prompts are left out: fitting to them would take too much memory."""
-ASKING, ANSWERING = {"user", "human"}, {"assistant", "gpt"}
 
 
 class NoCardExamplesError(ExamplesError):
@@ -69,8 +93,24 @@ def read_card_examples(
         except ExamplesError as error:
             if _is_fault_of_hub(error.__cause__):
                 raise
-            reasons.append(str(error))
+            cause = error.__cause__ if isinstance(error, UnreadableError) else None
+            reasons.append(str(_fault(name, cause) if isinstance(cause, Exception) else error))
     raise NoCardExamplesError("; ".join(reasons) or "its card names no data set of the Hub")
+
+
+def licence_of_data_set(name: str, commit: str, token: str | None) -> str:
+    """The licence that the card of a data set states at a commit; empty if it is not known."""
+
+    def ask() -> list[dict[str, str]]:
+        options: Any = {"revision": commit, "token": token or False, "timeout": SECONDS}
+        card = HfApi().dataset_info(name, **options).card_data
+        return [{"licence": stated_licence(card and card.get("license"))}]
+
+    try:
+        (found,) = cached_entries(["licence", name, commit], ask, dict)
+    except Exception:  # of HTTP, and of wrong answers; it is noted where it is known
+        return ""
+    return found["licence"]
 
 
 def _is_fault_of_hub(error: BaseException | None) -> bool:
@@ -96,7 +136,7 @@ def _options(name: str, token: str | None) -> dict[str, str]:
         )
     try:
         commit = pin(name, "", token)
-        asked = ["options", name, commit]
+        asked = ["options", COLUMNS, TURNS, name, commit]
         (options,) = cached_entries(asked, lambda: [_options_at(name, commit, token)], dict)
     except ExamplesError:
         raise
@@ -109,26 +149,30 @@ def _options_at(name: str, commit: str, token: str | None) -> dict[str, str]:
     import datasets as hub  # noqa: PLC0415  (seconds to import, and only needed here)
 
     access: Any = {"token": token or False, "revision": commit}
-    configs = hub.get_dataset_config_names(name, **access)
-    config = configs[0] if len(configs) == 1 else "default"
-    if config not in configs:
-        raise NoCardExamplesError(f"{name} has several configs ({listed(configs, 4)})")
+    config = hub.get_dataset_default_config_name(name, **access)
+    if config is None:
+        configs = listed(hub.get_dataset_config_names(name, **access), 4)
+        raise NoCardExamplesError(
+            f"{name} has several configs ({configs}), and none is its default"
+        )
     splits = hub.get_dataset_split_names(name, config, **access)
     no_rows = NoCardExamplesError(f"{name} has no rows")
     if not splits:
         raise no_rows
-    options = {"config": config, "split": "train" if "train" in splits else splits[0]}
-    options |= {"longest": str(LONGEST_PROMPT), "revision": commit}
-    item = next(iter(hub_items(name, options, token)), None)
-    if not item:
+    trains = [split for split in splits if split.startswith("train")]
+    split = "train" if "train" in splits else (trains or splits)[0]
+    options = {"config": config, "split": split}
+    options |= {"longest": str(LONGEST_PROMPT), "incomplete": "skip", "revision": commit}
+    items = list(islice(hub_items(name, options, token), SEEN))
+    if not items:
         raise no_rows
-    columns = columns_of(item)
+    columns = columns_of(items)
     if columns is None:
         raise NoCardExamplesError(
-            f"{name} has the columns {listed(list(item), 8)}, which are none of a prompt and its"
-            " answer"
+            f"{name} has the columns {listed(list(items[0]), 8)}, which are none of a prompt and"
+            " its answer as text"
         )
-    return options | dict(zip(("prompt", "response"), columns, strict=True))
+    return options | columns
 
 
 def _fault(name: str, error: Exception) -> ExamplesError:
@@ -139,24 +183,44 @@ def _fault(name: str, error: Exception) -> ExamplesError:
             " try again, or name examples in the recipe"
         )
     is_hidden = any(
-        status in (401, 403) or isinstance(one, FileNotFoundError)  # so `datasets` says it
+        status in (401, 403) or type(one).__name__ == "DatasetNotFoundError"  # `datasets` has it so
         for one, status in _with_status(error)
     )
     hint = f"; if it is gated or private, {HOW_TO_GET_ACCESS}" if is_hidden else ""
     return NoCardExamplesError(f"{name} cannot be read ({brief(error)}){hint}")
 
 
-def columns_of(item: Mapping[str, Any]) -> tuple[str, str] | None:
-    """The columns of a row's prompt and answer, as `hf:` names them; None in doubt."""
+def columns_of(items: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
+    """The columns with a prompt and its answer, as options of `hf:`; None in doubt.
+
+    Upper and lower case are the same, unless that makes two columns one.
+
+    Args:
+        items: the first rows of a data set
+    """
+    lower = Counter(name.lower() for name in items[0])
+    names = {name.lower(): name for name in items[0] if lower[name.lower()] == 1}
+
+    def named(columns: str) -> str:
+        """The columns as they are written there; empty if one is missing."""
+        asked = columns.split(",")
+        return ",".join(names[one] for one in asked) if names.keys() >= {*asked} else ""
+
     for prompt, response in COLUMNS:
-        if all(isinstance(item.get(name), str) for name in (*prompt.split(","), response)):
-            return prompt, response
-    for column, role, content in CONVERSATIONS:
-        turns = item.get(column)
-        if not isinstance(turns, list) or not all(isinstance(turn, dict) for turn in turns):
-            continue
-        roles = [turn.get(role) for turn in turns]
-        for at, (one, then) in enumerate(pairwise(roles)):
-            if one in ASKING and then in ANSWERING:
-                return f"{column}.{at}.{content}", f"{column}.{at + 1}.{content}"
+        options = {"prompt": named(prompt), "response": named(response)}
+        if all(options.values()) and _is_text(items, options):
+            return options
+    for columns in map(named, TURNS):
+        if columns and any(all(exchange_in(item, columns)) for item in items):
+            return {"turns": columns}
     return None
+
+
+def _is_text(items: Sequence[Mapping[str, Any]], options: Mapping[str, str]) -> bool:
+    """Whether columns hold text or nothing, and in one row both prompt and answer."""
+    columns = ",".join(options.values()).split(",")
+    texts = all(isinstance(item.get(name), str | None) for item in items for name in columns)
+    return texts and any(
+        all(any(item.get(name) for name in own.split(",")) for own in options.values())
+        for item in items
+    )

@@ -22,8 +22,8 @@ from meteora.base.chat_template import Template, encode_prompt
 from meteora.base.placement import input_device
 from meteora.model.fused import force_expert, without_experts
 from meteora.model.generate import answer_all, end_tokens, generate_ids, prompts_at_once
+from pipelines.data.background import MAX_NEW_TOKENS
 from pipelines.data.claims import Claim
-from pipelines.data.labels import MAX_NEW_TOKENS
 from pipelines.workspace.console import bar
 
 if TYPE_CHECKING:

@@ -9,6 +9,9 @@ from pathlib import Path
 
 from pipelines.data.rows import Row
 
+MAX_NEW_TOKENS = 48
+"""Most tokens of an answer of the base, or of an adapter, that becomes an example; this is enough
+to show its style."""
 TEXTS = Path(__file__).with_name("background.jsonl")
 """A line of JSON each: `prompt` for a question, `text` for a plain text."""
 

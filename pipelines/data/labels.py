@@ -10,7 +10,7 @@ from meteora.base.chat_template import Template, encode_pair, encode_prompt
 from meteora.fitting.sequences import UNLABELLED, LabelledSequence
 from meteora.model.fused import without_experts
 from meteora.model.generate import answer_all
-from pipelines.data.background import background_rows
+from pipelines.data.background import MAX_NEW_TOKENS, background_rows
 from pipelines.data.composites import compose, fits, mixable
 
 if TYPE_CHECKING:
@@ -20,8 +20,6 @@ if TYPE_CHECKING:
     from pipelines.data.rows import Row
     from pipelines.data.spans import SpannedRow, SpannedTurns
 
-MAX_NEW_TOKENS = 48
-"""Most tokens of an answer of the base; this is enough to show its style."""
 QUESTIONS_IN_COMPOSITES = 24
 """Questions of each expert in composites of one length: enough to see it after other experts, and
 to see the starts of its answers."""

@@ -30,9 +30,8 @@ from meteora.base.chat_template import encode_prompt
 from meteora.model.fused import force_expert
 from meteora.model.generate import answer_all
 from meteora.model.update_sizes import read_prompts
-from pipelines.data.background import background_rows
+from pipelines.data.background import MAX_NEW_TOKENS, background_rows
 from pipelines.data.claims import Claim
-from pipelines.data.labels import MAX_NEW_TOKENS
 from pipelines.data.rows import ExamplesError
 
 if TYPE_CHECKING:
@@ -46,6 +45,8 @@ CLUSTERS_PER_EXPERT = 4
 """A task has several kinds of prompts, and some prompts belong to no expert."""
 OUTSIDERS = 16
 """Background prompts that are read, too, as prompts that belong to no expert."""
+CHECKED = 16
+"""The prompts of an expert that `known_shares` reads."""
 LEAST_SCORE, LEAST_SHARE = 0.75, 0.4
 """The least score of an expert that gets a cluster: in standard deviations, and as a share of its
 best score. In the two pools of `tests/benchmarks/results/pool.md` clusters of an expert had 1.24
@@ -117,6 +118,46 @@ def divide(
     return [by_prompt.get(text) or Claim(text, "", -1, 0.0, 0.0) for text in prompts]
 
 
+def known_shares(
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+    examples: Mapping[str, Sequence[str]],
+    names: Sequence[str],
+) -> dict[str, float]:
+    """The share of an expert's first prompts that are of clusters on which its updates stand out.
+
+    Those of several experts may stand out on one cluster: adapters may have learnt one task.
+
+    Args:
+        model: with its experts
+        examples: prompts that fit into the base's context, by expert
+        names: of all experts, in order
+
+    Returns:
+        The shares by expert, in the order of `examples`.
+    """
+    first = {name: [*dict.fromkeys(prompts)][:CHECKED] for name, prompts in examples.items()}
+    place = {
+        text: i for i, text in enumerate(dict.fromkeys(t for own in first.values() for t in own))
+    }
+    outsiders = [row.prompt for row in background_rows() if row.prompt][:OUTSIDERS]
+    ids = [encode_prompt(tokenizer, text) for text in [*place, *outsiders]]
+    means, sizes = read_prompts(model, tokenizer, ids, len(names))
+    clusters = clusters_of(means[: len(place)].numpy(), CLUSTERS_PER_EXPERT * len(names))
+    scores = stand_out(sizes.double().numpy(), clusters)
+    knows = (scores >= least_scores(scores))[clusters]
+    return {
+        name: float(np.mean([knows[place[text], names.index(name)] for text in own]))
+        for name, own in first.items()
+        if own
+    }
+
+
+def least_scores(scores: NDArray[np.float64]) -> NDArray[np.float64]:
+    """The least score [E] of each expert that gets a cluster, from its scores [clusters, E]."""
+    return np.maximum(LEAST_SCORE, LEAST_SHARE * scores.max(0))
+
+
 def clusters_of(points: NDArray[np.float32], count: int) -> NDArray[np.int64]:
     """The cluster of each point, from 0: Ward's method on the directions from the mean.
 
@@ -168,7 +209,7 @@ def claims_of(
     """
     clusters = clusters_of(points, CLUSTERS_PER_EXPERT * len(names))
     scores = stand_out(sizes, clusters)
-    least = np.maximum(LEAST_SCORE, LEAST_SHARE * scores.max(0))
+    least = least_scores(scores)
     owners = []
     for row in scores:
         best = int(row.argmax())

@@ -4,11 +4,13 @@ jsonl:<file>                                 {"prompt", "response", "choices"} a
 bigbench:<task.json>[?split=train|test]      or the folder of a task with subtasks
 reasoning_gym:<name>[?seed=1]                generated; needs the extra `reasoning`
 hf:<owner>/<name>[?split=…&config=…&revision=…&prompt=<column>&response=<column>]
+hf:<owner>/<name>?turns=<column>             the first question of a conversation, and its answer
 
 Rows of the Hub are read at the present commit of `revision`. `a.b` names a column inside another
 (`translation.de`), `a.0` the first entry of a list (`messages.0.content`), and `a,b` joins two
 columns. More options: `ask` is a text before every prompt; `part` is train or test, for data
-without a test split; `longest` leaves out prompts with more characters.
+without a test split; `longest` leaves out prompts with more characters, and `incomplete=skip` rows
+without a prompt or an answer.
 """
 
 import json
@@ -21,8 +23,9 @@ from typing import Any
 from urllib.parse import parse_qsl, urlencode
 
 from meteora.base.sources import path_from
-from meteora.untrusted.findings import brief, listed, not_utf8, shortened
+from meteora.untrusted.findings import listed, not_utf8, shortened
 from meteora.untrusted.strict_json import StrictJSONError, unique_keys
+from pipelines.data.hub_rows import exchange_in, hub_items, text_in, unreadable
 from pipelines.data.pinned import cached_entries, pin
 from pipelines.data.rows import ExamplesError, Row
 
@@ -33,11 +36,8 @@ MAX_TASK_BYTES = 1 << 28
 TEST_SHARE = 5
 """One row in five is for tests, by the hash of its prompt, if a source has no test split."""
 PARTS = ("all", "train", "test")
-HOW_TO_GET_ACCESS = (
-    "accept its terms on its page or ask its owner, log in with `hf auth login`, and name its owner"
-    " in the recipe under hub, token_for, or to the command with --token-for"
-)
-"""For a data set that is gated or private."""
+INCOMPLETE = ("refuse", "skip")
+"""What becomes of a row of the Hub without a prompt or an answer."""
 
 
 def no_token(_repo_id: str) -> str | None:
@@ -104,6 +104,12 @@ def _split(source: str) -> tuple[str, str, dict[str, str]]:
     return kind, name, dict(parse_qsl(query, keep_blank_values=True))
 
 
+def data_set_of(source: str) -> tuple[str, str]:
+    """The `owner/name` of a source's data set of the Hub, and its commit; both empty if unknown."""
+    kind, name, options = _split(source)
+    return (name, options.get("revision", "")) if kind == "hf" else ("", "")
+
+
 def pin_source(source: str, token_of: Callable[[str], str | None]) -> str:
     """A source of rows with its commit, if it is a data set of the Hub; else empty.
 
@@ -125,15 +131,7 @@ def _pin(name: str, options: Mapping[str, str], token: str | None) -> str:
     try:
         return pin(name, options.get("revision", ""), token)
     except Exception as error:  # of HTTP, of wrong names, of wrong answers
-        raise _unreadable(name, error) from error
-
-
-def _unreadable(name: str, error: Exception) -> ExamplesError:
-    return ExamplesError(
-        f"hf:{name} cannot be read from the Hub ({brief(error)}); check its name, config and split,"
-        " and whether the Hub can be reached; if it is gated or private,"
-        f" {HOW_TO_GET_ACCESS}"
-    )
+        raise unreadable(name, error) from error
 
 
 def _jsonl(request: Request) -> Iterator[Row]:
@@ -402,80 +400,53 @@ def _hub(request: Request) -> Iterable[Row]:
     try:
         return cached_entries(key, lambda: [row.to_dict() for row in rows], Row.from_dict)
     except TimeoutError as error:
-        raise _unreadable(name, error) from error
+        raise unreadable(name, error) from error
 
 
 def _hub_rows(request: Request, token: str | None) -> Iterator[Row]:
     name, options = request.name, request.options
-    prompt, response = options.get("prompt", "prompt"), options.get("response", "response")
     part = _part(options, "part", f"hf:{name}")
     longest = options.get("longest", str(MAX_ROW_BYTES))
     if not longest.isdecimal() or len(longest) > 9:
         raise ExamplesError(f"hf:{name}: longest={longest!r} is not a number of characters")
+    if (incomplete := options.get("incomplete", "refuse")) not in INCOMPLETE:
+        raise ExamplesError(
+            f"hf:{name}: incomplete={incomplete!r} is none of {', '.join(INCOMPLETE)}"
+        )
+    skips = incomplete == "skip"
     for number, item in enumerate(hub_items(name, options, token)):
-        row = Row(options.get("ask", "") + _columns(item, prompt, name), "")
-        if request.answered:
-            texts = item.get("choices")
-            # ARC has a table of texts and their labels
-            texts = texts.get("text", texts) if isinstance(texts, dict) else texts
-            choices = _texts(texts, f"hf:{name}: its column 'choices'")
-            row = Row(row.prompt, _columns(item, response, name), choices)
-        if len(row.prompt) <= int(longest) and _belongs(row, part):
+        texts = _hub_texts(item, request, skips=skips)
+        if skips and not all(text.strip() for text in texts):
+            continue
+        prompt, response = (options.get("ask", "") + texts[0], *texts[1:], "")[:2]
+        choices = _choices(item, name) if request.answered else ()
+        if len(prompt) <= int(longest) and _belongs(row := Row(prompt, response, choices), part):
             yield check_row(row, f"hf:{name}, row {number}")
 
 
-def hub_items(
-    name: str, options: Mapping[str, str], token: str | None
-) -> Iterator[Mapping[str, Any]]:
-    """The rows of a data set of the Hub, one by one, without conversion.
+def _hub_texts(item: Mapping[str, Any], request: Request, *, skips: bool) -> list[str]:
+    """The prompt of an item, and its answer if the request asks for one.
 
     Args:
-        options: `config`, `split` (default: test) and `revision`
+        skips: whether a missing text is empty; else it is an error
     """
-    import datasets  # noqa: PLC0415  (seconds to import, and only needed here)
-
-    try:
-        yield from datasets.load_dataset(
-            name,
-            options.get("config"),
-            split=options.get("split", "test"),
-            revision=options.get("revision") or None,
-            streaming=True,
-            token=token or False,
-        )
-    except (
-        Exception
-    ) as error:  # libraries have their own errors for damaged files, such as BadZipFile
-        raise _unreadable(name, error) from error
+    options, names = request.options, ("prompt", "response")[: 1 + request.answered]
+    if "turns" in options:
+        return list(exchange_in(item, options["turns"])[: len(names)])
+    return [text_in(item, options.get(n, n), request.name, may_miss=skips) for n in names]
 
 
-def _columns(item: Mapping[str, Any], names: str, source: str) -> str:
-    """The text of a column, or of several joined with an empty line; empty texts are left out.
-
-    Args:
-        names: `a`; `a.b` for the column b inside a; `a.0` for the first of a list; `a,b` for two
-            columns
-    """
-    texts = []
-    for name in names.split(","):
-        value: Any = item
-        for step in name.split("."):
-            if isinstance(value, list) and step.isdecimal() and int(step) < len(value):
-                value = value[int(step)]
-                continue
-            if not isinstance(value, dict) or step not in value:
-                raise ExamplesError(
-                    f"hf:{source} has no column {name!r}, it has {listed(list(item), 20)}; name the"
-                    " columns with ?prompt=…&response=…"
-                )
-            value = value[step]
-        if not isinstance(value, str):
-            raise ExamplesError(f"hf:{source}: its column {name!r} is not text")
-        texts.append(value)
-    return "\n\n".join(filter(None, texts))
+def _choices(item: Mapping[str, Any], name: str) -> tuple[str, ...]:
+    texts = item.get("choices")
+    # ARC has a table of texts and their labels
+    texts = texts.get("text", texts) if isinstance(texts, dict) else texts
+    return _texts(texts, f"hf:{name}: its column 'choices'")
 
 
-HUB_OPTIONS = {"config", "split", "revision", "prompt", "response", "ask", "part", "longest"}
+HUB_OPTIONS = {
+    "config", "split", "revision", "prompt", "response", "turns", "ask", "part", "longest",
+    "incomplete",
+}  # fmt: skip
 READERS: dict[str, tuple[set[str], Callable[[Request], Iterable[Row]]]] = {
     "jsonl": (set(), _jsonl),
     "bigbench": ({"split"}, _bigbench),

@@ -21,7 +21,11 @@ def licence_of(folder: Path) -> str:
 
     `other` where they are no short text, such as the text of a licence itself.
     """
-    value = _metadata(folder).get("license")
+    return stated_licence(_metadata(folder).get("license"))
+
+
+def stated_licence(value: object) -> str:
+    """The licence of a card's metadata, as `licence_of`."""
     given = [one for one in (value if isinstance(value, list) else [value]) if one]
     licence = ", ".join(dict.fromkeys(_texts(value)))
     return licence if len(_texts(value)) == len(given) and len(licence) <= MAX_VALUE else OTHER

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from meteora.base.shapes import Shape
 from meteora.model.generate import PROMPTS_PER_BATCH
 from meteora.untrusted.findings import counted
-from pipelines.data.labels import MAX_NEW_TOKENS
+from pipelines.data.background import MAX_NEW_TOKENS
 from pipelines.evaluation.measurements import (
     BASE,
     EXPERTS,

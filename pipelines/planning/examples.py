@@ -1,17 +1,21 @@
 """The examples that gates are fitted to: of the recipe, of cards, or of a pool."""
 
 from collections import Counter
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
 
 from meteora.artifacts import NULL, FusedSpec, PoolSpec, canonical_sha256
 from meteora.untrusted.findings import counted
-from pipelines.admission.card_examples import NoCardExamplesError, read_card_examples
+from pipelines.admission.card_examples import (
+    NoCardExamplesError,
+    licence_of_data_set,
+    read_card_examples,
+)
 from pipelines.admission.experts import Expert
 from pipelines.data.claims import Claim, examples_of, read_claims
 from pipelines.data.composites import compose, mixable
 from pipelines.data.conversations import CONVERSATION_TURNS, default_system_prompts
-from pipelines.data.row_sources import pin_source, read_rows
+from pipelines.data.row_sources import data_set_of, pin_source, read_rows
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.data.spans import SpannedRow, SpannedTurns
 from pipelines.recipe.recipe import AUTO, Recipe
@@ -36,6 +40,8 @@ class Examples:
     """The sources that cards name."""
     of_hub: dict[str, str] = field(default_factory=dict)
     """The recipe's sources on the Hub, with their commits."""
+    licences: dict[str, str] = field(default_factory=dict)
+    """What the data sets of both state as their licence; by data set."""
     no_cards: dict[str, str] = field(default_factory=dict)
     """Why the card of an expert has no examples."""
     writers: dict[str, str] = field(default_factory=dict)
@@ -43,9 +49,15 @@ class Examples:
 
 
 def read_examples(
-    context: RunContext, experts: Sequence[Expert], token_of: Callable[[str], str | None]
+    context: RunContext,
+    experts: Sequence[Expert],
+    tested: Collection[str],
+    token_of: Callable[[str], str | None],
 ) -> Examples:
     """Read the examples of every expert.
+
+    Args:
+        tested: The questions of the benchmark: rows of a card's data set with these are left out.
 
     Raises:
         NoCardExamplesError: a card names no usable examples, and the recipe has neither a pool nor
@@ -60,22 +72,36 @@ def read_examples(
     for expert in experts:
         source = sources.get(expert.name, AUTO)  # an adapter that `discover` found has no section
         if source == AUTO:
-            _read_card(context, expert, token_of, found)
+            _read_card(context, expert, tested, token_of, found)
         elif source:
             if pinned := pin_source(source, token_of):
                 source = found.of_hub[expert.name] = pinned
             found.rows[expert.name] = read_rows(source, context.folder, limit, token_of)
+    for source in (*found.of_cards.values(), *found.of_hub.values()):
+        name, commit = data_set_of(source)
+        if licence := licence_of_data_set(name, commit, token_of(name)):
+            found.licences[name] = licence
     return found
 
 
 def _read_card(
-    context: RunContext, expert: Expert, token_of: Callable[[str], str | None], found: Examples
+    context: RunContext,
+    expert: Expert,
+    tested: Collection[str],
+    token_of: Callable[[str], str | None],
+    found: Examples,
 ) -> None:
     """Add the examples that an adapter's card names, or that it has to write some."""
     recipe = context.recipe
     limit, pool = recipe.gates.examples_per_expert, recipe.gates.pool
     try:
-        rows, source = read_card_examples(expert.datasets, context.folder, limit, token_of)
+        most = limit + len(tested)
+        every, source = read_card_examples(expert.datasets, context.folder, most, token_of)
+        rows = [row for row in every if row.question not in tested][:limit]
+        if len(rows) < min(LEAST_EXAMPLES, len(every)):
+            raise NoCardExamplesError(
+                f"{source}: of {len(every)} rows {len(rows)} are no test rows"
+            )
     except NoCardExamplesError as error:
         found.no_cards[expert.name] = str(error)
         if recipe.benchmark.template != "plain" and not pool:

@@ -1,4 +1,7 @@
-"""Rows that are both examples and tests: refused, or left out of an import's examples."""
+"""Rows that are both examples and tests: refused, or left out of an import's examples.
+
+Rows that are examples of several experts are allowed, since adapters may have learnt one task.
+"""
 
 from __future__ import annotations
 
@@ -8,6 +11,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from meteora.untrusted.findings import MOST_NAMED, counted, listed
 from pipelines.data.row_sources import json_lines, read_rows, row_place
 from pipelines.data.rows import Row, refuse_overlap
 from pipelines.data.spans import prompt_parts
@@ -98,6 +102,21 @@ def check_overlaps(
     pool = {"": [Row(prompt, "") for prompt in prompts]}
     pool_place = f"in {recipe.gates.pool}"
     refuse_overlap(pool, tests, lambda *_: pool_place, test_place, kind="a prompt of gates.pool")
+
+
+def say_shared(examples: Mapping[str, Sequence[Row]]) -> None:
+    """Print which experts have examples in common, if any do."""
+    owners: dict[str, set[str]] = {}
+    for name, rows in examples.items():
+        for row in rows:
+            owners.setdefault(row.question, set()).add(name)
+    shared = [own for own in owners.values() if len(own) > 1]
+    if names := [name for name in examples if any(name in own for own in shared)]:
+        say(
+            f"{listed(names, MOST_NAMED)} have {counted(len(shared), 'example')} in common, by"
+            " which gates cannot tell them apart",
+            "note",
+        )
 
 
 def place_of_example(context: RunContext, name: str, number: int) -> str:

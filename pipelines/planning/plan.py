@@ -77,6 +77,8 @@ class Plan(Subjects):
     """Why an expert's card has no examples, by expert with `examples: auto`."""
     hub_examples: Mapping[str, str] = field(default_factory=dict)
     """The source with its commit, by expert, of examples that the recipe takes from the Hub."""
+    example_licences: Mapping[str, str] = field(default_factory=dict)
+    """The licences that data sets of the Hub with examples state, by data set."""
     pool: PoolSpec | None = None
     """Prompts without labels, for the experts without examples."""
     is_pool_divided: bool = True
@@ -125,7 +127,8 @@ def make_plan(context: RunContext, base: BaseSpec, experts: Sequence[Expert]) ->
     token_of = token_of_rows(recipe.hub.token_for, allow_http=recipe.hub.allow_http)
     tasks = make_tasks(chosen, recipe.benchmark, folder, partial(read_rows, token_of=token_of))
     tests = {name: task.rows for name, task in tasks.items() if task.rows}
-    own = read_examples(context, experts, token_of)
+    tested = {row.question for rows in tests.values() for row in rows}
+    own = read_examples(context, experts, tested, token_of)
     examples, writers = own.rows, own.writers
     fused = stack_of(base, experts)
     known = known_prompts(examples, fused.names)
@@ -134,7 +137,6 @@ def make_plan(context: RunContext, base: BaseSpec, experts: Sequence[Expert]) ->
     is_pool_divided = pool is None or claims is not None
     if pool and claims is not None:
         if writers:  # an expert can write a test question by chance
-            tested = {row.question for rows in tests.values() for row in rows}
             claims = [one for one in claims if Row(one.prompt, "").question not in tested]
         examples = with_claims(recipe, names, examples, claims, writers)
     if recipe.router.null and recipe.router.kind == "gate":
@@ -157,6 +159,7 @@ def make_plan(context: RunContext, base: BaseSpec, experts: Sequence[Expert]) ->
         card_examples=own.of_cards,
         no_card_examples=own.no_cards,
         hub_examples=own.of_hub,
+        example_licences=own.licences,
     )
 
 

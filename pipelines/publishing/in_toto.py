@@ -9,10 +9,11 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 from meteora import __version__
-from meteora.artifacts import COMMIT, ArtifactId, short
+from meteora.artifacts import COMMIT, REPO_ID, ArtifactId, short
+from pipelines.data.row_sources import data_set_of
 from store.errors import UnknownError
 
 if TYPE_CHECKING:
@@ -34,6 +35,17 @@ SELECT weights_sha256, record_sha256, artifacts.run_id, recipe_name, recipe_sha2
        ended_at
 FROM artifacts LEFT JOIN runs USING (run_id) WHERE id = '{}'
 """
+
+
+class DataSet(NamedTuple):
+    """A data set of the Hub with examples of an expert."""
+
+    expert: str
+    source: str
+    """`datasets/owner/name`."""
+    commit: str
+    licence: str
+    """As its card states it; empty if that is not known."""
 
 
 def write_lineage(manifest: Manifest, recipe_sha256: str) -> str:
@@ -61,6 +73,7 @@ def write_lineage(manifest: Manifest, recipe_sha256: str) -> str:
             _dependency("base", base.repo_id, base.revision, licence=base.licence),
             *experts,
             *parents,
+            *map(_examples, data_sets(manifest.gates)),
         ],
         external={"recipe_sha256": recipe_sha256},
         internal={
@@ -69,6 +82,24 @@ def write_lineage(manifest: Manifest, recipe_sha256: str) -> str:
             "gates": manifest.gates,
         },
     )
+
+
+def data_sets(made: Mapping[str, Any]) -> list[DataSet]:
+    """The data sets of the Hub that gates were fitted to.
+
+    Args:
+        made: a `RouterBuild` as a table, or what a manifest states on its gates
+    """
+    named = [one for key in ("card_examples", "hub_examples") for one in made.get(key) or ()]
+    stated = [str(one).partition(": ") for one in made.get("example_licences") or ()]
+    licences = {name: licence for name, _, licence in stated}
+    found = []
+    for one in map(str, named):
+        expert, _, source = one.rpartition(": hf:")
+        name, commit = data_set_of(f"hf:{source}")
+        if REPO_ID.fullmatch(name) and COMMIT.fullmatch(commit):
+            found.append(DataSet(expert, f"datasets/{name}", commit, licences.get(name, "")))
+    return found
 
 
 def attest(ledger: Ledger, artifact_id: ArtifactId) -> str:
@@ -94,7 +125,10 @@ def attest(ledger: Ledger, artifact_id: ArtifactId) -> str:
     }
     return _statement(
         {artifact_id if weights else f"record of {artifact_id}": weights or record},
-        dependencies=[_ancestor(*row) for row in ledger.query(MADE_FROM.format(artifact_id)).rows],
+        dependencies=[
+            *(_ancestor(*row) for row in ledger.query(MADE_FROM.format(artifact_id)).rows),
+            *map(_examples, data_sets(ledger.built(artifact_id) or {})),
+        ],
         external={"recipe": recipe_name, "recipe_sha256": recipe_sha256} if recipe_sha256 else {},
         internal={"id": artifact_id, "spec": ledger.spec_of(artifact_id)},
         run=run,
@@ -107,6 +141,10 @@ def _ancestor(
     if source:
         return _dependency(kind, source, revision, sha256=weights, licence=licence)
     return _dependency(kind, artifact_id, "", sha256=weights or artifact_id.partition(":")[2])
+
+
+def _examples(of: DataSet) -> dict[str, Any]:
+    return _dependency(f"examples of {of.expert}", of.source, of.commit, licence=of.licence)
 
 
 def _dependency(

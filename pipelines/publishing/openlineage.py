@@ -1,7 +1,8 @@
 """Runs as OpenLineage events: inputs, outputs, and the outcome of the run.
 
 A dataset is an artifact under its id; its facet `symlinks` names its repository. Bases and adapters
-are always inputs, even of the run that recorded them first; all other artifacts are outputs.
+are always inputs, even of the run that recorded them first; all other artifacts are outputs. The
+data sets of the Hub that gates were fitted to are inputs, too, under their names there.
 """
 
 from __future__ import annotations
@@ -13,6 +14,7 @@ from datetime import datetime
 from typing import TYPE_CHECKING, Any
 
 from meteora import __version__
+from pipelines.publishing.in_toto import DataSet, data_sets
 from store.query import Limits
 
 if TYPE_CHECKING:
@@ -70,6 +72,8 @@ def events(ledger: Ledger, run_id: str = "") -> Iterator[dict[str, Any]]:
     comes_out: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for run, into, *dataset in ledger.query(USED.format(only), limits=EVERYTHING).rows:
         (goes_in if into else comes_out)[run].append(_dataset(*dataset))
+        if not into and dataset[1] == "router":
+            goes_in[run] += map(_data_set, data_sets(ledger.built(dataset[0]) or {}))
     for row in ledger.query(RUNS.format(only), limits=EVERYTHING).rows:
         run, recipe, recipe_sha256, device, versions, started, ended, outcome, reason = row
         run_tags = {"run_id": run, "recipe_sha256": recipe_sha256, "device": device, **versions}
@@ -133,6 +137,18 @@ def _dataset(
     if licence:
         facets["tags"] = _tags("TagsDatasetFacet", {"licence": licence})
     return {"namespace": NAMESPACE, "name": artifact_id, "facets": facets}
+
+
+def _data_set(of: DataSet) -> dict[str, Any]:
+    """A data set of the Hub, under its name there."""
+    type_of = {"datasetType": "TABLE", "subType": "examples"}
+    facets = {
+        "datasetType": _facet("DatasetTypeDatasetFacet", type_of),
+        "version": _facet("DatasetVersionDatasetFacet", {"datasetVersion": of.commit}),
+    }
+    if of.licence:
+        facets["tags"] = _tags("TagsDatasetFacet", {"licence": of.licence})
+    return {"namespace": "hf", "name": of.source, "facets": facets}
 
 
 def _tags(schema: str, tags: dict[str, str]) -> dict[str, Any]:

@@ -297,6 +297,9 @@ def example_lines(gates: RouterBuild) -> list[str]:
             "Examples of data sets that the adapters' own cards name:"
             f" {', '.join(map(_code, gates.card_examples))}."
         )
+    if gates.example_licences:
+        stated = ", ".join(map(_code, gates.example_licences))
+        lines.append(f"Licences that these data sets state: {stated}.")
     if gates.spec.pool_id:
         lines.append(
             "Experts without examples have prompts without labels, or prompts that they wrote"

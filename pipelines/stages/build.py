@@ -9,7 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -42,6 +42,7 @@ from meteora.untrusted.findings import MOST_NAMED, counted, listed
 from pipelines.admission import silent_experts
 from pipelines.data.conversations import Conversation, converse, takes, within
 from pipelines.data.labels import Labeller, background_ids
+from pipelines.data.pool import known_shares
 from pipelines.evaluation.harness import room_of
 from pipelines.hub import repositories
 from pipelines.hub.card import licence_of
@@ -49,6 +50,7 @@ from pipelines.hub.client import hub_of
 from pipelines.hub.snapshot import locked
 from pipelines.planning.examples import LEAST_EXAMPLES
 from pipelines.planning.fit_estimate import bytes_of_gates
+from pipelines.planning.overlaps import say_shared
 from pipelines.planning.room import with_room, without_too_long
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
@@ -77,7 +79,14 @@ if TYPE_CHECKING:
 
     from meteora.artifacts import BaseSpec, RouterSpec
     from meteora.fitting.statistics import Fit
+    from pipelines.data.rows import Row
     from pipelines.planning.plan import Plan
+
+
+LEAST_KNOWN = 0.5
+"""The least share of prompts of a card's data set that an expert should know. Six experts knew all
+prompts of the right data sets, and at most 0.38 of wrong and of mixed ones
+(`tests/benchmarks/results/cards.md`)."""
 
 
 def build_base(work: RunContext, spec: BaseSpec) -> BuiltBase:
@@ -184,6 +193,7 @@ def _make_gates(work: RunContext, plan: Plan) -> RouterBuild:
             statistics_sha256=statistics_sha256,
             card_examples=tuple(f"{name}: {s}" for name, s in plan.card_examples.items()),
             hub_examples=tuple(f"{name}: {s}" for name, s in plan.hub_examples.items()),
+            example_licences=tuple(f"{name}: {s}" for name, s in plan.example_licences.items()),
             not_crossed=found.not_crossed,
         )
 
@@ -277,6 +287,10 @@ def _labelled(
         say(
             f"{name}: {counted(num, 'example')} of the data set that its card names, {source}{more}"
         )
+    say_shared(fitting)
+    is_here = all(one.device.type != "meta" for one in model.parameters())
+    if plan.card_examples and len(plan.fused.names) > 1 and is_here:
+        _say_unknown(plan, fitting, model, tokenizer)
     plan = replace(plan, examples=fitting)
     names = plan.fused.names
     shared = router.opening == "shared"
@@ -299,6 +313,28 @@ def _labelled(
         with bar("asking the base", len(rows), "texts") as advance:
             sequences += labeller.background(model, rows, base, advance)
     return sequences, Template.of(tokenizer) if router.opening == "prompt" else None
+
+
+def _say_unknown(
+    plan: Plan,
+    examples: Mapping[str, Sequence[Row]],
+    model: PreTrainedModel,
+    tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    """Print whose card names a data set that seems to be of another task.
+
+    Not for one adapter, which stands out among none, nor for a base that is read from the disk,
+    since this would read it several times.
+    """
+    own = {name: [row.prompt for row in rows] for name, rows in examples.items() if name != NULL}
+    for name, share in known_shares(model, tokenizer, own, plan.fused.names).items():
+        if name in plan.card_examples and share < LEAST_KNOWN:
+            say(
+                f"{name}: by its weights it knows {share:.0%} of the first prompts of the data set"
+                " that its card names, which seem to be of another task: look at them, or name"
+                " examples in the recipe",
+                "note",
+            )
 
 
 def _conversations(plan: Plan, tokenizer: PreTrainedTokenizerBase, room: int) -> list[Conversation]:

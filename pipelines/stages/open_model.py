@@ -56,6 +56,7 @@ def describe(work: RunContext, plan: Plan, gates: RouterBuild | None) -> Manifes
             "pool_id": plan.router.pool_id,
             "card_examples": gates.card_examples,
             "hub_examples": gates.hub_examples,
+            "example_licences": gates.example_licences,
             "composites": [
                 {"n": n, "num_fewshot": solved} if solved else n
                 for n, solved in plan.router.mixed_prompts

@@ -10,14 +10,15 @@ import torch
 
 import meteora
 from meteora.base.chat_template import Template
+from pipelines.hub.card import datasets_of
 from pipelines.recipe.recipe import Recipe
 from store.ledger import Ledger
-from tests.benchmarks import fuse, many_rows, parts
-from tests.benchmarks.bigbench import SHIPPED
+from tests.benchmarks import cards, fuse, many_rows, parts
+from tests.benchmarks.bigbench import SHIPPED, read
 from tests.benchmarks.store_home import Size, make_home
 from tests.meteora.serving.served_world import gated
 from tests.pipelines.conftest import CHAT_TEMPLATE
-from tests.quickstart.make import NUM_TEST, TRAININGS
+from tests.quickstart.make import NUM_TEST, TRAININGS, seen_in_training
 
 TINY = {
     "layer": "--hidden 64 --intermediate 96 --layers 1 --experts 3 --tokens 5 --rounds 1",
@@ -118,6 +119,26 @@ def test_more_rows_than_ship_begin_with_those_that_ship(tmp_path, monkeypatch):
     asked = {file.stem: Recipe.load(file).benchmark for file in tmp_path.glob("*.yaml")}
     assert [asked[name].system_prompt for name in ("default", "none")] == [None, ""]
     assert len(asked) == len(many_rows.ASKED_UNDER) + 1
+
+
+def test_data_sets_that_cards_name_have_new_rows_of_their_tasks(tmp_path):
+    sets = cards.rows_by_name()
+    for task, name in cards.OWN.items():
+        rows = sets[name]
+        prompts = {row["prompt"] for row in rows}
+        assert len(prompts) == len(rows) == cards.NUM_ROWS
+        assert not prompts & seen_in_training(task)
+        for split in ("train", "test"):
+            assert not prompts & {
+                row["prompt"] for row in read(SHIPPED / f"tasks/{task}/{split}.jsonl")
+            }
+        assert {row["prompt"] for row in sets[cards.MIXED]} >= prompts
+    recipe = Recipe.load(cards.write_case(tmp_path, "one mixed"))
+    assert {expert.examples for expert in recipe.experts} == {"auto"}
+    named = {task: datasets_of(tmp_path / "one_mixed" / task) for task in cards.OWN}
+    assert named == {task: (name,) for task, name in cards.OWN.items()} | {
+        cards.HURT: (cards.MIXED,)
+    }
 
 
 def test_the_smallest_home_has_one_of_each_kind(tmp_path):

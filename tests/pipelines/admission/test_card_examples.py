@@ -3,11 +3,14 @@
 import json
 from collections.abc import Callable, Generator
 from functools import partial
+from io import BytesIO
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
 
 import pytest
+from pyarrow import Table
+from pyarrow.parquet import write_table
 
 from pipelines.admission.card_examples import (
     NoCardExamplesError,
@@ -45,7 +48,13 @@ def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[HubServer]
 
 
 def put(hub: HubServer, name: str, rows: list[dict[str, Any]], file: str = "train.jsonl") -> None:
-    hub.repos[name] = Main({file: "".join(json.dumps(row) + "\n" for row in rows).encode()})
+    hub.repos[name] = Main({file: jsonl(rows)})
+
+
+def said(*texts: str, system: str = "") -> list[Any]:
+    """A conversation: question, answer, question, …"""
+    opening = [("system", system)] if system else []
+    return turns(*opening, *zip(("user", "assistant") * len(texts), texts, strict=False))
 
 
 @pytest.mark.parametrize(
@@ -55,30 +64,173 @@ def put(hub: HubServer, name: str, rows: list[dict[str, Any]], file: str = "trai
         ({"instruction": "a", "input": "", "output": "b"}, ("instruction,input", "output")),
         ({"instruction": "a", "output": "b"}, ("instruction", "output")),
         ({"input": "a", "output": "b", "prompt": "c", "completion": "d"}, ("prompt", "completion")),
-        (
-            {"messages": turns(("user", "a"), ("assistant", "b"))},
-            ("messages.0.content", "messages.1.content"),
-        ),
-        (
-            {"messages": turns(("system", "s"), ("user", "a"), ("assistant", "b"))},
-            ("messages.1.content", "messages.2.content"),
-        ),
-        (
-            {"conversations": turns(("human", "a"), ("gpt", "b"), role="from", content="value")},
-            ("conversations.0.value", "conversations.1.value"),
-        ),
+        ({"question": "a", "context": "b", "answer": "c"}, ("question,context", "answer")),
+        ({"prompt": "a", "chosen": "b", "rejected": "c"}, ("prompt", "chosen")),
+        ({"Question": "a", "Answer": "b"}, ("Question", "Answer")),
+        ({"Question": "a", "question": "b", "answer": "c"}, None),
+        ({"messages": said("a", "b")}, "messages"),
+        ({"messages": said("a", "b", "c", "d", system="s")}, "messages"),
+        ({"text": "a", "messages": turns(("assistant", "a"), ("user", "b"))}, None),
+        ({"Conversations": turns(("human", "a"), ("gpt", "b"), role="from", content="value")},
+         "Conversations"),
+        ({"prompt": said("a"), "completion": turns(("assistant", "b"))}, "prompt,completion"),
+        ({"prompt": said("a"), "chosen": turns(("assistant", "b"))}, "prompt,chosen"),
+        ({"prompt": "a", "chosen": said("a", "b"), "rejected": said("a", "c")}, "prompt,chosen"),
+        ({"chosen": said("a", "b"), "rejected": said("a", "c")}, "chosen"),
+        ({"prompt": "a", "completion": turns(("assistant", "b"))}, None),
+        ({"chosen": "a", "rejected": "b"}, None),
         ({"text": "a"}, None),
         ({"question": "a", "answer": 3}, None),
+        ({"question": "a", "answer": None}, None),
         ({"messages": "a"}, None),
         ({"messages": ["a", "b"]}, None),
         ({"messages": turns(("user", "a"))}, None),
+        ({"messages": [{"role": "user", "content": [{"text": "a"}]}, *said("", "b")[1:]]}, None),
+        ({"messages": [{"role": ["user"], "content": "a"}, 3, {}]}, None),
         ({}, None),
     ],
 )  # fmt: skip
 def test_columns_are_taken_where_their_names_leave_no_doubt(
-    item: dict[str, Any], columns: tuple[str, str] | None
+    item: dict[str, Any], columns: tuple[str, str] | str | None
 ) -> None:
-    assert columns_of(item) == columns
+    expected = {"turns": columns} if isinstance(columns, str) else columns
+    if isinstance(columns, tuple):
+        expected = dict(zip(("prompt", "response"), columns, strict=True))
+    assert columns_of([item]) == expected
+
+
+def test_columns_are_chosen_by_more_rows_than_the_first() -> None:
+    rows: list[dict[str, Any]] = [
+        {"instruction": "a", "input": None, "output": None},
+        {"instruction": "b", "input": "c", "output": "d"},
+    ]
+    assert columns_of(rows) == {"prompt": "instruction,input", "response": "output"}
+    assert columns_of([*rows, {"instruction": "a", "input": "b", "output": 3}]) is None
+
+
+def parquet(rows: list[dict[str, Any]]) -> bytes:
+    file = BytesIO()
+    write_table(Table.from_pylist(rows), file)
+    return file.getvalue()
+
+
+def jsonl(rows: list[dict[str, Any]]) -> bytes:
+    return "".join(json.dumps(row) + "\n" for row in rows).encode()
+
+
+def configs(*lines: str) -> bytes:
+    return "\n".join(("---", "configs:", *lines, "---")).encode()
+
+
+MAIN = ("- config_name: main", "  data_files: main.jsonl")
+OTHER = ("- config_name: other", "  data_files: other.jsonl")
+QUESTIONS = [{"question": f"q{i}", "answer": f"a{i}"} for i in range(3)]
+SHAPES: dict[str, dict[str, bytes]] = {
+    "parquet with a test split": {
+        "data/test-00000-of-00001.parquet": parquet([{"question": "t", "answer": "t"}]),
+        "data/train-00000-of-00001.parquet": parquet(QUESTIONS),
+    },
+    "splits of several kinds": {
+        f"data/{split}-00000-of-00001.parquet": parquet([{"messages": said(*row)} for row in rows])
+        for split, rows in (
+            ("test_sft", [("t", "t")]),
+            ("train_sft", [row.values() for row in QUESTIONS]),
+        )
+    },
+    "an array of JSON, with and without an input": {
+        "data.json": json.dumps(
+            [{"instruction": f"q{i}", "input": ["", None][i % 2], "output": f"a{i}"}
+             for i in range(3)]
+        ).encode()
+    },
+    "a default config": {
+        "README.md": configs(*OTHER, *MAIN, "  default: true"),
+        "main.jsonl": jsonl(QUESTIONS),
+        "other.jsonl": jsonl([{"question": "o", "answer": "o"}]),
+    },
+    "a system prompt in some rows": {
+        "train.jsonl": jsonl(
+            [{"messages": said(f"q{i}", f"a{i}", "m", system="s" * (i % 2))} for i in range(3)]
+        )
+    },
+    "prompts and completions of turns": {
+        "train.jsonl": jsonl(
+            [{"prompt": said(f"q{i}", system="s"), "completion": turns(("assistant", f"a{i}"))}
+             for i in range(3)]
+        )
+    },
+    "preferences": {
+        "train.jsonl": jsonl(
+            [{"prompt": f"q{i}", "chosen": f"a{i}", "rejected": "r"} for i in range(3)]
+        )
+    },
+    "capitals": {"train.csv": b"Question,Answer\nq0,a0\nq1,a1\nq2,a2\n"},
+    "choices, the answer among them": {
+        "train.jsonl": jsonl([row | {"choices": [row["answer"], "x"]} for row in QUESTIONS])
+    },
+    "rows without an answer, or a question": {
+        "train.jsonl": jsonl(
+            [QUESTIONS[0], {"question": "q", "answer": None}, {"question": None, "answer": "a"},
+             QUESTIONS[1], {"question": " ", "answer": "a"}, {"question": "q", "answer": ""},
+             QUESTIONS[2]]
+        )
+    },
+}  # fmt: skip
+"""Data sets of three questions, as they lie on the Hub."""
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_usual_shapes_of_data_sets_are_read(hub: HubServer, tmp_path: Path, shape: str) -> None:
+    hub.repos["a/b"] = Main(SHAPES[shape])
+    rows, _ = read_card_examples(["a/b"], tmp_path, 9, no_token)
+    assert [(row.prompt, row.response) for row in rows] == [(f"q{i}", f"a{i}") for i in range(3)]
+
+
+@pytest.mark.parametrize(
+    ("files", "reason"),
+    [
+        (
+            {
+                "README.md": configs(*OTHER, *MAIN),
+                "main.jsonl": jsonl(QUESTIONS),
+                "other.jsonl": jsonl(QUESTIONS),
+            },
+            "a/b has several configs (other, main), and none is its default",
+        ),
+        (
+            {"b.py": b"raise SystemExit", "train.jsonl": jsonl(QUESTIONS)},
+            "a/b cannot be read (Dataset scripts are no longer supported, but found b.py)",
+        ),
+        (
+            {"train.jsonl": jsonl([{"text": "### Question: q ### Answer: a"}])},
+            "a/b has the columns text, which are none of a prompt and its answer as text",
+        ),
+        (
+            {"train.jsonl": jsonl([{"question": "q", "choices": ["a", "b"], "answer": 1}])},
+            "a/b has the columns question, choices, answer, which are none of a prompt and its"
+            " answer as text",
+        ),
+        (
+            {"train.jsonl": jsonl([{"question": "q", "choices": ["a", "b"], "answer": "B"}])},
+            "hf:a/b, row 0: the answer 'B' is not one of its choices",
+        ),
+        (
+            {"train.jsonl": jsonl([{"question": "q", "answer": None}])},
+            "a/b has the columns question, answer, which are none of a prompt and its answer as"
+            " text",
+        ),
+        ({"README.md": b"---\nlicense: mit\n---\n"}, "a/b cannot be read (The directory at"),
+    ],
+    ids=["configs", "script", "text", "index", "letter", "no answers", "no files"],
+)
+def test_an_unclear_data_set_is_a_reason_of_one_sentence(
+    hub: HubServer, tmp_path: Path, files: dict[str, bytes], reason: str
+) -> None:
+    hub.repos["a/b"] = Main(files)
+    with pytest.raises(NoCardExamplesError) as refused:
+        read_card_examples(["a/b"], tmp_path, 9, no_token)
+    assert str(refused.value).startswith(reason)
+    assert "gated" not in str(refused.value)
 
 
 def test_rows_are_those_of_the_first_data_set_that_can_be_read(
@@ -93,8 +245,8 @@ def test_rows_are_those_of_the_first_data_set_that_can_be_read(
     assert rows == [Row(f"q{i}", "a") for i in range(4)]
     commit = hub.repos["somebody/chats"].commit
     assert source == (
-        f"hf:somebody/chats?config=default&split=train&longest=8000&revision={commit}"
-        "&prompt=messages.0.content&response=messages.1.content"
+        "hf:somebody/chats?config=default&split=train&longest=8000&incomplete=skip"
+        f"&revision={commit}&turns=messages"
     )
     hub.requests.clear()
     assert read_rows(source, tmp_path, 4) == rows
@@ -130,7 +282,7 @@ def test_a_folder_of_the_name_is_not_read_in_place_of_a_strangers_data_set(
             b'{"question": "q", "answer": "a", "choices": 3}\n',
             "'choices': a list of texts is needed",
         ),
-        ("train.jsonl", b'{"question": "q"}\n{"question', "a/b cannot be read from the Hub"),
+        ("train.jsonl", b'{"question": "q"}\n{"question', r"^a/b cannot be read \(JSON [^;]*$"),
         ("train.csv", b"question,answer\n", "a/b has no rows"),
         ("train.zip", b"PK\x03\x04", "a/b cannot be read"),
         ("train.jsonl.gz", b"\x1f\x8b\x08", "a/b cannot be read"),
@@ -152,7 +304,8 @@ def test_a_data_set_that_asks_for_consent_is_told_with_what_to_do(
     hub: HubServer, tmp_path: Path, status: int
 ) -> None:
     put(hub, "a/b", [{"question": "q", "answer": "a"}])
-    hub.faults["head"] = Fault(status, {"X-Error-Code": "GatedRepo"})
+    for kind in ("head", "get"):
+        hub.faults[kind] = Fault(status, {"X-Error-Code": "GatedRepo"})
     what_to_do = r".*gated or private, accept its terms .* `hf auth login`, .*--token-for"
     with pytest.raises(NoCardExamplesError, match=f"^a/b cannot be read{what_to_do}"):
         read_card_examples(["a/b"], tmp_path, 4, no_token)
@@ -254,11 +407,22 @@ def test_a_recipe_takes_the_examples_of_a_card(
     rows = letters("attention", 0, 8)
     asked_rows = [{"question": r["prompt"], "answer": r["response"]} for r in rows]
     put(hub, "somebody/letters", asked_rows)
+    hub.repos["somebody/letters"].card = {"license": "mit"}
     plan = plan_of(workplace(**asked))
     assert [row.prompt for row in plan.examples["attention"]] == [row["prompt"] for row in rows]
     assert plan.card_examples["attention"].startswith("hf:somebody/letters?")
+    assert plan.example_licences == {"somebody/letters": "mit"}
     labelled = plan_of(plain)
     assert plan.router.examples_sha256 == labelled.router.examples_sha256
+
+    tested = [{"question": r.prompt, "answer": "?"} for r in plan.tests["attention"]]
+    put(hub, "somebody/letters", [tested[0], *asked_rows[:3], *tested[1:], *asked_rows[3:]])
+    hub.repos["somebody/letters"].commit = "b" * 40
+    assert plan_of(workplace(**asked)).examples["attention"] == labelled.examples["attention"]
+    put(hub, "somebody/letters", [*tested, asked_rows[0]])
+    hub.repos["somebody/letters"].commit = "c" * 40
+    plan = plan_of(workplace(**asked))
+    assert plan.no_card_examples["attention"].endswith(": of 5 rows 1 are no test rows")
 
 
 def test_rows_of_the_hub_are_those_of_one_commit_and_are_here_afterwards(

@@ -6,8 +6,8 @@ from meteora.base.chat_template import encode_prompt
 from meteora.fitting.sequences import UNLABELLED
 from meteora.model.fused import without_experts
 from meteora.model.generate import answer_all
-from pipelines.data.background import background_rows
-from pipelines.data.labels import MAX_NEW_TOKENS, Labeller
+from pipelines.data.background import MAX_NEW_TOKENS, background_rows
+from pipelines.data.labels import Labeller
 from pipelines.data.rows import Row
 
 

@@ -54,6 +54,23 @@ def test_each_prompt_goes_to_the_expert_that_knows_it(knowing: Knowing) -> None:
     assert again == claims
 
 
+def test_an_expert_knows_the_prompts_of_its_task_and_no_others(knowing: Knowing) -> None:
+    import meteora
+    from pipelines.data.pool import known_shares
+
+    model, tokenizer = meteora.load(knowing.checkpoint, base_folder=knowing.base)
+    own = {name: prompts_in(letters, 0, 24) for name, letters in ALPHABETS.items()}
+    names = [*ALPHABETS]
+    assert known_shares(model, tokenizer, own, names) == {"low": 1.0, "high": 1.0}
+    mixed = [text for pair in zip(own["low"], own["high"], strict=True) for text in pair]
+    shares = known_shares(model, tokenizer, {"low": mixed, "high": own["high"]}, names)
+    assert shares == {"low": 0.5, "high": 1.0}
+    shares = known_shares(model, tokenizer, dict.fromkeys(names, own["high"]), names)
+    assert shares["low"] == 0.0
+    shares = known_shares(model, tokenizer, {"low": own["high"], "high": own["low"]}, names)
+    assert shares == {"low": 0.0, "high": 0.0}
+
+
 def test_the_number_for_no_expert_is_told_after_many_experts() -> None:
     """Experts with examples are named only if they got prompts."""
     names = [f"e{i}" for i in range(12)]

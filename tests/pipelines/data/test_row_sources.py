@@ -7,6 +7,7 @@ from typing import Any
 
 import pytest
 
+from pipelines.data.hub_rows import UnreadableError
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import ExamplesError, Row
 
@@ -245,7 +246,7 @@ def test_a_hub_dataset_out_of_reach_is_one_sentence(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("huggingface_hub.constants.HF_HUB_OFFLINE", True)
-    with pytest.raises(ExamplesError, match=r"hf:nobody/none cannot be read from the Hub \(.+\)"):
+    with pytest.raises(UnreadableError, match=r"hf:nobody/none cannot be read from the Hub \(.+\)"):
         read_rows("hf:nobody/none", tmp_path, 1)
 
 
@@ -259,6 +260,8 @@ def test_a_hub_dataset_is_asked_as_its_options_say(
             "said": {"de": f"Satz {i}" + "!" * i, "en": f"sentence {i}"},
             "more": "," * (i % 2),
             "choices": {"label": ["A", "B"], "text": [f"sentence {i}", "none"]},
+            "gap": "there" if i % 2 else None,
+            "turns": [{"from": "human", "value": f"{i}?"}, {"from": "gpt", "value": "none"}],
         }
         for i in range(60)
     ]
@@ -281,7 +284,14 @@ def test_a_hub_dataset_is_asked_as_its_options_say(
     assert len(train) + len(test) == len(every) == 60
     assert 3 < len(test) < 25
     assert max(len(row.prompt) for row in read(*columns, "longest=20")) in range(15, 21)
+    gaps = ("prompt=gap", "response=said.en", "ask=To+English:+")
+    assert [row.prompt for row in read(*gaps, "incomplete=skip")] == ["To English: there"] * 30
+    assert read("prompt=gap,said.de", "response=said.en")[0].prompt == "Satz 0"
+    assert (read("turns=turns")[0].prompt, read("turns=turns")[0].response) == ("0?", "none")
     for options, said in (
+        (gaps, "a row has no text in its column 'gap'"),
+        ((*gaps, "incomplete=yes"), "incomplete='yes' is none of refuse, skip"),
+        (("turns=said",), "row 0: prompt and response must be text, and the prompt not empty"),
         (
             ("prompt=said.fr", "response=said.en"),
             "no column 'said.fr', it has id, said, more",

@@ -257,9 +257,12 @@ class Handler(BaseHTTPRequestHandler):
         self._body(data, headers, fault)
 
     def _body(self, data: bytes, headers: dict[str, str], fault: Fault | None) -> None:
-        begin = int((self.headers.get("Range") or "bytes=0-")[6:].split("-")[0])
-        data = data[begin:]
-        self.send_response(206 if begin else 200)
+        asked, size = self.headers.get("Range"), len(data)
+        if asked:
+            begin, _, last = asked.removeprefix("bytes=").partition("-")
+            data = data[int(begin) : int(last or size) + 1]
+            headers |= {"Content-Range": f"bytes {begin}-{int(begin) + len(data) - 1}/{size}"}
+        self.send_response(206 if asked else 200)
         for name, value in headers.items():
             self.send_header(name, value)
         if fault and fault.endless:

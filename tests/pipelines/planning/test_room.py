@@ -94,10 +94,49 @@ def test_what_is_too_long_in_a_cards_data_set_is_left_out(
     said = (
         f"q_and_v: {len(short)} examples of the data set that its card names, hf:org/rows; 3 more"
     )
-    assert said in " ".join(capsys.readouterr().err.split())
+    told = " ".join(capsys.readouterr().err.split())
+    assert said in told
+    assert "in common" not in told
     planned = replace(planned, examples={**planned.examples, "q_and_v": [short[0], *long]})
     with pytest.raises(ExamplesError, match="q_and_v: 1 of 4 examples of the data set that its"):
         measure.check_prompts(work, planned)
+
+
+def test_a_card_that_names_rows_which_its_adapter_does_not_know_is_told(
+    workplace: Callable[..., RunContext],
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    """Not the examples that a recipe names: these are the user's own choice."""
+    work = workplace()
+    planned = plan_of(work)
+    planned = replace(planned, card_examples={"q_and_v": "hf:org/rows"})
+    build.stack(work, planned)
+    for share, is_told in ((0.25, True), (0.75, False)):
+        found = dict.fromkeys(planned.fused.names, share)
+        monkeypatch.setattr(build, "known_shares", lambda *_, found=found: found)
+        with opened(work, planned, None) as (model, tokenizer):
+            build._labelled(work, planned, model, tokenizer)
+        told = " ".join(capsys.readouterr().err.split())
+        said = "note: q_and_v: by its weights it knows 25% of the first prompts of the data set"
+        assert (said in told) == is_told
+        assert "attention: by" not in told
+
+
+def test_examples_that_several_experts_have_in_common_are_told(
+    workplace: Callable[..., RunContext], capsys: pytest.CaptureFixture[str]
+) -> None:
+    work = workplace()
+    planned = plan_of(work)
+    mine, others = (planned.examples[name] for name in ("q_and_v", "attention"))
+    spaced = replace(mine[0], prompt=f" {mine[0].prompt}\n")
+    examples = {"q_and_v": [*mine, *mine], "attention": [*others, spaced, mine[1]]}
+    build.stack(work, planned)
+    with opened(work, planned, None) as (model, tokenizer):
+        build._labelled(work, replace(planned, examples=examples), model, tokenizer)
+    assert (
+        "note: q_and_v, attention have 2 examples in common, by which gates cannot tell them apart"
+    ) in " ".join(capsys.readouterr().err.split())
 
 
 @pytest.mark.parametrize(

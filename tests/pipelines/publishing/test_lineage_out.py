@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import uuid
+from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import attr
@@ -12,9 +14,11 @@ from google.protobuf import json_format
 from in_toto_attestation.v1.statement import Statement
 from openlineage.client import event_v2, facet_v2
 
+from meteora.artifacts import RouterBuild
 from meteora.artifacts.identity import ArtifactId, MeteoraError
+from meteora.checkpoint.manifest import BaseEntry, Manifest
 from pipelines.cli import store
-from pipelines.publishing.in_toto import attest
+from pipelines.publishing.in_toto import attest, write_lineage
 from pipelines.publishing.openlineage import events
 from store.errors import UnknownError
 from store.events import AdapterVerdict, RunEnded, RunStarted
@@ -125,6 +129,70 @@ def test_what_went_in_and_what_came_out(shelf: Shelf, told: list[dict[str, Any]]
     (stack,) = (dataset for dataset in first["outputs"] if dataset["name"] == STACK.id)
     weights = shelf.ledger.weights_of(STACK.id)
     assert stack["facets"]["version"]["datasetVersion"] == f"sha256:{weights}"
+
+
+SHEETS, CHATS = "b" * 40, "d" * 40
+FITTED = replace(
+    RouterBuild(router(STACK, seed=9), "9" * 64, 5012, 0.93, 12.5, "cpu"),
+    card_examples=(
+        f"sums: hf:someone/sheets?config=default&split=train&revision={SHEETS}&turns=messages",
+        "odd: hf:someone/sheets?revision=main",
+        "odd: hf:../../etc?revision=main",
+    ),
+    hub_examples=(f"a: b: hf:someone/chats?split=train&revision={CHATS}",),
+    example_licences=("someone/sheets: cc-by-4.0", "odd"),
+)
+"""Gates that were fitted to two data sets of the Hub."""
+
+
+def test_data_sets_that_gates_were_fitted_to_are_named_with_commit_and_licence(
+    tmp_path: Path,
+) -> None:
+    shelf = Shelf(tmp_path)
+    shelf.ledger.record_run(RunStarted("r1", "cards", "9" * 64, {}, "cpu"))
+    for spec in (BASE, *EXPERTS, STACK):
+        shelf.make(spec, run_id="r1")
+    made = FITTED.weights_sha256
+    shelf.ledger.record_artifact(FITTED.spec, weights_sha256=made, built=FITTED, run_id="r1")
+    shelf.ledger.record_run(RunEnded("r1", "ok", "", 3.0))
+    shelf.ledger.ingest()
+    expected = [
+        {
+            "name": "examples of sums",
+            "uri": f"hf://datasets/someone/sheets@{SHEETS}",
+            "digest": {"gitCommit": SHEETS},
+            "annotations": {"licence": "cc-by-4.0"},
+        },
+        {
+            "name": "examples of a: b",
+            "uri": f"hf://datasets/someone/chats@{CHATS}",
+            "digest": {"gitCommit": CHATS},
+        },
+    ]
+    for text in (
+        attest(shelf.ledger, FITTED.spec.id),
+        write_lineage(manifest_of(FITTED), recipe_sha256=""),
+    ):
+        said = json.loads(text)
+        Statement.copy_from_pb(as_message(said)).validate()
+        found = said["predicate"]["buildDefinition"]["resolvedDependencies"]
+        assert [one for one in found if one["name"].startswith("examples")] == expected
+    _, ended = events(shelf.ledger)
+    by_the_spec(ended)
+    sheets, chats = (one for one in ended["inputs"] if one["namespace"] == "hf")
+    assert (sheets["name"], chats["name"]) == ("datasets/someone/sheets", "datasets/someone/chats")
+    assert sheets["facets"]["version"]["datasetVersion"] == SHEETS
+    assert sheets["facets"]["tags"]["tags"][0]["value"] == "cc-by-4.0"
+    assert "tags" not in chats["facets"]
+
+
+def manifest_of(made: RouterBuild) -> Manifest:
+    """A manifest with what a checkpoint states on these gates."""
+    keys = ("card_examples", "hub_examples", "example_licences")
+    gates = {key: getattr(made, key) for key in keys}
+    unread: Any = None
+    base = BaseEntry("tiny/base", COMMIT, unread)
+    return Manifest(base, (), {}, unread, gates, files={"gates": made.weights_sha256})
 
 
 def test_one_run_can_be_asked_for(

@@ -1,0 +1,110 @@
+"""The rows of a data set of the Hub, and the prompt and the answer in each.
+
+A column of turns holds a conversation, `[{"role": "user", "content": "…"}, …]`, or with the keys
+`from` and `value`. Its first question and the answer to it are a row; a system prompt is left out.
+"""
+
+from collections.abc import Iterator, Mapping
+from itertools import pairwise
+from typing import Any
+
+from meteora.untrusted.findings import brief, listed
+from pipelines.data.rows import ExamplesError
+
+HOW_TO_GET_ACCESS = (
+    "accept its terms on its page or ask its owner, log in with `hf auth login`, and name its owner"
+    " in the recipe under hub, token_for, or to the command with --token-for"
+)
+"""For a data set that is gated or private."""
+ASKING, ANSWERING = {"user", "human"}, {"assistant", "gpt"}
+KEYS = (("role", "content"), ("from", "value"))
+"""The keys of a turn: who says it, and the text."""
+
+
+class UnreadableError(ExamplesError):
+    """A data set of the Hub cannot be read; its cause says why."""
+
+
+def hub_items(
+    name: str, options: Mapping[str, str], token: str | None
+) -> Iterator[Mapping[str, Any]]:
+    """The rows of a data set of the Hub, one by one, without conversion.
+
+    Args:
+        options: `config`, `split` (default: test) and `revision`
+    """
+    import datasets  # noqa: PLC0415  (seconds to import, and only needed here)
+
+    try:
+        yield from datasets.load_dataset(
+            name,
+            options.get("config"),
+            split=options.get("split", "test"),
+            revision=options.get("revision") or None,
+            streaming=True,
+            token=token or False,
+        )
+    except (
+        Exception
+    ) as error:  # libraries have their own errors for damaged files, such as BadZipFile
+        raise unreadable(name, error) from error
+
+
+def unreadable(name: str, error: Exception) -> UnreadableError:
+    """The error for a data set that a recipe names and that cannot be read."""
+    return UnreadableError(
+        f"hf:{name} cannot be read from the Hub ({brief(error)}); check its name, config and split,"
+        " and whether the Hub can be reached; if it is gated or private,"
+        f" {HOW_TO_GET_ACCESS}"
+    )
+
+
+def text_in(item: Mapping[str, Any], names: str, source: str, *, may_miss: bool = False) -> str:
+    """The text of a column, or of several joined with an empty line, as far as they have any.
+
+    Args:
+        names: `a`; `a.b` for the column b inside a; `a.0` for the first of a list; `a,b` for two
+            columns
+        may_miss: whether the text is empty where no column has any; else that is an error
+    """
+    texts = []
+    for name in names.split(","):
+        value: Any = item
+        for step in name.split("."):
+            if isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+                value = value[int(step)]
+                continue
+            if not isinstance(value, dict) or step not in value:
+                raise ExamplesError(
+                    f"hf:{source} has no column {name!r}, it has {listed(list(item), 20)}; name the"
+                    " columns with ?prompt=…&response=…"
+                )
+            value = value[step]
+        if not isinstance(value, str | None):
+            raise ExamplesError(f"hf:{source}: its column {name!r} is not text")
+        texts.append(value)
+    if not may_miss and all(text is None for text in texts):
+        raise ExamplesError(f"hf:{source}: a row has no text in its column {names!r}")
+    return "\n\n".join(filter(None, texts))
+
+
+def exchange_in(item: Mapping[str, Any], columns: str) -> tuple[str, str]:
+    """The first question of a conversation and its answer; both are empty if there are none.
+
+    Args:
+        columns: `a`, or `a,b` for a conversation that goes on in a second column
+    """
+    values = [item.get(name) or [] for name in columns.split(",")]
+    turns = [turn for value in values if isinstance(value, list) for turn in value]
+    for one, then in pairwise(map(_said, turns)):
+        if one[0] in ASKING and then[0] in ANSWERING:
+            return one[1], then[1]
+    return "", ""
+
+
+def _said(turn: object) -> tuple[str, str]:
+    """Who says a turn, and its text; empty where they are no text."""
+    said = turn if isinstance(turn, dict) else {}
+    role, content = next((keys for keys in KEYS if keys[0] in said), KEYS[0])
+    who, text = said.get(role), said.get(content)
+    return (who if isinstance(who, str) else ""), (text if isinstance(text, str) else "")

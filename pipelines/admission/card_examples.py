@@ -5,7 +5,7 @@ set whose columns are unclear is not used.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from itertools import islice
 from pathlib import Path
 from typing import Any
@@ -21,8 +21,8 @@ from pipelines.data.hub_rows import (
     exchange_in,
     hub_items,
 )
-from pipelines.data.pinned import SECONDS, cached_entries, pin
-from pipelines.data.row_sources import read_rows
+from pipelines.data.pinned import cached_entries, pin
+from pipelines.data.row_sources import data_set_of, read_rows
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.hub.card import stated_licence
 
@@ -62,6 +62,8 @@ TURNS = (
 """Columns of turns, the most certain first; with a comma, a conversation in two columns."""
 SEEN = 16
 """The first rows, by which the columns are chosen."""
+LICENCE_SECONDS = 5.0
+"""Time for the Hub to tell the licence of a data set, which is only noted."""
 LONGEST_PROMPT = 8_000
 """Characters. Longer prompts are left out: fitting to them would take too much memory."""
 
@@ -98,19 +100,38 @@ def read_card_examples(
     raise NoCardExamplesError("; ".join(reasons) or "its card names no data set of the Hub")
 
 
-def licence_of_data_set(name: str, commit: str, token: str | None) -> str:
-    """The licence that the card of a data set states at a commit; empty if it is not known."""
+def licences_of_data_sets(
+    sources: Iterable[str], token_of: Callable[[str], str | None]
+) -> dict[str, str]:
+    """The licences that data sets of the Hub state at their commits, by `owner/name`.
 
+    Those that the Hub does not tell are left out; if it fails, no more are asked for.
+
+    Args:
+        sources: of rows, with their commits
+    """
+    licences = {}
+    for name, commit in dict.fromkeys(map(data_set_of, sources)):
+        try:
+            licence = _licence_of(name, commit, token_of(name))
+        except Exception as error:  # of HTTP, and of wrong answers
+            if _is_fault_of_hub(error):
+                break
+            continue
+        if licence:
+            licences[name] = licence
+    return licences
+
+
+def _licence_of(name: str, commit: str, token: str | None) -> str:
     def ask() -> list[dict[str, str]]:
-        options: Any = {"revision": commit, "token": token or False, "timeout": SECONDS}
-        card = HfApi().dataset_info(name, **options).card_data
+        card = HfApi().dataset_info(name, revision=commit, token=token or False).card_data
         return [{"licence": stated_licence(card and card.get("license"))}]
 
-    try:
-        (found,) = cached_entries(["licence", name, commit], ask, dict)
-    except Exception:  # of HTTP, and of wrong answers; it is noted where it is known
-        return ""
-    return found["licence"]
+    (licence,) = cached_entries(
+        ["licence", name, commit], ask, lambda entry: str(entry["licence"]), LICENCE_SECONDS
+    )
+    return licence
 
 
 def _is_fault_of_hub(error: BaseException | None) -> bool:

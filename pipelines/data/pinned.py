@@ -59,7 +59,10 @@ def pin(name: str, revision: str, token: str | None) -> str:
 
 
 def cached_entries(
-    asked: object, make: Callable[[], list[dict[str, Any]]], read: Callable[[dict[str, Any]], T]
+    asked: object,
+    make: Callable[[], list[dict[str, Any]]],
+    read: Callable[[dict[str, Any]], T],
+    seconds: float | None = None,
 ) -> list[T]:
     """Read entries from the cache, or else from the Hub into the cache.
 
@@ -67,15 +70,16 @@ def cached_entries(
         asked: everything that the entries depend on, as JSON
         make: reads the entries from the Hub, as JSON
         read: converts an entry; raises ValueError, TypeError or KeyError for a damaged one
+        seconds: the time that `make` has; None: `READ_SECONDS`
 
     Raises:
-        TimeoutError: `make` took longer than `READ_SECONDS`.
+        TimeoutError: `make` took longer.
     """
     folder = Path(constants.HF_HOME) / "meteora"
     path = folder / f"{canonical_sha256([constants.ENDPOINT, asked])}.json"
     with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
         return [read(entry) for entry in json.loads(path.read_bytes())]
-    entries = _in_time(make, READ_SECONDS)
+    entries = _in_time(make, seconds or READ_SECONDS)
     with suppress(OSError):  # a cache that cannot be written is left out
         folder.mkdir(parents=True, exist_ok=True)
         replace_text(path, json.dumps(entries), mode=0o600)  # rows may be of a private data set

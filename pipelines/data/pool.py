@@ -47,6 +47,8 @@ OUTSIDERS = 16
 """Background prompts that are read, too, as prompts that belong to no expert."""
 CHECKED = 16
 """The prompts of an expert that `known_shares` reads."""
+CHECKED_TOKENS = 256
+"""What it reads of a prompt: a batch of 16 is then no larger than in a fit of gates, twice."""
 LEAST_SCORE, LEAST_SHARE = 0.75, 0.4
 """The least score of an expert that gets a cluster: in standard deviations, and as a share of its
 best score. In the two pools of `tests/benchmarks/results/pool.md` clusters of an expert had 1.24
@@ -126,11 +128,12 @@ def known_shares(
 ) -> dict[str, float]:
     """The share of an expert's first prompts that are of clusters on which its updates stand out.
 
-    Those of several experts may stand out on one cluster: adapters may have learnt one task.
+    An expert stands out from the others. Where half of them have learnt one task, none of these
+    stands out on it.
 
     Args:
         model: with its experts
-        examples: prompts that fit into the base's context, by expert
+        examples: prompts, by expert; of each only the beginning is read
         names: of all experts, in order
 
     Returns:
@@ -141,7 +144,7 @@ def known_shares(
         text: i for i, text in enumerate(dict.fromkeys(t for own in first.values() for t in own))
     }
     outsiders = [row.prompt for row in background_rows() if row.prompt][:OUTSIDERS]
-    ids = [encode_prompt(tokenizer, text) for text in [*place, *outsiders]]
+    ids = [encode_prompt(tokenizer, text)[:CHECKED_TOKENS] for text in [*place, *outsiders]]
     means, sizes = read_prompts(model, tokenizer, ids, len(names))
     clusters = clusters_of(means[: len(place)].numpy(), CLUSTERS_PER_EXPERT * len(names))
     scores = stand_out(sizes.double().numpy(), clusters)

@@ -414,6 +414,11 @@ def _hub_rows(request: Request, token: str | None) -> Iterator[Row]:
             f"hf:{name}: incomplete={incomplete!r} is none of {', '.join(INCOMPLETE)}"
         )
     skips = incomplete == "skip"
+    if "turns" in options and (also := options.keys() & {"prompt", "response"}):
+        raise ExamplesError(
+            f"hf:{name}: turns={options['turns']!r} has question and answer, so take"
+            f" {' and '.join(sorted(also))} out"
+        )
     for number, item in enumerate(hub_items(name, options, token)):
         texts = _hub_texts(item, request, skips=skips)
         if skips and not all(text.strip() for text in texts):
@@ -431,8 +436,19 @@ def _hub_texts(item: Mapping[str, Any], request: Request, *, skips: bool) -> lis
         skips: whether a missing text is empty; else it is an error
     """
     options, names = request.options, ("prompt", "response")[: 1 + request.answered]
-    if "turns" in options:
-        return list(exchange_in(item, options["turns"])[: len(names)])
+    if turns := options.get("turns"):
+        if missing := [column for column in turns.split(",") if column not in item]:
+            raise ExamplesError(
+                f"hf:{request.name} has no column {missing[0]!r}, it has {listed(list(item), 20)};"
+                " name the column of the turns with ?turns=…"
+            )
+        texts = exchange_in(item, turns)[: len(names)]
+        if not skips and not all(text.strip() for text in texts):
+            raise ExamplesError(
+                f"hf:{request.name}: a row has no question with an answer as text in its column"
+                f" {turns!r}; leave such rows out with incomplete=skip"
+            )
+        return list(texts)
     return [text_in(item, options.get(n, n), request.name, may_miss=skips) for n in names]
 
 

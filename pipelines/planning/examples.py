@@ -6,16 +6,12 @@ from dataclasses import dataclass, field
 
 from meteora.artifacts import NULL, FusedSpec, PoolSpec, canonical_sha256
 from meteora.untrusted.findings import counted
-from pipelines.admission.card_examples import (
-    NoCardExamplesError,
-    licence_of_data_set,
-    read_card_examples,
-)
+from pipelines.admission.card_examples import NoCardExamplesError, read_card_examples
 from pipelines.admission.experts import Expert
 from pipelines.data.claims import Claim, examples_of, read_claims
 from pipelines.data.composites import compose, mixable
 from pipelines.data.conversations import CONVERSATION_TURNS, default_system_prompts
-from pipelines.data.row_sources import data_set_of, pin_source, read_rows
+from pipelines.data.row_sources import pin_source, read_rows
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.data.spans import SpannedRow, SpannedTurns
 from pipelines.recipe.recipe import AUTO, Recipe
@@ -40,8 +36,6 @@ class Examples:
     """The sources that cards name."""
     of_hub: dict[str, str] = field(default_factory=dict)
     """The recipe's sources on the Hub, with their commits."""
-    licences: dict[str, str] = field(default_factory=dict)
-    """What the data sets of both state as their licence; by data set."""
     no_cards: dict[str, str] = field(default_factory=dict)
     """Why the card of an expert has no examples."""
     writers: dict[str, str] = field(default_factory=dict)
@@ -57,7 +51,8 @@ def read_examples(
     """Read the examples of every expert.
 
     Args:
-        tested: The questions of the benchmark: rows of a card's data set with these are left out.
+        tested: the questions of the recipe's own test rows; rows of a card's data set with these
+            are left out
 
     Raises:
         NoCardExamplesError: a card names no usable examples, and the recipe has neither a pool nor
@@ -77,10 +72,6 @@ def read_examples(
             if pinned := pin_source(source, token_of):
                 source = found.of_hub[expert.name] = pinned
             found.rows[expert.name] = read_rows(source, context.folder, limit, token_of)
-    for source in (*found.of_cards.values(), *found.of_hub.values()):
-        name, commit = data_set_of(source)
-        if licence := licence_of_data_set(name, commit, token_of(name)):
-            found.licences[name] = licence
     return found
 
 
@@ -95,9 +86,14 @@ def _read_card(
     recipe = context.recipe
     limit, pool = recipe.gates.examples_per_expert, recipe.gates.pool
     try:
-        most = limit + len(tested)
-        every, source = read_card_examples(expert.datasets, context.folder, most, token_of)
-        rows = [row for row in every if row.question not in tested][:limit]
+        most = limit
+        while True:  # mostly none is tested, and no more are read than needed
+            every, source = read_card_examples(expert.datasets, context.folder, most, token_of)
+            rows = [row for row in every if row.question not in tested][:limit]
+            is_all = len(every) < most or most >= limit + len(tested)  # rows may be repeated
+            if len(rows) == limit or is_all:
+                break
+            most = min(2 * most, limit + len(tested))
         if len(rows) < min(LEAST_EXAMPLES, len(every)):
             raise NoCardExamplesError(
                 f"{source}: of {len(every)} rows {len(rows)} are no test rows"

@@ -77,8 +77,6 @@ class Plan(Subjects):
     """Why an expert's card has no examples, by expert with `examples: auto`."""
     hub_examples: Mapping[str, str] = field(default_factory=dict)
     """The source with its commit, by expert, of examples that the recipe takes from the Hub."""
-    example_licences: Mapping[str, str] = field(default_factory=dict)
-    """The licences that data sets of the Hub with examples state, by data set."""
     pool: PoolSpec | None = None
     """Prompts without labels, for the experts without examples."""
     is_pool_divided: bool = True
@@ -159,7 +157,6 @@ def make_plan(context: RunContext, base: BaseSpec, experts: Sequence[Expert]) ->
         card_examples=own.of_cards,
         no_card_examples=own.no_cards,
         hub_examples=own.of_hub,
-        example_licences=own.licences,
     )
 
 

@@ -90,8 +90,14 @@ def data_sets(made: Mapping[str, Any]) -> list[DataSet]:
     Args:
         made: a `RouterBuild` as a table, or what a manifest states on its gates
     """
-    named = [one for key in ("card_examples", "hub_examples") for one in made.get(key) or ()]
-    stated = [str(one).partition(": ") for one in made.get("example_licences") or ()]
+
+    def stated_as(key: str) -> Sequence[object]:
+        """What a stranger's manifest may have as anything."""
+        value = made.get(key)
+        return value if isinstance(value, list | tuple) else ()
+
+    named = [*stated_as("card_examples"), *stated_as("hub_examples")]
+    stated = [str(one).partition(": ") for one in stated_as("example_licences")]
     licences = {name: licence for name, _, licence in stated}
     found = []
     for one in map(str, named):

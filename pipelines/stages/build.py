@@ -40,6 +40,8 @@ from meteora.fitting.statistics import write_statistics
 from meteora.routing.gates import gates_of
 from meteora.untrusted.findings import MOST_NAMED, counted, listed
 from pipelines.admission import silent_experts
+from pipelines.admission.card_examples import licences_of_data_sets
+from pipelines.admission.sources import token_of_rows
 from pipelines.data.conversations import Conversation, converse, takes, within
 from pipelines.data.labels import Labeller, background_ids
 from pipelines.data.pool import known_shares
@@ -87,6 +89,8 @@ LEAST_KNOWN = 0.5
 """The least share of prompts of a card's data set that an expert should know. Six experts knew all
 prompts of the right data sets, and at most 0.38 of wrong and of mixed ones
 (`tests/benchmarks/results/cards.md`)."""
+LEAST_EXPERTS = 3
+"""Of two experts each stands out on what the other one does not know."""
 
 
 def build_base(work: RunContext, spec: BaseSpec) -> BuiltBase:
@@ -183,6 +187,11 @@ def _make_gates(work: RunContext, plan: Plan) -> RouterBuild:
         if found.statistics:
             write_statistics(scratch / STATISTICS, found.statistics)
             statistics_sha256 = work.ledger.blobs.put(scratch / STATISTICS, move=True)
+        hub = work.recipe.hub
+        licences = licences_of_data_sets(
+            [*plan.card_examples.values(), *plan.hub_examples.values()],
+            token_of_rows(hub.token_for, allow_http=hub.allow_http),
+        )
         return RouterBuild(
             spec=plan.router,
             weights_sha256=sha256,
@@ -193,7 +202,7 @@ def _make_gates(work: RunContext, plan: Plan) -> RouterBuild:
             statistics_sha256=statistics_sha256,
             card_examples=tuple(f"{name}: {s}" for name, s in plan.card_examples.items()),
             hub_examples=tuple(f"{name}: {s}" for name, s in plan.hub_examples.items()),
-            example_licences=tuple(f"{name}: {s}" for name, s in plan.example_licences.items()),
+            example_licences=tuple(f"{name}: {s}" for name, s in licences.items()),
             not_crossed=found.not_crossed,
         )
 
@@ -289,7 +298,7 @@ def _labelled(
         )
     say_shared(fitting)
     is_here = all(one.device.type != "meta" for one in model.parameters())
-    if plan.card_examples and len(plan.fused.names) > 1 and is_here:
+    if plan.card_examples and is_here:
         _say_unknown(plan, fitting, model, tokenizer)
     plan = replace(plan, examples=fitting)
     names = plan.fused.names
@@ -323,16 +332,23 @@ def _say_unknown(
 ) -> None:
     """Print whose card names a data set that seems to be of another task.
 
-    Not for one adapter, which stands out among none, nor for a base that is read from the disk,
-    since this would read it several times.
+    Not if these are half of the experts or more: adapters of one task do not stand out from each
+    other. Nor for a base that is read from the disk, since this would read it several times.
     """
+    names = plan.fused.names
+    if len(names) < LEAST_EXPERTS:
+        return
     own = {name: [row.prompt for row in rows] for name, rows in examples.items() if name != NULL}
-    for name, share in known_shares(model, tokenizer, own, plan.fused.names).items():
-        if name in plan.card_examples and share < LEAST_KNOWN:
+    shares = known_shares(model, tokenizer, own, names)
+    unknown = [name for name, share in shares.items() if share < LEAST_KNOWN]
+    if 2 * len(unknown) >= len(names):
+        return
+    for name in unknown:
+        if name in plan.card_examples:
             say(
-                f"{name}: by its weights it knows {share:.0%} of the first prompts of the data set"
-                " that its card names, which seem to be of another task: look at them, or name"
-                " examples in the recipe",
+                f"{name}: by its weights it knows {shares[name]:.0%} of the first prompts of the"
+                " data set that its card names, which seem to be of another task: look at them, or"
+                " name examples in the recipe",
                 "note",
             )
 

@@ -15,6 +15,7 @@ from pyarrow.parquet import write_table
 from pipelines.admission.card_examples import (
     NoCardExamplesError,
     columns_of,
+    licences_of_data_sets,
     read_card_examples,
 )
 from pipelines.data import pinned
@@ -411,7 +412,8 @@ def test_a_recipe_takes_the_examples_of_a_card(
     plan = plan_of(workplace(**asked))
     assert [row.prompt for row in plan.examples["attention"]] == [row["prompt"] for row in rows]
     assert plan.card_examples["attention"].startswith("hf:somebody/letters?")
-    assert plan.example_licences == {"somebody/letters": "mit"}
+    sources = [*plan.card_examples.values()]
+    assert licences_of_data_sets(sources, lambda _: None) == {"somebody/letters": "mit"}
     labelled = plan_of(plain)
     assert plan.router.examples_sha256 == labelled.router.examples_sha256
 

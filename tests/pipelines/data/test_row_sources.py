@@ -291,7 +291,10 @@ def test_a_hub_dataset_is_asked_as_its_options_say(
     for options, said in (
         (gaps, "a row has no text in its column 'gap'"),
         ((*gaps, "incomplete=yes"), "incomplete='yes' is none of refuse, skip"),
-        (("turns=said",), "row 0: prompt and response must be text, and the prompt not empty"),
+        (("turns=said",), "a row has no question with an answer as text in its column 'said'"),
+        (("turns=said", "ask=Say"), "a row has no question with an answer as text in its column"),
+        (("turns=tunrs",), "no column 'tunrs', it has id, said"),
+        (("turns=turns", "prompt=id"), "turns='turns' has question and answer, so take prompt out"),
         (
             ("prompt=said.fr", "response=said.en"),
             "no column 'said.fr', it has id, said, more",

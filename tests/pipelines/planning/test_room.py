@@ -18,6 +18,7 @@ from pipelines.data.dialogues import draw_dialogues
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.evaluation.harness import BenchmarkError, Harness, room_of
 from pipelines.evaluation.tasks import Task
+from pipelines.planning.plan import Plan
 from pipelines.planning.room import (
     _lengths,
     check_names,
@@ -110,17 +111,29 @@ def test_a_card_that_names_rows_which_its_adapter_does_not_know_is_told(
     """Not the examples that a recipe names: these are the user's own choice."""
     work = workplace()
     planned = plan_of(work)
-    planned = replace(planned, card_examples={"q_and_v": "hf:org/rows"})
+    two = replace(planned, card_examples={"q_and_v": "hf:org/rows"})
+    three = replace(two, fused=replace(two.fused, names=(*two.fused.names, "other")))
     build.stack(work, planned)
-    for share, is_told in ((0.25, True), (0.75, False)):
-        found = dict.fromkeys(planned.fused.names, share)
-        monkeypatch.setattr(build, "known_shares", lambda *_, found=found: found)
-        with opened(work, planned, None) as (model, tokenizer):
-            build._labelled(work, planned, model, tokenizer)
-        told = " ".join(capsys.readouterr().err.split())
-        said = "note: q_and_v: by its weights it knows 25% of the first prompts of the data set"
-        assert (said in told) == is_told
-        assert "attention: by" not in told
+    said = "note: q_and_v: by its weights it knows 25% of the first prompts of the data set"
+
+    with opened(work, planned, None) as (model, tokenizer):
+
+        def told_of(plan: Plan, q_and_v: float, attention: float) -> str:
+            found = {"q_and_v": q_and_v, "attention": attention, "other": 1.0}
+            monkeypatch.setattr(build, "known_shares", lambda *_: found)
+            build._say_unknown(plan, plan.examples, model, tokenizer)
+            return " ".join(capsys.readouterr().err.split())
+
+        assert said in told_of(three, 0.25, 1.0)
+        assert told_of(three, 0.75, 1.0) == ""
+        assert told_of(three, 1.0, 0.25) == ""  # the recipe names its examples
+        assert told_of(three, 0.25, 0.25) == ""  # both may have learnt one task
+        assert told_of(two, 0.25, 1.0) == ""
+        asked: list[object] = []
+        monkeypatch.setattr(build, "_say_unknown", lambda plan, *_: asked.append(plan))
+        for plan in (planned, two):
+            build._labelled(work, plan, model, tokenizer)
+        assert asked == [two]
 
 
 def test_examples_that_several_experts_have_in_common_are_told(

@@ -72,9 +72,16 @@ def test_one_lora_of_all_tasks_has_as_many_numbers_as_the_experts(
     assert sum(p.numel() for p in made.parameters() if p.requires_grad) == stored
 
 
-def test_arrow_says_which_adapters_it_cannot_take(recipe_folder: Path, tmp_path: Path) -> None:
-    with pytest.raises(SystemExit, match="error: PEFT's Arrow cannot take these adapters: "):
-        run(recipe_folder, "arrow", tmp_path)
+@pytest.mark.parametrize("system", ["arrow", "x-lora"])
+def test_adapters_of_several_ranks_are_taken(
+    recipe_folder: Path, world: World, system: str, tmp_path: Path
+) -> None:
+    specs = [reader.read(world.adapters[name]).spec for name in NAMES]
+    modules = [{(module.path, module.r) for module in spec.modules} for spec in specs]
+    assert modules[0] != modules[1]
+    run(recipe_folder, system, tmp_path)
+    for name in NAMES:
+        assert read_outputs(tmp_path / system / f"{name}.parquet")
 
 
 def test_a_table_tells_what_differs_beyond_chance() -> None:

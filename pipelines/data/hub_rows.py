@@ -44,9 +44,7 @@ def hub_items(
             streaming=True,
             token=token or False,
         )
-    except (
-        Exception
-    ) as error:  # libraries have their own errors for damaged files, such as BadZipFile
+    except Exception as error:  # file readers have their own, such as BadZipFile
         raise unreadable(name, error) from error
 
 

@@ -48,7 +48,7 @@ OUTSIDERS = 16
 CHECKED = 16
 """The prompts of an expert that `known_shares` reads."""
 CHECKED_TOKENS = 256
-"""What it reads of a prompt: a batch of 16 is then no larger than in a fit of gates, twice."""
+"""The tokens of a prompt that it reads, so that a batch of 16 takes little memory."""
 LEAST_SCORE, LEAST_SHARE = 0.75, 0.4
 """The least score of an expert that gets a cluster: in standard deviations, and as a share of its
 best score. In the two pools of `tests/benchmarks/results/pool.md` clusters of an expert had 1.24

@@ -96,7 +96,7 @@ def _read_card(
             most = min(2 * most, limit + len(tested))
         if len(rows) < min(LEAST_EXAMPLES, len(every)):
             raise NoCardExamplesError(
-                f"{source}: of {len(every)} rows {len(rows)} are no test rows"
+                f"{source}: all but {len(rows)} of its {len(every)} rows are test rows"
             )
     except NoCardExamplesError as error:
         found.no_cards[expert.name] = str(error)

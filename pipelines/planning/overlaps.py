@@ -111,7 +111,8 @@ def say_shared(examples: Mapping[str, Sequence[Row]]) -> None:
         for row in rows:
             owners.setdefault(row.question, set()).add(name)
     shared = [own for own in owners.values() if len(own) > 1]
-    if names := [name for name in examples if any(name in own for own in shared)]:
+    together = set().union(*shared)
+    if names := [name for name in examples if name in together]:
         say(
             f"{listed(names, MOST_NAMED)} have {counted(len(shared), 'example')} in common, by"
             " which gates cannot tell them apart",

@@ -424,7 +424,7 @@ def test_a_recipe_takes_the_examples_of_a_card(
     put(hub, "somebody/letters", [*tested, asked_rows[0]])
     hub.repos["somebody/letters"].commit = "c" * 40
     plan = plan_of(workplace(**asked))
-    assert plan.no_card_examples["attention"].endswith(": of 5 rows 1 are no test rows")
+    assert plan.no_card_examples["attention"].endswith(": all but 1 of its 5 rows are test rows")
 
 
 def test_rows_of_the_hub_are_those_of_one_commit_and_are_here_afterwards(

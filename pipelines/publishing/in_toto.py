@@ -42,7 +42,7 @@ class DataSet(NamedTuple):
 
     expert: str
     source: str
-    """`datasets/owner/name`."""
+    """`datasets/owner/name`, or `datasets/name`."""
     commit: str
     licence: str
     """As its card states it; empty if that is not known."""
@@ -103,8 +103,10 @@ def data_sets(made: Mapping[str, Any]) -> list[DataSet]:
     for one in map(str, named):
         expert, _, source = one.rpartition(": hf:")
         name, commit = data_set_of(f"hf:{source}")
-        if REPO_ID.fullmatch(name) and COMMIT.fullmatch(commit):
-            found.append(DataSet(expert, f"datasets/{name}", commit, licences.get(name, "")))
+        place = f"datasets/{name}"  # names of old data sets, such as gsm8k, have no owner
+        is_named = REPO_ID.fullmatch(name) or REPO_ID.fullmatch(place)
+        if is_named and COMMIT.fullmatch(commit):
+            found.append(DataSet(expert, place, commit, licences.get(name, "")))
     return found
 
 

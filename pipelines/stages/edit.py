@@ -46,11 +46,12 @@ from meteora.model.fused import check_base, insert_experts
 from meteora.routing.gates import gates_of
 from meteora.untrusted.findings import listed
 from pipelines.admission.candidate import Admission, Candidate, resolve
+from pipelines.admission.card_examples import licences_of_data_sets
 from pipelines.admission.checkpoints import FoundCheckpoint
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.labels import Labeller
-from pipelines.data.row_sources import read_rows, row_place
-from pipelines.data.rows import rows_sha256
+from pipelines.data.row_sources import pin_source, read_rows, row_place
+from pipelines.data.rows import Row, rows_sha256
 from pipelines.evaluation.harness import room_of
 from pipelines.planning.room import check_examples, with_room
 from pipelines.recipe.gates import Composites, MixedSection, numbers_of, refuse_test_rows
@@ -124,7 +125,7 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
     admission = Admission(work, folder, manifest, candidate, resolve(work, candidate), device)
     composites = _composites(folder, manifest)
     gates = tensors.read_gates(folder, manifest)
-    rows = read_rows(examples, Path.cwd(), EXAMPLES, token_of_rows(candidate.token_for))
+    rows, of_hub = _read_examples(examples, candidate)
     where = _map_of(manifest, found.base_folder, device)
     model, tokenizer = load_base(
         manifest, found.base_folder, dtype, download=found.download, options=where
@@ -180,9 +181,26 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
             growth.heldout_accuracy,
             growth.wall_seconds,
             ran_on,
+            **_data_set(of_hub, candidate),
         )
         edited = EditedCheckpoint(scratch, larger, router, expert.adapter)
         return _finish(work, manifest, edited)
+
+
+def _read_examples(examples: str, candidate: Candidate) -> tuple[list[Row], str]:
+    """The rows, and their source with its commit if it is a data set of the Hub; else empty."""
+    token_of = token_of_rows(candidate.token_for)
+    of_hub = pin_source(examples, token_of)
+    return read_rows(of_hub or examples, Path.cwd(), EXAMPLES, token_of), of_hub
+
+
+def _data_set(of_hub: str, candidate: Candidate) -> dict[str, tuple[str, ...]]:
+    """What a `RouterBuild` notes on the new expert's data set of the Hub, if there is one."""
+    if not of_hub:
+        return {}
+    licences = licences_of_data_sets([of_hub], token_of_rows(candidate.token_for))
+    stated = tuple(f"{name}: {licence}" for name, licence in licences.items())
+    return {"hub_examples": (f"{candidate.name}: {of_hub}",), "example_licences": stated}
 
 
 def drop(ledger: Ledger, folder: Path, name: str) -> Path:
@@ -354,6 +372,10 @@ def _finish(work: RunContext, before: Manifest, edited: EditedCheckpoint) -> Pat
         "grown_examples_sha256": router.examples_sha256,
         "grown_heldout_accuracy": edited.router.heldout_accuracy,
     }
+    for key in ("hub_examples", "example_licences"):
+        if new := getattr(edited.router, key):
+            stated = before.gates.get(key)  # by a stranger, perhaps
+            made[key] = [*(stated if isinstance(stated, list) else ()), *new]
     if _was_crossed(work.ledger, before):
         made["crossed"] = True
     names = (EXPERTS, GATES, STATISTICS)

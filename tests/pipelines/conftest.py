@@ -29,6 +29,7 @@ if TYPE_CHECKING:
     from meteora.artifacts import BuiltBase
     from pipelines.planning.plan import Plan
     from tests.conftest import World
+    from tests.pipelines.hub.hub_server import HubServer
 
 
 def letters(expert: str, seed: int, count: int) -> list[dict[str, str]]:
@@ -80,6 +81,24 @@ def hub_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr("pipelines.hub.client.ChildProcess", WorkerHere)
     monkeypatch.setattr("huggingface_hub.utils._http.time", SimpleNamespace(sleep=lambda _: None))
+
+
+@pytest.fixture
+def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[HubServer]:
+    """A Hub with data sets, which `datasets` asks."""
+    from tests.pipelines.hub.hub_server import running_hub
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf"))
+    with running_hub() as server:
+        monkeypatch.setattr("datasets.config.HF_ENDPOINT", server.endpoint)
+        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.endpoint)
+        monkeypatch.setattr(
+            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
+            f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
+        )
+        yield server
 
 
 def run(work: RunContext, until: str = "publish", *, apart: bool = False) -> dict[str, float]:

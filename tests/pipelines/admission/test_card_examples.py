@@ -1,7 +1,7 @@
 """Examples from the data set that an adapter's card names."""
 
 import json
-from collections.abc import Callable, Generator
+from collections.abc import Callable
 from functools import partial
 from io import BytesIO
 from pathlib import Path
@@ -26,26 +26,11 @@ from pipelines.hub.card import datasets_of
 from pipelines.planning.plan import Plan, make_plan
 from pipelines.workspace.context import RunContext
 from tests.pipelines.conftest import letters, plan_of
-from tests.pipelines.hub.hub_server import Fault, HubServer, Main, running_hub
+from tests.pipelines.hub.hub_server import Fault, HubServer, Main
 
 
 def turns(*said: tuple[str, str], role: str = "role", content: str = "content") -> list[Any]:
     return [{role: who, content: text} for who, text in said]
-
-
-@pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[HubServer]:
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("huggingface_hub.constants.HF_HUB_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr("huggingface_hub.constants.HF_HOME", str(tmp_path / "hf"))
-    with running_hub() as server:
-        monkeypatch.setattr("datasets.config.HF_ENDPOINT", server.endpoint)
-        monkeypatch.setattr("huggingface_hub.constants.ENDPOINT", server.endpoint)
-        monkeypatch.setattr(
-            "huggingface_hub.constants.HUGGINGFACE_CO_URL_TEMPLATE",
-            f"{server.endpoint}/{{repo_id}}/resolve/{{revision}}/{{filename}}",
-        )
-        yield server
 
 
 def put(hub: HubServer, name: str, rows: list[dict[str, Any]], file: str = "train.jsonl") -> None:

@@ -139,10 +139,13 @@ FITTED = replace(
         "odd: hf:someone/sheets?revision=main",
         "odd: hf:../../etc?revision=main",
     ),
-    hub_examples=(f"a: b: hf:someone/chats?split=train&revision={CHATS}",),
+    hub_examples=(
+        f"a: b: hf:someone/chats?split=train&revision={CHATS}",
+        f"old: hf:gsm8k?config=main&revision={CHATS}",
+    ),
     example_licences=("someone/sheets: cc-by-4.0", "odd"),
 )
-"""Gates that were fitted to two data sets of the Hub."""
+"""Gates that were fitted to three data sets of the Hub."""
 
 
 def test_data_sets_that_gates_were_fitted_to_are_named_with_commit_and_licence(
@@ -168,6 +171,11 @@ def test_data_sets_that_gates_were_fitted_to_are_named_with_commit_and_licence(
             "uri": f"hf://datasets/someone/chats@{CHATS}",
             "digest": {"gitCommit": CHATS},
         },
+        {
+            "name": "examples of old",
+            "uri": f"hf://datasets/gsm8k@{CHATS}",
+            "digest": {"gitCommit": CHATS},
+        },
     ]
     for text in (
         attest(shelf.ledger, FITTED.spec.id),
@@ -179,7 +187,7 @@ def test_data_sets_that_gates_were_fitted_to_are_named_with_commit_and_licence(
         assert [one for one in found if one["name"].startswith("examples")] == expected
     _, ended = events(shelf.ledger)
     by_the_spec(ended)
-    sheets, chats = (one for one in ended["inputs"] if one["namespace"] == "hf")
+    sheets, chats, _ = (one for one in ended["inputs"] if one["namespace"] == "hf")
     assert (sheets["name"], chats["name"]) == ("datasets/someone/sheets", "datasets/someone/chats")
     assert sheets["facets"]["version"]["datasetVersion"] == SHEETS
     assert sheets["facets"]["tags"]["tags"][0]["value"] == "cc-by-4.0"

@@ -37,6 +37,7 @@ from pipelines.admission.checkpoints import FoundCheckpoint
 from pipelines.cli import app
 from pipelines.data.rows import ExamplesError
 from pipelines.hub.errors import HubFilesError
+from pipelines.publishing.in_toto import attest
 from pipelines.publishing.signing import SIGNATURE
 from pipelines.stages import build, edit
 from pipelines.stages.adopt import recorded_router
@@ -50,7 +51,7 @@ from tests.pipelines.admission.test_discover import adapter_repo
 from tests.pipelines.admission.test_verdicts import altered
 from tests.pipelines.cli.command_line import ask
 from tests.pipelines.conftest import finished, letters, run
-from tests.pipelines.hub.hub_server import Repo, running_hub
+from tests.pipelines.hub.hub_server import HubServer, Main, Repo, running_hub
 from tests.pipelines.stages.test_spread import fit
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -483,6 +484,33 @@ def test_a_checkpoint_from_elsewhere_grows_without_a_record(
     base, expert, parent = built["resolvedDependencies"]
     assert (base["name"], expert["name"]) == ("base", "expert attention")
     assert (parent["name"], parent["uri"]) == ("router", read_manifest(folder).router_id)
+
+
+def test_a_new_expert_s_data_set_of_the_hub_is_in_the_lineage(
+    made: tuple[RunContext, Path], recipe_folder: Path, hub: HubServer
+) -> None:
+    work, folder = made
+    without = edit.drop(work.ledger, folder, "attention")
+    lines = "".join(json.dumps(row) + "\n" for row in letters("attention", 0, 8))
+    hub.repos["somebody/letters"] = Main({"train.jsonl": lines.encode()})
+    hub.repos["somebody/letters"].card = {"license": "mit"}
+    out = edit.add(
+        work.ledger,
+        FoundCheckpoint(without, recipe_folder / "base", {}, "cpu"),
+        Candidate("attention", str(recipe_folder / "attention")),
+        "hf:somebody/letters?split=train",
+    )
+    named = f"datasets/somebody/letters@{hub.repos['somebody/letters'].commit}"
+    for text in (
+        (out / LINEAGE).read_text(),
+        attest(work.ledger, ArtifactId(read_manifest(out).router_id)),
+    ):
+        built = json.loads(text)["predicate"]["buildDefinition"]
+        (rows,) = (
+            one for one in built["resolvedDependencies"] if one["name"] == "examples of attention"
+        )
+        assert rows["uri"] == f"hf://{named}"
+        assert rows["annotations"] == {"licence": "mit"}
 
 
 def test_what_cannot_grow_says_why(

@@ -1,7 +1,7 @@
 """Checks of a base's configs that transformers does not make.
 
-It lists every layer of a config, one by one, and compares what it generates with any end token. The
-fields of a GGUF file are a config, too.
+It lists every layer of a config, one by one, loads code for attention that a config names, and
+compares what it generates with any end token. The fields of a GGUF file are a config, too.
 """
 
 import json
@@ -15,23 +15,33 @@ from meteora.untrusted.gguf_header import read_fields
 MAX_BYTES = 16 << 20
 MAX_LAYERS = 2_000
 """The deepest published models have a tenth."""
-LAYERS = re.compile(r"(num|n)_(\w+_)?layers?")
-"""Names of their number: `num_hidden_layers`, `n_layer`, `num_decoder_layers`."""
+LAYERS = re.compile(r"((num|n)_)?(\w+_)?layers?")
+"""Names of their number: `num_hidden_layers`, `n_layer`, `decoder_layers`."""
 
 
-def refuse_endless(source: Path) -> None:
-    """Check the number of layers in a GGUF file, or in the `config.json` of a folder if it has one.
+def check_source(source: Path) -> None:
+    """Check the fields of a GGUF file, or the `config.json` of a folder if it has one.
 
     Raises:
-        ValueError: it cannot be read, or is too large, or has more layers than any model.
+        ValueError: it cannot be read, or is too large, has more layers than any model, or asks for
+            code.
     """
     if source.is_file():
-        _refuse_endless_gguf(source)
+        _check_gguf(source)
     elif (config := source / "config.json").is_file():
-        _refuse_endless_json(config)
+        _check_json(config)
 
 
-def _refuse_endless_gguf(path: Path) -> None:
+def require_few_layers(num_layers: object) -> None:
+    """Raise a ValueError for more layers than any model has, or for no number.
+
+    Some configs do not state the number: it is the length of a list, or of a text.
+    """
+    if not (type(num_layers) is int and 0 <= num_layers <= MAX_LAYERS):
+        raise ValueError(f"it has {shortened(num_layers)} layers; at most {MAX_LAYERS} are allowed")
+
+
+def _check_gguf(path: Path) -> None:
     with path.open("rb") as file:
         fields = read_fields(file, path.stat().st_size)
     for key, value in fields.items():
@@ -40,7 +50,7 @@ def _refuse_endless_gguf(path: Path) -> None:
             raise ValueError(f"{shortened(key)} is {found}; it must be 1 to {MAX_LAYERS}")
 
 
-def _refuse_endless_json(config: Path) -> None:
+def _check_json(config: Path) -> None:
     with config.open("rb") as file:
         data = file.read(MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
@@ -54,6 +64,11 @@ def _refuse_endless_json(config: Path) -> None:
         for key, value in one.items() if isinstance(one, dict) else ():
             if LAYERS.fullmatch(key) and type(value) is int and value > MAX_LAYERS:
                 raise ValueError(f"{key} is {value!s:.20}, more than {MAX_LAYERS}")
+            # transformers gets attention or experts named owner/name from the Hub, and runs them
+            if key.endswith(("_implementation", "_internal")) and "/" in json.dumps(value):
+                raise ValueError(
+                    f"{shortened(key)} is {shortened(value)}, code of the Hub; take it out"
+                )
         waiting += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
 
 

@@ -27,7 +27,7 @@ from transformers.utils import logging as hf_logging
 
 from meteora.artifacts import MeteoraError
 from meteora.base import placement
-from meteora.base.config_checks import refuse_endless, require_tokens
+from meteora.base.config_checks import check_source, require_few_layers, require_tokens
 from meteora.base.placement import (
     explain_offloading,
     is_out_of_memory,
@@ -136,7 +136,7 @@ def load_tokenizer(
         SourceError: transformers cannot read it, or needs a package that is not installed.
     """
     with _reading(source, "the tokenizer cannot be loaded"):
-        refuse_endless(source)
+        check_source(source)
         loaded: Any = AutoTokenizer.from_pretrained(
             **_named(source), trust_remote_code=False, **(options or {})
         )
@@ -151,7 +151,7 @@ def load_config(source: Path) -> PretrainedConfig:
         SourceError: transformers cannot read it, or cannot generate text with it.
     """
     try:
-        refuse_endless(source)
+        check_source(source)
         with _QUIET.open():
             config = AutoConfig.from_pretrained(**_named(source), trust_remote_code=False)
     except Exception as error:  # a stranger's file: the library can raise anything
@@ -171,7 +171,8 @@ def load_config(source: Path) -> PretrainedConfig:
         )
     try:
         text = config.get_text_config()
-        _ = text.hidden_size, text.num_hidden_layers, text.vocab_size
+        _ = text.hidden_size, text.vocab_size
+        require_few_layers(text.num_hidden_layers)
     except (AttributeError, ValueError) as error:  # a model of bytes or of music
         raise SourceError(
             f"{source}: the config of a {config.model_type} does not describe one stack of layers"

@@ -15,6 +15,7 @@ from typing import TYPE_CHECKING
 from transformers import AutoConfig
 
 from meteora.artifacts import MeteoraError
+from meteora.base.config_checks import check_source, require_few_layers
 from meteora.base.loading import load_tokenizer
 from meteora.base.shapes import fingerprint
 from meteora.untrusted.findings import Findings, brief, shortened
@@ -73,10 +74,11 @@ def compare_bases(named: str, folder: Path, ours: Path) -> Findings:
 
 def _read(named: str, folder: Path) -> tuple[PretrainedConfig, PreTrainedTokenizerBase | None]:
     try:
+        check_source(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
         text = config.get_text_config()
-        for name in ("hidden_size", "num_hidden_layers", "vocab_size"):
-            getattr(text, name)  # as every decoder has them
+        _ = text.hidden_size, text.vocab_size  # as every decoder has them
+        require_few_layers(text.num_hidden_layers)
     except Exception as error:  # an untrusted file: the library can raise anything
         raise UnreadableBaseError(
             f"the config of {shortened(named)} is not one that transformers reads: {brief(error)}"

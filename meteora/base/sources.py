@@ -30,7 +30,7 @@ REFERENCES = (
 )
 _HASH = re.compile(rf"sha256:{SHA256.pattern}")
 _FORMS = (
-    (re.compile(rf"(?!.*\.\.){REPO_ID.pattern}"), COMMIT),
+    (REPO_ID, COMMIT),
     (re.compile(rf"{GGUF}[A-Za-z0-9][A-Za-z0-9._-]{{0,99}}/[^/\\]{{1,200}}"), _HASH),
     (re.compile(rf"{PATH}[^/\\]{{0,255}}"), _HASH),
 )

@@ -106,7 +106,7 @@ def test_an_end_that_is_no_token_is_refused(value: object, base: Path) -> None:
         load_folder(base)
 
 
-@pytest.mark.parametrize("name", ["num_hidden_layers", "n_layer"])
+@pytest.mark.parametrize("name", ["num_hidden_layers", "n_layer", "decoder_layers"])
 def test_a_config_of_endless_layers_is_refused_before_they_are_listed(
     name: str, base: Path
 ) -> None:
@@ -116,6 +116,28 @@ def test_a_config_of_endless_layers_is_refused_before_they_are_listed(
         path.write_text(json.dumps(endless))
         with little_work(), pytest.raises(SourceError, match=rf"\({name} is 2147483648, more than"):
             linear_sizes(base)
+
+
+def test_layers_that_a_list_counts_are_refused_if_they_are_endless(base: Path) -> None:
+    kinds = ["mamba"] * (MAX_LAYERS + 1)
+    body = {"model_type": "nemotron_h", "layers_block_type": kinds}
+    (base / "config.json").write_text(json.dumps(body))
+    with little_work(), pytest.raises(SourceError, match=rf"it has {MAX_LAYERS + 1} layers"):
+        linear_sizes(base)
+
+
+@pytest.mark.parametrize(
+    "asked", ["someone/kernels@main", {"text_config": "paged|someone/kernels"}]
+)
+def test_a_config_that_asks_for_code_of_the_hub_is_refused(asked: object, base: Path) -> None:
+    path = base / "config.json"
+    body = json.loads(path.read_text())
+    for key in ("attn_implementation", "_attn_implementation_internal", "experts_implementation"):
+        path.write_text(json.dumps(body | {key: asked}))
+        with pytest.raises(SourceError, match=rf"\({key} is .*, code of the Hub; take it out"):
+            load_folder(base)
+    path.write_text(json.dumps(body | {"attn_implementation": "eager"}))
+    assert load_config(base)._attn_implementation == "eager"
 
 
 def test_weights_of_other_sizes_than_the_config_says_are_refused(base: Path) -> None:
@@ -333,7 +355,7 @@ def test_a_gguf_base_has_the_dtype_that_is_asked_for(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, dtype: torch.dtype | str
 ) -> None:
     write_gguf(world.base, tmp_path / "tiny.gguf")
-    monkeypatch.setattr(resolve, "_find_base", lambda *_: tmp_path / "tiny.gguf")
+    monkeypatch.setattr(resolve, "base_files", lambda *_: tmp_path / "tiny.gguf")
     wide, _ = resolve.load_base(world.manifest, None, "auto")
     narrow, _ = resolve.load_base(world.manifest, None, dtype)
     expected = getattr(torch, str(dtype), dtype)

@@ -119,6 +119,7 @@ def test_without_a_tokenizer_the_sizes_count_and_the_architecture(
         '{"model_type": "x", "auto_map": {"AutoConfig": "code.Config"}}',
         '{"model_type": "llama", "hidden_size": "large"}',
         '{"model_type": "vit"}',
+        '{"model_type": "llama", "num_hidden_layers": 300000000}',
     ],
 )
 def test_a_config_that_cannot_be_read_is_one_sentence(

@@ -22,8 +22,6 @@ HELD_BY_MESSAGE = {
     "OrderError": "meteora/routing/test_routers.py"
     "::test_a_follower_repeats_what_its_gate_decided_and_refuses_other_tokens",
     "TransientHubError": "pipelines/hub/test_upload.py::test_what_passes_is_tried_again",
-    "UnusableRepositoryError": "pipelines/hub/test_repositories.py"
-    "::test_each_refusal_has_its_own_error",
 }
 """Errors that no test names: those that only have subclasses, or are known by their message."""
 

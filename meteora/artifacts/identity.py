@@ -14,9 +14,9 @@ ArtifactId = NewType("ArtifactId", str)
 
 COMMIT = re.compile(r"[0-9a-f]{40}")
 """A Git commit."""
-_PART = r"[A-Za-z0-9][A-Za-z0-9_.\-]{0,95}"
+_PART = r"[A-Za-z0-9](?:[A-Za-z0-9_\-]|\.(?!\.)){0,95}"
 REPO_ID = re.compile(rf"{_PART}/{_PART}")
-"""`owner/name`, a repository on the Hub."""
+"""`owner/name`, a repository on the Hub; without `..`, which a path would follow."""
 SHA256 = re.compile(r"[0-9a-f]{64}")
 """A SHA-256 in lower-case hex digits."""
 

@@ -51,7 +51,7 @@ def load_tokenizer(
     folder = find_checkpoint(checkpoint_folder, revision, download=download, whole=False)
     manifest = read_manifest(folder)
     options = base_download(checkpoint_folder, manifest, download)
-    source = _find_base(manifest, base_folder, options, weights=False)
+    source = base_files(manifest, base_folder, options, weights=False)
     return loading.load_tokenizer(source, options=settings)
 
 
@@ -101,7 +101,7 @@ def find_checkpoint(
 
 def is_hub_id(name: str) -> bool:
     """Whether a name is `owner/name`, as repositories of the Hub are called."""
-    return REPO_ID.fullmatch(name) is not None and ".." not in name
+    return REPO_ID.fullmatch(name) is not None
 
 
 def base_download(
@@ -141,7 +141,7 @@ def load_base(
     Raises:
         SourceError: there is no such folder, or the base cannot be downloaded or loaded.
     """
-    source = _find_base(manifest, folder, download)
+    source = base_files(manifest, folder, download)
     has_config = "quantization_config" in (options or {})
     quantise = "" if has_config else manifest.base.quantise
     if not source.is_file():
@@ -155,13 +155,13 @@ def load_base(
     return loading.load_gguf(source, options={**named, **(options or {})})
 
 
-def find_base_files(manifest: Manifest, folder: Path | None) -> Path:
+def base_on_disk(manifest: Manifest, folder: Path | None) -> Path:
     """Return the folder of a base as safetensors: `folder`, or the Hub's cache of its commit.
 
     Raises:
         SourceError: It is not on this machine in that format; nothing is downloaded.
     """
-    source = _find_base(manifest, folder, {"local_files_only": True})
+    source = base_files(manifest, folder, {"local_files_only": True})
     if source.is_dir():
         return source
     raise SourceError(
@@ -170,14 +170,18 @@ def find_base_files(manifest: Manifest, folder: Path | None) -> Path:
     )
 
 
-def _find_base(
+def base_files(
     manifest: Manifest,
     folder: str | Path | None,
     download: Mapping[str, Any] | None,
     *,
     weights: bool = True,
 ) -> Path:
-    """Return a folder or a GGUF file; a base on the Hub is downloaded at its commit."""
+    """Return a folder or a GGUF file; a base on the Hub is downloaded at its commit.
+
+    Raises:
+        SourceError: there is no such folder, or the base cannot be downloaded.
+    """
     name = manifest.base.repo_id
     if folder is not None:
         if not Path(folder).is_dir():

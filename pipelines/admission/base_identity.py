@@ -177,7 +177,7 @@ def _compare(named: str, ours: Path, hub: Hub) -> BaseVerdict:
 def _named_base(adapter: Adapter, folder: Path) -> str:
     """The `owner/name` of the adapter's base; empty if neither config nor card names one."""
     for name in (adapter.spec.base_model, base_of(folder)):
-        if REPO_ID.fullmatch(name) and ".." not in name:
+        if REPO_ID.fullmatch(name):
             return name
     return ""
 

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING
 
 import meteora
 from meteora.checkpoint.manifest import EXPERTS, MANIFEST, read_manifest
-from meteora.checkpoint.resolve import find_checkpoint, is_hub_id
+from meteora.checkpoint.resolve import base_files, find_checkpoint, is_hub_id
 from pipelines.hub.client import hub_for, is_offline
 from pipelines.hub.snapshot import cached
 from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
@@ -51,10 +51,10 @@ class FoundCheckpoint:
         )
 
     def _num_bytes(self) -> int:
-        """The bytes of experts and base on this disk; a base in no folder counts as none."""
-        bases = [] if self.base_folder is None else self.base_folder.glob("*.safetensors")
-        files = [path for path in (self.folder / EXPERTS, *bases) if path.is_file()]
-        return sum(path.stat().st_size for path in files)
+        """The bytes of experts and base, which is downloaded first if it is not here."""
+        base = base_files(read_manifest(self.folder), self.base_folder, self.download)
+        files = [self.folder / EXPERTS, *([base] if base.is_file() else base.glob("*.safetensors"))]
+        return sum(path.stat().st_size for path in files if path.is_file())
 
 
 def find_folder(

@@ -267,7 +267,7 @@ def export(
     """Write one expert as a PEFT adapter, a folder that vLLM serves, or experts as GGUF."""
     from meteora.checkpoint.export import export_expert
     from meteora.checkpoint.manifest import read_manifest
-    from meteora.checkpoint.resolve import find_base_files
+    from meteora.checkpoint.resolve import base_on_disk
     from pipelines.admission import checkpoints
     from pipelines.workspace.checkpoints import base_at_hand
 
@@ -282,7 +282,7 @@ def export(
     if target == "vllm":
         from meteora.serving.served_folder import export_for_vllm
 
-        base = find_base_files(read_manifest(folder), base or base_at_hand(folder, home))
+        base = base_on_disk(read_manifest(folder), base or base_at_hand(folder, home))
         further = export_for_vllm(folder, base, out, copy=copy)
         say(f"serve it with `{' '.join(['vllm serve', quote(str(out)), further]).rstrip()}`")
     elif target == "llama.cpp":

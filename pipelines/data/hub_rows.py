@@ -6,6 +6,7 @@ A column of turns holds a conversation, `[{"role": "user", "content": "â€¦"}, â€
 
 from collections.abc import Iterator, Mapping
 from itertools import pairwise
+from pathlib import Path
 from typing import Any
 
 from meteora.untrusted.findings import brief, listed
@@ -32,9 +33,18 @@ def hub_items(
 
     Args:
         options: `config`, `split` (default: test) and `revision`
+
+    Raises:
+        ExamplesError: the rows of a commit are asked for, and a folder here has the same name.
+        UnreadableError: the data set cannot be read.
     """
     import datasets  # noqa: PLC0415  (seconds to import, and only needed here)
 
+    if options.get("revision") and Path(name).exists():
+        raise ExamplesError(
+            f"hf:{name}: the folder {name} in the working folder would be read in its place; rename"
+            " it, or run in another folder"
+        )
     try:
         yield from datasets.load_dataset(
             name,

@@ -3,14 +3,15 @@
 jsonl:<file>                                 {"prompt", "response", "choices"} a line
 bigbench:<task.json>[?split=train|test]      or the folder of a task with subtasks
 reasoning_gym:<name>[?seed=1]                generated; needs the extra `reasoning`
-hf:<owner>/<name>[?split=…&config=…&revision=…&prompt=<column>&response=<column>]
+hf:<owner>/<name>[?split=…&config=…&revision=…&prompt=<column>&response=<column>&choices=<column>]
 hf:<owner>/<name>?turns=<column>             the first question of a conversation, and its answer
 
 Rows of the Hub are read at the present commit of `revision`. `a.b` names a column inside another
 (`translation.de`), `a.0` the first entry of a list (`messages.0.content`), and `a,b` joins two
 columns. More options: `ask` is a text before every prompt; `part` is train or test, for data
 without a test split; `longest` leaves out prompts with more characters, and `incomplete=skip` rows
-without a prompt or an answer.
+without a prompt or an answer. Answers are chosen from the column `choices` if there is one;
+`choices=<column>` names another one, and `choices=` none.
 """
 
 import json
@@ -30,7 +31,7 @@ from pipelines.data.pinned import cached_entries, pin
 from pipelines.data.rows import ExamplesError, Row
 
 MAX_ROW_BYTES = 1 << 20
-"""Most characters of a line of a file, and of a prompt of the Hub."""
+"""Most characters of a line of a file, and of a row of the Hub."""
 MAX_TASK_BYTES = 1 << 28
 """Most bytes of a file of BIG-bench."""
 TEST_SHARE = 5
@@ -249,7 +250,9 @@ def check_row(row: Row, place: str) -> Row:
         raise ExamplesError(f"{place}: prompt and response must be text, and the prompt not empty")
     refuse_half_characters("".join(texts), place)
     if row.choices and (strange := set(row.answers) - set(row.choices)):
-        raise ExamplesError(f"{place}: the answer {strange.pop()!r} is not one of its choices")
+        raise ExamplesError(
+            f"{place}: the answer {shortened(strange.pop())!r} is not one of its choices"
+        )
     return row
 
 
@@ -424,9 +427,13 @@ def _hub_rows(request: Request, token: str | None) -> Iterator[Row]:
         if skips and not all(text.strip() for text in texts):
             continue
         prompt, response = (options.get("ask", "") + texts[0], *texts[1:], "")[:2]
-        choices = _choices(item, name) if request.answered else ()
-        if len(prompt) <= int(longest) and _belongs(row := Row(prompt, response, choices), part):
-            yield check_row(row, f"hf:{name}, row {number}")
+        choices = _choices(item, request) if request.answered else ()
+        if len(prompt) > int(longest) or not _belongs(row := Row(prompt, response, choices), part):
+            continue
+        place = f"hf:{name}, row {number}"
+        if len(response) + sum(map(len, choices)) > MAX_ROW_BYTES:
+            raise ExamplesError(f"{place}: its answer has more than {MAX_ROW_BYTES:,} characters")
+        yield check_row(row, place)
 
 
 def _hub_texts(item: Mapping[str, Any], request: Request, *, skips: bool) -> list[str]:
@@ -452,16 +459,22 @@ def _hub_texts(item: Mapping[str, Any], request: Request, *, skips: bool) -> lis
     return [text_in(item, options.get(n, n), request.name, may_miss=skips) for n in names]
 
 
-def _choices(item: Mapping[str, Any], name: str) -> tuple[str, ...]:
-    texts = item.get("choices")
+def _choices(item: Mapping[str, Any], request: Request) -> tuple[str, ...]:
+    column = request.options.get("choices", "choices")
+    if column and "choices" in request.options and column not in item:
+        raise ExamplesError(
+            f"hf:{request.name} has no column {column!r}, it has {listed(list(item), 20)}; name the"
+            " column of the choices with ?choices=…"
+        )
+    texts = item.get(column)
     # ARC has a table of texts and their labels
     texts = texts.get("text", texts) if isinstance(texts, dict) else texts
-    return _texts(texts, f"hf:{name}: its column 'choices'")
+    return _texts(texts, f"hf:{request.name}: its column {column!r} (choices= leaves it out)")
 
 
 HUB_OPTIONS = {
-    "config", "split", "revision", "prompt", "response", "turns", "ask", "part", "longest",
-    "incomplete",
+    "config", "split", "revision", "prompt", "response", "turns", "choices", "ask", "part",
+    "longest", "incomplete",
 }  # fmt: skip
 READERS: dict[str, tuple[set[str], Callable[[Request], Iterable[Row]]]] = {
     "jsonl": (set(), _jsonl),

@@ -8,6 +8,9 @@ from typing import Any
 
 from meteora.artifacts import MeteoraError, Noun, canonical_sha256
 
+MOST_SHOWN = 80
+"""Most characters of a prompt in a message."""
+
 
 class ExamplesError(MeteoraError):
     """Rows cannot be read, or cannot be used together."""
@@ -101,11 +104,11 @@ def refuse_overlap(
     )
 
 
-def differing_part(prompt: str, others: Sequence[str], most: int = 80) -> str:
+def differing_part(prompt: str, others: Sequence[str]) -> str:
     """The part of a prompt that differs from the others, since prompts often begin alike."""
     alike = [prompt, *(other for other in others if other != prompt)]
     start = len(commonprefix(alike))  # noqa: RUF071  (by characters, which are no paths)
-    if len(prompt) <= most or len(others) < 2:
+    if len(prompt) <= MOST_SHOWN or len(others) < 2:
         start = 0
-    part = prompt[start : start + most]
-    return f"{'…' if start else ''}{part}{'…' if start + most < len(prompt) else ''}"
+    part = prompt[start : start + MOST_SHOWN]
+    return f"{'…' if start else ''}{part}{'…' if start + MOST_SHOWN < len(prompt) else ''}"

@@ -20,9 +20,9 @@ from meteora.adapters.files import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, pickled_we
 from meteora.untrusted.findings import AdapterError
 from pipelines.hub.card import MAX_CARD_BYTES
 from pipelines.hub.client import DEFAULT, Hub
-from pipelines.hub.errors import HubFilesError, HubSizeError
+from pipelines.hub.errors import HubDamageError, HubFilesError, HubSizeError
 from pipelines.hub.listing import check_sizes, fetch_files, list_folder, some_names, where
-from pipelines.hub.snapshot import check_file, locked, put_in_place, read_manifest, staging
+from pipelines.hub.snapshot import fault_of, locked, put_in_place, read_manifest, staging
 
 if TYPE_CHECKING:
     from meteora.adapters.config import OnExtras
@@ -55,10 +55,11 @@ def download(
         HubFilesError: The folder has no adapter; the message lists its files.
         HubSizeError: It is larger than `MAX_ADAPTER_BYTES`, or than the Hub lists it.
         HubHashError: The bytes are not those that the repository lists.
+        HubDamageError: Those of an earlier download are no longer.
         HubError: The Hub does not deliver; `retry` says whether waiting can help.
     """
     folder = _snapshot(ref, cache_dir)
-    with locked(folder, hub.timeout_seconds):
+    with locked(folder, hub.for_bytes(MAX_ADAPTER_BYTES).timeout_seconds):
         here = downloaded(ref, cache_dir, modules_to_save=modules_to_save)
         if here is not None:
             return here
@@ -82,14 +83,18 @@ def downloaded(
 
     Raises:
         AdapterError: Its config alone is refused.
-        HubHashError: The bytes are no longer those that the repository listed.
+        HubDamageError: The bytes are no longer those that the repository listed.
     """
     folder = _snapshot(ref, cache_dir)
     for known in (folder, _claims(folder)):
         if (files := read_manifest(known)) is None:
             continue
         for file in files:
-            check_file(file, known, where(ref))
+            if fault := fault_of(file, known):
+                raise HubDamageError(
+                    f"{where(ref)}: {file.path} {fault}; it was downloaded whole and has changed on"
+                    f" this disk: delete {known} and run again"
+                )
         if known == folder:
             return folder / ref.subfolder
         _check_config(ref, known, modules_to_save)  # another policy may accept it now

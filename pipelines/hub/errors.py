@@ -58,6 +58,10 @@ class HubHashError(UnusableRepositoryError):
     """The downloaded bytes are not those that the repository lists."""
 
 
+class HubDamageError(HubError):
+    """A file of an earlier download has changed on this disk; no verdict on the repository."""
+
+
 class HubOfflineError(HubError):
     """The network is forbidden, and the files are not on this disk yet."""
 

@@ -8,8 +8,8 @@ from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from pipelines.hub.errors import HubDiskError, HubSizeError
-from pipelines.hub.snapshot import ListedFile, check_file
+from pipelines.hub.errors import HubDiskError, HubHashError, HubSizeError
+from pipelines.hub.snapshot import ListedFile, fault_of
 from pipelines.workspace.console import growing
 from pipelines.workspace.faults import NoSpaceError, require_space
 
@@ -49,6 +49,7 @@ def fetch_files(hub: Hub, ref: AdapterRef, files: Sequence[ListedFile], into: Pa
 
     Raises:
         HubDiskError: The disk has no room for them; nothing was downloaded.
+        HubHashError: The bytes are not those that the repository lists.
     """
     sizes = {file.path: file.size for file in files}
     num_bytes = sum(sizes.values())
@@ -62,7 +63,8 @@ def fetch_files(hub: Hub, ref: AdapterRef, files: Sequence[ListedFile], into: Pa
         hub.for_bytes(num_bytes).ask("fetch", ref.repo_id, where(ref), **asked)
     shutil.rmtree(into / ".cache", ignore_errors=True)  # the client's notes
     for file in files:
-        check_file(file, into, where(ref))
+        if fault := fault_of(file, into):
+            raise HubHashError(f"{where(ref)}: {file.path} {fault}; do not use this source")
 
 
 def _bytes_in(folder: Path) -> int:

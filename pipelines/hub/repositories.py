@@ -61,7 +61,7 @@ def resolve(
     """
     repo_id, at, revision = text.partition("@")
     wanted = revision if at else "main"
-    if not REPO_ID.fullmatch(repo_id) or ".." in text or not REVISION.fullmatch(wanted):
+    if not REPO_ID.fullmatch(repo_id) or ".." in wanted or not REVISION.fullmatch(wanted):
         raise HubReferenceError(
             f"{text!r} is not owner/name or owner/name@revision; a folder on this machine is"
             " written path:<folder>"

@@ -13,10 +13,10 @@ from pathlib import Path
 from huggingface_hub import try_to_load_from_cache
 
 from meteora.artifacts import file_sha256
-from pipelines.hub.errors import HubHashError, HubTimeoutError
+from pipelines.hub.errors import HubTimeoutError
 from store.errors import BusyError
 from store.files import locked as hold
-from store.files import replace_text
+from store.files import replace_text, sync
 
 
 @dataclass(frozen=True)
@@ -39,26 +39,16 @@ def cached(repo_id: str, name: str, revision: str | None = None) -> Path | None:
     return Path(found) if isinstance(found, str) else None
 
 
-def check_file(file: ListedFile, folder: Path, what: str) -> None:
-    """Compare a file with its listing; the client itself compares only the size.
-
-    Raises:
-        HubHashError: It is no file, or has another length or other bytes.
-    """
+def fault_of(file: ListedFile, folder: Path) -> str:
+    """How a file differs from its listing; empty if not. The client compares only the size."""
     path = folder / file.path
     if not path.is_file() or path.is_symlink():
-        raise HubHashError(f"{what}: {file.path} is not a file; delete {folder} and run again")
-    # the client reports broken transfers itself, so this file was cut later
+        return "is not a file"
     if (size := path.stat().st_size) != file.size:
-        fault = f"has {size} bytes, and the repository lists {file.size}"
-    elif file_sha256(path) != file.sha256 if file.sha256 else git_sha1(path) != file.git_sha1:
-        fault = "does not hold the bytes that the repository lists"
-    else:
-        return
-    raise HubHashError(
-        f"{what}: {file.path} {fault}; if it was downloaded before, delete {folder} and run again,"
-        " else do not use this source"
-    )
+        return f"has {size} bytes, and the repository lists {file.size}"
+    if file_sha256(path) != file.sha256 if file.sha256 else git_sha1(path) != file.git_sha1:
+        return "does not hold the bytes that the repository lists"
+    return ""
 
 
 def git_sha1(path: Path) -> str:
@@ -76,12 +66,7 @@ def has_size(file: ListedFile, folder: Path) -> bool:
 
 def keep_whole(files: Sequence[ListedFile], folder: Path) -> list[ListedFile]:
     """Remove all from a folder but complete files; return the files that are still missing."""
-    left = []
-    for file in files:
-        try:
-            check_file(file, folder, "")
-        except HubHashError:
-            left.append(file)
+    left = [file for file in files if fault_of(file, folder)]
     whole = {file.path for file in files} - {file.path for file in left}
     for path in folder.iterdir():
         if path.name not in whole:
@@ -134,8 +119,14 @@ def write_note(path: Path, text: str) -> None:
 
 
 def put_in_place(staged: Path, folder: Path, files: Sequence[ListedFile]) -> None:
-    """Give a snapshot's folder its name; its note is written first, and counts only with it."""
+    """Give a snapshot's folder its name; its note is written first, and counts only with it.
+
+    The bytes are on the disk before that, so a power cut leaves none of them in part.
+    """
+    for path in (*(staged / file.path for file in files), staged):
+        sync(path)
     manifest = folder.with_name(f"{folder.name}.json")
     write_note(manifest, json.dumps([asdict(file) for file in files], indent=1))
     shutil.rmtree(folder, ignore_errors=True)
     staged.rename(folder)
+    sync(folder.parent)

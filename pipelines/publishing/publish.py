@@ -107,7 +107,7 @@ def publish(
             the Hub computes other logits, and then main does not show it.
         HubError: The Hub does not answer, or refuses.
     """
-    if not REPO_ID.fullmatch(to.repo_id) or ".." in to.repo_id:
+    if not REPO_ID.fullmatch(to.repo_id):
         raise HubReferenceError(f"{to.repo_id!r} is not owner/name, where it is to be published")
     if to.tag and not is_tag(to.tag):
         raise HubReferenceError(f"{to.tag!r} is no name of a tag, or is a branch's")

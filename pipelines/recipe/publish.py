@@ -40,7 +40,7 @@ class PublishSection(Section):
     @field_validator("repo")
     @classmethod
     def _repo_is_owner_and_name(cls, value: str) -> str:
-        if not REPO_ID.fullmatch(value) or ".." in value:
+        if not REPO_ID.fullmatch(value):
             raise ValueError(f"{value!r} is not owner/name")
         return value
 

@@ -258,7 +258,7 @@ def test_a_packaged_base_is_asked_for_in_the_form_that_is_needed(
     base = {"repo_id": "gguf:pytest/METADATA", "revision": f"sha256:{sha256}"}
     edit_manifest(folder, lambda body: body["base"].update(base))
     with pytest.raises(MeteoraError, match="only the home of its run has it as safetensors"):
-        resolve.find_base_files(read_all(folder), None)
+        resolve.base_on_disk(read_all(folder), None)
     monkeypatch.setattr(resolve, "KNOWN_PACKAGES", {"surely-not-installed"})
     base["repo_id"] = "gguf:surely-not-installed/x.gguf"
     edit_manifest(folder, lambda body: body["base"].update(base))

@@ -106,6 +106,6 @@ def test_a_gguf_file_is_not_quantised_again(
 ) -> None:
     file = tmp_path / "base.gguf"
     file.write_bytes(b"GGUF")
-    monkeypatch.setattr("meteora.checkpoint.resolve._find_base", lambda *_: file)
+    monkeypatch.setattr("meteora.checkpoint.resolve.base_files", lambda *_: file)
     with pytest.raises(SourceError, match="takes no quantization_config"):
         meteora.load(world.checkpoint, quantization_config=BitsAndBytesConfig(load_in_8bit=True))

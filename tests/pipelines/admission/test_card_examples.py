@@ -266,7 +266,7 @@ def test_a_folder_of_the_name_is_not_read_in_place_of_a_strangers_data_set(
         (
             "train.jsonl",
             b'{"question": "q", "answer": "a", "choices": 3}\n',
-            "'choices': a list of texts is needed",
+            r"'choices' \(choices= leaves it out\): a list of texts is needed",
         ),
         ("train.jsonl", b'{"question": "q"}\n{"question', r"^a/b cannot be read \(JSON [^;]*$"),
         ("train.csv", b"question,answer\n", "a/b has no rows"),

@@ -279,6 +279,7 @@ def test_a_hub_dataset_is_asked_as_its_options_say(
     every = read(*columns, "ask=To+English:%0A")
     assert every[0] == Row("To English:\nSatz 0", "sentence 0", ("sentence 0", "none"))
     assert every[1].prompt == "To English:\nSatz 1!\n\n,"
+    assert read(*columns, "choices=")[0].choices == ()
     train, test = (read(*columns, f"part={part}") for part in ("train", "test"))
     assert not {row.prompt for row in train} & {row.prompt for row in test}
     assert len(train) + len(test) == len(every) == 60
@@ -291,6 +292,9 @@ def test_a_hub_dataset_is_asked_as_its_options_say(
     for options, said in (
         (gaps, "a row has no text in its column 'gap'"),
         ((*gaps, "incomplete=yes"), "incomplete='yes' is none of refuse, skip"),
+        ((*columns, "choices=options"), "no column 'options', it has id, said"),
+        ((*columns, "choices=more"), r"its column 'more' \(choices= leaves it out\): a list of"),
+        ((*columns, f"revision={'a' * 40}"), "the folder somebody/news in the working folder"),
         (("turns=said",), "a row has no question with an answer as text in its column 'said'"),
         (("turns=said", "ask=Say"), "a row has no question with an answer as text in its column"),
         (("turns=tunrs",), "no column 'tunrs', it has id, said"),

@@ -290,11 +290,15 @@ class Chat:
         is_text: bool,
     ) -> None:
         """Keep the tokens, cache and routes for the next answer and for a trace."""
+        if before:  # the head is in the routes of a pass of one token alone
+            shared = [path for path in before.modules if path in passes[0]]
+            rows = [before.modules.index(path) for path in shared]
+            passes = [{path: one[path] for path in shared} for one in passes]
         read = out.sequences[0].tolist()
         weights, chosen = joined(passes, 0).float().cpu(), joined(passes, 1).cpu()
         if before:
-            weights = torch.cat([before.weights, weights], 1)
-            chosen = torch.cat([before.chosen, chosen], 1)
+            weights = torch.cat([before.weights[rows], weights], 1)
+            chosen = torch.cat([before.chosen[rows], chosen], 1)
         cache = out.past_key_values
         config = self.model.config.get_text_config()
         is_kept = whole_layers(cache) is not None and not rotates_by_length(config)

@@ -21,6 +21,7 @@ from meteora.base.chat_template import encode_prompt
 from meteora.model.fused import expert_names
 from meteora.model.generate import batch_of, generate_ids
 from meteora.routing.hooks import recorded_routes
+from meteora.routing.layer import routed_layers
 from meteora.routing.passes import PassInput, by_name, cache_name, with_every_token
 
 if TYPE_CHECKING:
@@ -152,6 +153,11 @@ def trace(
             model(input_ids=ids)
     modules = tuple(passes[0])
     if not modules:
+        if any(layer.router is not None for layer in routed_layers(model).values()):
+            raise TraceError(
+                "only the head is routed, which reads the last token of a prompt alone; trace the"
+                " prompt without an answer, with max_new_tokens=0"
+            )
         raise TraceError("no module of the model is routed, so there is nothing to trace")
     read = ids[0].tolist()
     return Trace(

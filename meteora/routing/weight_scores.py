@@ -7,7 +7,8 @@ standard deviation s on the tokens of the other experts:
     logit_u = max over the gates' logits + (score_u - m_u) / s_u - t
 
 The threshold t is such that only a hundredth of the others' held-out tokens go to such an expert
-(`meteora.fitting.lda.SHARE_LOST_TO_BASE`). An expert that lacks the layer is never chosen there.
+(`meteora.fitting.lda.SHARE_LOST_TO_BASE`). An expert that lacks the layer is never chosen there,
+unless `top_k` is more than the number of those that have it.
 """
 
 from typing import Self
@@ -19,6 +20,8 @@ from meteora.artifacts import MeteoraError, RouterOptions
 from meteora.routing.layer import RoutedExperts
 from meteora.routing.routers import Arrow, Norm, Router
 
+NEVER = -1e4
+"""Far below any other logit, and finite: rules that decide by whole questions multiply it by 0."""
 KINDS = {"arrow": Arrow, "norm": Norm}
 """The routers that score experts by their weights."""
 
@@ -68,7 +71,7 @@ class StandIn(nn.Module):
         """
         score = scorer(options, layer).to(tokens.device)
         scores = score(tokens)[:, experts].float()
-        mean, deviation = scores.mean(0), scores.std(0)
+        mean, deviation = scores.mean(0), scores.std(0, correction=min(1, len(scores) - 1))
         largest = ((scores - mean) / deviation.clamp_min(1e-12)).max(-1).values
         # at least one deviation above the mean, whatever the tokens are
         threshold = largest.quantile(1 - share_lost).clamp_min(1.0).expand(len(experts))
@@ -81,7 +84,7 @@ class StandIn(nn.Module):
         """
         mean, deviation, threshold = self.standard
         above_mean = (self.score(tokens)[:, self.without] - mean) / deviation.clamp_min(1e-12)
-        return torch.where(deviation > 0, above_mean, 0.0) - threshold
+        return torch.where(deviation > 0, above_mean - threshold, NEVER)
 
     def forward(self, logits: Tensor, tokens: Tensor) -> Tensor:
         """The logits [T, C] of a gate, with the columns of the experts without examples filled."""

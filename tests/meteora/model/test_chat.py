@@ -11,8 +11,9 @@ import torch
 import meteora
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import ConversationError, Template, encode_messages
+from meteora.checkpoint.manifest import ModuleEntry
 from meteora.model.chat import Chat, Sampling
-from meteora.model.fused import UnknownExpertError, force_expert, make_router
+from meteora.model.fused import UnknownExpertError, force_expert, insert_layer, make_router
 from meteora.model.generate import EmptyPromptError
 from meteora.model.trace import trace
 from meteora.routing.layer import routed_by
@@ -392,3 +393,16 @@ def test_a_cache_with_a_sliding_window_is_not_kept(
     model, _ = meteora.load(tmp_path / "fused", base_folder=base)
     answers = converse(Chat(model, talking))
     assert [answer.num_cached for answer in answers] == [0, 0, 0]
+
+
+def test_a_question_is_asked_again_where_an_adapter_is_on_the_head(world, talking):
+    """Its routes are in those of a pass of one token alone, as the second prompt has it."""
+    model = world.load()
+    entry = ModuleEntry(32, model.config.vocab_size, (1, 0, 0, 0), (1.0, 0.0, 0.0, 0.0))
+    insert_layer(model, "lm_head", torch.ones(1, 32), torch.ones(entry.out_features, 1), entry)
+    with routed_by(model, lambda layer: make_router(RouterOptions("norm", 2, 0.5), layer)):
+        chat = Chat(model, talking)
+        answers = [chat.answer([user("hello")], max_new_tokens=4) for _ in range(3)]
+        assert {answer.text for answer in answers} == {answers[0].text}
+        assert answers[2].num_cached == answers[2].num_prompt - 1
+        assert "lm_head" not in chat.trace().modules

@@ -6,8 +6,16 @@ from tokenizers import Tokenizer, decoders, models
 from transformers import PreTrainedTokenizerFast
 
 from meteora.artifacts import RouterOptions
+from meteora.checkpoint.manifest import ModuleEntry
 from meteora.kernels import reference
-from meteora.model.fused import force_expert, load, make_router, without_experts
+from meteora.model.fused import (
+    EXPERTS,
+    force_expert,
+    insert_layer,
+    load,
+    make_router,
+    without_experts,
+)
 from meteora.model.trace import Pieces, TraceError, trace
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.layer import routed_by, routed_layers
@@ -130,6 +138,18 @@ def test_a_model_without_routers_has_nothing_to_trace(model, tokenizer, prompt):
         pytest.raises(TraceError, match="no module of the model is routed"),
     ):
         trace(model, tokenizer, prompt)
+
+
+def test_a_model_whose_head_alone_is_routed_is_traced_without_an_answer(world, tokenizer):
+    """The head reads the last token alone of a pass of several."""
+    model = world.load_base()
+    entry = ModuleEntry(32, model.config.vocab_size, (1, 1), (1.0, 1.0))
+    insert_layer(model, "lm_head", torch.ones(2, 32), torch.ones(entry.out_features, 2), entry)
+    setattr(model, EXPERTS, ["one", "two"])
+    with routed_by(model, lambda layer: make_router(RouterOptions("norm", 1, 1.0), layer)):
+        with pytest.raises(TraceError, match="only the head is routed"):
+            trace(model, tokenizer, TEXT, max_new_tokens=2)
+        assert trace(model, tokenizer, TEXT, max_new_tokens=0).modules == ("lm_head",)
 
 
 @pytest.mark.parametrize(

@@ -13,6 +13,7 @@ from meteora.checkpoint.manifest import GATES, CheckpointError
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.lda import SHARE_LOST_TO_BASE
 from meteora.fitting.sequences import TrainingError
+from meteora.kernels import reference
 from meteora.model.fused import insert_experts
 from meteora.routing.gates import gates_of, insert_gates
 from meteora.routing.hooks import recorded_logits
@@ -63,7 +64,17 @@ def test_an_expert_is_never_chosen_where_it_lacks_the_layer(mixed):
     tokens = torch.randn(200, 32) * 100
     # `patterns` begins with the second layer
     assert routed_layers(model)[LAYER].stack.ranks[3] == 0
-    assert not (gate_of(model, LAYER)(tokens).argmax(-1) == 3).any()
+    logits = gate_of(model, LAYER)(tokens)
+    assert not (logits.argmax(-1) == 3).any()
+    weights, experts = reference.route(logits, 2, 1.0)
+    assert not weights[experts == 3].any()
+
+
+def test_one_held_out_token_scales_no_expert_to_nan(world):
+    layer = routed_layers(world.load())[LATER]
+    options = replace(POINT_GATES, stand_in="norm")
+    found = StandIn.scaled(options, layer, [0, 2], torch.randn(1, 32), SHARE_LOST_TO_BASE)
+    assert (found.above_best(torch.randn(5, 32)) < -1_000).all()
 
 
 def test_of_the_tokens_it_is_measured_on_one_in_a_hundred_goes_astray(world):

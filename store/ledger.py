@@ -35,6 +35,7 @@ INGEST_DEADLINE_SECONDS = 10.0
 """Time that an ingest waits for another one."""
 CLOCK_SECONDS = 60
 """Between two machines' clocks such a difference is not mentioned."""
+KILLED = "its process ended without a word"
 PACK_RECORDS = 20_000
 """If there are so many loose records, the next run packs them before it begins."""
 
@@ -46,24 +47,19 @@ class Ledger(Recording):
     """
 
     def ingest(self, *, deadline_seconds: float = INGEST_DEADLINE_SECONDS) -> Ingest:
-        """Bring the index up to date. Never raises: the next ingest tries again."""
-        unshared = self.share()
-        outcome = self.index.ingest(deadline_seconds=deadline_seconds)
-        return replace(outcome, reason=outcome.reason or unshared)
+        """Exchange records with the shared storage, if any, and bring the index up to date.
 
-    def share(self) -> str:
-        """Exchange records with the shared storage, if there is one.
-
-        Returns:
-            The reason why it is not possible, a sentence; empty if nothing went wrong.
+        Never raises: the next ingest tries again. The result has the reason if one did not work.
         """
+        unshared = ""
         try:
             if self.sharing:
                 self.sharing.sync()
         except StoreError as error:
             logger.warning("%s", error)
-            return str(error)
-        return ""
+            unshared = str(error)
+        outcome = self.index.ingest(deadline_seconds=deadline_seconds)
+        return replace(outcome, reason=outcome.reason or unshared)
 
     def rebuild(self) -> Ingest:
         """Make the index again from the records alone; the old one is set aside.
@@ -167,9 +163,21 @@ class Ledger(Recording):
             self._check_clock()
             killed = self.unended_here(recipe_name)
             for run in killed:  # only the holder of a recipe's lock is still running
-                self.record_run(RunEnded(run.run_id, "killed", "its process ended without a word"))
+                self.record_run(RunEnded(run.run_id, "killed", KILLED))
             self._tidy()
             yield killed
+
+    def close_killed(self) -> None:
+        """Record the ends of all runs of this home that were killed.
+
+        Raises:
+            BusyError: a run is going on.
+        """
+        message = "a run is going on; try again when it is done"
+        with _no_wait(self.home / "runs.lock", message):
+            for run in self.unended_runs():
+                if run.home == self.name:
+                    self.record_run(RunEnded(run.run_id, "killed", KILLED))
 
     def unended_here(self, recipe_name: str) -> list[RunStarted]:
         """Runs of a recipe in this home that have no recorded end: killed, unless one goes on."""

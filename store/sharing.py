@@ -22,7 +22,7 @@ from pathlib import Path
 from typing import Self
 
 from store.blobs import Blobs
-from store.errors import DamagedError, StoreError
+from store.errors import DamagedError, MissingBlobError, StoreError
 from store.files import write_whole
 from store.records import Records
 from store.remote import Remote
@@ -36,6 +36,8 @@ PAUSE_SECONDS = 60.0
 """If the storage does not answer, recording does not try it again for this long."""
 AT_ONCE = 16
 """The number of objects that are transferred in parallel."""
+UNSHARED = (DamagedError, MissingBlobError)
+"""Faults of one record or of its blobs, which do not keep others from being shared."""
 RECORD = re.compile(r"records/([0-9a-f]{2})/([0-9a-f]{62})\.json")
 SEGMENT = re.compile(r"records/packed/([0-9a-f]{64}\.parquet)")
 
@@ -74,11 +76,16 @@ class Setting:
 def connect(home: Path, url: str) -> Setting:
     """Make a home share its records and blobs at `url` from now on.
 
+    It keeps a name that it has, by which its own runs are known. A copy of another machine's home
+    gets a new one.
+
     Raises:
         StoreError: the storage cannot be used for sharing.
     """
     Remote(url).prove()
-    setting = Setting(url, f"{platform.node()}-{secrets.token_hex(2)}")
+    known, node = Setting.load(home).name, platform.node()
+    is_own = known.startswith(f"{node}-")
+    setting = Setting(url, known if is_own else f"{node}-{secrets.token_hex(2)}")
     remote, name = (json.dumps(text, ensure_ascii=False) for text in (setting.remote, setting.name))
     text = f"remote = {remote}\nname = {name}\n"
     write_whole(home / SETTING, text.encode(), root=home)
@@ -125,7 +132,11 @@ class Sharing:
                 pass
         for name in sorted(self._records.segments.names() - segments):
             self._blobs.survey()
-            self._push_blobs(self._records.segments.blobs(name))
+            try:
+                self._push_blobs(self._records.segments.blobs(name))
+            except UNSHARED as error:
+                logger.warning("not shared: %s", error)
+                continue
             self.remote.put(f"records/packed/{name}", self._records.segments.path_of(name))
 
     def prune(self) -> None:
@@ -159,7 +170,7 @@ class Sharing:
             self.remote.put(f"records/{sha256[:2]}/{sha256[2:]}.json", path)
         except FileNotFoundError:
             return  # another process has just packed it
-        except DamagedError as error:
+        except UNSHARED as error:
             logger.warning("not shared: %s", error)
 
     def _push_blobs(self, sha256s: Collection[str]) -> None:

@@ -168,11 +168,11 @@ def share(
     from store.ledger import Ledger
     from store.sharing import connect
 
+    Ledger(home).close_killed()  # by the name that the home has had so far
     setting = connect(home, url)
-    reason = Ledger(home).ingest().reason
-    if reason:
-        raise MeteoraError(reason)
     print(f"{home} shares {setting.remote} as {setting.name}")
+    if reason := Ledger(home).ingest().reason:
+        raise MeteoraError(reason)
 
 
 @store.command()

@@ -1,10 +1,11 @@
 """The context of a run: the ledger, the recipe and its folder, and the run's id."""
 
+import errno
 import hashlib
 import secrets
 import tempfile
 from collections.abc import Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from pathlib import Path
@@ -117,9 +118,16 @@ def put_in_place(made: Path, folder: Path) -> None:
     folder.parent.mkdir(parents=True, exist_ok=True)
     for path in (*made.rglob("*"), made):
         sync(path)
-    if folder.exists():  # no sooner: whoever is killed while it syncs leaves the older one
-        folder.rename(made.with_name("before"))
-    made.rename(folder)
+    while True:  # no sooner: whoever is killed while it syncs leaves the older one
+        with suppress(FileNotFoundError):
+            folder.rename(made.with_name(f"before-{secrets.token_hex(4)}"))
+        try:
+            made.rename(folder)
+        except OSError as error:
+            if error.errno not in (errno.ENOTEMPTY, errno.EEXIST):
+                raise  # else another process has just put its own there
+        else:
+            break
     sync(folder.parent)
 
 

@@ -1,5 +1,6 @@
 """The record of a run: its start, versions and device, its outcome, and the time of each stage."""
 
+import logging
 import shutil
 import time
 from collections.abc import Generator, Sequence
@@ -9,8 +10,11 @@ from importlib.metadata import version
 from meteora.artifacts import MeteoraError
 from meteora.untrusted.findings import AdapterError
 from pipelines.workspace.context import RunContext
+from store.errors import StoreError
 from store.events import RunEnded, RunStarted
 from store.ledger import Ledger
+
+logger = logging.getLogger(__name__)
 
 VERSIONS = ("torch", "transformers", "safetensors", "prefect", "duckdb", "lm-eval")
 
@@ -70,9 +74,14 @@ def recorded(
         raise
     finally:
         wall_seconds = time.perf_counter() - began
-        ledger.record_run(RunEnded(run_id, outcome, reason, wall_seconds, seconds))
+        shutil.rmtree(ledger.home / "runs" / run_id, ignore_errors=True)  # room for the record
+        try:
+            ledger.record_run(RunEnded(run_id, outcome, reason, wall_seconds, seconds))
+        except StoreError as error:
+            if outcome == "ok":
+                raise
+            logger.warning("the end of the run %s is not recorded: %s", run_id, error)
         ledger.ingest()
-        shutil.rmtree(ledger.home / "runs" / run_id, ignore_errors=True)
 
 
 @contextmanager

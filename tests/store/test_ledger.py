@@ -220,6 +220,14 @@ def test_a_killed_run_is_closed_by_the_next_of_its_recipe(shelf: Shelf) -> None:
         assert not killed
 
 
+def test_all_killed_runs_are_closed_unless_one_goes_on(shelf: Shelf) -> None:
+    shelf.ledger.record_run(RunStarted("r1", "nightly", "9" * 64))
+    with shelf.ledger.running("weekly"), pytest.raises(BusyError, match="a run is going on"):
+        shelf.ledger.close_killed()
+    shelf.ledger.close_killed()
+    assert not shelf.ledger.unended_runs()
+
+
 @pytest.mark.parametrize("run_id", [None, "", "..", "../../blobs", "/home/me", 5], ids=repr)
 def test_a_forged_start_of_a_run_is_left_out(
     run_id: object, shelf: Shelf, caplog: pytest.LogCaptureFixture

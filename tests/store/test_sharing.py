@@ -305,6 +305,31 @@ def test_a_run_of_another_home_is_not_taken_for_killed(homes: tuple[Shelf, Shelf
         assert [run.run_id for run in killed] == ["r1"]
 
 
+def test_a_blob_that_is_missing_keeps_no_other_record_from_being_shared(
+    homes: tuple[Shelf, Shelf], caplog: pytest.LogCaptureFixture
+) -> None:
+    one, two = homes
+    one.ledger.sharing = None
+    one.make(one.adapter(1), "weights that get lost")
+    one.ledger.blobs.path_of(one.ledger.weights_of(one.adapter(1).id) or "").unlink()
+    one.make(one.adapter(2), "weights that stay")
+    again = Ledger(one.home)
+    assert not again.ingest().reason
+    assert "not shared: " in caplog.text
+    two.ledger.ingest()
+    assert two.ledger.weights_of(two.adapter(2).id)
+    assert not two.ledger.weights_of(two.adapter(1).id)
+
+
+def test_a_home_keeps_its_name_and_a_copy_on_another_machine_gets_one(
+    shelf: Shelf, url: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    name = connect(shelf.home, url).name
+    assert connect(shelf.home, url).name == name
+    monkeypatch.setattr("platform.node", lambda: "elsewhere")
+    assert connect(shelf.home, url).name.startswith("elsewhere-")
+
+
 def test_the_first_run_of_a_new_home_knows_that_its_clock_is_behind(
     homes: tuple[Shelf, Shelf], caplog: pytest.LogCaptureFixture
 ) -> None:

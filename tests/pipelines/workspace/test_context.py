@@ -78,3 +78,22 @@ def test_a_folder_keeps_its_place_until_the_next_one_is_on_the_disk(
     assert (folder / "file").read_text() == "old"
     context.put_in_place(made, folder)
     assert (folder / "file").read_text() == "new"
+
+
+def test_a_folder_that_another_process_has_just_put_there_is_replaced(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    folder, made, others = (tmp_path / name / "x" for name in ("checkpoints", "mine", "others"))
+    for place in (made, others):
+        place.mkdir(parents=True)
+        (place / "file").write_text(place.parent.name)
+    rename = Path.rename
+
+    def second(path: Path, to: Path) -> Path:
+        if path == made and others.exists():
+            rename(others, folder)
+        return rename(path, to)
+
+    monkeypatch.setattr(Path, "rename", second)
+    context.put_in_place(made, folder)
+    assert (folder / "file").read_text() == "mine"

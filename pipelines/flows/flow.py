@@ -231,9 +231,12 @@ def _recorded(context: RunContext, until: Stage, looked: Look) -> Made:
     """Run between the records of its start and of its end."""
     progress = run_page.Progress(context, until)
     with StageProcess(context, on_progress=progress.advance, on_message=run_page.note) as child:
-        run = Run(context, child, progress)
-        device = child.call("device", deadline_seconds=context.recipe.deadlines.base)
-        asked = context.recipe_sha256
+        run, asked = Run(context, child, progress), context.recipe_sha256
+        try:
+            device = child.call("device", deadline_seconds=context.recipe.deadlines.base)
+        except MeteoraError:  # the process did not start, or found no device: that is recorded, too
+            with recorded(context, context.key, asked, "", run.seconds):
+                raise
         with recorded(context, context.key, asked, device, run.seconds), closing(child):
             plan = _stages(run, until, looked)
     return Made(run.seconds, plan, _show(context, plan) if plan else None)

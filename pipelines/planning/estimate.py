@@ -30,6 +30,7 @@ from pipelines.evaluation.routing_stats import QUESTIONS, num_composites
 from pipelines.evaluation.tasks import TURNS
 from pipelines.planning.fit_estimate import (
     bytes_of_gates,
+    bytes_while_fitting,
     fit_need,
     inputs_of,
     prompt_router_need,
@@ -44,6 +45,7 @@ from pipelines.planning.passes import (
     working_bytes,
 )
 from pipelines.recipe.benchmark import ConversationSection, metric_names
+from pipelines.recipe.gates import JointSection
 from pipelines.recipe.recipe import Recipe
 from pipelines.scoring.metrics import METRICS
 from pipelines.workspace.machine import Machine
@@ -120,6 +122,11 @@ def estimate(
             held=held,
             expert_bytes=expert_bytes,
         )
+        is_joint = isinstance(recipe.gates, JointSection)
+        scratch = bytes_while_fitting(
+            inputs_of(pace), experts.count, recipe.router.share, is_joint=is_joint
+        )
+        need = replace(need, scratch_bytes=scratch)
         if pool is not None:
             dividing = _dividing_seconds(recipe, pace, pool)
             parts = {"dividing the pool": dividing, "fitting": need.seconds}

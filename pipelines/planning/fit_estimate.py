@@ -114,6 +114,17 @@ def bytes_of_gates(inputs: Mapping[str, int], num_experts: int, share: str) -> t
     return 4.0 * num_experts * sum(inputs.values()), float(sum(kept))
 
 
+def bytes_while_fitting(
+    inputs: Mapping[str, int], num_experts: int, share: str, *, is_joint: bool
+) -> float:
+    """The most disk space, in bytes, for gates until they are recorded; for the rest see above."""
+    gates, kept = bytes_of_gates(inputs, num_experts + 2, share)  # with the mean, and the base
+    if is_joint:
+        return gates * 4  # the saved state: parameters with two moments; and the gates
+    # a file for each fitted point, with twice the directions, and one for all
+    return gates * 2 + kept * 3
+
+
 def fit_need(
     recipe: Recipe,
     pace: Pace,

@@ -5,7 +5,7 @@ from __future__ import annotations
 import math
 import shutil
 from collections import Counter
-from collections.abc import Collection, Mapping, Sequence
+from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -102,8 +102,8 @@ def print_estimates(
             f"  {num_assumed} of {experts.count} adapters are not here: taken as rank"
             f" {ASSUMED_RANK} on every linear layer"
         )
-    wanted, free = sum(need.disk_bytes for need in needs), free_bytes(context.home)
-    out.print(f"  disk: {wanted / 1e9:,.1f} GB, of {free / 1e9:,.1f} GB that are free there")
+    wanted, free = _most_on_disk(needs), free_bytes(context.home)
+    out.print(f"  disk: {wanted / 1e9:,.1f} GB at most, of {free / 1e9:,.1f} GB that are free there")
     absent = sum(not rows.known for rows in every)
     if absent and Stage.gates in stages:
         out.print(
@@ -113,6 +113,14 @@ def print_estimates(
     if wanted > free:
         return [f"{context.home}: {wanted / 1e9:,.1f} GB are needed there; free some space"]
     return []
+
+
+def _most_on_disk(needs: Iterable[Need]) -> float:
+    """The most bytes on the disk at any moment of a run."""
+    kept = most = 0.0
+    for need in needs:
+        kept, most = kept + need.disk_bytes, max(most, kept + need.scratch_bytes)
+    return max(kept, most)
 
 
 def _all_rows(

@@ -51,6 +51,8 @@ class Need:
     """The seconds of its parts, by name, if several take long."""
     note: str = ""
     """Printed below the numbers, for an unusual way of work."""
+    scratch_bytes: float = 0.0
+    """The most that it takes on the disk until its results are in the store."""
 
 
 @dataclass(frozen=True)

@@ -51,7 +51,7 @@ from pipelines.hub.card import licence_of
 from pipelines.hub.client import hub_of
 from pipelines.hub.snapshot import locked
 from pipelines.planning.examples import LEAST_EXAMPLES
-from pipelines.planning.fit_estimate import bytes_of_gates
+from pipelines.planning.fit_estimate import bytes_while_fitting
 from pipelines.planning.overlaps import say_shared
 from pipelines.planning.room import with_room, without_too_long
 from pipelines.reports.summary import summarise
@@ -75,6 +75,7 @@ from pipelines.workspace.console import bar, say
 from pipelines.workspace.context import RunContext, put_in_place
 from pipelines.workspace.faults import require_space
 from pipelines.workspace.machine import choose_device
+from store.files import locked as hold
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -162,7 +163,17 @@ def stack(work: RunContext, plan: Plan) -> None:
 
 
 def fit_gates(work: RunContext, plan: Plan) -> RouterBuild:
-    """Fit the gates with the recipe's settings; a router without gates is only recorded."""
+    """Fit the gates with the recipe's settings; a router without gates is only recorded.
+
+    Another recipe with the same gates waits, and takes them from the ledger.
+    """
+    folder = work.training_folder(plan.router.id)
+    lock = work.home / "locks" / f"gates-{folder.name}.lock"
+    with hold(lock, deadline_seconds=work.recipe.deadlines.gates):
+        return _recorded_gates(work, plan, folder)
+
+
+def _recorded_gates(work: RunContext, plan: Plan, folder: Path) -> RouterBuild:
     if work.holds(plan.router.id):
         return RouterBuild.from_dict(work.ledger.built(plan.router.id) or {})
     if plan.router.router == "prompt":
@@ -173,7 +184,7 @@ def fit_gates(work: RunContext, plan: Plan) -> RouterBuild:
         experts = str(work.ledger.weights_of(plan.fused.id))
         made = RouterBuild(plan.router, experts, 0, None, 0.0, "")
     record_router(work, made)
-    shutil.rmtree(work.training_folder(plan.router.id), ignore_errors=True)
+    shutil.rmtree(folder, ignore_errors=True)
     return made
 
 
@@ -241,12 +252,8 @@ def _bytes_of_fit(plan: Plan) -> float:
     """The most disk space, in bytes, for gates until they are recorded."""
     modules = [module for expert in plan.experts for module in expert.adapter.spec.modules]
     inputs = {module.path: module.in_features for module in modules}
-    num_choices = len(plan.experts) + 2  # and the mean, and the base
-    gates, statistics = bytes_of_gates(inputs, num_choices, plan.router.options.share)
-    if plan.router.joint is not None:
-        return gates * 4  # the saved state: parameters with two moments; and the gates
-    # a file for each fitted point, with twice the directions, and one for all
-    return gates * 2 + statistics * 3
+    share, is_joint = plan.router.options.share, plan.router.joint is not None
+    return bytes_while_fitting(inputs, len(plan.experts), share, is_joint=is_joint)
 
 
 def _fit_here(work: RunContext, plan: Plan, out: Path) -> Fit:

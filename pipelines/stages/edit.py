@@ -56,6 +56,7 @@ from pipelines.evaluation.harness import room_of
 from pipelines.planning.room import check_examples, with_room
 from pipelines.recipe.gates import Composites, MixedSection, numbers_of, refuse_test_rows
 from pipelines.recipe.recipe import NAME, NAME_RULE, Recipe
+from pipelines.stages.adopt import recorded_router
 from pipelines.stages.checkpoint import (
     record_router,
     record_stack,
@@ -105,7 +106,8 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         AdapterError: the adapter is refused, it changes nothing, or the stack would not fit.
         HubError: the Hub does not deliver the adapter.
         GrowthError: the checkpoint has no gates of `calibrate` or not their statistics, a recipe
-            could not have the name, or the device has no float64.
+            could not have the name, the device has no float64, or the checkpoint names the id of
+            another one in the ledger.
         EditError: there is an expert of that name, or the sizes do not fit.
         TrainingError: the examples are too few.
     """
@@ -113,13 +115,9 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         raise GrowthError("gates are fitted in 64 bits, which mps has not; say --device cpu")
     folder, device, dtype = found.folder, choose_device(found.device), found.dtype
     manifest = _read_editable(folder)
+    is_ours = _is_ours(ledger, found, manifest)
     edit.check_new_name(folder, manifest, candidate.name)
-    if not NAME.fullmatch(candidate.name):  # tasks are named like experts, as NAME=ROWS
-        raise GrowthError(f"the name {candidate.name!r} {NAME_RULE}")
-    try:
-        refuse_test_rows(examples)
-    except ValueError as error:
-        raise GrowthError(str(error)) from None
+    _check_texts(candidate.name, examples)
     work = RunContext(ledger, candidate.recipe, folder / MANIFEST, new_run_id())
     # a mistyped adapter is told before rows and base are read
     admission = Admission(work, folder, manifest, candidate, resolve(work, candidate), device)
@@ -144,7 +142,7 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
             return out
         if (router := _given_again(ledger, spec, scratch)) is not None:
             edited = EditedCheckpoint(scratch, larger, router, expert.adapter)
-            return _finish(work, manifest, edited)
+            return _finish(work, manifest, edited, is_ours=is_ours)
         if not where:
             # plain nn.Module.to: the annotation of transformers' own hides it behind a decorator
             torch.nn.Module.to(model, device)
@@ -184,7 +182,16 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
             **_data_set(of_hub, candidate),
         )
         edited = EditedCheckpoint(scratch, larger, router, expert.adapter)
-        return _finish(work, manifest, edited)
+        return _finish(work, manifest, edited, is_ours=is_ours)
+
+
+def _check_texts(name: str, examples: str) -> None:
+    if not NAME.fullmatch(name):  # tasks are named like experts, as NAME=ROWS
+        raise GrowthError(f"the name {name!r} {NAME_RULE}")
+    try:
+        refuse_test_rows(examples)
+    except ValueError as error:
+        raise GrowthError(str(error)) from None
 
 
 def _read_examples(examples: str, candidate: Candidate) -> tuple[list[Row], str]:
@@ -194,7 +201,7 @@ def _read_examples(examples: str, candidate: Candidate) -> tuple[list[Row], str]
     return read_rows(of_hub or examples, Path.cwd(), EXAMPLES, token_of), of_hub
 
 
-def _data_set(of_hub: str, candidate: Candidate) -> dict[str, tuple[str, ...]]:
+def _data_set(of_hub: str, candidate: Candidate) -> dict[str, Any]:
     """What a `RouterBuild` notes on the new expert's data set of the Hub, if there is one."""
     if not of_hub:
         return {}
@@ -207,10 +214,12 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
     """Make a checkpoint with one expert less; no model is loaded, and the given one stays as it is.
 
     Raises:
-        GrowthError: the checkpoint has no gates of `calibrate`, or not their statistics.
+        GrowthError: the checkpoint has no gates of `calibrate`, or not their statistics; or it
+            names the id of another one in the ledger.
         EditError: there is no such expert, or it is the only one.
     """
     manifest = _read_editable(folder)
+    is_ours = _is_ours(ledger, FoundCheckpoint(folder, None, {}), manifest)
     gates = tensors.read_gates(folder, manifest)
     work = RunContext(ledger, Recipe.model_construct(), folder / MANIFEST, new_run_id())
     with _scratch(work, manifest, f"drop {name} from", "cpu") as scratch:
@@ -231,7 +240,8 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
         tensors.write_gates(scratch / GATES, kept)
         write_statistics(scratch / STATISTICS, statistics)
         router = RouterBuild(spec, "", 0, None, 0.0, "cpu")
-        return _finish(work, manifest, EditedCheckpoint(scratch, smaller, router))
+        edited = EditedCheckpoint(scratch, smaller, router)
+        return _finish(work, manifest, edited, is_ours=is_ours)
 
 
 def _dtype_without(ledger: Ledger, manifest: Manifest, name: str) -> torch.dtype | None:
@@ -275,6 +285,25 @@ def _read_editable(folder: Path) -> Manifest:
             f" of `method: calibrate` come with it (here: {made}): change its recipe and run that"
         )
     return manifest
+
+
+def _is_ours(ledger: Ledger, found: FoundCheckpoint, manifest: Manifest) -> bool:
+    """Whether the ledger has this checkpoint; what becomes of it is then recorded, too.
+
+    Raises:
+        GrowthError: it has the id that the checkpoint names, with other files or another base. A
+            recipe's run would take what becomes of it for its own result.
+    """
+    if recorded_router(ledger, found, manifest) is not None:
+        return True
+    named = ArtifactId(manifest.router_id)
+    if ledger.built(named) is not None:
+        raise GrowthError(
+            f"{found.folder} names the id {short(named)}, which the ledger has with other files or"
+            " on another base; `meteora benchmark` takes it in under an id of its own, so change"
+            " that one"
+        )
+    return False
 
 
 @contextmanager
@@ -363,7 +392,7 @@ def _given_again(ledger: Ledger, spec: RouterSpec, scratch: Path) -> RouterBuild
     return router
 
 
-def _finish(work: RunContext, before: Manifest, edited: EditedCheckpoint) -> Path:
+def _finish(work: RunContext, before: Manifest, edited: EditedCheckpoint, *, is_ours: bool) -> Path:
     """Write the texts, record the checkpoint, and move its folder to its place."""
     router = edited.router.spec
     made: dict[str, Any] = {
@@ -384,7 +413,7 @@ def _finish(work: RunContext, before: Manifest, edited: EditedCheckpoint) -> Pat
         edited.manifest, gates=made, fused_id=router.fused_id, router_id=router.id, files=files
     )
     write_texts(edited.folder, manifest, " + ".join(manifest.names))
-    if work.ledger.built(ArtifactId(before.router_id)) is not None:
+    if is_ours:
         _record(work, manifest, edited)
     else:
         say("its parents are not in this ledger, so it is not recorded; only the folder is written")

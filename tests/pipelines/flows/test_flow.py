@@ -170,6 +170,21 @@ def test_a_test_row_among_the_examples_is_refused(
         run(work)
 
 
+def test_a_process_of_stages_that_does_not_start_is_recorded(
+    workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class Broken(Here):
+        def call(self, stage: str, *_: Any, **__: Any) -> Any:
+            raise StageError(f"{stage}: its process ended")
+
+    monkeypatch.setattr("tests.pipelines.conftest.Here", Broken)
+    work = workplace()
+    with pytest.raises(StageError, match="device: its process ended"):
+        run(work)
+    runs = work.ledger.query("SELECT outcome, reason FROM runs").rows
+    assert runs == [("failed", "device: its process ended")]
+
+
 def test_a_stage_that_is_killed_or_late_fails_and_the_next_run_goes_on(
     workplace: Callable[..., RunContext],
     monkeypatch: pytest.MonkeyPatch,

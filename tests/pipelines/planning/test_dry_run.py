@@ -19,7 +19,7 @@ from pipelines.planning import dry_run
 from pipelines.planning import needs as printed
 from pipelines.planning.estimate import assumed_ranks, estimate
 from pipelines.planning.fit_estimate import bytes_of_gates
-from pipelines.planning.passes import Experts, Rows, rows_at_once, working_bytes
+from pipelines.planning.passes import Experts, Need, Rows, rows_at_once, working_bytes
 from pipelines.planning.row_faults import faults_of_rows
 from pipelines.recipe.benchmark import BenchmarkSection
 from pipelines.recipe.recipe import Recipe, locate
@@ -222,7 +222,7 @@ def test_local_adapters_are_judged_and_the_parts_that_take_long_are_named(
     assert "warning: " in said.stdout  # its config names a folder as its base
     for part in ("asking", "measuring routing", "measuring switches"):
         assert re.search(rf"\n +{part}, (< 1 s|[0-9])", said.stdout)
-    assert re.search(r"disk: [0-9.]+ GB, of [0-9,.]+ GB that are free there", said.stdout)
+    assert re.search(r"disk: [0-9.]+ GB at most, of [0-9,.]+ GB that are free there", said.stdout)
     assert "would stop" not in said.stdout
 
 
@@ -428,6 +428,14 @@ def test_gates_take_the_longer_the_more_they_are_taught() -> None:
     one, mixed = (seconds({"top_k": k}, **joint, steps=1000) for k in (1, 2))
     assert mixed == pytest.approx(3 * one, rel=0.1)
     assert needs(gates=joint)["gates"].disk_bytes == 4 * (64 + 64)  # no statistics
+    saved = 4 * 3 * 4 * (64 + 64)  # with moments, and choices of all and of the base
+    assert needs(gates=joint)["gates"].scratch_bytes == saved
+
+
+def test_the_disk_has_to_hold_what_a_stage_writes_until_its_results_are_recorded() -> None:
+    stack, gates = Need("stack", 0, 5, 0), Need("gates", 0, 1, 0, scratch_bytes=4)
+    assert printed._most_on_disk([stack, gates]) == 9
+    assert printed._most_on_disk([gates, stack]) == 6
 
 
 def test_the_fit_of_the_quickstart_is_estimated_as_it_was_measured(tmp_path: Path) -> None:

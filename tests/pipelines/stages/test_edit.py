@@ -513,6 +513,28 @@ def test_a_new_expert_s_data_set_of_the_hub_is_in_the_lineage(
         assert rows["annotations"] == {"licence": "mit"}
 
 
+def test_a_stranger_s_files_are_not_recorded_under_an_id_of_the_ledger(
+    made: tuple[RunContext, Path], recipe_folder: Path, tmp_path: Path
+) -> None:
+    """Ids are public; a recipe's run would take the experts for its own."""
+    work, folder = made
+    evil = shutil.copytree(folder, tmp_path / "evil")
+    body = json.loads((evil / MANIFEST).read_text())
+    numbers = {path: torch.full_like(one, 7.0) for path, one in load_file(evil / EXPERTS).items()}
+    (evil / EXPERTS).unlink()
+    save_file(numbers, evil / EXPERTS)
+    body["files"][EXPERTS] = file_sha256(evil / EXPERTS)
+    (evil / MANIFEST).write_text(json.dumps(body))
+    before = work.ledger.records.loose()
+    said = "names the id router:.*, which the ledger has with other files or on another base"
+    with pytest.raises(GrowthError, match=said):
+        edit.drop(work.ledger, evil, "q_and_v")
+    found = FoundCheckpoint(evil, recipe_folder / "base", {}, "cpu")
+    with pytest.raises(GrowthError, match=said):
+        edit.add(work.ledger, found, Candidate("new", str(recipe_folder / "attention")), "jsonl:x")
+    assert work.ledger.records.loose() == before
+
+
 def test_what_cannot_grow_says_why(
     made: tuple[RunContext, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -9,13 +9,15 @@ from meteora.adapters.compatibility import stack_bytes
 from pipelines.stages import build
 from pipelines.workspace.context import RunContext
 from pipelines.workspace.faults import NoSpaceError
+from store.errors import BusyError
+from store.files import locked
 from tests.pipelines.conftest import plan_of
 
 
 def test_stack_and_gates_ask_for_their_room_first(
     workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    work = workplace()
+    hasty, work = workplace(deadlines={"gates": "0.1s"}), workplace()
     planned = plan_of(work)
 
     def leave(num_bytes: float) -> None:
@@ -30,6 +32,10 @@ def test_stack_and_gates_ask_for_their_room_first(
     build.stack(work, planned)
     size = work.ledger.blobs.path_of(str(work.ledger.weights_of(planned.fused.id))).stat().st_size
     assert 0 <= size - stack_bytes(specs) < 10_000  # the rest is the header
+
+    lock = work.home / "locks" / f"gates-{work.training_folder(planned.router.id).name}.lock"
+    with locked(lock, deadline_seconds=0), pytest.raises(BusyError):
+        build.fit_gates(hasty, planned)  # a recipe with the same gates is being run
 
     needed = build._bytes_of_fit(planned)
     leave(needed - 1)

@@ -11,7 +11,6 @@ routing is the same, so earlier questions do not change an answer, up to roundin
 
 from __future__ import annotations
 
-import sys
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
@@ -30,7 +29,7 @@ from meteora.base.chat_template import (
 )
 from meteora.base.placement import input_device
 from meteora.model.fused import expert_names, force_expert
-from meteora.model.generate import batch_of, end_tokens, generate_ids
+from meteora.model.generate import batch_of, end_tokens, generate_ids, most_new_tokens
 from meteora.model.prompt_choice import PromptReader
 from meteora.model.shared_prefix import rotates_by_length, whole_layers
 from meteora.model.trace import (
@@ -41,7 +40,6 @@ from meteora.model.trace import (
     every_pass,
     joined,
     layer_winners,
-    layers_of,
     mean_weights,
     pieces_of,
     read_last,
@@ -147,9 +145,6 @@ class Chat:
         missing = () if NULL in self.routed else (NULL,)
         self.experts = (*self.routed, *missing)
         """The names that `answer` takes as `expert`: these choices, and `(base)`."""
-        config = model.config.get_text_config()
-        self.longest: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
-        """The most tokens of a prompt and its answer together."""
         self._reading: _Reading | None = None
 
     def answer(
@@ -182,8 +177,7 @@ class Chat:
             is_text, ids = True, encode_text(self.tokenizer, messages)
         else:
             is_text, ids = False, encode_messages(self.tokenizer, messages)
-        self.check_length(ids)
-        max_new_tokens = min(max_new_tokens, self.longest - len(ids))
+        max_new_tokens = most_new_tokens(self.model, len(ids), max_new_tokens)
         ends = end_tokens(self.model, self.tokenizer)
         with (
             force_expert(self.model, expert) if expert else nullcontext(),
@@ -215,18 +209,6 @@ class Chat:
             num_prompt=len(ids),
             num_cached=num_cached,
         )
-
-    def check_length(self, ids: Sequence[int]) -> None:
-        """Check that the token ids of a prompt leave room for an answer.
-
-        Raises:
-            ConversationError: the prompt is too long.
-        """
-        if len(ids) >= self.longest:
-            raise ConversationError(
-                f"the prompt, with what precedes it, has {len(ids)} tokens, and the model takes"
-                f" {self.longest} with its answer; shorten it, or begin a new conversation"
-            )
 
     def trace(self) -> Trace:
         """The routes of every token of the last conversation, its answer included.
@@ -382,7 +364,7 @@ class _Listener:
         weights, chosen = (joined([last], part)[:, -1:] for part in (0, 1))
         weights, num_experts = weights.float(), len(self._experts)
         (winner,) = winners(mean_weights(weights, chosen, num_experts))
-        layers = layer_winners(weights, chosen, layers_of(last), num_experts)
+        layers = layer_winners(weights, chosen, tuple(last), num_experts)
         self._winners.append((*winner, layers))
 
     def _append(self, piece: str) -> None:

@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
 from torch import Tensor
-from transformers import TextStreamer
 
 from meteora.artifacts import MeteoraError
-from meteora.base.chat_template import encode_prompt
+from meteora.base.chat_template import ConversationError, encode_prompt
 from meteora.base.padding import by_length, padded_and_mask, padding_token
 from meteora.base.placement import input_device
 from meteora.model.shared_prefix import share_prefix
-from meteora.untrusted.findings import for_terminal
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -68,11 +67,20 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return sorted({*ends, *([] if own is None else [own])})
 
 
-class _TerminalStreamer(TextStreamer):
-    """Prints an answer while it grows, without control characters."""
+def most_new_tokens(model: PreTrainedModel, num_prompt: int, wanted: int) -> int:
+    """The tokens that an answer may have: as many as are wanted, if the model takes so many.
 
-    def on_finalized_text(self, text: str, stream_end: bool = False) -> None:
-        super().on_finalized_text(for_terminal(text), stream_end)
+    Raises:
+        ConversationError: the prompt, with `num_prompt` tokens, leaves no room for an answer.
+    """
+    config = model.config.get_text_config()
+    longest: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
+    if num_prompt >= longest:
+        raise ConversationError(
+            f"the prompt, with what precedes it, has {num_prompt} tokens, and the model takes"
+            f" {longest} with its answer; shorten it, or begin a new conversation"
+        )
+    return min(wanted, longest - num_prompt)
 
 
 def generate_ids(
@@ -86,9 +94,13 @@ def generate_ids(
 
     Args:
         input_ids: of the prompts, [B, L]
-        max_new_tokens: answers are cut at this many tokens
+        max_new_tokens: answers are cut at this many tokens, or at the model's longest text
         options: further arguments of `generate`; without a mask, no token is padding
+
+    Raises:
+        ConversationError: a prompt leaves no room for an answer.
     """
+    max_new_tokens = most_new_tokens(model, input_ids.shape[1], max_new_tokens)
     if options.get("past_key_values", ...) is None:  # with None, Mamba returns no state
         del options["past_key_values"]
     defaults = {
@@ -110,7 +122,6 @@ def generate(
     prompt: str,
     *,
     max_new_tokens: int = 256,
-    stream: bool = False,
 ) -> str: ...
 @overload
 def generate(
@@ -126,7 +137,6 @@ def generate(
     prompt: str | list[str],
     *,
     max_new_tokens: int = 256,
-    stream: bool = False,
 ) -> str | list[str]:
     """Answer a prompt, or each of several, greedily; returns the text of the answer or answers.
 
@@ -134,29 +144,21 @@ def generate(
         model: fused, or any causal language model of transformers
         prompt: text; it is put into the tokenizer's chat template, if there is one. Several are
             answered in batches
-        max_new_tokens: an answer is cut at this many tokens
-        stream: also print the answer to one prompt on stdout while it is generated, without control
-            characters
+        max_new_tokens: an answer is cut at this many tokens, or at the model's longest text
 
     Raises:
         EmptyPromptError: a prompt has no tokens.
-        ConversationError: a prompt is no text, or no Unicode.
-        ValueError: several answers cannot be shown as they grow.
+        ConversationError: a prompt is no text, or no Unicode, or leaves no room for an answer.
     """
     if not isinstance(prompt, str):
-        if stream:
-            raise ValueError("stream shows one answer as it grows; give one prompt")
         prompts = [encode_prompt(tokenizer, one) for one in prompt]
         for number, one in enumerate(prompts, 1):
             _require_tokens(one, f"prompt {number}")
         answers = answer_all(model, tokenizer, prompts, max_new_tokens)
         return [str(tokenizer.decode(one, skip_special_tokens=True)) for one in answers]
     ids = batch_of(model, encode_prompt(tokenizer, prompt))
-    streamer = _TerminalStreamer(tokenizer, skip_prompt=True, skip_special_tokens=True)
     with torch.inference_mode():
-        out = generate_ids(
-            model, tokenizer, ids, max_new_tokens, streamer=streamer if stream else None
-        )
+        out = generate_ids(model, tokenizer, ids, max_new_tokens)
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 

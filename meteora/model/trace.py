@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Generator, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from functools import lru_cache
 from threading import get_ident
 from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, NamedTuple
@@ -28,6 +29,10 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.routing.hooks import Routes
+
+
+MOST_PASSES = 64
+"""Passes whose routes are kept apart: small tensors take ten times the memory of large ones."""
 
 
 class TraceError(MeteoraError):
@@ -98,15 +103,24 @@ def layers_of(modules: Iterable[str]) -> tuple[int | None, ...]:
 
 
 def layer_winners(
-    weights: Tensor, chosen: Tensor, layers: Sequence[int | None], num_experts: int
+    weights: Tensor, chosen: Tensor, modules: tuple[str, ...], num_experts: int
 ) -> tuple[LayerWinner, ...]:
     """The strongest expert of one token in each layer, from weights and experts [M, 1, K]."""
-    numbers = sorted({layer for layer in layers if layer is not None})
-    spread = weights.new_zeros(len(layers), num_experts).scatter(1, chosen[:, 0], weights[:, 0])
-    inside = [[float(layer == number) for layer in layers] for number in numbers]
-    mask = weights.new_tensor(inside).view(len(numbers), len(layers))
-    best = winners(mask @ spread / mask.sum(1, keepdim=True))
+    numbers, shares = _in_layers(modules)
+    spread = weights.new_zeros(len(modules), num_experts).scatter(1, chosen[:, 0], weights[:, 0])
+    best = winners(shares.to(weights) @ spread)
     return tuple(LayerWinner(layer, *winner) for layer, winner in zip(numbers, best, strict=True))
+
+
+@lru_cache(maxsize=8)
+def _in_layers(modules: tuple[str, ...]) -> tuple[list[int], Tensor]:
+    """The numbers of the L layers, and the share of each module in each layer [L, M]."""
+    layers = layers_of(modules)
+    numbers = sorted({layer for layer in layers if layer is not None})
+    inside = [[float(layer == number) for layer in layers] for number in numbers]
+    with torch.inference_mode(mode=False):  # it is used again outside
+        mask = torch.tensor(inside).view(len(numbers), len(layers))
+        return numbers, mask / mask.sum(1, keepdim=True)
 
 
 def mean_weights(weights: Tensor, chosen: Tensor, num_experts: int) -> Tensor:
@@ -181,6 +195,11 @@ def read_last(model: PreTrainedModel, out: Any) -> None:  # noqa: ANN401  (of ma
     model(input_ids=out.sequences[:, -1:], **{cache_name(model): out.past_key_values})
 
 
+def _end_to_end(passes: list[Routes], path: str) -> tuple[Tensor, Tensor]:
+    weights, chosen = zip(*(each[path] for each in passes), strict=True)
+    return torch.cat(weights), torch.cat(chosen)
+
+
 def joined(passes: list[Routes], part: int) -> Tensor:
     """Weights (0) or experts (1) of all passes end to end, [M, T, K]; [0, 0, 0] without routes."""
     if not passes[0]:
@@ -190,7 +209,7 @@ def joined(passes: list[Routes], part: int) -> Tensor:
 
 @contextmanager
 def every_pass(model: PreTrainedModel) -> Generator[list[Routes]]:
-    """Collect the routes of every forward pass of this thread, in order.
+    """Collect the routes of every forward pass of this thread, in order; earlier ones together.
 
     A pass without a cache starts again: Phi 3 reads all tokens again when its positions change. A
     module that gets other tokens than the model is left out, such as DeepSeek's `kv_b_proj`, which
@@ -222,6 +241,9 @@ def every_pass(model: PreTrainedModel) -> Generator[list[Routes]]:
             if len(weights) != num_tokens:
                 for each in passes:
                     each.pop(path, None)
+        if len(passes) > MOST_PASSES:  # the last one stays apart: a chat shows its token's expert
+            earlier = passes[:-1]
+            passes[:-1] = [{path: _end_to_end(earlier, path) for path in passes[0]}]
 
     with (
         recorded_routes(model) as routes,

@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from meteora.adapters.tensors import HEADS
 from meteora.artifacts import MeteoraError
 from meteora.artifacts.routers import SERVABLE
 from meteora.base import loading
@@ -112,8 +113,16 @@ def export_for_vllm(checkpoint: Path, base: Path, out: Path, *, copy: bool = Fal
 
 
 def _check_routes(folder: Path, manifest: Manifest) -> None:
-    """Refuse routes that depend on chance, on a further pass of the base, or on later tokens."""
+    """Refuse experts that vLLM has no place for, and routes that it cannot compute.
+
+    Those depend on chance, on a further pass of the base, or on later tokens.
+    """
     router = manifest.router
+    if heads := [path for path in manifest.modules if path.rpartition(".")[2] in HEADS]:
+        raise ExportError(
+            f"{folder}: experts change the head {heads[0]}, and vLLM's head takes none; leave them"
+            " out, or serve the checkpoint with `meteora chat-server`"
+        )
     if router.kind not in SERVABLE:
         raise ExportError(
             f"{folder}: its router is {router.kind!r}, and vLLM is given {', '.join(SERVABLE)}; set"

@@ -78,7 +78,7 @@ class ServedTurns(nn.Module):
     @property
     def tables(self) -> list[Tensor]:
         """All tensors that `see` writes."""
-        return [self.row, self.asked, self.num_asked, self.goes_on, self.slot, self.next_slot]
+        return list(self.buffers(recurse=False))
 
     def at_gate(self) -> "ServedTurnChoice":
         """The rule of one gate."""

@@ -120,6 +120,8 @@ class MeteoraConfig(QuantizationConfig):
     def get_quant_method(self, layer: torch.nn.Module, prefix: str) -> QuantizeMethodBase | None:
         if isinstance(layer, VocabParallelEmbedding) and not isinstance(layer, ParallelLMHead):
             return self._embedding_method()
+        if isinstance(layer, ParallelLMHead) and prefix in self._path_of:
+            raise UnservableError(f"{prefix} has experts, and vLLM's head takes none")
         if not isinstance(layer, LinearBase):
             return None
         parent, _, name = prefix.rpartition(".")

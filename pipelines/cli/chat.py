@@ -14,10 +14,11 @@ from typing import TYPE_CHECKING, Annotated
 import typer
 
 from meteora.artifacts import MeteoraError
-from meteora.untrusted.findings import MOST_NAMED, for_terminal, listed
+from meteora.untrusted.findings import MOST_NAMED, brief, for_terminal, listed
 from pipelines.cli import options
 from pipelines.reports.trace import legend, token_text
 from pipelines.workspace.console import plain_console, say
+from pipelines.workspace.faults import describe
 
 if TYPE_CHECKING:
     from meteora.model.chat import Chat
@@ -177,7 +178,7 @@ class Conversation:
     def run(self) -> None:
         """Take lines until the input ends, or a person quits.
 
-        After a refused line a person can go on; without a terminal the error ends the command.
+        After a line that fails a person can go on; without a terminal the error ends the command.
         """
         person = sys.stdin.isatty()
         if person:
@@ -188,10 +189,12 @@ class Conversation:
                 if line == "/quit":
                     return
                 self.take(line)
-            except MeteoraError as error:
+            except Exception as error:  # such as a full disk, of a file that /trace writes
+                known = isinstance(error, MeteoraError)
+                sentence = str(error) if known else describe(error) or brief(error)
                 if not person:
                     raise
-                say(str(error), "error")
+                say(sentence, "error")
 
     def take(self, line: str) -> None:
         """Answer a turn, or execute a command."""

@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Literal
 
 import typer
 
-from meteora.untrusted.findings import counted
+from meteora.untrusted.findings import counted, for_terminal
 from pipelines.cli import options
 from pipelines.workspace.console import say
 
@@ -43,7 +43,6 @@ def generate(
 ) -> None:
     """Answer a prompt with a fused model."""
     import meteora
-    from meteora.base.chat_template import encode_prompt
     from meteora.model.chat import Chat
     from pipelines.admission import checkpoints
     from pipelines.cli import score_table
@@ -55,18 +54,22 @@ def generate(
     prompt = options.text_or_input(prompt)
     found = checkpoints.find(checkpoint, home, base, token_for or (), device=device, dtype=dtype)
     model, tokenizer = found.load()
-    Chat(model, tokenizer).check_length(encode_prompt(tokenizer, prompt))
-    forced = meteora.force_expert(model, expert) if expert else nullcontext()
-    with forced:
-        if trace or as_json:
+    if trace or as_json:
+        with meteora.force_expert(model, expert) if expert else nullcontext():
             traced = meteora.trace(model, tokenizer, prompt, max_new_tokens=max_new_tokens)
-            said = list(traced.ids[traced.num_prompt :])
-            answer = tokenizer.decode(said, skip_special_tokens=True)
-            score_table.print_trace(traced, str(answer), as_json=as_json)
-            if trace not in {"", "-"}:
-                write_page(Path(trace), trace_page(traced, prompt))
-        else:
-            meteora.generate(model, tokenizer, prompt, max_new_tokens=max_new_tokens, stream=True)
+        said = list(traced.ids[traced.num_prompt :])
+        answer = tokenizer.decode(said, skip_special_tokens=True)
+        score_table.print_trace(traced, str(answer), as_json=as_json)
+        if trace not in {"", "-"}:
+            write_page(Path(trace), trace_page(traced, prompt))
+        return
+    Chat(model, tokenizer).answer(
+        [{"role": "user", "content": prompt}] if tokenizer.chat_template else prompt,
+        expert=expert,
+        max_new_tokens=max_new_tokens,
+        on_token=lambda token: print(for_terminal(token.text), end="", flush=True),
+    )
+    print()
 
 
 @app.command()

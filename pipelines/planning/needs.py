@@ -102,16 +102,16 @@ def print_estimates(
             f"  {num_assumed} of {experts.count} adapters are not here: taken as rank"
             f" {ASSUMED_RANK} on every linear layer"
         )
-    wanted, free = _most_on_disk(needs), free_bytes(context.home)
-    out.print(f"  disk: {wanted / 1e9:,.1f} GB at most, of {free / 1e9:,.1f} GB that are free there")
+    most, free = _most_on_disk(needs), free_bytes(context.home)
+    out.print(f"  disk: {most / 1e9:,.1f} GB at most, of {free / 1e9:,.1f} GB that are free there")
     absent = sum(not rows.known for rows in every)
     if absent and Stage.gates in stages:
         out.print(
             f"  {absent} of {len(every)} sources of rows are not here: assumed to have enough, with"
             f" {Rows.prompt_tokens:.0f} tokens a prompt and {Rows.answer_tokens:.0f} an answer"
         )
-    if wanted > free:
-        return [f"{context.home}: {wanted / 1e9:,.1f} GB are needed there; free some space"]
+    if most > free:
+        return [f"{context.home}: {most / 1e9:,.1f} GB are needed there; free some space"]
     return []
 
 

@@ -37,10 +37,17 @@ class StoppedError(MeteoraError):
 class _Outbox:
     """Moves items for a client from the model's thread to the event loop, until it leaves."""
 
-    def __init__(self) -> None:
+    def __init__(self, request: AnyRequest) -> None:
+        self.request: AnyRequest | None = request
+        """None when the client has left: what waits for the model does not keep megabytes of it."""
         self.items: asyncio.Queue[Item] = asyncio.Queue()
         self.closed = threading.Event()
         self._loop = asyncio.get_running_loop()
+
+    def close(self) -> None:
+        """The client has left."""
+        self.closed.set()
+        self.request = None
 
     def look(self, *_: object) -> None:
         """Return while the client waits.
@@ -82,8 +89,8 @@ class ModelThread:
             expert: the expert of every token; empty for the model's own routing
             client: the HTTP request, which knows whether its client is still connected
         """
-        outbox = _Outbox()
-        self._pool.submit(self._work, request, expert, outbox)
+        outbox = _Outbox(request)
+        self._pool.submit(self._work, expert, outbox)
         try:
             while not await client.is_disconnected():
                 if self._stopped:
@@ -98,12 +105,13 @@ class ModelThread:
                 if isinstance(item, Answer):
                     return
         finally:
-            outbox.closed.set()
+            outbox.close()
 
-    def _work(self, request: AnyRequest, expert: str, outbox: _Outbox) -> None:
+    def _work(self, expert: str, outbox: _Outbox) -> None:
         """Answer a request, in the model's thread."""
+        if (request := outbox.request) is None:
+            return
         try:
-            outbox.look()
             with _before_each_layer(self.chat.model, outbox.look):
                 answer = self.chat.answer(
                     request.asked,

@@ -5,23 +5,13 @@ Fields that would have no effect are refused.
 
 from __future__ import annotations
 
-import asyncio
 from abc import ABC, abstractmethod
-from typing import TYPE_CHECKING, Annotated, Any, Literal
+from typing import Annotated, Any, Literal
 
-from fastapi import HTTPException
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
 from meteora.model.chat import Sampling
 
-if TYPE_CHECKING:
-    from starlette.types import ASGIApp, Receive, Scope, Send
-    from starlette.types import Message as Event
-
-MAX_MEGABYTES = 32
-"""The limit of a request's body: it is read and parsed whole before its fields are checked."""
-BODY_SECONDS = 60.0
-"""The time for a body to arrive."""
 MAX_VALUES = 30_000
 """The most values in a request's JSON: some 10,000 messages. Each value can be wrong, and its error
 takes about a kilobyte; a template adds tokens for each message, even without text."""
@@ -34,39 +24,6 @@ MAX_NEW_TOKENS_OF_TEXT = 16
 MAX_CHARACTERS = 4_000_000
 """The most characters of a prompt: more fit into no model, and take minutes to tokenize."""
 Prompt = Annotated[str, Field(max_length=MAX_CHARACTERS)]
-
-
-class BoundedBodies:
-    """An app that reads `MAX_MEGABYTES` of a request (else 413) for `BODY_SECONDS` (else 408)."""
-
-    def __init__(self, app: ASGIApp) -> None:
-        self._app = app
-
-    async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
-        announced = dict(scope.get("headers", ())).get(b"content-length", b"")
-        length = int(announced) if announced.isdigit() else 0
-        received = 0
-        until: float | None = asyncio.get_running_loop().time() + BODY_SECONDS
-
-        async def receive_some() -> Event:
-            nonlocal received, until
-            try:
-                async with asyncio.timeout_at(until):
-                    event = await receive() if length <= MAX_MEGABYTES * 10**6 else {}
-            except TimeoutError:
-                raise HTTPException(408, f"the body did not arrive in {BODY_SECONDS:g} s") from None
-            except asyncio.CancelledError:
-                if until is None:
-                    raise
-                raise HTTPException(503, "the server was stopped") from None
-            received += len(event.get("body", b""))
-            if max(length, received) > MAX_MEGABYTES * 10**6:
-                raise HTTPException(413, f"a request may have at most {MAX_MEGABYTES} MB")
-            if not event.get("more_body"):
-                until = None
-            return event
-
-        await self._app(scope, receive_some, send)
 
 
 class TextPart(BaseModel):

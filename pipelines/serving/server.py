@@ -27,11 +27,11 @@ from meteora.model.chat import Answer, Chat
 from meteora.untrusted.findings import MOST_NAMED, brief, did_you_mean, listed, shortened
 from pipelines.serving.answers import ChatReply, Reply, TextReply, error_body, event
 from pipelines.serving.host_names import KnownHostsOnly
+from pipelines.serving.limits import BoundedRequests
 from pipelines.serving.model_thread import ModelThread, StoppedError
 from pipelines.serving.page import HEADERS
-from pipelines.serving.requests import (
+from pipelines.serving.requests import (  # noqa: TC001  (FastAPI reads annotations)
     AnyRequest,
-    BoundedBodies,
     ChatRequest,
     CompletionRequest,
 )
@@ -44,8 +44,8 @@ DETAILS = re.compile("(, unable to|, got| to extract| after validation).*")
 """The ends of pydantic's messages, which say no more than the value does."""
 GOODBYE_SECONDS = 5
 """The time for unfinished answers after the server is asked to stop."""
-MOST_CONNECTIONS = 128
-"""At a time; more get a 503. Requests wait for the model, each with megabytes of memory."""
+STREAMED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
+"""With these headers proxies, such as nginx, pass on each token at once."""
 
 
 def make_app(thread: ModelThread, name: str, *, names: Collection[str], page: str = "") -> FastAPI:
@@ -57,7 +57,7 @@ def make_app(thread: ModelThread, name: str, *, names: Collection[str], page: st
         page: the HTML of `chat_page`; empty for none
     """
     app = FastAPI(title="MeteoRA", docs_url=None, redoc_url=None, openapi_url=None)
-    app.add_middleware(BoundedBodies)
+    app.add_middleware(BoundedRequests)
     app.add_middleware(KnownHostsOnly, names=names)
     app.add_exception_handler(RequestValidationError, _refuse_fields)
     app.add_exception_handler(AnyHTTPException, _refuse)
@@ -124,7 +124,7 @@ async def _respond(
     if stream:
         # a refused request fails before its first token, and so gets a status of its own
         events = _stream(reply, await anext(items, None), items)
-        return StreamingResponse(events, media_type="text/event-stream")
+        return StreamingResponse(events, media_type="text/event-stream", headers=STREAMED)
     async with aclosing(items):
         async for item in items:
             if isinstance(item, Answer):
@@ -255,7 +255,6 @@ def make_server(chat: Chat, name: str, names: Collection[str], page: str = "") -
         log_level="warning",
         lifespan="off",
         ws="none",
-        limit_concurrency=MOST_CONNECTIONS + 1,  # it counts the one that it refuses
         timeout_graceful_shutdown=GOODBYE_SECONDS + 5,
     )
     return _Server(config, thread)

@@ -14,9 +14,8 @@ from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import ConversationError, Template
 from meteora.base.loading import load_folder
 from meteora.model.fused import make_router
-from meteora.model.generate import EmptyPromptError, _TerminalStreamer, answer_all
+from meteora.model.generate import EmptyPromptError, answer_all
 from meteora.routing.layer import routed_by
-from meteora.untrusted.findings import for_terminal
 from tests.meteora.serving.served_world import with_router
 
 TEMPLATE = Template((3, 4), (5,))
@@ -76,12 +75,18 @@ def test_the_pipeline_of_transformers_runs(model, tokenizer):
     assert isinstance(found["generated_text"], str)
 
 
-def test_an_answer_cannot_control_the_terminal(tokenizer, capsys) -> None:
-    streamer = _TerminalStreamer(tokenizer)
-    ids = tokenizer("tab\there\n\x1b[31mred\x07\x7f\x9b2J", add_special_tokens=False).input_ids
-    streamer.put(torch.tensor(ids))
-    streamer.end()
-    assert capsys.readouterr().out == "tab\there\n␛[31mred␇␡\ufffd2J\n"
+@pytest.mark.parametrize("kind", ["gpt2", "opt"])
+def test_an_answer_ends_where_the_model_s_longest_text_does(kind, build_base, monkeypatch) -> None:
+    """Beyond it there are no positions: an IndexError, or a fault of the device."""
+    model, tokenizer = load_folder(build_base(kind))
+    longest = model.config.max_position_embeddings
+    monkeypatch.setattr("meteora.model.generate.end_tokens", lambda *_: [])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    prompt = tokenizer("x" * (longest - 4)).input_ids
+    (answer,) = answer_all(model, tokenizer, [prompt], 256)
+    assert len(prompt) + len(answer) == longest
+    with pytest.raises(ConversationError, match=f"the model takes {longest} with its answer"):
+        meteora.generate(model, tokenizer, ["a", "x" * longest])
 
 
 def test_a_prompt_without_tokens_is_refused(world, tokenizer) -> None:
@@ -102,8 +107,6 @@ def test_several_prompts_are_answered_as_each_alone(model, tokenizer) -> None:
     assert ask(prompts) == alone
     assert len(set(alone)) > 1
     assert ask([]) == []
-    with pytest.raises(ValueError, match="stream shows one answer"):
-        ask(prompts, stream=True)  # ty: ignore[invalid-argument-type]
 
 
 def test_half_a_character_in_a_prompt_is_refused(model, tokenizer) -> None:
@@ -153,7 +156,7 @@ def test_an_answer_ends_where_examples_do_though_the_base_names_another_end(
 
 
 def test_a_base_whose_config_asks_for_samples_beams_or_no_cache_answers_as_others(
-    model, tokenizer, monkeypatch, capsys
+    model, tokenizer, monkeypatch
 ) -> None:
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     expected = answer_all(model, tokenizer, prompts, 8)
@@ -162,8 +165,7 @@ def test_a_base_whose_config_asks_for_samples_beams_or_no_cache_answers_as_other
     for name, value in unusual.items():
         monkeypatch.setattr(model.generation_config, name, value)
     assert answer_all(model, tokenizer, prompts, 8) == expected
-    assert meteora.generate(model, tokenizer, "some words", max_new_tokens=8, stream=True) == text
-    assert capsys.readouterr().out == f"{for_terminal(text)}\n"
+    assert meteora.generate(model, tokenizer, "some words", max_new_tokens=8) == text
 
 
 def test_a_padding_token_inside_a_prompt_is_read_as_any_other(model, tokenizer) -> None:

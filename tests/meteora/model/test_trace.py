@@ -140,6 +140,17 @@ def test_a_model_without_routers_has_nothing_to_trace(model, tokenizer, prompt):
         trace(model, tokenizer, prompt)
 
 
+def test_the_routes_of_many_passes_are_those_of_one(model, tokenizer, monkeypatch):
+    """Earlier passes are joined now and then."""
+    monkeypatch.setattr("meteora.model.trace.MOST_PASSES", 2)
+    found = trace(model, tokenizer, TEXT, max_new_tokens=9)
+    monkeypatch.undo()
+    expected = trace(model, tokenizer, TEXT, max_new_tokens=9)
+    assert found.ids == expected.ids
+    assert torch.equal(found.chosen, expected.chosen)
+    assert torch.equal(found.weights, expected.weights)
+
+
 def test_a_model_whose_head_alone_is_routed_is_traced_without_an_answer(world, tokenizer):
     """The head reads the last token alone of a pass of several."""
     model = world.load_base()

@@ -13,7 +13,7 @@ from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import Template
 from meteora.base.sources import SourceError
 from meteora.checkpoint.export import ExportError
-from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, read_manifest
+from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, ModuleEntry, read_manifest
 from meteora.model.fused import WrongBaseError
 from meteora.serving import vllm_plugin
 from meteora.serving.served_folder import (
@@ -84,6 +84,16 @@ def test_gates_that_wait_for_a_question_come_with_the_options_that_vllm_needs(wo
     )
     needed = export_for_vllm(folder, world.base, tmp_path / "out")
     assert needed.startswith("--no-enable-prefix-caching --no-enable-chunked-prefill")
+
+
+def test_experts_on_the_head_are_refused(world, tmp_path):
+    """vLLM's head takes none: it served the base alone, without a word."""
+    options = RouterOptions("norm", 1, 1.0)
+    modules = {"lm_head": ModuleEntry(32, 300, (1, 0, 0, 0), (1.0, 0.0, 0.0, 0.0))}
+    manifest = dataclasses.replace(world.manifest, modules=world.manifest.modules | modules)
+    folder = with_router(world.checkpoint, manifest, world.base, options, tmp_path / "made")
+    with pytest.raises(ExportError, match="experts change the head lm_head, and vLLM's head takes"):
+        export_for_vllm(folder, world.base, tmp_path / "out")
 
 
 def test_routes_by_chance_are_refused(world, tmp_path):

@@ -8,10 +8,13 @@ import sys
 from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
 
+from meteora.model.chat import Chat
+from meteora.model.trace import Token
 from pipelines.workspace.context import RunContext
 from store.ledger import Ledger
 from tests.conftest import World
@@ -31,6 +34,20 @@ def changed(recipe_folder: Path, name: str, **change: object) -> Path:
     path = recipe_folder / f"{name}.yaml"
     path.write_text(yaml.safe_dump(body))
     return path
+
+
+def test_an_answer_cannot_control_the_terminal(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    pieces = ("tab\there\n", "\x1b", "[31mred\x07\x7f\x9b2J")
+
+    def answer(_chat: Chat, _asked: object, *, on_token: Callable[[Token], None], **_: Any) -> None:
+        for piece in pieces:
+            on_token(Token(piece, 0, 1.0))
+
+    monkeypatch.setattr(Chat, "answer", answer)
+    said = meteora("generate", world.checkpoint, "hello", "--base", world.base, home=tmp_path)
+    assert said.stdout == "tab\there\n␛[31mred␇␡\ufffd2J\n"
 
 
 def test_a_bad_recipe_a_missing_one_and_a_missing_base_get_one_sentence(

@@ -173,6 +173,19 @@ def test_an_interrupted_answer_stays_in_the_history_as_far_as_it_went(conversati
     assert len(here.messages) == 4
 
 
+def test_a_file_that_cannot_be_written_ends_no_conversation(conversation, capsys) -> None:
+    here = conversation()[0]
+    here.take("hello")
+    lines = ["/trace ~nobody-of-this-name/x.html", f"/trace {'x' * 300}.html", "/quit"]
+    with (
+        patch.object(sys, "stdin", Mock(isatty=lambda: True)),
+        patch.object(command, "_lines", lambda _prompted: iter(lines)),
+    ):
+        here.run()
+    assert capsys.readouterr().err.count("error: ") == 2
+    assert len(here.messages) == 2
+
+
 def test_ctrl_c_at_the_prompt_drops_the_line_and_not_the_conversation(capsys) -> None:
     with (
         patch.object(sys, "stdin", Mock(isatty=lambda: True)),

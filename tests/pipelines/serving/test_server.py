@@ -4,12 +4,14 @@ from __future__ import annotations
 
 import ast
 import asyncio
+import gc
 import json
 import logging
 import signal
 import socket
 import threading
 import time
+import weakref
 from concurrent.futures import ThreadPoolExecutor
 from unittest.mock import AsyncMock, Mock, patch
 
@@ -24,7 +26,7 @@ from meteora.model.trace import Token
 from meteora.routing.layer import routed_layers
 from pipelines.evaluation.harness import Harness
 from pipelines.scoring.served import RecordedAnswer, Server
-from pipelines.serving import model_thread, requests, server
+from pipelines.serving import limits, model_thread, server
 from pipelines.serving.host_names import names_of
 from pipelines.serving.requests import ChatRequest
 from tests.pages import ROOT, fences
@@ -73,11 +75,19 @@ def test_of_a_thousand_models_only_a_few_are_named_to_a_client_with_a_wrong_name
 def test_as_many_clients_as_there_is_memory_for_wait_and_the_others_get_a_503(
     chat, monkeypatch
 ) -> None:
-    monkeypatch.setattr(server, "MOST_CONNECTIONS", 2)
+    """Connections that ask nothing do not count, such as a browser's that it opens ahead."""
+    monkeypatch.setattr(limits, "MOST_REQUESTS", 2)
+    half = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
     with serving(chat) as address, httpx.Client() as third:
         where = httpx.URL(address)
         here = [socket.create_connection((where.host, where.port)) for _ in range(2)]
-        assert third.get(f"{address}/v1/models").status_code == 503
+        assert third.get(f"{address}/v1/models").status_code == 200
+        for one in here:
+            one.sendall(half)
+        until = time.monotonic() + 10
+        while (refused := third.get(f"{address}/v1/models")).status_code != 503:
+            assert time.monotonic() < until
+        assert "too many requests" in refused.json()["error"]["message"]
         here.pop().close()
         until = time.monotonic() + 10
         while third.get(f"{address}/v1/models").status_code != 200:
@@ -388,7 +398,7 @@ def test_a_body_that_is_too_large_is_refused(url, *, announced: bool) -> None:
 def test_half_a_body_is_not_waited_for(
     chat, monkeypatch, capsys, seconds: float, status: int, sentence: str
 ) -> None:
-    monkeypatch.setattr(requests, "BODY_SECONDS", seconds)
+    monkeypatch.setattr(limits, "BODY_SECONDS", seconds)
     monkeypatch.setattr(server, "GOODBYE_SECONDS", -4.8)  # 0.2 s for clients when it stops
     head = b"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Length: 9\r\n\r\n{"
     with serving(chat) as address:
@@ -497,6 +507,26 @@ def test_the_reading_of_a_prompt_ends_when_its_client_has_left(chat, monkeypatch
     assert chat.answer(HELLO, max_new_tokens=8) == Chat(chat.model, chat.tokenizer).answer(
         HELLO, max_new_tokens=8
     )
+
+
+def test_a_request_whose_client_has_left_keeps_no_memory_while_it_waits(chat, monkeypatch) -> None:
+    monkeypatch.setattr(model_thread, "LOOK_EVERY_SECONDS", 0.01)
+    thread, free = model_thread.ModelThread(chat), threading.Event()
+    thread._pool.submit(free.wait, 10)  # an answer for somebody else
+    asked = ChatRequest(model="tiny", messages=[{"role": "user", "content": "large"}])
+    kept = weakref.ref(asked)
+
+    async def leave(request: ChatRequest) -> list:
+        client = AsyncMock()
+        client.is_disconnected.side_effect = [False, True]
+        return [item async for item in thread.answer(request, "", client)]
+
+    assert asyncio.run(leave(asked)) == []
+    del asked
+    gc.collect()
+    assert kept() is None
+    free.set()
+    thread._pool.shutdown()
 
 
 @pytest.mark.parametrize("stream", [False, True])

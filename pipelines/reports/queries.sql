@@ -226,7 +226,7 @@ SELECT unnest(map_keys(versions)) AS package, unnest(map_values(versions)) AS ve
 FROM artifacts JOIN runs USING (run_id) WHERE id = $router ORDER BY package;
 
 -- outputs: Where the answers are stored
-SELECT task, outputs_sha256, max_new_tokens, templated,
+SELECT task, outputs_sha256, max_new_tokens, templated, system_prompt,
        id IN (SELECT score_id FROM score_parts) AS is_composite,
        id IN (SELECT score_id FROM score_turns) AS is_conversation
 FROM scores

@@ -370,10 +370,11 @@ def test_an_example_is_judged_by_its_task_s_first_metric(tmp_path: Path) -> None
     ledger = Ledger(tmp_path / "home")
     sha256 = ledger.blobs.put(tmp_path / "outputs.parquet")
     row = {"task": "t", "outputs_sha256": sha256, "max_new_tokens": 8, "templated": True}
-    row["is_conversation"] = False
+    row |= {"is_conversation": False, "system_prompt": "Be brief."}
     outputs = queries.QueryResult("outputs", "", "", Answer(tuple(row), [tuple(row.values())]))
     (example,) = find_examples(ledger, outputs, 1)
     assert example.caption == "t; expected: r; 50% right"
+    assert (example.system_prompt, example.is_whole) == ("Be brief.", True)
 
 
 def test_lines_of_one_colour_differ_and_no_axis_goes_beyond_one() -> None:

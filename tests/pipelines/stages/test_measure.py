@@ -269,7 +269,8 @@ def trace_a_conversation_as_it_was_asked(work: RunContext, planned: Plan, gates:
     for question, turn in zip(first.dialogue.questions, json.loads(asked["turns"]), strict=True):
         for part in (question.row.prompt, turn["output"].strip()):  # the recorded answers
             place = text.index(part, place)
-    assert "".join(single["data"]["pieces"]).count("<user>") == 1
+    text = "".join(single["data"]["pieces"])
+    assert (text.count("<user>"), text.count("Be brief.")) == (1, 1)
 
 
 def nothing_is_finished_that_lacks_a_result(

@@ -145,6 +145,15 @@ def test_means_are_over_tasks_that_the_same_systems_were_asked(
     assert more["means"].rows == results["means"].rows
 
 
+def test_a_mean_is_of_the_metric_that_comparisons_test(
+    copied: Path, results: dict[str, queries.QueryResult]
+) -> None:
+    report_ledger.rate_again(copied)
+    more = queries.run_queries(Ledger(copied), GATE.id)
+    assert len(more["scores"].rows) == len(results["scores"].rows) + 3
+    assert more["means"].rows == results["means"].rows
+
+
 def test_a_task_that_is_tested_alone_stays_corrected_for_the_others(
     copied: Path, results: dict[str, queries.QueryResult]
 ) -> None:

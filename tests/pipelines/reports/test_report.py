@@ -216,6 +216,14 @@ def test_long_names_differ_in_charts_and_cover_nothing(monkeypatch: pytest.Monke
     assert max(label.get_window_extent().y1 for label in shown) < bottom
 
 
+def test_charts_show_names_as_they_are() -> None:
+    """Also those that look like what is tidied in a drawing."""
+    names = ["lr-0.0001", "lr-0.0002", "font: 9px", charts.PAPER, ' id="x_1"', "<g/>"]
+    drawn = charts.heat_map(names, names, {}, "x", labels=("of", "to"))
+    shown = lxml.html.fromstring(f"<div>{drawn}</div>").xpath("//text/text()")
+    assert {name: shown.count(name) for name in names} == dict.fromkeys(names, 4)
+
+
 def test_a_mean_over_tasks_is_of_how_much_better_a_model_is() -> None:
     lower = {"task": "errors", "difference": 0.3, "p_holm": 0.01, "higher_is_better": False}
     higher = lower | {"task": "sums", "difference": 0.1, "higher_is_better": True}

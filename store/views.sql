@@ -458,6 +458,7 @@ COMMENT ON COLUMN pool_shares.score IS 'How much larger the expert''s updates ar
 COMMENT ON COLUMN pool_shares.lead IS 'The score minus that of the next expert. If experts wrote the prompts: their log likelihood in the user''s place minus that of the expert''s answers there, in nats per token';
 COMMENT ON COLUMN routers.stand_in IS 'How experts without examples are scored, arrow or norm; empty if all had some';
 COMMENT ON COLUMN routers.stand_ins IS 'Names of the experts without examples';
+COMMENT ON COLUMN speeds.stored_bytes IS 'Files of experts and gates on disk, in bytes; statistics, from which experts are added later, are not among them';
 COMMENT ON COLUMN run_ends.wall_seconds IS 'Time from beginning to end, in seconds; NULL if the run was killed';
 
 CREATE OR REPLACE VIEW dictionary AS

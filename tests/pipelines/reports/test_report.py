@@ -407,6 +407,11 @@ def test_lines_of_one_colour_differ_and_no_axis_goes_beyond_one() -> None:
     assert all(float(label) <= 1 for label in labels)
 
 
+def test_size_and_speed_say_of_what_they_are(tree: Any) -> None:
+    text = " ".join(tree.text_content().split())
+    assert re.search(r"Its experts and gates take ?13\.6 MB on disk and ?13\.0 MB in memory", text)
+
+
 def test_a_loss_beyond_chance_is_stated_in_words(tree: Any) -> None:
     text = " ".join(tree.text_content().split())
     assert f"loses to oracle, beyond chance, on 2 of 3 tasks: {HOSTILE}, sums" in text

@@ -106,6 +106,7 @@ def test_every_kind_of_task_and_control_is_measured_compared_and_timed(
     assert "| composite-2 | composite_right | 2 |" in text
     assert "as plain text" in text
     assert "Prefill" in text
+    assert re.search(r"Its experts and gates take \d+\.\d MB on disk\.", text)
     warn_of_experts_whose_tokens_go_elsewhere(summary)
     mark_only_what_differs_beyond_chance(summary)
 

@@ -6,7 +6,7 @@ SELECT task, metric, num_samples, short(subject_id) AS model, round(value, 3) AS
        round(oracle_value, 3) AS oracle
 FROM leaderboard WHERE place = 1 ORDER BY task, metric, num_samples DESC, model;
 
--- How do my models compare on the mean over their tasks, and with the base and the oracle on these?
+-- How do my models compare on the mean over their tasks, beside the base and the oracle?
 SELECT short(subject_id) AS model, router, num_tasks AS tasks, round(value, 3) AS score,
        round(base_value, 3) AS base, round(oracle_value, 3) AS oracle
 FROM means ORDER BY value DESC, subject_id LIMIT 20;

@@ -6,18 +6,10 @@ SELECT task, metric, num_samples, short(subject_id) AS model, round(value, 3) AS
        round(oracle_value, 3) AS oracle
 FROM leaderboard WHERE place = 1 ORDER BY task, metric, num_samples DESC, model;
 
--- How do my models compare on the mean over all tasks where higher is better?
-SELECT short(subject_id) AS model, * EXCLUDE subject_id
-FROM (
-    SELECT subject_id, router, count(*) AS tasks, round(avg(value), 3) AS score,
-           round(avg(base_value), 3) AS base, round(avg(oracle_value), 3) AS oracle
-    FROM (
-        SELECT subject_id, router, task, avg(COLUMNS(['value', 'base_value', 'oracle_value']))
-        FROM leaderboard
-        WHERE is_latest AND higher_is_better AND metric <> 'composite_attempted' GROUP BY ALL
-    )
-    GROUP BY ALL ORDER BY score DESC, subject_id LIMIT 20
-) ORDER BY score DESC, model;
+-- How do my models compare on the mean over their tasks, beside the base and the oracle?
+SELECT short(subject_id) AS model, router, num_tasks AS tasks, round(value, 3) AS score,
+       round(base_value, 3) AS base, round(oracle_value, 3) AS oracle
+FROM means ORDER BY value DESC, subject_id LIMIT 20;
 
 -- On which tasks is a routed model significantly worse than the right adapter alone?
 SELECT task, short(subject_id) AS model, round(value, 3) AS score, oracle_name,

@@ -54,6 +54,37 @@ COMMENT ON COLUMN leaderboard.recorded_at IS 'When it was recorded, UTC';
 COMMENT ON COLUMN leaderboard.run_id IS 'The run that measured it';
 COMMENT ON COLUMN leaderboard.is_latest IS 'Whether these are the rows, solved examples, length and template of the model''s last recorded score on this task. Measuring the same again records nothing new';
 
+CREATE OR REPLACE VIEW means AS
+WITH by_task AS (
+    SELECT subject_id, router, avg(value) AS fused, avg(base_value) AS base,
+           avg(oracle_value) AS oracle
+    FROM (
+        SELECT *, (subject_id, task, metric) IN
+                  (SELECT (subject_id, task, metric) FROM comparisons) AS is_tested
+        FROM leaderboard
+        WHERE is_latest AND higher_is_better
+          AND NOT regexp_matches(metric, '^(composite|conversation)_')  -- of one question a row
+    )
+    GROUP BY subject_id, router, task, is_tested
+    QUALIFY is_tested = bool_or(is_tested) OVER (PARTITION BY subject_id, task)
+)
+SELECT subject_id, router, count(*) AS num_tasks, avg(fused) AS value, avg(base) AS base_value,
+       avg(oracle) AS oracle_value
+FROM by_task
+GROUP BY subject_id, router, base IS NULL, oracle IS NULL
+QUALIFY row_number() OVER (  -- means of different tasks say nothing about each other
+    PARTITION BY subject_id
+    ORDER BY (base IS NULL)::INTEGER + (oracle IS NULL)::INTEGER, count(*) DESC, oracle IS NULL
+) = 1
+ORDER BY value DESC, subject_id;
+COMMENT ON VIEW means IS 'Mean of each routed model over its tasks, beside those of the base and of the right adapters alone on the same tasks. Of a task with several metrics it takes the one that comparisons tests, else their mean; composites and conversations are left out';
+COMMENT ON COLUMN means.subject_id IS 'Artifact id of the router';
+COMMENT ON COLUMN means.router IS 'As in leaderboard';
+COMMENT ON COLUMN means.num_tasks IS 'Number of tasks that the means are over: all on which a larger value is better and the base and the adapters were measured, too; if there are none, all on which one of them was, and else all';
+COMMENT ON COLUMN means.value IS 'Mean of the model''s scores, in the metrics'' unit';
+COMMENT ON COLUMN means.base_value IS 'Mean of the base''s scores; NULL if it was not measured on these tasks';
+COMMENT ON COLUMN means.oracle_value IS 'Mean of the scores of each task''s right adapter alone; NULL if they were not measured on these tasks';
+
 CREATE OR REPLACE VIEW standings AS
 WITH models AS (FROM routers WHERE NOT is_control(router)),
 named AS (
@@ -427,6 +458,7 @@ COMMENT ON COLUMN pool_shares.score IS 'How much larger the expert''s updates ar
 COMMENT ON COLUMN pool_shares.lead IS 'The score minus that of the next expert. If experts wrote the prompts: their log likelihood in the user''s place minus that of the expert''s answers there, in nats per token';
 COMMENT ON COLUMN routers.stand_in IS 'How experts without examples are scored, arrow or norm; empty if all had some';
 COMMENT ON COLUMN routers.stand_ins IS 'Names of the experts without examples';
+COMMENT ON COLUMN speeds.stored_bytes IS 'Files of experts and gates on disk, in bytes; statistics, from which experts are added later, are not among them';
 COMMENT ON COLUMN run_ends.wall_seconds IS 'Time from beginning to end, in seconds; NULL if the run was killed';
 
 CREATE OR REPLACE VIEW dictionary AS

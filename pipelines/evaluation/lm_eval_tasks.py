@@ -14,6 +14,7 @@ from lm_eval.tasks import TaskManager
 from meteora.untrusted.findings import brief, did_you_mean, listed, shortened
 from pipelines.evaluation.harness import HARNESS, BenchmarkError, Harness
 from pipelines.evaluation.tasks import Task
+from pipelines.scoring.intervals import are_graded
 from pipelines.scoring.outputs import RowValues
 
 
@@ -89,7 +90,7 @@ def ask_lm_eval_task(
         of_rows = tuple(map(float, numbers))
         values[metric] = RowValues(
             of_rows,
-            graded=not set(of_rows) <= {0.0, 1.0},
+            graded=are_graded(of_rows),
             higher_is_better=higher_is_better.get(metric, True),
         )
     outputs = [

@@ -208,7 +208,6 @@ def method_lines(summary: Summary) -> list[str]:
     scores = [score for row in summary.scores.values() for score in row.values()]
     if not scores:
         return []
-    first = scores[0]
     methods = {"wilson": "Wilson's", "bootstrap": "by a bootstrap over rows (9,999 resamples)"}
     used = [text for name, text in methods.items() if any(s.interval == name for s in scores)]
     templated = {True: "in the base's chat template", False: "as plain text", None: ""}
@@ -219,7 +218,8 @@ def method_lines(summary: Summary) -> list[str]:
     given = {one.task: one.num_fewshot for one in specs if one.num_fewshot}  # metrics share it
     apart = " and ".join(f"{task} ({shots(n)})" for task, n in given.items())
     prompts = f"zero-shot but for {apart}" if apart else "zero-shot"
-    how = ", ".join(["greedy", prompts, *sorted(asked), first.harness])
+    harnesses = sorted({score.harness for score in scores})  # older scores are not measured again
+    how = ", ".join(["greedy", prompts, *sorted(asked), *harnesses])
     answered = {  # once for all metrics of a task
         (score.spec.subject_id, score.spec.task): score for score in scores if _has_answers(score)
     }.values()
@@ -357,7 +357,8 @@ def speed_lines(summary: Summary) -> list[str]:
         f" {made.spec.new_tokens} new ones, {made.spec.rounds} rounds in turns, {made.device} with"
         f" {made.num_threads} threads, {made.dtype}.",
         f"In memory {made.added_bytes / 1e6:.1f} MB beside the base's"
-        f" {made.base_bytes / 1e6:.1f} MB{working}; on disk {made.stored_bytes / 1e6:.1f} MB.",
+        f" {made.base_bytes / 1e6:.1f} MB{working}. Its experts and gates take"
+        f" {made.stored_bytes / 1e6:.1f} MB on disk.",
     ]
 
 

@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
+from meteora.base.chat_template import encode_messages, encode_text
 from meteora.model.chat import Chat
 from meteora.model.trace import Trace, trace
 from pipelines.data.dialogues import Dialogue
@@ -43,6 +44,10 @@ class Example:
     """For a conversation, its questions; the prompt is then the last of them."""
     value: float | None = None
     """The recorded answer's value by the task's first metric; None if none is recorded."""
+    system_prompt: str | None = None
+    """Before the prompt; None is the chat template's default."""
+    is_whole: bool = False
+    """Whether the prompt is all that was read, the template included, as of lm-eval's own tasks."""
 
     @property
     def caption(self) -> str:
@@ -81,6 +86,8 @@ def find_examples(ledger: Ledger, outputs: QueryResult, count: int) -> list[Exam
                 max_new_tokens=min(MAX_NEW_TOKENS, row["max_new_tokens"]),
                 dialogue=dialogue,
                 value=next((asked[name] for name in asked if name in JUDGING), None),
+                system_prompt=row["system_prompt"],
+                is_whole="asked" not in asked,
             )
         )
     return found
@@ -101,8 +108,7 @@ def trace_examples(
 
 def _trace(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: Example) -> Trace:
     if example.dialogue is None:
-        prompt = example.prompt
-        asked = prompt if example.templated else list(tokenizer(prompt).input_ids)
+        asked = _as_measured(tokenizer, example)
         return trace(model, tokenizer, asked, max_new_tokens=example.max_new_tokens)
     chat = Chat(model, tokenizer)
     answers: list[str] = []
@@ -110,3 +116,14 @@ def _trace(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, example: 
         messages = example.dialogue.with_answers(answers).messages()
         answers.append(chat.answer(messages, max_new_tokens=example.max_new_tokens).text)
     return chat.trace()
+
+
+def _as_measured(tokenizer: PreTrainedTokenizerBase, example: Example) -> str | list[int]:
+    """The prompt as it was asked when it was measured; a text goes into the chat template."""
+    if example.is_whole or not example.templated:
+        # a template writes its own special tokens
+        return encode_text(tokenizer, example.prompt, add_special_tokens=not example.templated)
+    if example.system_prompt is None:
+        return example.prompt
+    system = {"role": "system", "content": example.system_prompt}
+    return encode_messages(tokenizer, [system, {"role": "user", "content": example.prompt}])

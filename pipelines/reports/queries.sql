@@ -46,12 +46,17 @@ ORDER BY list_position(['composite', 'conversation'], split_part(task, '-', 1)) 
 
 -- means: Means over the tasks on which every system was measured
 WITH by_task AS (
-    SELECT system, task, avg(value) AS value,  -- of a task's metrics
+    SELECT system, task, avg(value) AS value,  -- of its metrics, where none is tested
            any_value(num_samples) AS num_rows
-    FROM latest_standings
-    WHERE router_id = $router AND system <> 'alone' AND higher_is_better
-      AND NOT regexp_matches(metric, '^(composite|conversation)_')  -- of tasks with one question
-    GROUP BY system, task
+    FROM (
+        SELECT *, (task, metric) IN (
+                   SELECT (task, metric) FROM comparisons WHERE subject_id = $router) AS is_tested
+        FROM latest_standings
+        WHERE router_id = $router AND system <> 'alone' AND higher_is_better
+          AND NOT regexp_matches(metric, '^(composite|conversation)_')  -- of one question a row
+    )
+    GROUP BY system, task, is_tested
+    QUALIFY is_tested = bool_or(is_tested) OVER (PARTITION BY system, task)
 ), asked AS (
     SELECT task, list(system ORDER BY system) AS systems FROM by_task GROUP BY task
 ), together AS (  -- as many systems as were asked one task; of as many those with the most tasks
@@ -226,7 +231,7 @@ SELECT unnest(map_keys(versions)) AS package, unnest(map_values(versions)) AS ve
 FROM artifacts JOIN runs USING (run_id) WHERE id = $router ORDER BY package;
 
 -- outputs: Where the answers are stored
-SELECT task, outputs_sha256, max_new_tokens, templated,
+SELECT task, outputs_sha256, max_new_tokens, templated, system_prompt,
        id IN (SELECT score_id FROM score_parts) AS is_composite,
        id IN (SELECT score_id FROM score_turns) AS is_conversation
 FROM scores

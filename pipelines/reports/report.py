@@ -1,15 +1,15 @@
 """Reports on one checkpoint and on two: a page that opens offline, with charts of the results."""
 
 from collections.abc import Mapping, Sequence
-from functools import partial
 from typing import Any
 
 from markupsafe import Markup
 
 from meteora.artifacts import NULL, SHARED
-from meteora.untrusted.findings import MOST_NAMED, counted, listed
+from meteora.untrusted.findings import counted
 from pipelines.hub.client import page_of
 from pipelines.reports import charts
+from pipelines.reports.card import METHODS, stand_in_lines
 from pipelines.reports.html import render
 from pipelines.reports.lineage import lineage_graph
 from pipelines.reports.queries import QueryResult, base_name, by_turn, compare_systems
@@ -42,7 +42,8 @@ def report_page(
     Args:
         traces: the results of `trace_figure`, shown as examples
     """
-    num_experts = len(results["experts"].rows)
+    experts = results["experts"].rows
+    num_experts = len(experts)
     choices = [counted(num_experts, "expert"), *(BESIDE[name] for name in beside(results))]
     context = {
         "title": f"{choices[0]} on {base_name(results)}",
@@ -58,7 +59,12 @@ def report_page(
         "expert_styles": expert_styles(max((len(t["experts"]) for t in traces), default=0)),
         "scripts": ["report.js", *(["trace.js"] if traces else [])],
         "page_of": page_of,
-        "listed": partial(listed, most=MOST_NAMED),
+        "methods": METHODS,
+        "stand_ins": [
+            line
+            for kind in ("arrow", "norm")
+            for line in stand_in_lines([r["name"] for r in experts if r["gate_from"] == kind], kind)
+        ],
     }
     return render("report.html", context)
 

@@ -47,6 +47,8 @@ STYLE: dict[str, Any] = {
     "xtick.major.size": 0,
     "ytick.major.size": 0,
 }
+TAG = re.compile(r"<[^>]*>")
+"""A tag of SVG; matplotlib escapes angle brackets in texts."""
 NUMBERED_ID = re.compile(r' id="[\w.]+_\d+"')
 """Matplotlib's own ids of groups: equal in all figures, and nothing refers to them."""
 MARK_ID = re.compile(r'<g id="([a-z]+-\d+(?:-\d+)?)"')
@@ -132,15 +134,20 @@ def _svg(figure: Figure, name: str, kind: str) -> Markup:
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
         figure.savefig(file, format="svg", metadata=no_metadata)
     text = file.getvalue()
-    text = text[text.index("<svg") :]
+    text = TAG.sub(_tidied, text[text.index("<svg") :])
+    text = INDENT.sub("\n", EMPTY.sub("", text))
+    width, height = (round(size * 72) for size in figure.get_size_inches())
+    head = f'<svg class="{kind}" viewBox="0 0 {width} {height}" width="{width}" role="img"'
+    # safe as markup: matplotlib escapes text from outside
+    return Markup(re.sub(r"<svg[^>]*", head, text, count=1))  # noqa: S704
+
+
+def _tidied(tag: re.Match[str]) -> str:
+    """A tag in the page's colours and font, without what makes pages large."""
+    text = tag[0]
     for placeholder, variable in VARIABLES.items():
         text = text.replace(placeholder, f"var({variable})")
     # not `font`, which would take back the weight that stands before it
     text = FONT.sub(lambda font: f"font-size: {font[1] or font[2]}; font-family: var(--sans)", text)
     text = MARK_ID.sub(r'<g class="\1"', NUMBERED_ID.sub("", text))
-    for waste, kept in ((NO_TURN, ""), (LONG_NUMBER, r"\1"), (EMPTY, ""), (INDENT, "\n")):
-        text = waste.sub(kept, text)
-    width, height = (round(size * 72) for size in figure.get_size_inches())
-    head = f'<svg class="{kind}" viewBox="0 0 {width} {height}" width="{width}" role="img"'
-    # safe as markup: matplotlib escapes text from outside
-    return Markup(re.sub(r"<svg[^>]*", head, text, count=1))  # noqa: S704
+    return LONG_NUMBER.sub(r"\1", NO_TURN.sub("", text))

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import replace
-from functools import partial
 
 from meteora.artifacts import ArtifactId, ComparisonBuild, ComparisonSpec, Difference, Score
 from pipelines.scoring import intervals
@@ -28,8 +27,7 @@ def compare(ledger: Ledger, spec: ComparisonSpec) -> ComparisonBuild:
         values = values_on_same_rows(ledger, ours, theirs)
         if values is None:
             continue
-        graded = not {*values[0], *values[1]} <= {0.0, 1.0}
-        test = partial(intervals.sign_flip, seed=spec.seed) if graded else intervals.mcnemar
+        graded = intervals.are_graded(*values)
         low, high = intervals.difference_interval(*values, graded=graded, seed=spec.seed)
         one = Difference(
             task=ours.spec.task,
@@ -39,7 +37,7 @@ def compare(ledger: Ledger, spec: ComparisonSpec) -> ComparisonBuild:
             difference=ours.value - theirs.value,
             low=low,
             high=high,
-            p_value=test(*values),
+            p_value=intervals.paired_p(*values, seed=spec.seed),
             p_holm=0.0,  # set below, once all p-values are known
             test="sign-flip" if graded else "mcnemar",
             num_samples=ours.num_samples,

@@ -81,6 +81,16 @@ def standard_error(values: Sequence[float]) -> float:
     return float(np.std(values, ddof=1)) / math.sqrt(n) if n > 1 else 0.0
 
 
+def are_graded(*values: Sequence[float]) -> bool:
+    """Whether a row of any of these may be partly right."""
+    return any(not set(rows) <= {0.0, 1.0} for rows in values)
+
+
+def paired_p(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> float:
+    """The two-sided p of a mean difference over the same rows: by sign flips, or McNemar's."""
+    return sign_flip(ours, theirs, seed) if are_graded(ours, theirs) else mcnemar(ours, theirs)
+
+
 def mcnemar(ours: Sequence[float], theirs: Sequence[float]) -> float:
     """McNemar's exact two-sided p for rows that are right (1) or wrong (0) in two systems."""
     better = sum(a > b for a, b in zip(ours, theirs, strict=True))

@@ -34,12 +34,11 @@ NUMBER = re.compile(
 """Sign, whole part and the rest of a decimal number. It does not backtrack."""
 GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+")
 """A whole part with commas between thousands; other commas separate numbers."""
-JOINED = re.compile(r"\d[/:]\d[\d,.]*\D*$")
-"""A last number of a text that is a part of a fraction or of a time."""
+JOINED = re.compile(r"\d[/:]\d[\d,.]*+\D*+$")
+"""A last number of a text that is a part of a fraction or of a time. It does not backtrack."""
 MINUS = {ord("\N{MINUS SIGN}"): "-", ord("\N{EN DASH}"): "-"}
 LONGEST_NUMBER = 1000
 """The most characters of a number; a longer one counts as none."""
-WORD = re.compile(r"[^\W_]+")
 RUNS_ANSWERS = re.compile(r"\b(?:eval|exec|parse_expr|sympify)\(")
 """A scorer whose module calls one of these might run an answer as code."""
 
@@ -67,9 +66,17 @@ def last_number(text: str) -> Decimal | None:
 
 
 def numeric_match(output: str, row: Row) -> float:
-    """1 if the last number equals that of a right answer; 1,200.0 equals 1200."""
-    number = last_number(output)
+    """1 if the last number equals that of a right answer; 1,200.0 equals 1200.
+
+    A last number that is a part of a fraction or of a time, as in 1/42, is no answer.
+    """
+    number = None if _ends_in_part(output) else last_number(output)
     return float(number is not None and any(number == last_number(a) for a in row.answers))
+
+
+def _ends_in_part(text: str) -> bool:
+    """Whether the number of `last_number` is a part of a fraction or of a time."""
+    return JOINED.search(text.rpartition("####")[2]) is not None
 
 
 def sentence_bleu(output: str, row: Row) -> float:
@@ -104,10 +111,14 @@ def _rouge_scorer() -> Any:  # noqa: ANN401
 
 
 class _Words:
-    """Words of letters and digits of any script; rouge-score's own tokenizer knows only a to z."""
+    """Words of letters and digits of any script; rouge-score's own tokenizer knows only a to z.
+
+    Marks belong to words, such as the vowel signs of Hindi; for `re` they are no letters.
+    """
 
     def tokenize(self, text: str) -> list[str]:
-        return WORD.findall(text.lower())
+        text = unicodedata.normalize("NFC", text.lower())
+        return "".join(c if unicodedata.category(c)[0] in "LMN" else " " for c in text).split()
 
 
 def verified(output: str, row: Row) -> float:
@@ -149,7 +160,7 @@ def without_scorer(row: Row) -> str:
 
 def without_number(row: Row) -> str:
     """The message for a row that `numeric_match` cannot score; empty if it can."""
-    joined = [answer for answer in row.answers if JOINED.search(answer.rpartition("####")[2])]
+    joined = [answer for answer in row.answers if _ends_in_part(answer)]
     if not joined:
         return ""
     return f"{joined[0][:60]!r} is not one number, which numeric_match needs; choose exact_match"

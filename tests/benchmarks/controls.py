@@ -45,7 +45,6 @@ from pipelines.stages.train_adapters import fit, lessons, shuffled_for_ever, tra
 from pipelines.workspace.console import say
 from pipelines.workspace.context import RunContext
 from tests.benchmarks.bigbench import rows_trained_on
-from tests.benchmarks.paired import are_graded
 from tests.benchmarks.peers import arrow, of_one_shape, quiet, x_lora
 
 if TYPE_CHECKING:
@@ -169,12 +168,7 @@ def table(
         for name, (task, found) in answered.items()
     }
     shared = [name for name in answered if len(fused.get(name, ())) == len(values[name])]
-    p_values = [
-        intervals.sign_flip(fused[name], values[name])
-        if are_graded(fused[name], values[name])
-        else intervals.mcnemar(fused[name], values[name])
-        for name in shared
-    ]
+    p_values = [intervals.paired_p(fused[name], values[name]) for name in shared]
     p_holm = dict(zip(shared, intervals.holm(p_values), strict=True)) if shared else {}
     lines = [
         f"| task | metric | n | {system} | fused | fused - {system} | p, corrected |",

@@ -3,15 +3,10 @@
 from collections.abc import Iterable, Sequence
 from statistics import fmean
 
-from pipelines.scoring.intervals import difference_interval, mean_difference
+from pipelines.scoring.intervals import are_graded, difference_interval, mean_difference
 
 Pair = tuple["Sequence[float]", "Sequence[float]"]
 """What the rows of a task are worth: ours, and the other system's."""
-
-
-def are_graded(*values: Sequence[float]) -> bool:
-    """Whether a row may be partly right, as a conversation may."""
-    return not {value for row in values for value in row} <= {0.0, 1.0}
 
 
 def mean_score(tasks: Iterable[Sequence[float]]) -> float:

@@ -20,6 +20,7 @@ import argparse
 import json
 from functools import partial
 from pathlib import Path
+from statistics import fmean
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import RouterOptions
@@ -27,7 +28,7 @@ from meteora.fitting.calibrate import calibrate
 from pipelines.data.composites import Question
 from pipelines.data.dialogues import Dialogue, draw_dialogues
 from pipelines.evaluation.conversations import Conversing
-from pipelines.scoring.intervals import wilson
+from pipelines.scoring.intervals import are_graded, interval_of_mean
 from pipelines.scoring.metrics import exact_match
 from tests.benchmarks.gate_world import World
 from tests.benchmarks.timing import machine
@@ -131,10 +132,10 @@ def print_table(found: dict[str, dict[str, list[list[float]]]]) -> None:
             if values is None:
                 cells.append("")
                 continue
-            flat = [value for one in values for value in one]
-            count = len(flat)
-            low, high = wilson(int(sum(flat)), count)
-            cell = f"{sum(flat) / count:.3f} [{low:.2f}, {high:.2f}]"
+            rows = [fmean(one) for one in values]  # turns of one conversation depend on each other
+            count = sum(map(len, values))
+            _, low, high = interval_of_mean(rows, graded=are_graded(rows))
+            cell = f"{fmean(rows):.3f} [{low:.2f}, {high:.2f}]"
             if len(values[0]) > 1:
                 by_turn = [sum(turn) / len(turn) for turn in zip(*values, strict=True)]
                 cell += " (" + " ".join(f"{mean:.2f}" for mean in by_turn) + ")"

@@ -152,6 +152,37 @@ def test_the_loads_of_a_router_add_up_to_one(shelf: Shelf) -> None:
     assert loads == {"expert-0": 0.75, "expert-1": 0.25}
 
 
+def test_means_are_of_the_same_tasks_and_of_the_metric_that_is_tested(filled: Shelf) -> None:
+    """More tasks that only some were asked, and a metric that no comparison tests."""
+    stack = filled.fused(filled.adapter(1), filled.adapter(2))
+    first, second = (filled.router(stack, seed=night) for night in (1, 2))
+    for task in ("words", "dates", "lines"):
+        filled.measure(first, task, 0.1)
+        filled.measure(filled.base, task, 0.0)
+    filled.measure(second, "words", 0.1)
+    told = filled.measure(second, "composite-2", 0.1)
+    for score, metric in ((told, "composite_right"), (filled.measure(second, "sorting", 0.7), "f")):
+        spec = replace(score.spec, metric=metric)
+        filled.ledger.record_score(replace(score, spec=spec, value=0.2), run_id="r2")
+    filled.ledger.ingest()
+    assert filled.ledger.query("FROM means").rows == [
+        (first.id, "gate", 2, pytest.approx(0.815), pytest.approx(0.075), pytest.approx(0.85)),
+        (second.id, "gate", 2, pytest.approx(0.725), pytest.approx(0.075), pytest.approx(0.85)),
+    ]
+
+
+def test_a_mean_beside_the_base_alone_has_no_oracle(shelf: Shelf) -> None:
+    stack = shelf.fused(shelf.adapter(1))
+    gates = shelf.router(stack)
+    for spec in (shelf.base, shelf.adapter(1), stack, gates):
+        shelf.make(spec)
+    for task in ("sorting", "words"):
+        shelf.measure(gates, task, 0.5)
+    shelf.measure(shelf.base, "words", 0.25)
+    shelf.ledger.ingest()
+    assert shelf.ledger.query("FROM means").rows == [(gates.id, "gate", 1, 0.5, 0.25, None)]
+
+
 def brief(artifact_id: str) -> str:
     kind, _, digest = artifact_id.partition(":")
     return f"{kind}:{digest[:12]}"

@@ -110,15 +110,9 @@ def _():
 @app.cell
 def _():
     _rows = ask("""
-        SELECT short(subject_id) AS model, router, count(*) AS tasks, round(avg(value), 3) AS score,
-               round(avg(base_value), 3) AS base, round(avg(oracle_value), 3) AS oracle
-        FROM (
-            SELECT subject_id, router, task,
-                   avg(COLUMNS(['value', 'base_value', 'oracle_value']))
-            FROM leaderboard
-            WHERE is_latest AND higher_is_better AND metric <> 'composite_attempted' GROUP BY ALL
-        )
-        GROUP BY ALL ORDER BY score DESC, model
+        SELECT short(subject_id) AS model, router, num_tasks AS tasks, round(value, 3) AS score,
+               round(base_value, 3) AS base, round(oracle_value, 3) AS oracle
+        FROM means ORDER BY value DESC, subject_id
     """)
     answered("Which models are there, and how good are they on the mean?", table(_rows))
     return
@@ -143,11 +137,17 @@ def _(model):
 @app.cell
 def _(model):
     _rows = ask(f"""
+        WITH families AS (
+            SELECT comparison_id, count(*) AS num_tests FROM comparisons GROUP BY comparison_id
+        )
         SELECT task, metric, difference AS value, low, high, p_holm, num_samples
-        FROM comparisons SEMI JOIN latest_standings AS latest
+        FROM comparisons JOIN families USING (comparison_id)
+        SEMI JOIN latest_standings AS latest
              ON latest.score_id = comparisons.score_id AND latest.router_id = subject_id
         WHERE subject_id = '{model.value}' AND other = 'oracle'
-        QUALIFY row_number() OVER (PARTITION BY task ORDER BY p_holm DESC, recorded_at DESC) = 1
+        QUALIFY row_number() OVER (  -- one task tested alone is not corrected for the others
+            PARTITION BY task ORDER BY num_tests DESC, recorded_at DESC, comparison_id
+        ) = 1
         ORDER BY value
     """)
     answered(
@@ -246,7 +246,8 @@ def _(model):
     _speeds = ask(f"""
         SELECT phase, round(fused_tokens_per_second) AS tokens_per_second,
                round(ratio, 2) AS times_base, round(added_bytes / 1e6, 1) AS added_mb, device
-        FROM speeds WHERE subject_id = '{model.value}' ORDER BY phase
+        FROM speeds WHERE subject_id = '{model.value}'
+        QUALIFY id = arg_max(id, (recorded_at, id)) OVER () ORDER BY phase
     """)
     _text = "The stages of its run; prefill and decoding, if `benchmark: {speed: {}}` asked for it."
     answered(
@@ -259,13 +260,9 @@ def _(model):
 def _():
     _rows = ask("""
         SELECT recipe_name, date_trunc('second', recorded_at) AS made_at,
-               short(subject_id) AS model, round(avg(value), 3) AS score, count(*) AS tasks
-        FROM (
-            SELECT subject_id, task, avg(value) AS value FROM leaderboard
-            WHERE is_latest AND higher_is_better AND metric <> 'composite_attempted' GROUP BY ALL
-        )
-        JOIN artifacts ON id = subject_id JOIN runs USING (run_id)
-        GROUP BY ALL ORDER BY recipe_name, made_at, model
+               short(subject_id) AS model, round(value, 3) AS score, num_tasks AS tasks
+        FROM means JOIN artifacts ON id = subject_id JOIN runs USING (run_id)
+        ORDER BY recipe_name, made_at, model
     """)
     answered("How did each recipe's models change over time?", table(_rows))
     return

@@ -62,12 +62,13 @@ def test_solved_examples_in_the_prompts_are_told_on_the_card_and_to_the_hub() ->
     score = Score(spec, 0.5, 0.1, 0.4, 0.6, 30, "e" * 64, "lm-eval 0.4.13", 1.0)
     plain = replace(score, spec=replace(spec, task="u", num_fewshot=0))
     assert plain.spec.id != replace(spec, task="u").id
+    plain = replace(plain, harness="lm-eval 0.5.0")  # scored after an update
     summary = Summary({"t": {"fused": score}, "u": {"fused": plain}}, Mock(), None, {})
     assert "mean of" not in "\n".join(score_table(summary))  # no task is an expert's own
     said = method_lines(summary)[0]
     section = TaskSection(name="t", lm_eval="t", num_fewshot=5, leaderboard="a/b/c")
     assert "acc, 5-shot, greedy" in write_eval_results([section], summary)
-    assert said.startswith("Settings: greedy, zero-shot but for t (5-shot), lm-ev")
+    assert said.startswith("Settings: greedy, zero-shot but for t (5-shot), lm-eval 0.4.13, lm-ev")
     assert "answers" not in said  # of lm-eval's own tasks nobody knows which were cut
 
 

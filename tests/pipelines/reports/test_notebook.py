@@ -88,8 +88,11 @@ def shown(notebook: Path) -> tuple[str | None, int, list[str], list[dict[str, li
 
 
 def test_every_question_has_an_answer_on_a_home_with_results(notebook: Path, home: Path) -> None:
-    """And one alone, though all of it was measured on two sets of rows."""
+    """And one alone, though all of it was measured on two sets of rows, and some of it again."""
     report_ledger.measure_again(home)
+    report_ledger.compare_alone(home, report_ledger.ADAPTERS[2], "oracle", "d" * 64)
+    report_ledger.time_again(home)
+    report_ledger.rate_again(home)
     model, num_pictures, texts, answers = shown(notebook)
     assert num_pictures == PICTURES
     assert model == report_ledger.GATE.id
@@ -101,8 +104,11 @@ def test_every_question_has_an_answer_on_a_home_with_results(notebook: Path, hom
     assert turns["turn"] == [1, 2, 3] * 2
     (losses,) = (one for one in answers if "p_holm" in one)
     assert sorted(losses["task"]) == sorted(report_ledger.NAMES)
+    assert losses["p_holm"][losses["task"].index("sums")] == 0.004
+    (speeds,) = (one for one in answers if "times_base" in one)
+    assert (speeds["phase"], speeds["times_base"][0]) == (["decode", "prefill"], 2.2)
     (models,) = (one for one in answers if "made_at" in one)
-    assert sorted(models["tasks"]) == [4, 5]
+    assert models["tasks"] == [4, 4]
 
 
 def test_without_a_model_it_says_how_to_make_one(tmp_path: Path) -> None:

@@ -145,6 +145,15 @@ def test_means_are_over_tasks_that_the_same_systems_were_asked(
     assert more["means"].rows == results["means"].rows
 
 
+def test_a_mean_is_of_the_metric_that_comparisons_test(
+    copied: Path, results: dict[str, queries.QueryResult]
+) -> None:
+    report_ledger.rate_again(copied)
+    more = queries.run_queries(Ledger(copied), GATE.id)
+    assert len(more["scores"].rows) == len(results["scores"].rows) + 3
+    assert more["means"].rows == results["means"].rows
+
+
 def test_a_task_that_is_tested_alone_stays_corrected_for_the_others(
     copied: Path, results: dict[str, queries.QueryResult]
 ) -> None:
@@ -205,6 +214,14 @@ def test_long_names_differ_in_charts_and_cover_nothing(monkeypatch: pytest.Monke
     assert not axes.texts  # 28 columns: colour alone
     bottom = figure.texts[0].get_window_extent().y0
     assert max(label.get_window_extent().y1 for label in shown) < bottom
+
+
+def test_charts_show_names_as_they_are() -> None:
+    """Also those that look like what is tidied in a drawing."""
+    names = ["lr-0.0001", "lr-0.0002", "font: 9px", charts.PAPER, ' id="x_1"', "<g/>"]
+    drawn = charts.heat_map(names, names, {}, "x", labels=("of", "to"))
+    shown = lxml.html.fromstring(f"<div>{drawn}</div>").xpath("//text/text()")
+    assert {name: shown.count(name) for name in names} == dict.fromkeys(names, 4)
 
 
 def test_a_mean_over_tasks_is_of_how_much_better_a_model_is() -> None:
@@ -370,10 +387,11 @@ def test_an_example_is_judged_by_its_task_s_first_metric(tmp_path: Path) -> None
     ledger = Ledger(tmp_path / "home")
     sha256 = ledger.blobs.put(tmp_path / "outputs.parquet")
     row = {"task": "t", "outputs_sha256": sha256, "max_new_tokens": 8, "templated": True}
-    row["is_conversation"] = False
+    row |= {"is_conversation": False, "system_prompt": "Be brief."}
     outputs = queries.QueryResult("outputs", "", "", Answer(tuple(row), [tuple(row.values())]))
     (example,) = find_examples(ledger, outputs, 1)
     assert example.caption == "t; expected: r; 50% right"
+    assert (example.system_prompt, example.is_whole) == ("Be brief.", True)
 
 
 def test_lines_of_one_colour_differ_and_no_axis_goes_beyond_one() -> None:
@@ -387,6 +405,11 @@ def test_lines_of_one_colour_differ_and_no_axis_goes_beyond_one() -> None:
     labels = re.findall(r">(\d\.\d+)<", drawn)
     assert labels
     assert all(float(label) <= 1 for label in labels)
+
+
+def test_size_and_speed_say_of_what_they_are(tree: Any) -> None:
+    text = " ".join(tree.text_content().split())
+    assert re.search(r"Its experts and gates take ?13\.6 MB on disk and ?13\.0 MB in memory", text)
 
 
 def test_a_loss_beyond_chance_is_stated_in_words(tree: Any) -> None:

@@ -98,6 +98,14 @@ def test_flipping_signs_is_exact_for_few_rows() -> None:
     assert intervals.sign_flip([0.1 + 0.2] * 9, [0.3] * 9) == 1  # they differ by rounding alone
 
 
+def test_rows_that_may_be_partly_right_are_tested_by_sign_flips() -> None:
+    right, wrong, partly = [1.0] * 8, [0.0] * 8, [0.5] * 8
+    assert intervals.paired_p(right, wrong) == intervals.mcnemar(right, wrong)
+    for other in (partly, [*wrong[1:], 0.5]):
+        assert intervals.paired_p(right, other, 3) == intervals.sign_flip(right, other, 3)
+        assert intervals.are_graded(wrong, other)
+
+
 def test_flips_of_many_rows_do_not_fill_the_memory() -> None:
     ours = np.random.default_rng(0).normal(0.05, 1, 2_000).tolist()
     tracemalloc.start()

@@ -89,6 +89,11 @@ def test_a_number_inside_a_line_is_no_second_answer() -> None:
         ("3,4", "4", 1.0),
         ("1,2000", "2000", 1.0),
         ("5,", "5", 1.0),
+        ("1/42", "42", 0.0),
+        ("at 10:42 h", "42", 0.0),
+        ("so\n#### 84/42", "42", 0.0),
+        ("84/2 = 42", "42", 1.0),
+        pytest.param("1/1" + "," * 50_000 + "x" + "," * 50_000 + "42", "42", 1.0, id="long"),
     ],
 )
 def test_numbers_are_compared_as_numbers(output: str, reference: str, value: float) -> None:
@@ -109,10 +114,18 @@ def test_bleu_and_rouge_are_those_of_their_libraries() -> None:
         assert worth(kind, meant, meant) == 1
 
 
-@pytest.mark.parametrize("text", ["the cat sat on the mat", "привет мир", "naïve 7"])
+@pytest.mark.parametrize("text", ["the cat sat on the mat", "привет мир", "naïve 7", "कि के"])
 @pytest.mark.parametrize("metric", ["sentence_bleu", "rouge1", "rougeL"])
 def test_equal_texts_of_any_script_have_one(metric: str, text: str) -> None:
     assert worth(metric, text, text) == 1.0
+
+
+@pytest.mark.parametrize(
+    ("said", "meant", "value"),
+    [("के", "कि", 0.0), ("nai\u0308ve", "na\u00efve", 1.0), ("snake_case", "snake case", 1.0)],
+)
+def test_words_of_rouge_keep_their_vowel_signs(said: str, meant: str, value: float) -> None:
+    assert worth("rouge1", said, meant) == value
 
 
 def test_an_answer_at_which_a_scorer_fails_is_wrong() -> None:

@@ -106,6 +106,7 @@ def test_every_kind_of_task_and_control_is_measured_compared_and_timed(
     assert "| composite-2 | composite_right | 2 |" in text
     assert "as plain text" in text
     assert "Prefill" in text
+    assert re.search(r"Its experts and gates take \d+\.\d MB on disk\.", text)
     warn_of_experts_whose_tokens_go_elsewhere(summary)
     mark_only_what_differs_beyond_chance(summary)
 
@@ -269,7 +270,8 @@ def trace_a_conversation_as_it_was_asked(work: RunContext, planned: Plan, gates:
     for question, turn in zip(first.dialogue.questions, json.loads(asked["turns"]), strict=True):
         for part in (question.row.prompt, turn["output"].strip()):  # the recorded answers
             place = text.index(part, place)
-    assert "".join(single["data"]["pieces"]).count("<user>") == 1
+    text = "".join(single["data"]["pieces"])
+    assert (text.count("<user>"), text.count("Be brief.")) == (1, 1)
 
 
 def nothing_is_finished_that_lacks_a_result(

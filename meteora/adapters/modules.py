@@ -4,8 +4,8 @@ import math
 from collections.abc import Mapping, Sequence
 
 from meteora.adapters.config import Claim
-from meteora.adapters.tensors import DTYPES, HEADS, AdapterTensors
-from meteora.artifacts.specs import AdapterModule, place_of
+from meteora.adapters.tensors import DTYPES, AdapterTensors
+from meteora.artifacts.specs import HEADS, AdapterModule, place_of
 from meteora.untrusted.config_fields import MAX_RANK, Field
 from meteora.untrusted.findings import Findings, listed, shortened
 from meteora.untrusted.patterns import Budget, PatternError, matching

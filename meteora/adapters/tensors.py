@@ -14,6 +14,7 @@ from typing import BinaryIO, NamedTuple, Self
 
 from meteora.adapters.config import Claim, OnExtras
 from meteora.artifacts import AdapterSpec, Reason
+from meteora.artifacts.specs import HEADS
 from meteora.untrusted.findings import Findings, listed
 from meteora.untrusted.safetensors_header import TensorInfo
 
@@ -47,7 +48,6 @@ VARIANT_KEYS = (
     ),
 )  # fmt: skip
 EMBEDDINGS = {"embed_tokens", "embed_in", "wte", "wpe", "word_embeddings", "shared"}
-HEADS = {"lm_head", "embed_out"}
 WHOLE_MODULES = (
     EMBEDDINGS
     | HEADS

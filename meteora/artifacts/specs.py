@@ -110,6 +110,10 @@ class AdapterRef(Noun):
             raise ValueError(f"{self.repo_id}: {self.revision!r} is not a commit of 40 hex digits")
 
 
+HEADS = {"lm_head", "embed_out"}
+"""Names of the layer that gives the logits."""
+
+
 class Place(NamedTuple):
     """The parts of a module's path: `model.layers`, 3, `self_attn.q_proj`."""
 

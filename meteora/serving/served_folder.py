@@ -15,9 +15,9 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
-from meteora.adapters.tensors import HEADS
 from meteora.artifacts import MeteoraError
 from meteora.artifacts.routers import SERVABLE
+from meteora.artifacts.specs import HEADS
 from meteora.base import loading
 from meteora.base.download import download_base
 from meteora.base.shapes import fingerprint_of

@@ -4,6 +4,8 @@ import dataclasses
 import errno
 import json
 import shutil
+import subprocess
+import sys
 from importlib.util import find_spec
 
 import pytest
@@ -237,5 +239,15 @@ def test_the_known_version_of_vllm_is_no_problem():
 
 
 @pytest.mark.skipif(find_spec("vllm") is not None, reason="vLLM is installed")
+def test_the_plugin_needs_no_package_that_vllm_does_not_bring():
+    """It is installed without the packages that it names, and vLLM's are others."""
+    absent = ("duckdb", "lm_eval", "peft", "prefect", "re2")
+    code = (
+        f"import sys; sys.modules.update(dict.fromkeys({absent!r}));"
+        "import meteora.serving.served_folder, meteora.serving.fused_experts"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
 def test_the_entry_point_does_nothing_without_vllm():
     vllm_plugin.register()

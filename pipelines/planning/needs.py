@@ -103,7 +103,9 @@ def print_estimates(
             f" {ASSUMED_RANK} on every linear layer"
         )
     wanted, free = _most_on_disk(needs), free_bytes(context.home)
-    out.print(f"  disk: {wanted / 1e9:,.1f} GB at most, of {free / 1e9:,.1f} GB that are free there")
+    out.print(
+        f"  disk: {wanted / 1e9:,.1f} GB at most, of {free / 1e9:,.1f} GB that are free there"
+    )
     absent = sum(not rows.known for rows in every)
     if absent and Stage.gates in stages:
         out.print(

@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from meteora.base.chat_template import encode_pair
-from pipelines.data.composites import compose, split_answers
+from meteora.base.chat_template import encode_pair, render_prompt
+from pipelines.data.composites import Span, compose, split_answers
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
@@ -209,3 +210,36 @@ def test_a_space_that_a_tokenizer_cuts_off_belongs_to_its_task(
     for composite in compose(ROWS, 3, 2, seed=0):
         assert composite.encode(cuts) == composite.encode(tokenizer)
         assert composite.answer_starts(cuts) == composite.answer_starts(tokenizer)
+
+
+def test_a_prompt_that_the_template_changes_has_no_places_of_its_questions(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shouting = CHAT.replace("message.content", "message.content | upper")
+    monkeypatch.setattr(tokenizer, "chat_template", shouting)
+    (composite,) = compose(ROWS, 3, 1, seed=0)
+    with pytest.raises(ExamplesError, match="template changes what a prompt says"):
+        composite.encode(tokenizer)
+    with pytest.raises(ExamplesError, match="template changes what a prompt says"):
+        composite.prompt_owners(tokenizer, render_prompt(tokenizer, composite.prompt))
+
+
+def test_words_of_the_template_are_not_taken_for_the_prompt(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (composite,) = compose(ROWS, 3, 1, seed=0)
+    (first,) = compose(ROWS, 3, 1, seed=1)
+    short = replace(first, prompt="a", prompt_spans=(Span("red", 0, 1),))
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT.replace("<{{", "<say {{"))
+    for one in (composite, short):
+        _ids, owners = one.encode(tokenizer)
+        asked = one.prompt_owners(tokenizer, render_prompt(tokenizer, one.prompt))
+        assert asked == owners[: len(asked)]
+    assert owners.index("red") == len("<say user>")
+
+
+def test_a_tokenizer_in_python_gives_no_places(python_tokenizer: PreTrainedTokenizerBase) -> None:
+    (composite,) = compose(ROWS, 3, 1, seed=0)
+    for ask in (composite.encode, composite.answer_starts):
+        with pytest.raises(ExamplesError, match="gives no places of its tokens"):
+            ask(python_tokenizer)

@@ -184,7 +184,9 @@ def test_conversations_that_a_template_does_not_take_are_refused_before_any_work
         "{{ messages[0].content }}"
     )
     talks = task(dialogues=draw_dialogues(ROWS, 2, 1, seed=0))
-    with pytest.raises(BenchmarkError, match=r"not take its conversations: .*one turn"):
+    with pytest.raises(
+        BenchmarkError, match=r"its conversations are not possible with this base: .*one turn"
+    ):
         check_room([talks], config, tokenizer)
 
 

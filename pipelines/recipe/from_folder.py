@@ -82,7 +82,7 @@ def write_recipe(
             f"{folder}: no adapter in it can be an expert ({refusals or 'no ' + CONFIG})"
         )
     if examples is not None and not any(one.examples or one.test for one in usable):
-        names = ", ".join(one.folder.resolve().name for one in usable[:5])
+        names = ", ".join(_called(one.folder) for one in usable[:5])
         raise ImportingError(
             f"{examples}: it has no rows for {names}; {EXAMPLES[0]} and {TESTS[0]} in a folder with"
             f" the adapter's name are needed, or NAME.{EXAMPLES[0]} and NAME.{TESTS[0]}"
@@ -112,7 +112,7 @@ def find_adapters(folder: Path) -> list[Found]:
             refusal = "; ".join(reason.message for reason in verdict.reasons)
         revision = verdict.facts.get("base_revision") or ""
         base = verdict.facts.get("base_model") or ""
-        name = _name(config.parent.resolve().name, {one.name for one in adapters})
+        name = _name(_called(config.parent), {one.name for one in adapters})
         at = f"@{revision}" if base and revision else ""
         adapters.append(Found(config.parent, name, f"{base}{at}", refusal))
     return adapters
@@ -125,7 +125,7 @@ def find_rows(adapter: Found, folder: Path | None) -> Found:
         folder: Holds the files in a subfolder with the adapter's name, or itself, as
             `<name>.train.jsonl`. None: they are beside the adapter.
     """
-    name = adapter.folder.resolve().name
+    name = _called(adapter.folder)
 
     def first(names: Sequence[str]) -> Path | None:
         if folder is None:
@@ -220,6 +220,11 @@ def _path(path: Path, folder: Path) -> str:
     if named != relative:
         raise ImportingError(f"{named}: its name is not UTF-8, as a recipe is; rename it")
     return relative
+
+
+def _called(folder: Path) -> str:
+    """The name that a folder has here; a link's target may have another."""
+    return Path(os.path.abspath(folder)).name  # noqa: PTH100  (without links, without `..`)
 
 
 def _name(text: str, taken: set[str]) -> str:

@@ -57,6 +57,20 @@ def test_paths_hold_where_the_recipe_lies_behind_a_link(folder: Path, tmp_path: 
             assert (out.parent / expert.adapter.removeprefix("path:")).is_dir()
 
 
+def test_an_adapter_has_the_name_of_its_link_and_not_of_what_that_points_to(
+    world: World, tmp_path: Path
+) -> None:
+    shutil.copytree(world.adapters["q_and_v"], tmp_path / "cache" / "8d41f0")
+    for name in ("adapters/dates", "rows/dates"):
+        (tmp_path / name).parent.mkdir()
+    (tmp_path / "adapters" / "dates").symlink_to(tmp_path / "cache" / "8d41f0")
+    (tmp_path / "rows" / "dates.train.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    for number, folder in enumerate((tmp_path / "adapters", tmp_path / "adapters" / "dates")):
+        out = tmp_path / f"{number}.yaml"
+        (found,) = write_recipe(folder, out, examples=tmp_path / "rows").experts
+        assert (found.name, found.examples) == ("dates", "jsonl:rows/dates.train.jsonl")
+
+
 def test_rows_beside_the_adapters_make_a_gate_possible(folder: Path) -> None:
     shutil.rmtree(folder / "patterns")
     for name in ("q_and_v", "_at tention"):

@@ -337,8 +337,11 @@ def import_adapters(
 ) -> None:
     """Write a recipe for the adapters in a folder, ready for `meteora run`."""
     from pipelines.planning.overlaps import separate
-    from pipelines.recipe.from_folder import write_recipe
+    from pipelines.recipe.from_folder import adapters_below, write_recipe
 
+    if below := adapters_below(folder):
+        number, one = counted(len(below), "adapter"), below[0]
+        say(f"{number} further down, such as {one}; import {one.parent} for it", "left out")
     beside = output.with_suffix(".examples")
     recipe = write_recipe(
         folder,

@@ -101,9 +101,9 @@ def write_recipe(
 
 
 def find_adapters(folder: Path) -> list[Found]:
-    """Every adapter in a folder or right below it, sorted by name, each judged."""
-    configs = [folder / CONFIG] if (folder / CONFIG).is_file() else []
-    configs += sorted(folder.glob(f"*/{CONFIG}"))
+    """The adapter in a folder, or every one right below it, sorted by name, each judged."""
+    here = folder / CONFIG
+    configs = [here] if here.is_file() else sorted(folder.glob(f"*/{CONFIG}"))
     adapters: list[Found] = []
     for config in configs:
         verdict = reader.check(config.parent)
@@ -116,6 +116,20 @@ def find_adapters(folder: Path) -> list[Found]:
         at = f"@{revision}" if base and revision else ""
         adapters.append(Found(config.parent, name, f"{base}{at}", refusal))
     return adapters
+
+
+def adapters_below(folder: Path) -> list[Path]:
+    """The folders of adapters that `find_adapters` leaves out since they lie deeper, sorted.
+
+    An adapter's own checkpoints of its training are not meant by anybody.
+    """
+    depth = "*" if (folder / CONFIG).is_file() else "*/*"
+    below = sorted(path.parent for path in folder.glob(f"{depth}/{CONFIG}"))
+    return [
+        path
+        for path in below
+        if not (path.name.startswith("checkpoint-") and (path.parent / CONFIG).is_file())
+    ]
 
 
 def find_rows(adapter: Found, folder: Path | None) -> Found:

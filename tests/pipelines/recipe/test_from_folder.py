@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.recipe.from_folder import ImportingError, find_adapters, write_recipe
+from pipelines.recipe.from_folder import (
+    ImportingError,
+    adapters_below,
+    find_adapters,
+    write_recipe,
+)
 from pipelines.recipe.recipe import Recipe
 from tests.conftest import World
 from tests.pipelines.cli.command_line import ask, meteora
@@ -69,6 +74,29 @@ def test_an_adapter_has_the_name_of_its_link_and_not_of_what_that_points_to(
         out = tmp_path / f"{number}.yaml"
         (found,) = write_recipe(folder, out, examples=tmp_path / "rows").experts
         assert (found.name, found.examples) == ("dates", "jsonl:rows/dates.train.jsonl")
+
+
+def test_adapters_that_lie_deeper_are_said_to_be_left_out_but_for_an_adapters_checkpoints(
+    world: World, folder: Path, tmp_path: Path
+) -> None:
+    own = world.adapters["q_and_v"]
+    for name in ("checkpoint-500", "checkpoint-1000"):
+        shutil.copytree(own, folder / "q_and_v" / name)
+    out = tmp_path / "one.yaml"
+    made = ask("import", folder / "q_and_v", "-o", out)
+    assert [one.name for one in Recipe.load(out).experts] == ["q_and_v"]
+    assert "further down" not in made.stderr
+    shutil.copytree(own, folder / "team" / "dates")
+    shutil.copytree(own, folder / "team" / "sums")
+    made = ask("import", folder, "-o", tmp_path / "two.yaml")
+    assert {one.name for one in Recipe.load(tmp_path / "two.yaml").experts} == {
+        "q_and_v", "at-tention",
+    }  # fmt: skip
+    said = f"left out: 2 adapters further down, such as {folder}/team/dates; import {folder}/team "
+    assert said in " ".join(made.stderr.split())
+    shutil.move(folder / "team", folder / "q_and_v" / "team")
+    shutil.move(folder / "q_and_v" / "team" / "dates", folder / "q_and_v" / "dates")
+    assert adapters_below(folder / "q_and_v") == [folder / "q_and_v" / "dates"]
 
 
 def test_rows_beside_the_adapters_make_a_gate_possible(folder: Path) -> None:

@@ -342,7 +342,7 @@ def import_adapters(
     if below := adapters_below(folder):
         number, one = counted(len(below), "adapter"), below[0]
         say(f"{number} further down, such as {one}; import {one.parent} for it", "left out")
-    beside = output.with_suffix(".examples")
+    beside = output.parent / f"{output.name}.examples"
     recipe = write_recipe(
         folder,
         output,
@@ -351,6 +351,8 @@ def import_adapters(
         pool,
         lambda found: separate(found, beside, drop=drop_overlaps),
     )
+    if pool and not recipe.gates.pool:
+        say("every adapter has rows, so the pool is not used", "note")
     tested = sum(bool(one.test) for one in recipe.experts)
     say(
         f"{counted(len(recipe.experts), 'expert')} on {recipe.base}, {tested} with tests, router"

@@ -64,14 +64,13 @@ def write_recipe(
     Raises:
         ImportingError: There is no folder, or no usable adapter in it; no base is named, or `base`
             has another form; `examples` has no rows for the adapters; there is no file `pool`; or
-            `out` exists already.
+            `out` or a file of rows exists already, or its folder is a file.
     """
     if pool is not None and not pool.is_file():
         raise ImportingError(f"{pool}: there is no such file of prompts")
     if not folder.is_dir():
         raise ImportingError(f"{folder}: there is no such folder of adapters")
-    if out.exists():
-        raise ImportingError(f"{out} is there already; give another name with -o")
+    _refuse_taken(out)
     if examples is not None and not examples.is_dir():
         raise ImportingError(f"{examples}: there is no such folder of rows; check its path")
     adapters = [find_rows(one, examples) for one in find_adapters(folder)]
@@ -91,13 +90,28 @@ def write_recipe(
     prepared = prepare(adapters)
     text = recipe_text(prepared, base, out.parent, pool)
     recipe = Recipe.parse(text.encode(), out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for one in prepared:
-        if one.examples and one.rows:
-            one.examples.parent.mkdir(exist_ok=True)
-            replace_text(one.examples, one.rows)
-    replace_text(out, text)
+    files = {one.examples: one.rows for one in prepared if one.examples and one.rows}
+    for path in files:
+        _refuse_taken(path)
+    for path, content in (files | {out: text}).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, content)
     return recipe
+
+
+def _refuse_taken(path: Path) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        ImportingError: There is a file, or a folder; or a file in place of a folder around it.
+    """
+    if path.exists():
+        raise ImportingError(f"{path} is there already; give another name with -o")
+    around = next(one for one in path.parents if one.exists())
+    if not around.is_dir():
+        raise ImportingError(
+            f"{around} is no folder, so {path} cannot be written; give another name with -o"
+        )
 
 
 def find_adapters(folder: Path) -> list[Found]:

@@ -140,7 +140,7 @@ def test_a_folder_of_rows_makes_a_recipe_that_runs_with_gates(
     assert "2 experts on path:" in said.stderr
     text = out.read_text()
     assert text.count("2 of 6 examples of") == 2
-    kept = (tmp_path / "recipe.examples" / "q_and_v.train.jsonl").read_text().splitlines()
+    kept = (tmp_path / "recipe.yaml.examples" / "q_and_v.train.jsonl").read_text().splitlines()
     assert [json.loads(line)["response"] for line in kept] == ["0", "1", "2", "3"]
     recipe = Recipe.load(out)
     assert recipe.router.kind == "gate"
@@ -160,7 +160,33 @@ def test_examples_that_are_all_test_rows_count_as_none(folder: Path, tmp_path: P
     assert recipe.router.kind == "prompt"
     assert [bool(one.test) for one in recipe.experts] == [False, True]
     assert not any(one.examples for one in recipe.experts)
-    assert not out.with_suffix(".examples").exists()
+    assert {*tmp_path.iterdir()} == {folder, out}
+
+
+def test_files_of_examples_replace_nothing_and_belong_to_one_recipe(
+    folder: Path, tmp_path: Path
+) -> None:
+    rows = [json.dumps({"prompt": f"p{n}", "response": "r"}) + "\n" for n in range(3)]
+    (folder / "q_and_v" / "train.jsonl").write_text("".join(rows))
+    (folder / "q_and_v" / "test.jsonl").write_text(rows[0])
+
+    def make(name: str) -> str:
+        said = ask("import", folder, "-o", tmp_path / name, "--drop-overlaps")
+        assert bool(said.returncode) == (not (tmp_path / name).exists())
+        return said.stderr
+
+    for name in ("mix.v1", "mix.v2", "a.yml", "a.yaml"):
+        make(name)
+        assert (tmp_path / f"{name}.examples" / "q_and_v.train.jsonl").read_text() == "".join(
+            rows[1:]
+        )
+    (tmp_path / "b.examples").write_text("mine")
+    assert "b.examples is no folder, so" in make("b")
+    mine = tmp_path / "c.examples" / "q_and_v.train.jsonl"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert "q_and_v.train.jsonl is there already; give another name with -o" in make("c")
+    assert mine.read_text() == "mine"
 
 
 def test_what_is_refused_late_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
@@ -190,6 +216,11 @@ def test_a_pool_makes_a_recipe_that_runs_with_gates(folder: Path, tmp_path: Path
     said = meteora("run", out, "--dry-run", home=tmp_path / "home")
     assert said.returncode == 0, said.stderr
     assert "of jsonl:asked.jsonl" in said.stdout
+    out.unlink()
+    (folder / "_at tention" / "train.jsonl").write_text('{"prompt": "c", "response": "d"}\n')
+    made = ask("import", folder, "--pool", pool, "-o", out)
+    assert "note: every adapter has rows, so the pool is not used" in made.stderr
+    assert not Recipe.load(out).gates.pool
     out.unlink()
     missing = ask("import", folder, "--pool", tmp_path / "none.jsonl", "-o", out)
     assert "none.jsonl: there is no such file of prompts" in missing.stderr
@@ -274,6 +305,12 @@ def test_nothing_is_overwritten_and_nothing_is_made_of_nothing(
     (tmp_path / "there.yaml").write_text("mine")
     with pytest.raises(ImportingError, match="is there already"):
         write_recipe(folder, tmp_path / "there.yaml")
+    with pytest.raises(ImportingError, match=r"there.yaml is no folder, so .*new.yaml cannot"):
+        write_recipe(folder, tmp_path / "there.yaml" / "deep" / "new.yaml")
+    for nowhere in ("", "."):
+        said = ask("import", folder, "-o", nowhere)
+        assert (said.returncode, said.stdout) == (1, "")
+        assert "error: . is there already; give another name with -o" in said.stderr
     (tmp_path / "empty").mkdir()
     with pytest.raises(ImportingError, match="no adapter in it"):
         write_recipe(tmp_path / "empty", tmp_path / "one.yaml")

@@ -176,8 +176,13 @@ def test_a_number_is_one_in_every_form_that_people_write(tmp_path: Path, rate: s
         ),
         pytest.param(
             f"base: a/b\nexperts: [{EXPERT}]\ngates: {{steps: 5}}",
-            "unknown key gates.steps",
+            "gates.steps goes with `method: joint`, which is not chosen: set it, or take gates.st",
             id="of the other method",
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\ngates: {{method: joint, by_layer: true}}",
+            "gates.by_layer goes with `method: calibrate`, which is not chosen: set it, or take",
+            id="of the default method",
         ),
         pytest.param(
             f"base: a/b\nexperts: [{EXPERT}]\ngates: {{method: joint, learning_rate: 0.0}}",

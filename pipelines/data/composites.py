@@ -73,13 +73,6 @@ class Composite(Noun):
     solved: tuple[Composite, ...] = ()
     """Composites that are shown with their answers before the questions."""
 
-    @property
-    def spans(self) -> tuple[Span, ...]:
-        """Prompt and response spans, in characters of the prompt followed by the response."""
-        shift = len(self.prompt)
-        moved = (Span(s.task, s.start + shift, s.end + shift) for s in self.response_spans)
-        return (*self.prompt_spans, *moved)
-
     def to_dict(self) -> dict[str, Any]:
         """The questions and their tasks, also of solved ones; everything else follows from them."""
         body: dict[str, Any] = {"questions": [[q.task, q.row.to_dict()] for q in self.questions]}

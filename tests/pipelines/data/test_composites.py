@@ -29,21 +29,17 @@ CHAT = (
 
 def test_every_character_of_a_question_and_its_answer_belongs_to_its_task() -> None:
     for composite in compose(ROWS, 3, 8, seed=0):
-        whole = composite.prompt + composite.response
-        assert len(composite.spans) == 6
-        for number, (span, asked) in enumerate(
-            zip(composite.spans, [*composite.questions] * 2, strict=True)
+        asked = composite.questions
+        for spans, text, rows in (
+            (composite.prompt_spans, composite.prompt, [q.row.prompt for q in asked]),
+            (composite.response_spans, composite.response, [q.row.response for q in asked]),
         ):
-            text = asked.row.prompt if number < 3 else asked.row.response
-            assert whole[span.start : span.end].strip() == f"{number % 3 + 1}. {text}"
-            assert span.task == asked.task
-        # nothing between the questions, or between the answers, is left without an owner
-        for spans, length in (
-            (composite.prompt_spans, len(composite.prompt)),
-            (composite.response_spans, len(composite.response)),
-        ):
+            owned = [(span.task, text[span.start : span.end].strip()) for span in spans]
+            numbered = [f"{number}. {row}" for number, row in enumerate(rows, 1)]
+            assert owned == [*zip([q.task for q in asked], numbered, strict=True)]
+            # nothing between the questions, or between the answers, is left without an owner
             assert [span.start for span in spans[1:]] == [span.end for span in spans[:-1]]
-            assert spans[-1].end == length
+            assert spans[-1].end == len(text)
 
 
 def test_a_seed_gives_the_same_composites_and_each_row_once_before_any_repeats() -> None:
@@ -159,8 +155,12 @@ def test_tokens_belong_to_the_task_of_their_characters(
         for task in ROWS:
             own = [i for i, owner in zip(ids, owners, strict=True) if owner == task]
             text = "".join(
-                (composite.prompt + composite.response)[span.start : span.end]
-                for span in composite.spans
+                whole[span.start : span.end]
+                for whole, spans in (
+                    (composite.prompt, composite.prompt_spans),
+                    (composite.response, composite.response_spans),
+                )
+                for span in spans
                 if span.task == task
             )
             assert tokenizer.decode(own, skip_special_tokens=True) == text

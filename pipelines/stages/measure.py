@@ -84,7 +84,8 @@ def check_prompts(work: RunContext, plan: Plan) -> None:
         BenchmarkError: a prompt of a missing measurement is too long, or lm-eval does not know its
             task.
     """
-    tasks = _tasks_of(missing(work, plan), plan)
+    askings = missing(work, plan)
+    tasks, systems = _tasks_of(askings, plan), {one[0].system for one in askings}
     check_names(tasks)
     own = {name: rows for name, rows in plan.examples.items() if name != NULL}
     examples, spans = ({}, ()) if work.holds(plan.router.id) else (own, plan.spans)
@@ -93,7 +94,10 @@ def check_prompts(work: RunContext, plan: Plan) -> None:
         options, plain = plan.router.options, plan.router.template == "plain"
         folder = work.base_folder(plan.base)
         cards = plan.card_examples.keys() & examples.keys()
-        check_rows(folder, tasks, examples, spans, place, options, plain=plain, of_cards=cards)
+        check_rows(
+            folder, tasks, examples, spans, place, options,
+            plain=plain, of_cards=cards, systems=systems,
+        )  # fmt: skip
 
 
 def _tasks_of(askings: Sequence[Sequence[Measurement]], plan: Plan) -> list[Task]:

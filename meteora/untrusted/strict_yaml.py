@@ -16,6 +16,7 @@ TEXT_TAG = "tag:yaml.org,2002:str"
 MAX_DEPTH = 50
 MAX_BITS = 1_000
 """Most bits of a whole number."""
+DECIMAL = re.compile(r"[-+]?[0-9]+")
 INDENTATION = (
     "mapping values",
     "indentation",
@@ -102,7 +103,8 @@ class _TextLoader(_UniqueKeys, _BASE):
 
 
 def _bounded_int(loader: Any, node: yaml.ScalarNode) -> int:  # noqa: ANN401  (one of two classes)
-    value: int = loader.construct_yaml_int(node)
+    is_decimal = DECIMAL.fullmatch(node.value)  # with YAML 1.1 and PyYAML 0100 is 64
+    value: int = int(node.value) if is_decimal else loader.construct_yaml_int(node)
     if value.bit_length() > MAX_BITS:  # Python cannot print larger ones in a message
         raise StrictYAMLError(f"a number has more than {MAX_BITS} bits ({_place(node.start_mark)})")
     return value

@@ -340,9 +340,12 @@ def import_adapters(
 ) -> None:
     """Write a recipe for the adapters in a folder, ready for `meteora run`."""
     from pipelines.planning.overlaps import separate
-    from pipelines.recipe.from_folder import write_recipe
+    from pipelines.recipe.from_folder import adapters_below, write_recipe
 
-    beside = output.with_suffix(".examples")
+    if below := adapters_below(folder):
+        number, one = counted(len(below), "adapter"), below[0]
+        say(f"{number} further down, such as {one}; import {one.parent} for it", "left out")
+    beside = output.parent / f"{output.name}.examples"
     recipe = write_recipe(
         folder,
         output,
@@ -351,6 +354,8 @@ def import_adapters(
         pool,
         lambda found: separate(found, beside, drop=drop_overlaps),
     )
+    if pool and not recipe.gates.pool:
+        say("every adapter has rows, so the pool is not used", "note")
     tested = sum(bool(one.test) for one in recipe.experts)
     say(
         f"{counted(len(recipe.experts), 'expert')} on {recipe.base}, {tested} with tests, router"

@@ -27,7 +27,7 @@ from meteora.untrusted.findings import MOST_NAMED, listed
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedTokenizerBase
+    from transformers import BatchEncoding, PreTrainedTokenizerBase
 
 OPENING = (
     "Answer each of the following questions. Begin each answer on a new line with the number of its"
@@ -73,13 +73,6 @@ class Composite(Noun):
     solved: tuple[Composite, ...] = ()
     """Composites that are shown with their answers before the questions."""
 
-    @property
-    def spans(self) -> tuple[Span, ...]:
-        """Prompt and response spans, in characters of the prompt followed by the response."""
-        shift = len(self.prompt)
-        moved = (Span(s.task, s.start + shift, s.end + shift) for s in self.response_spans)
-        return (*self.prompt_spans, *moved)
-
     def to_dict(self) -> dict[str, Any]:
         """The questions and their tasks, also of solved ones; everything else follows from them."""
         body: dict[str, Any] = {"questions": [[q.task, q.row.to_dict()] for q in self.questions]}
@@ -90,13 +83,15 @@ class Composite(Noun):
 
         The task is None for the template and for the sentence before the questions. The end of
         sequence belongs to the last answer. A token belongs to the task of its first character.
+
+        Raises:
+            ExamplesError: the tokens of a text have no places, or the chat template changes the
+                prompt.
         """
-        text, templated = render_prompt(tokenizer, self.prompt), bool(tokenizer.chat_template)
-        messages = [{"role": "user", "content": self.prompt}]
-        places = content_places(tokenizer, messages, text) if templated else [(0, len(text))]
-        start = places[0][0] if places else text.index(self.prompt)
+        text, plain = render_prompt(tokenizer, self.prompt), not tokenizer.chat_template
+        start = self._start(tokenizer, text)
         owners = [
-            *_owners(tokenizer, text, self.prompt_spans, shift=start, special=not templated),
+            *_owners(tokenizer, text, self.prompt_spans, shift=start, special=plain),
             *_owners(tokenizer, self.response, self.response_spans),
         ]
         ids = encode_pair(tokenizer, self.prompt, self.response)
@@ -108,8 +103,23 @@ class Composite(Noun):
 
         Args:
             text: the prompt in its template, with all special tokens
+
+        Raises:
+            ExamplesError: as `encode`.
         """
-        return _owners(tokenizer, text, self.prompt_spans, shift=text.index(self.prompt))
+        return _owners(tokenizer, text, self.prompt_spans, shift=self._start(tokenizer, text))
+
+    def _start(self, tokenizer: PreTrainedTokenizerBase, text: str) -> int:
+        """The place of the prompt in a text: the chat template's words may hold it, too."""
+        messages = [{"role": "user", "content": self.prompt}]
+        places = content_places(tokenizer, messages, text) if tokenizer.chat_template else None
+        start = places[0][0] if places else text.find(self.prompt)
+        if start < 0:
+            raise ExamplesError(
+                f"the base's chat template changes what a prompt says ({self.prompt[:60]!r}), so"
+                " composites and spans have no place in it; leave them out"
+            )
+        return start
 
     def answer_starts(
         self, tokenizer: PreTrainedTokenizerBase, form: str = "{}. "
@@ -328,15 +338,31 @@ def _offsets(
     Some tokenizers (Pythia's, OPT's) leave spaces out, so a token of spaces has no characters: here
     it has its last one.
     """
-    encoded = tokenizer(
-        text,
-        add_special_tokens=special,
-        return_offsets_mapping=True,
-        return_special_tokens_mask=True,
-    )
+    encoded = with_places(tokenizer, text, special=special)
     return [
         (first - 1, end) if 0 < first == end and not is_added else (first, end)
         for (first, end), is_added in zip(
             encoded["offset_mapping"], encoded["special_tokens_mask"], strict=True
         )
     ]
+
+
+def with_places(
+    tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False
+) -> BatchEncoding:
+    """The tokens of a text, with their places in it and a mask of the special ones.
+
+    Raises:
+        ExamplesError: the tokenizer is one in Python, which gives no places.
+    """
+    if not tokenizer.is_fast:
+        raise ExamplesError(
+            "the base's tokenizer gives no places of its tokens in a text, which composites,"
+            " conversations and spans need; leave them out"
+        )
+    return tokenizer(
+        text,
+        add_special_tokens=special,
+        return_offsets_mapping=True,
+        return_special_tokens_mask=True,
+    )

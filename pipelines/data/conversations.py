@@ -23,6 +23,7 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import Noun
 from meteora.base.chat_template import ConversationError, content_places, rendered
+from pipelines.data.composites import with_places
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
@@ -122,18 +123,12 @@ class Conversation(Noun):
 
         Raises:
             ExamplesError: the tokenizer's chat template does not take these roles, or changes the
-                text of a turn.
+                text of a turn; or the tokens of a text have no places.
         """
-        try:
-            text = rendered(tokenizer, self.messages())
-        except ConversationError as error:
-            raise ExamplesError(
-                f"{error}; set"
-                " `gates: {conversations: [], system_prompts: []}`, or leave system prompts out"
-            ) from error
-        encoded = tokenizer(text, add_special_tokens=False, return_offsets_mapping=True)
+        text, places = _placed(self, tokenizer)
+        encoded = with_places(tokenizer, text)
         owners: list[str | None] = [None] * len(encoded.input_ids)
-        for turn, (start, end) in zip(self.turns, _places(self, tokenizer, text), strict=True):
+        for turn, (start, end) in zip(self.turns, places, strict=True):
             for token, (first, behind) in enumerate(encoded["offset_mapping"]):
                 if behind > start:  # its first token may have a space in front
                     owners[token] = turn.expert
@@ -219,22 +214,30 @@ def takes(tokenizer: PreTrainedTokenizerBase, turns: int = 1, system: str | None
     """Whether the chat template takes so many turns, and a system prompt."""
     probe = Conversation(tuple(Turn("", f"one {i}", f"two {i}") for i in range(turns)), system)
     try:
-        probe.encode(tokenizer)
+        _placed(probe, tokenizer)
     except ExamplesError:
         return False
     return True
 
 
-def _places(
-    conversation: Conversation, tokenizer: PreTrainedTokenizerBase, text: str
-) -> list[tuple[int, int]]:
-    """(start, end) of each turn in the text: from its question to the end of its answer."""
+def _placed(
+    conversation: Conversation, tokenizer: PreTrainedTokenizerBase
+) -> tuple[str, list[tuple[int, int]]]:
+    """The text, and (start, end) of each turn in it: from its question to its answer's end."""
     messages = conversation.messages()
+    try:
+        text = rendered(tokenizer, messages)
+    except ConversationError as error:
+        raise ExamplesError(
+            f"{error}; set"
+            " `gates: {conversations: [], system_prompts: []}`, or leave system prompts out"
+        ) from error
     places = content_places(tokenizer, messages, text)
     if places is None:  # a template may change some contents
         places = _searched(messages, text)
     ends = [end for _, end in places[1::2]]
-    return list(zip((start for start, _ in places[::2]), [*ends, len(text)], strict=True))
+    starts = [start for start, _ in places[::2]]
+    return text, list(zip(starts, [*ends, len(text)], strict=True))
 
 
 def _searched(messages: Sequence[Mapping[str, str]], text: str) -> list[tuple[int, int]]:

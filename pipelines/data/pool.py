@@ -99,8 +99,7 @@ def divide(
     pool_ids = [ids_of[prompt] for prompt in texts]
     known_ids = [encode_prompt(tokenizer, prompt) for own in known.values() for prompt in own]
     known_ids = [ids for ids in known_ids if 0 < len(ids) <= most]
-    outsiders = [row.prompt for row in background_rows() if row.prompt][:OUTSIDERS]
-    all_ids = pool_ids + known_ids + [encode_prompt(tokenizer, text) for text in outsiders]
+    all_ids = pool_ids + known_ids + [encode_prompt(tokenizer, text) for text in outsiders()]
     with bar("reading the pool", len(all_ids), "prompts") as advance:
         means, sizes = read_prompts(model, tokenizer, all_ids, len(names), advance)
     points = means[: len(pool_ids) + len(known_ids)].numpy()
@@ -143,8 +142,7 @@ def known_shares(
     place = {
         text: i for i, text in enumerate(dict.fromkeys(t for own in first.values() for t in own))
     }
-    outsiders = [row.prompt for row in background_rows() if row.prompt][:OUTSIDERS]
-    ids = [encode_prompt(tokenizer, text)[:CHECKED_TOKENS] for text in [*place, *outsiders]]
+    ids = [encode_prompt(tokenizer, text)[:CHECKED_TOKENS] for text in [*place, *outsiders()]]
     means, sizes = read_prompts(model, tokenizer, ids, len(names))
     clusters = clusters_of(means[: len(place)].numpy(), CLUSTERS_PER_EXPERT * len(names))
     scores = stand_out(sizes.double().numpy(), clusters)
@@ -154,6 +152,11 @@ def known_shares(
         for name, own in first.items()
         if own
     }
+
+
+def outsiders() -> list[str]:
+    """Prompts that belong to no expert."""
+    return [row.prompt for row in background_rows() if row.prompt][:OUTSIDERS]
 
 
 def least_scores(scores: NDArray[np.float64]) -> NDArray[np.float64]:

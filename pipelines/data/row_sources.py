@@ -90,7 +90,7 @@ def read_rows(
         )
     allowed, read = READERS[kind]
     if unknown := options.keys() - allowed:
-        known = ", ".join(sorted(allowed)) or "none"
+        known = ", ".join(sorted(allowed))
         raise ExamplesError(f"{source}: unknown option {unknown.pop()!r}; {kind} takes {known}")
     rows = list(islice(read(Request(name, folder, options, limit, token_of, answered)), limit))
     if not rows:
@@ -101,6 +101,8 @@ def read_rows(
 def _split(source: str) -> tuple[str, str, dict[str, str]]:
     """Kind, name and options of a source."""
     kind, _, rest = source.partition(":")
+    if kind == "jsonl":  # it takes no options, and a path may hold a `?`
+        return kind, rest, {}
     name, _, query = rest.partition("?")
     return kind, name, dict(parse_qsl(query, keep_blank_values=True))
 
@@ -173,8 +175,9 @@ def json_lines(path: Path) -> Iterator[tuple[str, str]]:
     except UnicodeDecodeError as error:
         raise ExamplesError(f"{path}, {not_utf8(path, error)}") from error
     except FileNotFoundError as error:
+        options = ", and jsonl takes no options behind a `?`" if "?" in path.name else ""
         raise ExamplesError(
-            f"{path.absolute()}: there is no such file; check the path of the rows"
+            f"{path.absolute()}: there is no such file; check the path of the rows{options}"
         ) from error
     except OSError as error:
         raise ExamplesError(f"{path}: {error.strerror or error}") from error

@@ -199,7 +199,7 @@ def _ask_dialogues_as(
         )
     except ExamplesError as error:
         raise BenchmarkError(
-            f"task {task.name}: the base's chat template does not take its conversations: {error}"
+            f"task {task.name}: its conversations are not possible with this base: {error}"
         ) from error
     outputs: list[dict[str, Any]] = [
         {

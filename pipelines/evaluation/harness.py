@@ -97,7 +97,7 @@ def refuse_conversations(
             first.with_answers(["yes"] * (len(first.questions) - 1)).encode(tokenizer)
         except ExamplesError as error:
             raise BenchmarkError(
-                f"task {task}: the base's chat template does not take its conversations: {error}"
+                f"task {task}: its conversations are not possible with this base: {error}"
             ) from error
 
 

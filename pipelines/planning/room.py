@@ -21,6 +21,7 @@ from pipelines.evaluation.harness import (
     refuse_too_long,
     room_of,
 )
+from pipelines.evaluation.measurements import ORACLES
 from pipelines.planning.examples import LEAST_EXAMPLES
 from pipelines.workspace.console import say
 
@@ -59,6 +60,7 @@ def check_rows(
     *,
     plain: bool,
     of_cards: Collection[str] = (),
+    systems: Collection[str] = (),
 ) -> None:
     """Refuse rows that are too long for a base, or not possible in its chat template.
 
@@ -68,6 +70,7 @@ def check_rows(
         place: returns the place of an example, from its expert and its number
         plain: whether gates are fitted to prompts without the chat template
         of_cards: the experts whose examples are those of their cards' data sets
+        systems: that answer the tasks; an oracle needs the places of a composite's questions
 
     Raises:
         BenchmarkError: a prompt of a task is.
@@ -80,8 +83,10 @@ def check_rows(
     without_too_long(examples, of_cards, room_of(config), tokenizer)
     given = {name: rows for name, rows in examples.items() if name not in of_cards}
     check_examples(given, place, config, tokenizer)
-    for row in spans:
-        row.encode(tokenizer)
+    oracle = any(system in ORACLES for system in systems)
+    placed = [task.composites[0] for task in tasks if oracle and task.composites]
+    for one in (*spans, *placed):
+        one.encode(tokenizer)
     if examples:
         check_opening(options, tokenizer)
 

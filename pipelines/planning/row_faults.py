@@ -73,6 +73,7 @@ def faults_of_rows(context: RunContext, base: BaseSpec | None, read: Read) -> li
                 partial(place_of_example, context),
                 recipe.router.options((), fitted=True),
                 plain=settings.template == "plain",
+                systems=settings.compare,
             )
     except (ExamplesError, BenchmarkError) as error:
         return [str(error)]

@@ -1,12 +1,13 @@
 """What is wrong in a recipe, in the words of those who write them."""
 
 import json
+from collections.abc import Mapping
 from datetime import date
 
 from pydantic import BaseModel, ValidationError
 from pydantic_core import ErrorDetails
 
-from pipelines.recipe.keys import keys_of, suggest
+from pipelines.recipe.keys import Key, keys_of, suggest
 
 INPUT = "Input should be "
 """The beginning of pydantic's messages about types and ranges."""
@@ -28,8 +29,8 @@ def explain(error: ValidationError, section: type[BaseModel]) -> str:
         section: what was read, such as a whole recipe
     """
     faults = error.errors()
-    paths = [key.path for key in keys_of(section)]
-    names = {name for path in paths for name in path.split(".")}
+    keys = {key.path: key for key in keys_of(section)}
+    names = {name for path in keys for name in path.split(".")}
     said: dict[str, str] = {}
     for fault in faults[:MOST_FAULTS]:
         unknown, place = fault["type"] == "extra_forbidden", fault["loc"]
@@ -38,8 +39,7 @@ def explain(error: ValidationError, section: type[BaseModel]) -> str:
         name = ".".join(str(one) for one in place if isinstance(one, int) or one in kept)
         name = name or "recipe"
         if unknown:
-            path = ".".join(step for step in name.split(".") if not step.isdecimal())
-            said[name] = f"unknown key {name:.200}{suggest(path, paths)}"
+            said[name] = _of_unknown(name, keys)
         elif name in said:  # it is also no value of the other kind that may be there
             message, given, value = said[name].partition(" (given: ")
             other = _message(fault)[0].removeprefix(INPUT)
@@ -49,6 +49,14 @@ def explain(error: ValidationError, section: type[BaseModel]) -> str:
     inner = [text for name, text in said.items() if not any(o.startswith(f"{name}.") for o in said)]
     more = len(faults) - MOST_FAULTS
     return "; ".join([*inner, *([f"and {more:,} more faults"] if more > 0 else [])])
+
+
+def _of_unknown(name: str, keys: Mapping[str, Key]) -> str:
+    """Why a section has no such key."""
+    path = ".".join(step for step in name.split(".") if not step.isdecimal())
+    if path in keys and (kind := keys[path].kind):
+        return f"{name} goes with {kind}, which is not chosen: set it, or take {name} out"
+    return f"unknown key {name:.200}{suggest(path, [*keys])}"
 
 
 def _message(fault: ErrorDetails) -> tuple[str, str]:

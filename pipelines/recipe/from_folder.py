@@ -64,14 +64,13 @@ def write_recipe(
     Raises:
         ImportingError: There is no folder, or no usable adapter in it; no base is named, or `base`
             has another form; `examples` has no rows for the adapters; there is no file `pool`; or
-            `out` exists already.
+            `out` or a file of rows exists already, or its folder is a file.
     """
     if pool is not None and not pool.is_file():
         raise ImportingError(f"{pool}: there is no such file of prompts")
     if not folder.is_dir():
         raise ImportingError(f"{folder}: there is no such folder of adapters")
-    if out.exists():
-        raise ImportingError(f"{out} is there already; give another name with -o")
+    _refuse_taken(out)
     if examples is not None and not examples.is_dir():
         raise ImportingError(f"{examples}: there is no such folder of rows; check its path")
     adapters = [find_rows(one, examples) for one in find_adapters(folder)]
@@ -82,7 +81,7 @@ def write_recipe(
             f"{folder}: no adapter in it can be an expert ({refusals or 'no ' + CONFIG})"
         )
     if examples is not None and not any(one.examples or one.test for one in usable):
-        names = ", ".join(one.folder.resolve().name for one in usable[:5])
+        names = ", ".join(_called(one.folder) for one in usable[:5])
         raise ImportingError(
             f"{examples}: it has no rows for {names}; {EXAMPLES[0]} and {TESTS[0]} in a folder with"
             f" the adapter's name are needed, or NAME.{EXAMPLES[0]} and NAME.{TESTS[0]}"
@@ -91,19 +90,34 @@ def write_recipe(
     prepared = prepare(adapters)
     text = recipe_text(prepared, base, out.parent, pool)
     recipe = Recipe.parse(text.encode(), out)
-    out.parent.mkdir(parents=True, exist_ok=True)
-    for one in prepared:
-        if one.examples and one.rows:
-            one.examples.parent.mkdir(exist_ok=True)
-            replace_text(one.examples, one.rows)
-    replace_text(out, text)
+    files = {one.examples: one.rows for one in prepared if one.examples and one.rows}
+    for path in files:
+        _refuse_taken(path)
+    for path, content in (files | {out: text}).items():
+        path.parent.mkdir(parents=True, exist_ok=True)
+        replace_text(path, content)
     return recipe
 
 
+def _refuse_taken(path: Path) -> None:
+    """Refuse to write over what is there.
+
+    Raises:
+        ImportingError: There is a file, or a folder; or a file in place of a folder around it.
+    """
+    if path.exists():
+        raise ImportingError(f"{path} is there already; give another name with -o")
+    around = next(one for one in path.parents if one.exists())
+    if not around.is_dir():
+        raise ImportingError(
+            f"{around} is no folder, so {path} cannot be written; give another name with -o"
+        )
+
+
 def find_adapters(folder: Path) -> list[Found]:
-    """Every adapter in a folder or right below it, sorted by name, each judged."""
-    configs = [folder / CONFIG] if (folder / CONFIG).is_file() else []
-    configs += sorted(folder.glob(f"*/{CONFIG}"))
+    """The adapter in a folder, or every one right below it, sorted by name, each judged."""
+    here = folder / CONFIG
+    configs = [here] if here.is_file() else sorted(folder.glob(f"*/{CONFIG}"))
     adapters: list[Found] = []
     for config in configs:
         verdict = reader.check(config.parent)
@@ -112,10 +126,24 @@ def find_adapters(folder: Path) -> list[Found]:
             refusal = "; ".join(reason.message for reason in verdict.reasons)
         revision = verdict.facts.get("base_revision") or ""
         base = verdict.facts.get("base_model") or ""
-        name = _name(config.parent.resolve().name, {one.name for one in adapters})
+        name = _name(_called(config.parent), {one.name for one in adapters})
         at = f"@{revision}" if base and revision else ""
         adapters.append(Found(config.parent, name, f"{base}{at}", refusal))
     return adapters
+
+
+def adapters_below(folder: Path) -> list[Path]:
+    """The folders of adapters that `find_adapters` leaves out since they lie deeper, sorted.
+
+    An adapter's own checkpoints of its training are not meant by anybody.
+    """
+    depth = "*" if (folder / CONFIG).is_file() else "*/*"
+    below = sorted(path.parent for path in folder.glob(f"{depth}/{CONFIG}"))
+    return [
+        path
+        for path in below
+        if not (path.name.startswith("checkpoint-") and (path.parent / CONFIG).is_file())
+    ]
 
 
 def find_rows(adapter: Found, folder: Path | None) -> Found:
@@ -125,7 +153,7 @@ def find_rows(adapter: Found, folder: Path | None) -> Found:
         folder: Holds the files in a subfolder with the adapter's name, or itself, as
             `<name>.train.jsonl`. None: they are beside the adapter.
     """
-    name = adapter.folder.resolve().name
+    name = _called(adapter.folder)
 
     def first(names: Sequence[str]) -> Path | None:
         if folder is None:
@@ -220,6 +248,11 @@ def _path(path: Path, folder: Path) -> str:
     if named != relative:
         raise ImportingError(f"{named}: its name is not UTF-8, as a recipe is; rename it")
     return relative
+
+
+def _called(folder: Path) -> str:
+    """The name that a folder has here; a link's target may have another."""
+    return Path(os.path.abspath(folder)).name  # noqa: PTH100  (without links, without `..`)
 
 
 def _name(text: str, taken: set[str]) -> str:

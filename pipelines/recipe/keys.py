@@ -45,6 +45,8 @@ class Key:
     """The allowed values; empty if all of its type are allowed."""
     text: str
     """Its meaning."""
+    kind: str = ""
+    """Such as "`method: joint`", if only this kind of its section has it."""
 
 
 def keys_of(section: type[BaseModel]) -> list[Key]:
@@ -92,7 +94,8 @@ def _keys(section: Mapping[str, Any], defs: Mapping[str, Any], above: str) -> It
             for key in _keys(value, defs, f"{path}."):
                 own = key.path.removeprefix(f"{path}.").split(".")[0]
                 kind = "" if own in shared else _kind(value, inner)
-                yield replace(key, text=f"{kind}{key.text}")
+                text = f"With {kind}: {key.text}" if kind else key.text
+                yield replace(key, text=text, kind=kind or key.kind)
 
 
 def _values(
@@ -129,11 +132,11 @@ def _type(value: Mapping[str, Any]) -> str:
 
 
 def _kind(section: Mapping[str, Any], choices: Sequence[Mapping[str, Any]]) -> str:
-    """The start of the text of a key that only one of several kinds of a section has."""
+    """The keys that choose one of several kinds of a section; empty if there is one kind."""
     constants = {n: v["const"] for n, v in section["properties"].items() if "const" in v}
     if len(choices) < 2 or not constants:
         return ""
-    return f"With {', '.join(f'`{name}: {value}`' for name, value in constants.items())}: "
+    return ", ".join(f"`{name}: {value}`" for name, value in constants.items())
 
 
 def _range(value: Mapping[str, Any]) -> str:

@@ -312,10 +312,13 @@ def _labelled(
     shared = router.opening == "shared"
     nobody = len(names) if shared else UNLABELLED
     asked = work.recipe.gates.conversations or work.recipe.gates.system_prompts
-    if asked and not tokenizer.chat_template:
+    lacking = "" if tokenizer.is_fast else "the base's tokenizer gives no places of its tokens"
+    if not tokenizer.chat_template:
+        lacking = "the base has no chat template"
+    if asked and lacking:
         without = "fitted without conversations and system prompts"
-        say(f"the base has no chat template: gates are {without}", "note")
-    talks = _conversations(plan, tokenizer, room)
+        say(f"{lacking}: gates are {without}", "note")
+    talks = [] if lacking else _conversations(plan, tokenizer, room)
     labeller = Labeller(tokenizer, names, nobody)
     sequences = labeller.spans(talks) or labeller.examples(plan.examples)
     mixed = labeller.composites(
@@ -369,7 +372,7 @@ def _conversations(plan: Plan, tokenizer: PreTrainedTokenizerBase, room: int) ->
         room: the most tokens of a conversation
     """
     lengths, systems = plan.router.conversations, plan.router.system_prompts
-    if not tokenizer.chat_template or not (lengths or systems):
+    if not (lengths or systems):
         return []
     if systems and not takes(tokenizer, system="Be brief."):
         say("the base's chat template takes no system prompt: gates are fitted without", "note")

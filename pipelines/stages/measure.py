@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache, partial
 from typing import TYPE_CHECKING
@@ -26,6 +26,7 @@ from meteora.model.generate import prompts_at_once
 from meteora.routing.layer import routed_layers
 from meteora.untrusted.findings import MOST_NAMED, counted, listed
 from pipelines.admission import silent_experts
+from pipelines.data.rows import ExamplesError
 from pipelines.evaluation import evaluate, routing_stats, speed
 from pipelines.evaluation.harness import HARNESS
 from pipelines.evaluation.measurements import ONE_EXPERT, Measurement, control_of
@@ -46,6 +47,7 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from meteora.artifacts import BenchmarkSpec
+    from pipelines.data.rows import Row
     from pipelines.evaluation.tasks import Task
     from pipelines.planning.plan import Plan
     from pipelines.workspace.context import RunContext
@@ -82,7 +84,8 @@ def check_prompts(work: RunContext, plan: Plan) -> None:
         BenchmarkError: a prompt of a missing measurement is too long, or lm-eval does not know its
             task.
     """
-    tasks = _tasks_of(missing(work, plan), plan)
+    askings = missing(work, plan)
+    tasks, systems = _tasks_of(askings, plan), {one[0].system for one in askings}
     check_names(tasks)
     own = {name: rows for name, rows in plan.examples.items() if name != NULL}
     examples, spans = ({}, ()) if work.holds(plan.router.id) else (own, plan.spans)
@@ -91,7 +94,10 @@ def check_prompts(work: RunContext, plan: Plan) -> None:
         options, plain = plan.router.options, plan.router.template == "plain"
         folder = work.base_folder(plan.base)
         cards = plan.card_examples.keys() & examples.keys()
-        check_rows(folder, tasks, examples, spans, place, options, plain=plain, of_cards=cards)
+        check_rows(
+            folder, tasks, examples, spans, place, options,
+            plain=plain, of_cards=cards, systems=systems,
+        )  # fmt: skip
 
 
 def _tasks_of(askings: Sequence[Sequence[Measurement]], plan: Plan) -> list[Task]:
@@ -309,10 +315,7 @@ def _watch_routing(
                 if count
             )
             routing_stats.add(total, sums_of)
-    switches: tuple[RoutingSwitch, ...] = ()
-    if composites := routing_stats.composites_of(own):
-        with bar("measuring switches", len(composites), "prompts") as advance:
-            switches = routing_stats.measure_switches(model, tokenizer, composites, advance=advance)
+    switches = _switches(own, model, tokenizer)
     rows_without_expert, abstention = plan.rows_without_expert, None
     if rows_without_expert:
         everyones = [row for rows in own.values() for row in rows]
@@ -334,6 +337,26 @@ def _watch_routing(
     )
     work.ledger.record_routing(scores, run_id=work.run_id)
     work.ledger.record_artifact(plan.routing, weights_sha256="", built=made, run_id=work.run_id)
+
+
+def _switches(
+    own: Mapping[str, Sequence[Row]], model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
+) -> tuple[RoutingSwitch, ...]:
+    """How soon routing follows a change of subject; nothing where a base cannot tell.
+
+    Nobody asked for it, so it ends no run.
+
+    Args:
+        own: test rows, by expert
+    """
+    if not (composites := routing_stats.composites_of(own)):
+        return ()
+    try:
+        with bar("measuring switches", len(composites), "prompts") as advance:
+            return routing_stats.measure_switches(model, tokenizer, composites, advance=advance)
+    except ExamplesError as error:
+        say(f"switches are not measured: {error}", "note")
+        return ()
 
 
 def _accuracy(scores: Sequence[RoutingScore], truths: Sequence[str]) -> float:

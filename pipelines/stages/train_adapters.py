@@ -116,8 +116,9 @@ def train(work: RunContext, settings: Training, only: Collection[str] = ()) -> I
         require_sound(work.ledger, spec)
         model, tokenizer = _open_base(work, spec, device)
         for expert in experts:
-            if _is_there(local_folder(work, expert)):
-                continue  # somebody copied it there meanwhile
+            if _is_there(folder := local_folder(work, expert)):
+                say(f"{expert.name}: {folder} came meanwhile, and stays as it is")
+                continue
             own = rows[expert.name]
             yield _train_one(work, expert, own, skip, spec, model, tokenizer, settings)
 
@@ -157,7 +158,24 @@ def _missing(work: RunContext, only: Collection[str]) -> list[ExpertSection]:
                 " `examples`, or name other experts with --only"
             )
         missing.append(expert)
+    _refuse_one_folder(work, missing)
     return missing
+
+
+def _refuse_one_folder(work: RunContext, experts: Sequence[ExpertSection]) -> None:
+    """Refuse two experts that would be written to one folder; only the first would be trained.
+
+    Raises:
+        AdapterTrainingError: two of them are.
+    """
+    names: dict[Path, str] = {}
+    for expert in experts:
+        folder = local_folder(work, expert)
+        other = names.setdefault(folder.resolve(), expert.name)
+        if other != expert.name:
+            raise AdapterTrainingError(
+                f"{other} and {expert.name} name one folder, {folder}; give each its own"
+            )
 
 
 def _is_there(folder: Path) -> bool:
@@ -189,8 +207,9 @@ def training_rows(
         own = [n for n, row in enumerate(rows) if n >= skip and row.sha256 not in fitted]
         if not own:
             raise AdapterTrainingError(
-                f"{name}: beside the {skip} rows that gates are fitted to, {source} has none to"
-                " train on; a smaller `examples_per_expert` leaves some"
+                f"{name}: {source} has {counted(len(rows), 'row')}, and none to train on beside the"
+                f" first {skip}, which gates are fitted to; a smaller `examples_per_expert` leaves"
+                " some"
             )
         training[name], numbers[name] = [rows[n] for n in own], own
     tests = make_tasks(recipe.experts, recipe.benchmark, folder, read)

@@ -36,7 +36,6 @@ import meteora
 from meteora.base.chat_template import encode_prompt
 from meteora.model.update_sizes import read_prompts
 from pipelines.data import pool as dealing
-from pipelines.data.background import background_rows
 from pipelines.data.claims import Claim, read_claims
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import Row
@@ -220,7 +219,7 @@ def _read(
     prompts: Sequence[str], checkpoint: Path, base: Path, num_experts: int
 ) -> tuple[NDArray[np.float32], NDArray[np.float64]]:
     """Hidden states [N, H], and the logarithms of the updates' sizes [N + outsiders, E]."""
-    texts = [row.prompt for row in background_rows() if row.prompt][: dealing.OUTSIDERS]
+    texts = dealing.outsiders()
     model, tokenizer = meteora.load(checkpoint, base_folder=base)
     asked = [encode_prompt(tokenizer, text) for text in [*prompts, *texts]]
     points, sizes = read_prompts(model, tokenizer, asked, num_experts)

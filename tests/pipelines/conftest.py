@@ -7,6 +7,7 @@ from __future__ import annotations
 import json
 import random
 import shutil
+import string
 from dataclasses import dataclass, replace
 from itertools import count
 from types import MappingProxyType, SimpleNamespace
@@ -25,6 +26,7 @@ if TYPE_CHECKING:
     from pathlib import Path
 
     from selenium import webdriver
+    from transformers import PreTrainedTokenizerBase
 
     from meteora.artifacts import BuiltBase
     from pipelines.planning.plan import Plan
@@ -271,6 +273,19 @@ def chat_base(world: World, tmp_path: Path) -> Path:
     shutil.copytree(world.base, folder)
     (folder / "chat_template.jinja").write_text(CHAT_TEMPLATE)
     return folder
+
+
+@pytest.fixture
+def python_tokenizer(tmp_path: Path) -> PreTrainedTokenizerBase:
+    """CTRL's, which is written in Python: one token a letter, and a chat template."""
+    from transformers import CTRLTokenizer
+
+    letters = sorted({*string.printable} - {*string.whitespace})
+    tokens = ["<unk>", "</s>", *letters, *(f"{letter}</w>" for letter in letters)]
+    vocab, merges = tmp_path / "vocab.json", tmp_path / "merges.txt"
+    vocab.write_text(json.dumps({token: i for i, token in enumerate(tokens)}))
+    merges.write_text("#version\n")
+    return CTRLTokenizer(vocab, merges, eos_token="</s>", chat_template=CHAT_TEMPLATE)  # noqa: S106
 
 
 @pytest.fixture

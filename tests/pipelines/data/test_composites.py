@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import copy
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -9,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 from tokenizers import processors
 
-from meteora.base.chat_template import encode_pair
-from pipelines.data.composites import compose, split_answers
+from meteora.base.chat_template import encode_pair, render_prompt
+from pipelines.data.composites import Span, compose, split_answers
 from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
@@ -28,21 +29,17 @@ CHAT = (
 
 def test_every_character_of_a_question_and_its_answer_belongs_to_its_task() -> None:
     for composite in compose(ROWS, 3, 8, seed=0):
-        whole = composite.prompt + composite.response
-        assert len(composite.spans) == 6
-        for number, (span, asked) in enumerate(
-            zip(composite.spans, [*composite.questions] * 2, strict=True)
+        asked = composite.questions
+        for spans, text, rows in (
+            (composite.prompt_spans, composite.prompt, [q.row.prompt for q in asked]),
+            (composite.response_spans, composite.response, [q.row.response for q in asked]),
         ):
-            text = asked.row.prompt if number < 3 else asked.row.response
-            assert whole[span.start : span.end].strip() == f"{number % 3 + 1}. {text}"
-            assert span.task == asked.task
-        # nothing between the questions, or between the answers, is left without an owner
-        for spans, length in (
-            (composite.prompt_spans, len(composite.prompt)),
-            (composite.response_spans, len(composite.response)),
-        ):
+            owned = [(span.task, text[span.start : span.end].strip()) for span in spans]
+            numbered = [f"{number}. {row}" for number, row in enumerate(rows, 1)]
+            assert owned == [*zip([q.task for q in asked], numbered, strict=True)]
+            # nothing between the questions, or between the answers, is left without an owner
             assert [span.start for span in spans[1:]] == [span.end for span in spans[:-1]]
-            assert spans[-1].end == length
+            assert spans[-1].end == len(text)
 
 
 def test_a_seed_gives_the_same_composites_and_each_row_once_before_any_repeats() -> None:
@@ -158,8 +155,12 @@ def test_tokens_belong_to_the_task_of_their_characters(
         for task in ROWS:
             own = [i for i, owner in zip(ids, owners, strict=True) if owner == task]
             text = "".join(
-                (composite.prompt + composite.response)[span.start : span.end]
-                for span in composite.spans
+                whole[span.start : span.end]
+                for whole, spans in (
+                    (composite.prompt, composite.prompt_spans),
+                    (composite.response, composite.response_spans),
+                )
+                for span in spans
                 if span.task == task
             )
             assert tokenizer.decode(own, skip_special_tokens=True) == text
@@ -209,3 +210,36 @@ def test_a_space_that_a_tokenizer_cuts_off_belongs_to_its_task(
     for composite in compose(ROWS, 3, 2, seed=0):
         assert composite.encode(cuts) == composite.encode(tokenizer)
         assert composite.answer_starts(cuts) == composite.answer_starts(tokenizer)
+
+
+def test_a_prompt_that_the_template_changes_has_no_places_of_its_questions(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    shouting = CHAT.replace("message.content", "message.content | upper")
+    monkeypatch.setattr(tokenizer, "chat_template", shouting)
+    (composite,) = compose(ROWS, 3, 1, seed=0)
+    with pytest.raises(ExamplesError, match="template changes what a prompt says"):
+        composite.encode(tokenizer)
+    with pytest.raises(ExamplesError, match="template changes what a prompt says"):
+        composite.prompt_owners(tokenizer, render_prompt(tokenizer, composite.prompt))
+
+
+def test_words_of_the_template_are_not_taken_for_the_prompt(
+    tokenizer: PreTrainedTokenizerBase, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (composite,) = compose(ROWS, 3, 1, seed=0)
+    (first,) = compose(ROWS, 3, 1, seed=1)
+    short = replace(first, prompt="a", prompt_spans=(Span("red", 0, 1),))
+    monkeypatch.setattr(tokenizer, "chat_template", CHAT.replace("<{{", "<say {{"))
+    for one in (composite, short):
+        _ids, owners = one.encode(tokenizer)
+        asked = one.prompt_owners(tokenizer, render_prompt(tokenizer, one.prompt))
+        assert asked == owners[: len(asked)]
+    assert owners.index("red") == len("<say user>")
+
+
+def test_a_tokenizer_in_python_gives_no_places(python_tokenizer: PreTrainedTokenizerBase) -> None:
+    (composite,) = compose(ROWS, 3, 1, seed=0)
+    for ask in (composite.encode, composite.answer_starts):
+        with pytest.raises(ExamplesError, match="gives no places of its tokens"):
+            ask(python_tokenizer)

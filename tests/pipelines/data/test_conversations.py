@@ -21,6 +21,7 @@ from pipelines.data.conversations import (
     Turn,
     converse,
     default_system_prompts,
+    takes,
     within,
 )
 from pipelines.data.rows import ExamplesError, Row
@@ -180,3 +181,11 @@ def test_a_conversation_without_room_is_one_of_each_of_its_turns(chat) -> None:
     assert within(most - 1, [talk], chat) == alone
     least = len(alone[1].encode(chat)[0]) - 1
     assert within(least, [talk], chat) == [alone[0], Conversation((long,))]
+
+
+def test_a_tokenizer_in_python_gives_no_places_but_its_template_takes_turns(
+    python_tokenizer: PreTrainedTokenizerBase,
+) -> None:
+    assert takes(python_tokenizer, turns=2, system="Be brief.")
+    with pytest.raises(ExamplesError, match="gives no places of its tokens"):
+        Conversation((Turn("red", "red?", "crimson"),)).encode(python_tokenizer)

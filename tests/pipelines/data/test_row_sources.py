@@ -88,8 +88,16 @@ def test_a_file_without_an_end_is_read_up_to_a_bound(
 def test_a_missing_file_and_an_unknown_source_are_named(tmp_path: Path) -> None:
     with pytest.raises(ExamplesError, match="there is no such file"):
         read_rows("jsonl:none.jsonl", tmp_path, 1)
+    with pytest.raises(ExamplesError, match=r"none.jsonl\?part=test: there is no .* no options"):
+        read_rows("jsonl:none.jsonl?part=test", tmp_path, 1)
     with pytest.raises(ExamplesError, match="rows come from"):
         read_rows("csv:none.csv", tmp_path, 1)
+
+
+def test_a_path_with_a_question_mark_is_read(tmp_path: Path) -> None:
+    (tmp_path / "why?").mkdir()
+    (tmp_path / "why?" / "a=b.jsonl").write_text(GOOD)
+    assert read_rows("jsonl:why?/a=b.jsonl", tmp_path, 1) == [Row("p", "r")]
 
 
 def test_a_row_may_have_choices_and_further_answers(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 import json
 import re
 from collections.abc import Callable
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -184,8 +185,25 @@ def test_conversations_that_a_template_does_not_take_are_refused_before_any_work
         "{{ messages[0].content }}"
     )
     talks = task(dialogues=draw_dialogues(ROWS, 2, 1, seed=0))
-    with pytest.raises(BenchmarkError, match=r"not take its conversations: .*one turn"):
+    with pytest.raises(
+        BenchmarkError, match=r"its conversations are not possible with this base: .*one turn"
+    ):
         check_room([talks], config, tokenizer)
+
+
+def test_composites_that_the_oracle_cannot_route_are_refused_before_gates_are_fitted(
+    workplace: Callable[..., RunContext], chat_base: Path, tmp_path: Path
+) -> None:
+    shouting = "{{ messages[0].content | upper }}"
+    (chat_base / "chat_template.jinja").write_text(shouting)
+    settings = {"limit": 2, "max_new_tokens": 4, "composite": [{"n": 2}]}
+    said = "template changes what a prompt says"
+    for compare, refused in (["base"], False), (["oracle"], True):
+        work = workplace(base=f"path:{chat_base}", benchmark={**settings, "compare": compare})
+        dry = ask("run", work.path, "--dry-run", "--home", tmp_path / "home")
+        assert (said in dry.stdout) == refused, dry.stderr
+        with pytest.raises(ExamplesError, match=said) if refused else nullcontext():
+            measure.check_prompts(work, plan_of(work))
 
 
 def test_turns_without_a_chat_template_are_refused_before_gates_are_fitted(

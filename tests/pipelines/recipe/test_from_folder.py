@@ -7,7 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.recipe.from_folder import ImportingError, find_adapters, write_recipe
+from pipelines.recipe.from_folder import (
+    ImportingError,
+    adapters_below,
+    find_adapters,
+    write_recipe,
+)
 from pipelines.recipe.recipe import Recipe
 from tests.conftest import World
 from tests.pipelines.cli.command_line import ask, meteora
@@ -57,6 +62,43 @@ def test_paths_hold_where_the_recipe_lies_behind_a_link(folder: Path, tmp_path: 
             assert (out.parent / expert.adapter.removeprefix("path:")).is_dir()
 
 
+def test_an_adapter_has_the_name_of_its_link_and_not_of_what_that_points_to(
+    world: World, tmp_path: Path
+) -> None:
+    shutil.copytree(world.adapters["q_and_v"], tmp_path / "cache" / "8d41f0")
+    for name in ("adapters/dates", "rows/dates"):
+        (tmp_path / name).parent.mkdir()
+    (tmp_path / "adapters" / "dates").symlink_to(tmp_path / "cache" / "8d41f0")
+    (tmp_path / "rows" / "dates.train.jsonl").write_text('{"prompt": "a", "response": "b"}\n')
+    for number, folder in enumerate((tmp_path / "adapters", tmp_path / "adapters" / "dates")):
+        out = tmp_path / f"{number}.yaml"
+        (found,) = write_recipe(folder, out, examples=tmp_path / "rows").experts
+        assert (found.name, found.examples) == ("dates", "jsonl:rows/dates.train.jsonl")
+
+
+def test_adapters_that_lie_deeper_are_said_to_be_left_out_but_for_an_adapters_checkpoints(
+    world: World, folder: Path, tmp_path: Path
+) -> None:
+    own = world.adapters["q_and_v"]
+    for name in ("checkpoint-500", "checkpoint-1000"):
+        shutil.copytree(own, folder / "q_and_v" / name)
+    out = tmp_path / "one.yaml"
+    made = ask("import", folder / "q_and_v", "-o", out)
+    assert [one.name for one in Recipe.load(out).experts] == ["q_and_v"]
+    assert "further down" not in made.stderr
+    shutil.copytree(own, folder / "team" / "dates")
+    shutil.copytree(own, folder / "team" / "sums")
+    made = ask("import", folder, "-o", tmp_path / "two.yaml")
+    assert {one.name for one in Recipe.load(tmp_path / "two.yaml").experts} == {
+        "q_and_v", "at-tention",
+    }  # fmt: skip
+    said = f"left out: 2 adapters further down, such as {folder}/team/dates; import {folder}/team "
+    assert said in " ".join(made.stderr.split())
+    shutil.move(folder / "team", folder / "q_and_v" / "team")
+    shutil.move(folder / "q_and_v" / "team" / "dates", folder / "q_and_v" / "dates")
+    assert adapters_below(folder / "q_and_v") == [folder / "q_and_v" / "dates"]
+
+
 def test_rows_beside_the_adapters_make_a_gate_possible(folder: Path) -> None:
     shutil.rmtree(folder / "patterns")
     for name in ("q_and_v", "_at tention"):
@@ -98,7 +140,7 @@ def test_a_folder_of_rows_makes_a_recipe_that_runs_with_gates(
     assert "2 experts on path:" in said.stderr
     text = out.read_text()
     assert text.count("2 of 6 examples of") == 2
-    kept = (tmp_path / "recipe.examples" / "q_and_v.train.jsonl").read_text().splitlines()
+    kept = (tmp_path / "recipe.yaml.examples" / "q_and_v.train.jsonl").read_text().splitlines()
     assert [json.loads(line)["response"] for line in kept] == ["0", "1", "2", "3"]
     recipe = Recipe.load(out)
     assert recipe.router.kind == "gate"
@@ -118,7 +160,33 @@ def test_examples_that_are_all_test_rows_count_as_none(folder: Path, tmp_path: P
     assert recipe.router.kind == "prompt"
     assert [bool(one.test) for one in recipe.experts] == [False, True]
     assert not any(one.examples for one in recipe.experts)
-    assert not out.with_suffix(".examples").exists()
+    assert {*tmp_path.iterdir()} == {folder, out}
+
+
+def test_files_of_examples_replace_nothing_and_belong_to_one_recipe(
+    folder: Path, tmp_path: Path
+) -> None:
+    rows = [json.dumps({"prompt": f"p{n}", "response": "r"}) + "\n" for n in range(3)]
+    (folder / "q_and_v" / "train.jsonl").write_text("".join(rows))
+    (folder / "q_and_v" / "test.jsonl").write_text(rows[0])
+
+    def make(name: str) -> str:
+        said = ask("import", folder, "-o", tmp_path / name, "--drop-overlaps")
+        assert bool(said.returncode) == (not (tmp_path / name).exists())
+        return said.stderr
+
+    for name in ("mix.v1", "mix.v2", "a.yml", "a.yaml"):
+        make(name)
+        assert (tmp_path / f"{name}.examples" / "q_and_v.train.jsonl").read_text() == "".join(
+            rows[1:]
+        )
+    (tmp_path / "b.examples").write_text("mine")
+    assert "b.examples is no folder, so" in make("b")
+    mine = tmp_path / "c.examples" / "q_and_v.train.jsonl"
+    mine.parent.mkdir()
+    mine.write_text("mine")
+    assert "q_and_v.train.jsonl is there already; give another name with -o" in make("c")
+    assert mine.read_text() == "mine"
 
 
 def test_what_is_refused_late_leaves_nothing_behind(folder: Path, tmp_path: Path) -> None:
@@ -148,6 +216,11 @@ def test_a_pool_makes_a_recipe_that_runs_with_gates(folder: Path, tmp_path: Path
     said = meteora("run", out, "--dry-run", home=tmp_path / "home")
     assert said.returncode == 0, said.stderr
     assert "of jsonl:asked.jsonl" in said.stdout
+    out.unlink()
+    (folder / "_at tention" / "train.jsonl").write_text('{"prompt": "c", "response": "d"}\n')
+    made = ask("import", folder, "--pool", pool, "-o", out)
+    assert "note: every adapter has rows, so the pool is not used" in made.stderr
+    assert not Recipe.load(out).gates.pool
     out.unlink()
     missing = ask("import", folder, "--pool", tmp_path / "none.jsonl", "-o", out)
     assert "none.jsonl: there is no such file of prompts" in missing.stderr
@@ -232,6 +305,12 @@ def test_nothing_is_overwritten_and_nothing_is_made_of_nothing(
     (tmp_path / "there.yaml").write_text("mine")
     with pytest.raises(ImportingError, match="is there already"):
         write_recipe(folder, tmp_path / "there.yaml")
+    with pytest.raises(ImportingError, match=r"there.yaml is no folder, so .*new.yaml cannot"):
+        write_recipe(folder, tmp_path / "there.yaml" / "deep" / "new.yaml")
+    for nowhere in ("", "."):
+        said = ask("import", folder, "-o", nowhere)
+        assert (said.returncode, said.stdout) == (1, "")
+        assert "error: . is there already; give another name with -o" in said.stderr
     (tmp_path / "empty").mkdir()
     with pytest.raises(ImportingError, match="no adapter in it"):
         write_recipe(tmp_path / "empty", tmp_path / "one.yaml")

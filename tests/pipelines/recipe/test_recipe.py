@@ -59,6 +59,13 @@ def test_a_recipe_may_have_as_many_experts_as_a_checkpoint(tmp_path: Path) -> No
         load(tmp_path, f"base: a/b\nexperts: [{', '.join(named)}]")
 
 
+@pytest.mark.parametrize("count", ["0100", "+0100", "100", "1_00", "0x64"])
+def test_a_number_with_a_zero_in_front_is_no_octal_one(tmp_path: Path, count: str) -> None:
+    path = tmp_path / "recipe.yaml"
+    path.write_text(f"base: a/b\nexperts: [{EXPERT}]\ngates: {{examples_per_expert: {count}}}")
+    assert Recipe.load(path).gates.examples_per_expert == 100
+
+
 @pytest.mark.parametrize("rate", ["1e-3", "1E-3", "1.e-3", "+.1e-2", "0.001"])
 def test_a_number_is_one_in_every_form_that_people_write(tmp_path: Path, rate: str) -> None:
     text = f"base: a/b\nexperts: [{EXPERT}]\ngates: {{method: joint, learning_rate: {rate}}}"
@@ -176,8 +183,13 @@ def test_a_number_is_one_in_every_form_that_people_write(tmp_path: Path, rate: s
         ),
         pytest.param(
             f"base: a/b\nexperts: [{EXPERT}]\ngates: {{steps: 5}}",
-            "unknown key gates.steps",
+            "gates.steps goes with `method: joint`, which is not chosen: set it, or take gates.st",
             id="of the other method",
+        ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\ngates: {{method: joint, by_layer: true}}",
+            "gates.by_layer goes with `method: calibrate`, which is not chosen: set it, or take",
+            id="of the default method",
         ),
         pytest.param(
             f"base: a/b\nexperts: [{EXPERT}]\ngates: {{method: joint, learning_rate: 0.0}}",

@@ -5,12 +5,14 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+from transformers import PreTrainedTokenizerBase
 
 import meteora
 from meteora.artifacts import SHARED, RouterBuild
 from meteora.base.chat_template import encode_pair
 from meteora.checkpoint.manifest import read_manifest
 from pipelines.planning.plan import Plan
+from pipelines.reports.summary import summarise
 from pipelines.stages import build, measure
 from pipelines.stages.open_model import opened
 from pipelines.workspace.context import RunContext
@@ -61,6 +63,26 @@ def test_conversations_that_are_asked_for_on_a_base_without_a_template_are_said_
     assert said not in capfd.readouterr().err
     go(workplace(benchmark=QUICK, gates={"conversations": [2]}))
     assert said in " ".join(capfd.readouterr().err.split())
+
+
+def test_a_base_whose_tokenizer_is_in_python_is_fitted_and_measured_without_places_of_tokens(
+    workplace: Callable[..., RunContext],
+    chat_base: Path,
+    python_tokenizer: PreTrainedTokenizerBase,
+    capfd: pytest.CaptureFixture[str],
+) -> None:
+    for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
+        (chat_base / name).unlink()
+    python_tokenizer.save_pretrained(chat_base)
+    gates = {"conversations": [2]}
+    work = workplace(base=f"path:{chat_base}", benchmark=QUICK, gates=gates)
+    planned, made = go(work)
+    measure.measure(work, planned, made)
+    assert summarise(work.ledger, planned, work.base_folder(planned.base))
+    said = " ".join(capfd.readouterr().err.split())
+    no_places = "the base's tokenizer gives no places of its tokens"
+    assert f"note: {no_places}: gates are fitted without conversations" in said
+    assert f"note: switches are not measured: {no_places} in a text" in said
 
 
 def test_a_checkpoint_on_plain_text_says_so_and_grows_on_plain_text(

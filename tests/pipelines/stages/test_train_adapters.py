@@ -132,12 +132,17 @@ def test_what_is_not_there_is_trained_and_what_is_there_stays(place: Path) -> No
     assert [expert.name for expert in plan.experts] == list(NAMES)
 
 
-def test_an_adapter_that_comes_while_others_are_trained_stays(place: Path) -> None:
+def test_an_adapter_that_comes_while_others_are_trained_stays(
+    place: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
     work = RunContext.open(str(place / "recipe.yaml"), place / "home")
     made = train_adapters.train(work, train_adapters.Training(steps=1))
     first = next(made)
     shutil.copytree(first, place / "adapters" / "attention")
     assert list(made) == []
+    assert "attention came meanwhile, and stays as it is" in " ".join(
+        capfd.readouterr().err.split()
+    )
     assert len(set(bytes_of(place).values())) == 1
 
 
@@ -213,10 +218,14 @@ def test_neither_rows_of_the_gates_nor_tests_are_trained_on(place: Path) -> None
     assert f"is also a row to train q_and_v on, {path}, line 25; take it out" in said.stderr
     assert not (place / "adapters").exists()
 
-    write_rows(path, rows[:8])
-    said = train(place)
-    assert said.returncode == 1
-    assert "q_and_v: beside the 8 rows that gates are fitted to" in said.stderr
+    for number in (8, 5):
+        write_rows(path, rows[:number])
+        said = train(place)
+        assert said.returncode == 1
+        assert (
+            f"{path.name} has {number} rows, and none to train on beside the first 8"
+            in " ".join(said.stderr.split())
+        )
     change(place, router={"kind": "arrow"})  # no gates, so nothing is kept for them
     assert train(place).returncode == 0
 
@@ -249,6 +258,10 @@ def test_what_cannot_be_trained_is_one_sentence(
     with monkeypatch.context() as patch:
         patch.setattr(train_adapters, "memory_bytes", lambda _device: 1000)
         assert "take `quantise: 4bit`, or a larger device" in refused()
+
+    for same in ("attention", "nosuch/../attention"):
+        change_first(place, adapter=f"path:adapters/{same}")
+        assert "q_and_v and attention name one folder, " in refused()
 
     change_first(place, adapter="path:recipe.yaml/adapters/q_and_v")
     with monkeypatch.context() as patch:

@@ -109,10 +109,13 @@ def ask(connection: duckdb.DuckDBPyConnection, sql: str, limits: Limits) -> Answ
     try:
         answer = _answer(connection, sql, limits.rows + 1)
     except duckdb.InterruptException:
-        raise QueryError(f"stopped after {limits.seconds:g} s; narrow the question") from None
+        raise QueryError(
+            f"the query was stopped after {limits.seconds:g} s; narrow the question"
+        ) from None
     except duckdb.OutOfMemoryException:
         raise QueryError(
-            f"needs more than {limits.memory_bytes >> 20} MiB of memory; narrow the question"
+            f"the query needs more than {limits.memory_bytes >> 20} MiB of memory; narrow the"
+            " question"
         ) from None
     except duckdb.Error as error:
         if "Corrupt" in str(error):
@@ -123,7 +126,7 @@ def ask(connection: duckdb.DuckDBPyConnection, sql: str, limits: Limits) -> Answ
     finally:
         timer.cancel()
     if len(answer.rows) > limits.rows:
-        raise QueryError(f"has more than {limits.rows:,} rows; add a LIMIT")
+        raise QueryError(f"the answer has more than {limits.rows:,} rows; add a LIMIT")
     return answer
 
 

@@ -15,6 +15,7 @@ import meteora
 from meteora.checkpoint.manifest import EXPERTS, MANIFEST, read_manifest
 from meteora.checkpoint.resolve import base_files, find_checkpoint, is_hub_id
 from pipelines.hub.client import hub_for, is_offline
+from pipelines.hub.errors import HubConnectionError, UnusableRepositoryError
 from pipelines.hub.snapshot import cached
 from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
 from pipelines.workspace.machine import choose_device, is_too_large, memory_bytes
@@ -77,7 +78,11 @@ def find_folder(
     if folder.is_dir() or not is_hub_id(repo_id):
         return folder
     is_here = cached(repo_id, MANIFEST, revision or None) is not None
-    options = _download_options(repo_id, token_for, is_here=is_here)
+    try:
+        options = _download_options(repo_id, token_for, is_here=is_here)
+    except (HubConnectionError, UnusableRepositoryError) as error:  # or a mistyped path
+        sentence = f"{name}: there is no such folder here; and as a repository, {error}"
+        raise type(error)(sentence) from error
     return find_checkpoint(repo_id, revision or None, download=options, statistics=statistics)
 
 

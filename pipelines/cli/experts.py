@@ -192,7 +192,7 @@ def _print_made(made: Path, what: str, before: Path, *, as_json: bool) -> Manife
     manifest, old = read_manifest(made), read_manifest(before)
     names = manifest.names
     say(f"{what}: {short(manifest.router_id)} has {listed(names, MOST_NAMED)}")
-    say(f"all others are as in {short(old.router_id)}, bit for bit")
+    say(f"all others have the weights and the gate rows of {short(old.router_id)}, bit for bit")
     facts = {
         "checkpoint": str(made),
         "router_id": manifest.router_id,

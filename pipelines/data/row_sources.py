@@ -85,9 +85,10 @@ def read_rows(
     """
     kind, name, options = _split(source)
     if ":" not in source or kind not in READERS:
-        raise ExamplesError(
-            f"{source}: rows come from {', '.join(f'`{known}:…`' for known in READERS)}"
-        )
+        is_file = path_from(folder, source).is_file()
+        guess = f" (did you mean jsonl:{source}?)" if is_file else ""
+        known = ", ".join(f"`{known}:…`" for known in READERS)
+        raise ExamplesError(f"{source}{guess}: rows come from {known}")
     allowed, read = READERS[kind]
     if unknown := options.keys() - allowed:
         known = ", ".join(sorted(allowed))

@@ -99,7 +99,7 @@ def print_estimates(
     every = [*examples.values(), *tests.values()]
     if num_assumed and Stage.stack in stages:
         out.print(
-            f"  {num_assumed} of {experts.count} adapters are not here: taken as rank"
+            f"  {num_assumed} of {experts.count} adapters are not here, or refused: taken as rank"
             f" {ASSUMED_RANK} on every linear layer"
         )
     most, free = _most_on_disk(needs), free_bytes(context.home)

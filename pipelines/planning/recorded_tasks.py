@@ -17,16 +17,22 @@ WHERE base_id = '{base_id}' AND task = '{name}' AND (
         WHERE adapter_id = '{adapter_id}'
     )
 )
-ORDER BY subject_id = '{router_id}' DESC, num_samples DESC, recorded_at DESC, id LIMIT 100
+ORDER BY subject_id = '{router_id}' DESC, (
+    SELECT depth FROM ancestors WHERE descendant_id = '{router_id}' AND ancestor_id = subject_id
+    AND starts_with(ancestor_id, 'router:')
+) NULLS LAST, num_samples DESC, recorded_at DESC, id LIMIT 100
 """
-"""Scores on the task with an expert's name: of this model first, then of its adapter and of other
-models with that adapter. More rows come first, so a quick trial does not decide."""
+"""Scores on the task with an expert's name: of this model first, then of those that it has grown
+from, so that both are asked the same, then of its adapter and of other models with that adapter.
+More rows come first, so a quick trial does not decide."""
 
 
 def recorded_tasks(
     ledger: Ledger, base_id: ArtifactId, experts: Mapping[str, ArtifactId], router_id: str = ""
 ) -> dict[str, Task]:
-    """The own task of each expert as this model answered it, or else with the most rows.
+    """The own task of each expert as this model answered it, or one that it has grown from.
+
+    Else it is that with the most rows.
 
     Tasks without a score are left out. Of equal scores the last one counts.
 

@@ -218,16 +218,21 @@ def _section_of(name: str, task: Task | None) -> ExpertSection:
 
 
 def _settings_of(recorded: dict[str, Task]) -> BenchmarkSection:
-    """The settings of recorded tasks, for further ones; defaults if there are none."""
+    """The settings of recorded tasks, for further ones; defaults if there are none.
+
+    A further task may have longer answers than any of them: it gets the default's length at least.
+    """
+    defaults = BenchmarkSection(compare=COMPARE)
     if not recorded:
-        return BenchmarkSection(compare=COMPARE)
+        return defaults
+    lengths = [defaults.max_new_tokens, *(task.max_new_tokens for task in recorded.values())]
     first = next(iter(recorded.values()))
     return BenchmarkSection.model_validate(
         {
             "compare": COMPARE,
             "template": first.template,
             "system_prompt": first.system_prompt,
-            "max_new_tokens": first.max_new_tokens,
+            "max_new_tokens": max(lengths),
             "limit": max(len(task.rows) for task in recorded.values()),
         }
     )

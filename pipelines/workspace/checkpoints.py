@@ -1,8 +1,10 @@
 """The folder of a checkpoint that a person names, and of its base."""
 
 import shlex
+from contextlib import suppress
 from pathlib import Path
 
+from meteora.artifacts import ArtifactId
 from meteora.base.sources import PATH
 from meteora.checkpoint.manifest import (
     CARD,
@@ -30,15 +32,24 @@ def checkpoint_folder(name: str, home: Path) -> Path:
     if not home.is_dir():
         raise UnknownError(f"{name} is no folder, and there is no store in {home}; check --home")
     try:
-        folder = checkpoint_at(home, Ledger(home).resolve(name))
+        folder = checkpoint_at(home, _resolved(Ledger(home), name))
     except UnknownError as error:
-        raise UnknownError(f"{name} is no folder here, and {error}") from error
+        raise UnknownError(
+            f"{name} is no folder here, and in the store in {home} {error}; --home names another"
+        ) from error
     if not folder.is_dir():
         raise UnknownError(
             f"{name} is no checkpoint under {folder.parent}; give the id of a router, as"
             " `meteora run` prints it"
         )
     return folder
+
+
+def _resolved(ledger: Ledger, name: str) -> ArtifactId:
+    """The id of a router that begins so; or else of anything, since ids of routers may be meant."""
+    with suppress(UnknownError):
+        return ledger.resolve(f"router:{name}")
+    return ledger.resolve(name)
 
 
 def is_whole(folder: Path) -> bool:

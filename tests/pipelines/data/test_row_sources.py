@@ -90,6 +90,11 @@ def test_a_missing_file_and_an_unknown_source_are_named(tmp_path: Path) -> None:
         read_rows("jsonl:none.jsonl", tmp_path, 1)
     with pytest.raises(ExamplesError, match=r"none.jsonl\?part=test: there is no .* no options"):
         read_rows("jsonl:none.jsonl?part=test", tmp_path, 1)
+    (tmp_path / "plain").write_text("")
+    with pytest.raises(
+        ExamplesError, match=r"^plain \(did you mean jsonl:plain\?\): rows come from"
+    ):
+        read_rows("plain", tmp_path, 1)
     with pytest.raises(ExamplesError, match="rows come from"):
         read_rows("csv:none.csv", tmp_path, 1)
 

@@ -1,6 +1,7 @@
 """Tasks are made again from recorded answers."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 from meteora.artifacts import AdapterSpec, BaseSpec, BenchmarkSpec, FusedSpec, RouterSpec, Score
@@ -38,6 +39,24 @@ def test_a_quick_try_elsewhere_does_not_decide_what_a_model_is_asked(tmp_path: P
     experts = {"sums": adapter.id}
     for model, num_rows, length in ((first, 3, 16), (second, 4, 8), (third, 4, 8)):
         (found,) = recorded_tasks(ledger, BASE.id, experts, model.id).values()
+        assert (len(found.rows), found.max_new_tokens) == (num_rows, length)
+
+
+def test_a_model_is_asked_what_the_one_was_that_it_has_grown_from(tmp_path: Path) -> None:
+    """Else a report on the two would compare nothing."""
+    ledger, rows = Ledger(tmp_path / "home"), [Row(f"{n} + 2", str(n + 2)) for n in range(4)]
+    adapter = AdapterSpec("0" * 64, "tiny/base", False, "F16", ())
+    fused = FusedSpec(BASE.id, ("sums",), (adapter.id,))
+    before, other = (RouterSpec(fused.id, "gate", 1, 1.0, seed=n) for n in range(2))
+    grown = replace(before, grown_from=before.id)
+    again = replace(grown, grown_from=grown.id)
+    for spec in (BASE, adapter, fused, before, other, grown, again):
+        ledger.record_artifact(spec, weights_sha256="", run_id="r")
+    record(ledger, tmp_path, before, rows[:2], 64)
+    record(ledger, tmp_path, other, rows, 8)
+    ledger.ingest()
+    for model, num_rows, length in ((again, 2, 64), (other, 4, 8)):
+        (found,) = recorded_tasks(ledger, BASE.id, {"sums": adapter.id}, model.id).values()
         assert (len(found.rows), found.max_new_tokens) == (num_rows, length)
 
 

@@ -161,7 +161,8 @@ def test_a_small_twin_runs_from_end_to_end(folder: tuple[str, Path]) -> None:
         (place / f"{shipped}.yaml").write_text(yaml.safe_dump(twin(shipped), sort_keys=False))
         trained = meteora(place, "train", f"{shipped}.yaml", "--steps", "3").split()
         assert len(trained) == (28 if shipped == name else 0)
-        assert "adapters are not here" not in meteora(place, "run", f"{shipped}.yaml", "--dry-run")
+        asked = meteora(place, "run", f"{shipped}.yaml", "--dry-run")
+        assert "adapters are not here, or" not in asked
         said = meteora(place, "run", f"{shipped}.yaml")
         assert "composite-10" in said
     ledger = Ledger(place / "home")

@@ -66,7 +66,9 @@ def dropped(workplace: Callable[..., RunContext], kept: Path) -> tuple[RunContex
         said = ask("drop", folder, "attention", "--home", work.home)
         assert said.returncode == 0, said.stderr
         assert "dropped attention: router:" in said.stderr
-        assert "has q_and_v\nall others have the weights and the gate rows of router:" in said.stderr
+        assert "has q_and_v\nall others have the weights and the gate rows of router:" in (
+            said.stderr
+        )
         assert re.search(
             r"no scores yet; measure it with `meteora benchmark router:\w+ --base FOLDER`",
             said.stderr,

@@ -82,7 +82,7 @@ def export_for_vllm(checkpoint: Path, base: Path, out: Path, *, copy: bool = Fal
         WrongBaseError: the base is not the one that the checkpoint was made for.
     """
     manifest = read_manifest(checkpoint)
-    _check_routes(checkpoint, manifest)
+    _check_servable(checkpoint, manifest)
     config = _read_config(base)
     if config.get("quantization_config") is not None:
         raise ExportError(
@@ -112,7 +112,7 @@ def export_for_vllm(checkpoint: Path, base: Path, out: Path, *, copy: bool = Fal
     return WHOLE_PROMPTS if manifest.router.by_turns else ""
 
 
-def _check_routes(folder: Path, manifest: Manifest) -> None:
+def _check_servable(folder: Path, manifest: Manifest) -> None:
     """Refuse experts that vLLM has no place for, and routes that it cannot compute.
 
     Those depend on chance, on a further pass of the base, or on later tokens.

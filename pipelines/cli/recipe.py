@@ -45,7 +45,8 @@ def reference(
     if form is None:
         print("\n\n".join(map(_described, keys)))
         return
-    answer = Answer(tuple(field.name for field in fields(Key)), [astuple(key) for key in keys])
+    columns = [field.name for field in fields(Key)][:-1]  # the text begins with the kind
+    answer = Answer(tuple(columns), [astuple(key)[:-1] for key in keys])
     output.print_answer(answer, form)
 
 

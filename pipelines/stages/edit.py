@@ -73,6 +73,8 @@ from store.ledger import Ledger
 
 EXAMPLES = 64
 """The most examples of a new expert; the same as a recipe's default."""
+FEW_TOKENS = 1_000
+"""Tokens of an expert in a fit; with fewer the others lose many of theirs to a new expert."""
 
 
 class GrowthError(MeteoraError):
@@ -118,6 +120,7 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
     is_ours = _is_ours(ledger, found, manifest)
     edit.check_new_name(folder, manifest, candidate.name)
     _check_texts(candidate.name, examples)
+    _say_if_few(manifest, candidate.name)
     work = RunContext(ledger, candidate.recipe, folder / MANIFEST, new_run_id())
     # a mistyped adapter is told before rows and base are read
     admission = Admission(work, folder, manifest, candidate, resolve(work, candidate), device)
@@ -183,6 +186,17 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         )
         edited = EditedCheckpoint(scratch, larger, router, expert.adapter)
         return _finish(work, manifest, edited, is_ours=is_ours)
+
+
+def _say_if_few(manifest: Manifest, name: str) -> None:
+    num_tokens = manifest.gates.get("num_tokens")
+    mean = num_tokens // len(manifest.names) if isinstance(num_tokens, int) else FEW_TOKENS
+    if mean < FEW_TOKENS:
+        say(
+            f"these gates were fitted to {mean} tokens of each expert in the mean; with so few the"
+            f" others may lose many of theirs to {name}, so measure the result",
+            "note",
+        )
 
 
 def _check_texts(name: str, examples: str) -> None:

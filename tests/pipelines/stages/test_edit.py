@@ -126,6 +126,7 @@ def test_an_expert_goes_and_comes_back(
     )  # fmt: skip
     assert repeated.stdout == added.stdout, repeated.stderr
     assert "it is in the ledger already, nothing to do" in repeated.stderr
+    assert "with so few the others may lose many of theirs to attention" in repeated.stderr
     assert (again / GATES).stat() == gates
     files = {path.name: path.read_bytes() for path in again.iterdir()}
     shutil.rmtree(again)

@@ -46,7 +46,7 @@ def checkpoint_folder(name: str, home: Path) -> Path:
 
 
 def _resolved(ledger: Ledger, name: str) -> ArtifactId:
-    """The id of a router that begins so; or else of anything, since ids of routers may be meant."""
+    """The id of the one router that begins so; else that of the one artifact, for a message."""
     with suppress(UnknownError):
         return ledger.resolve(f"router:{name}")
     return ledger.resolve(name)

@@ -223,6 +223,19 @@ def test_a_checkpoint_without_its_experts_is_a_sentence(world: World, tmp_path: 
         checkpoints.find(str(folder), tmp_path, world.base).load()
 
 
+def test_a_base_of_the_hub_counts_where_a_model_may_be_too_large(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    found = checkpoints.find(str(world.checkpoint), tmp_path, world.base)
+    monkeypatch.setattr(checkpoints, "base_files", lambda *_: world.base)
+    of_hub = replace(found, base_folder=None)  # its download is that of `load`
+    assert (
+        of_hub._num_bytes()
+        == found._num_bytes()
+        > (world.base / "model.safetensors").stat().st_size
+    )
+
+
 def test_a_model_that_one_device_does_not_hold_is_spread_where_nothing_is_named(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

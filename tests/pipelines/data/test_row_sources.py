@@ -322,6 +322,10 @@ def test_a_hub_dataset_is_asked_as_its_options_say(
     ):
         with pytest.raises(ExamplesError, match=said):
             read(*options)
+    with monkeypatch.context() as patch:
+        patch.setattr("pipelines.data.row_sources.MAX_ROW_BYTES", 8)
+        with pytest.raises(ExamplesError, match="row 0: its answer has more than 8 characters"):
+            read(*columns)
     pool = read_rows("hf:somebody/news?split=train&prompt=said.de", tmp_path, 2, answered=False)
     assert pool == [Row("Satz 0", ""), Row("Satz 1!", "")]
 

@@ -67,7 +67,7 @@ def lora_delta_loop(
     """
     wide = torch.promote_types(x.dtype, torch.float32)
     delta = x.new_zeros((len(x), len(stack.b)), dtype=wide)
-    for c, (start, end, factor) in enumerate(stack.choices):
+    for c, (start, end, factor, _) in enumerate(stack.choices):
         a, b = (tensor.to(wide) for tensor in stack.pair(c))
         share = (weights * (experts == c)).sum(-1, keepdim=True) * factor  # [T, 1]
         scaling = stack.rank_scaling[start:end] * share  # an empty segment adds 0

@@ -29,6 +29,8 @@ class Choice(NamedTuple):
     start: int
     end: int
     factor: float = 1.0
+    is_blend: bool = False
+    """Whether it is all experts at once; of a single expert that is the expert itself."""
 
 
 class Sizes(NamedTuple):
@@ -104,8 +106,8 @@ class ExpertStack(nn.Module):
             self.register_buffer("a", a, persistent=False)
             # column by column in memory, so that the column of a rank is read in one piece
             self.register_buffer("b", b.T.contiguous().T, persistent=False)
-        self.widths = [end - start for start, end, _ in self.choices]
-        alone = [choice.end - choice.start for choice in self.choices if choice.factor == 1.0]
+        self.widths = [end - start for start, end, *_ in self.choices]
+        alone = [choice.end - choice.start for choice in self.choices if not choice.is_blend]
         self.sizes = Sizes(
             num_in=a.shape[1],
             num_out=b.shape[0],
@@ -117,7 +119,7 @@ class ExpertStack(nn.Module):
         by_rank = [s for s, r in zip(self.scaling, self.ranks, strict=True) for _ in range(r)]
         self._scales = [
             by_rank[start] * factor if len(set(by_rank[start:end])) == 1 else None
-            for start, end, factor in self.choices
+            for start, end, factor, _ in self.choices
         ]
         starts = [choice.start for choice in self.choices]
         factors = [choice.factor for choice in self.choices]
@@ -160,18 +162,18 @@ class ExpertStack(nn.Module):
     @property
     def blends(self) -> list[int]:
         """The choices of several experts at once: only fitted gates may take them."""
-        return [c for c, choice in enumerate(self.choices) if choice.factor != 1.0]
+        return [c for c, choice in enumerate(self.choices) if choice.is_blend]
 
     def pair(self, choice: int) -> tuple[Tensor, Tensor]:
         """A [r, IN] and B [OUT, r] of a choice, as views."""
-        start, end, _ = self.choices[choice]
+        start, end, *_ = self.choices[choice]
         return self.a[start:end], self.b[:, start:end]
 
     def scale(self, choice: int) -> float | Tensor:
         """The factor of A x of a choice: a number, or [r] if its ranks differ."""
         if (scale := self._scales[choice]) is not None:
             return scale
-        start, end, factor = self.choices[choice]
+        start, end, factor, _ = self.choices[choice]
         return self.rank_scaling[start:end] * factor
 
     def rank_table(self) -> RankTable:
@@ -217,4 +219,4 @@ def own_choices(ranks: Sequence[int]) -> list[Choice]:
 
 def mean_of_all(ranks: Sequence[int]) -> Choice:
     """All experts at once, each with weight 1 / E; E includes experts that lack the layer."""
-    return Choice(0, sum(ranks), 1 / len(ranks))
+    return Choice(0, sum(ranks), 1 / len(ranks), is_blend=True)

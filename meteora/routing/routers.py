@@ -253,19 +253,32 @@ class Random(Router):
         return False  # the draws depend on the whole batch
 
 
-class Arrow(Router):
-    """Logits |v_c · x|, v_c the direction that B_c A_c stretches most (arXiv 2405.11157).
+class ByWeights(Router):
+    """Abstract: scores choices by the experts' weights, and needs no data.
 
-    Needs no data; a choice without ranks has logit 0.
+    A choice without ranks has logit 0. An expert that lacks the layer gets no weight there, unless
+    all do.
     """
+
+    def __init__(self, stack: ExpertStack, options: RouterOptions) -> None:
+        super().__init__(stack.num_choices, options)
+        self.blends = stack.blends
+        lacking = [expert for expert, rank in enumerate(stack.ranks) if not rank]
+        self.lacking = lacking if len(lacking) < len(stack.ranks) else []
+
+    def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
+        return super().route(_without(logits.clone(), self.lacking) if self.lacking else logits)
+
+
+class Arrow(ByWeights):
+    """Logits |v_c · x|, v_c the direction that B_c A_c stretches most (arXiv 2405.11157)."""
 
     prototypes: Tensor
     """[C, IN] float32"""
 
     def __init__(self, stack: ExpertStack, options: RouterOptions) -> None:
         """Find v_c of each choice by a singular value decomposition of r × r."""
-        super().__init__(stack.num_choices, options)
-        self.blends = stack.blends
+        super().__init__(stack, options)
         prototypes = torch.zeros(stack.num_choices, stack.a.shape[1], device=stack.a.device)
         for c, (a, b) in enumerate(_factors(stack)):
             if len(a):
@@ -282,11 +295,8 @@ class Arrow(Router):
         return _without(logits, self.blends)
 
 
-class Norm(Router):
-    """Logits ‖B_c S_c A_c x‖, S_c its scaling, in rank space (arXiv 2504.03454, 2509.18093).
-
-    Needs no data; a choice without ranks has logit 0.
-    """
+class Norm(ByWeights):
+    """Logits ‖B_c S_c A_c x‖, S_c its scaling, in rank space (arXiv 2504.03454, 2509.18093)."""
 
     folded: Tensor
     """[R, IN] R_c A_c of all choices"""
@@ -295,8 +305,7 @@ class Norm(Router):
 
     def __init__(self, stack: ExpertStack, options: RouterOptions) -> None:
         """Fold R_c A_c once, with B_c S_c = Q_c R_c: ‖B_c S_c A_c x‖ = ‖R_c A_c x‖."""
-        super().__init__(stack.num_choices, options)
-        self.blends = stack.blends
+        super().__init__(stack, options)
         folded = [torch.linalg.qr(b).R @ a for a, b in _factors(stack)]
         owner = torch.repeat_interleave(
             torch.arange(len(folded)), torch.tensor([len(rows) for rows in folded])
@@ -313,7 +322,7 @@ class Norm(Router):
 
 
 def _without(logits: Tensor, choices: list[int]) -> Tensor:
-    """Set the logits [T, C] of these choices to -inf: each is several experts at once."""
+    """Set the logits [T, C] of these choices to -inf."""
     if choices:
         logits[:, choices] = -torch.inf
     return logits

@@ -13,7 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meteora.kernels import dispatch, gather_grouped, reference
-from meteora.kernels.stack import Choice, ExpertStack, Sizes, own_choices
+from meteora.kernels.stack import ExpertStack, Sizes, mean_of_all, own_choices
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "twins.jsonl"
 RANKS = st.lists(st.sampled_from([0, 1, 2, 3, 8, 17]), min_size=1, max_size=6)
@@ -30,7 +30,7 @@ def draw_layer(ranks, num_tokens, num_in, num_out, dtype=torch.float32, seed=0, 
     scaling = draw(len(ranks)).abs().float().tolist()
     choices = own_choices(ranks)
     if mean:
-        choices.append(Choice(0, sum(ranks), 1 / len(ranks)))
+        choices.append(mean_of_all(ranks))
     return x, ExpertStack(a / num_in**0.5, b, ranks, scaling, choices)
 
 

@@ -17,7 +17,7 @@ from meteora.base.placement import PlacementError
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, MANIFEST
 from meteora.kernels import gather_grouped
-from meteora.kernels.stack import Choice, ExpertStack, mean_of_all, own_choices
+from meteora.kernels.stack import ExpertStack, mean_of_all, own_choices
 from meteora.model.fused import expert_cache, force_expert, make_router
 from meteora.routing.expert_cache import ExpertCache
 from meteora.routing.layer import MoELoRALinear, routed_by, routed_layers
@@ -164,7 +164,7 @@ def test_gates_learn_through_the_cache():
 def test_a_choice_of_all_experts_is_copied_as_any_other(num_tokens):
     """Their mean, whose ranks have several scalings."""
     a, b, x = torch.randn(6, 12), torch.randn(10, 6), torch.randn(num_tokens, 12)
-    choices, projection = [*own_choices([1, 2, 3]), Choice(0, 6, 1 / 3)], nn.Linear(12, 10)
+    choices, projection = [*own_choices([1, 2, 3]), mean_of_all([1, 2, 3])], nn.Linear(12, 10)
     gate, found = torch.randn(4, 12), []
     for cache in (None, ExpertCache(500)):
         stack = ExpertStack(a, b, [1, 2, 3], [1.0, 2.0, 0.5], choices, mapped=cache is not None)

@@ -14,7 +14,7 @@ from transformers import StaticCache
 
 from meteora.artifacts import RouterOptions
 from meteora.kernels import gather_grouped, reference
-from meteora.kernels.stack import Choice, ExpertStack, own_choices
+from meteora.kernels.stack import ExpertStack, mean_of_all, own_choices
 from meteora.routing.layer import MoELoRALinear, routed_layers
 from meteora.routing.routers import Gate
 
@@ -25,7 +25,7 @@ def make(num_in=12, num_out=10, *, ranks=RANKS, top_k=2, kernel=None, seed=0, me
     """A layer; with `mean`, one more choice is the mean of all its experts."""
     torch.manual_seed(seed)
     scaling = [0.5 + e for e in range(len(ranks))]
-    choices = [*own_choices(ranks), *([Choice(0, sum(ranks), 1 / len(ranks))] if mean else [])]
+    choices = [*own_choices(ranks), *([mean_of_all(ranks)] if mean else [])]
     layer = MoELoRALinear(
         nn.Linear(num_in, num_out).requires_grad_(requires_grad=False),
         ExpertStack(

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from meteora.artifacts import RouterOptions
-from meteora.kernels.stack import ExpertStack, mean_of_all, own_choices
+from meteora.kernels.stack import Choice, ExpertStack, mean_of_all, own_choices
 from meteora.model.fused import make_router
 from meteora.routing.gates import Sharing, UndecidedError
 from meteora.routing.layer import RoutedExperts
@@ -92,6 +92,38 @@ def test_a_choice_of_several_experts_is_taken_by_gates_alone(factors, kind):
     torch.testing.assert_close(taken.sum(1), torch.ones(50))
     if isinstance(router, Norm):  # nor does it cost a matmul as large as that of all experts
         assert len(router.folded) == len(Norm(stack_of(*factors), OPTIONS).folded)
+
+
+@pytest.mark.parametrize("kind", ["arrow", "norm"])
+def test_an_expert_that_lacks_the_layer_takes_no_weight_from_the_others(factors, kind):
+    stack = stack_of(*factors)
+    router = make_router(RouterOptions(kind, 4, 1.0), RoutedExperts(stack))
+    x = torch.randn(50, NUM_IN)
+    weights, experts = router.choose(x)
+    taken = torch.zeros(50, 4).scatter(1, experts, weights)
+    assert not taken[:, RANKS.index(0)].any()
+    scored = router(x)[:, [0, 2, 3]]
+    torch.testing.assert_close(taken[:, [0, 2, 3]], scored.softmax(1))
+
+
+@pytest.mark.parametrize("kind", ["arrow", "norm"])
+def test_where_all_experts_lack_the_layer_weights_are_finite(kind):
+    stack = ExpertStack(torch.zeros(0, NUM_IN), torch.zeros(NUM_OUT, 0), [0, 0], [0.0, 0.0])
+    router = make_router(RouterOptions(kind, 2, 1.0), RoutedExperts(stack))
+    assert router.choose(torch.randn(5, NUM_IN))[0].isfinite().all()
+
+
+@pytest.mark.parametrize("kind", ["arrow", "norm", "uniform", "random"])
+def test_the_mean_of_a_single_expert_is_taken_by_gates_alone(kind):
+    choices = [*own_choices([2]), mean_of_all([2]), Choice(0, 0)]
+    a, b = torch.randn(2, NUM_IN), torch.randn(NUM_OUT, 2)
+    stack = ExpertStack(a, b, [2], [1.0], choices)
+    router = make_router(RouterOptions(kind, 3, 1.0), RoutedExperts(stack))
+    weights, experts = router.choose(torch.randn(5, NUM_IN))
+    taken = torch.zeros(5, 3).scatter(1, experts, weights)
+    assert not taken[:, 1].any()
+    if kind == "uniform":
+        torch.testing.assert_close(taken[:, ::2], torch.full((5, 2), 0.5))
 
 
 def test_norms_that_are_large_stay_apart_in_16_bits(factors):

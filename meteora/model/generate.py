@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
+from itertools import groupby
 from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
@@ -176,7 +177,7 @@ def answer_all(
     """
     pad, ends = padding_token(tokenizer), end_tokens(model, tokenizer)
     answers: list[list[int]] = [[] for _ in prompts]
-    for chosen in by_length(prompts, prompts_at_once(model, PROMPTS_PER_BATCH)):
+    for chosen in _batches(model, prompts, max_new_tokens):
         rows = padded_and_mask([prompts[i] for i in chosen], pad or 0, "left")
         ids, mask = (row.to(input_device(model)) for row in rows)
         with torch.inference_mode():
@@ -188,3 +189,16 @@ def answer_all(
             answers[i] = tokens[: end + 1]
         advance(len(chosen))
     return answers
+
+
+def _batches(
+    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
+) -> Iterator[list[int]]:
+    """The indices of prompts to answer together: those whose answers may have the same length.
+
+    A long prompt that leaves little room would cut the answers to the others.
+    """
+    rooms = [most_new_tokens(model, len(prompt), max_new_tokens) for prompt in prompts]
+    for batch in by_length(prompts, prompts_at_once(model, PROMPTS_PER_BATCH)):
+        for _, same in groupby(batch, rooms.__getitem__):
+            yield list(same)

@@ -89,6 +89,17 @@ def test_an_answer_ends_where_the_model_s_longest_text_does(kind, build_base, mo
         meteora.generate(model, tokenizer, ["a", "x" * longest])
 
 
+def test_a_long_prompt_does_not_cut_the_answers_to_short_ones(world, tokenizer, monkeypatch):
+    model = world.load()
+    monkeypatch.setattr("meteora.model.generate.end_tokens", lambda *_: [])
+    monkeypatch.setattr(model.generation_config, "eos_token_id", None)
+    longest = model.config.max_position_embeddings
+    prompts = [tokenizer("x" * n).input_ids for n in (longest - 3, 5, longest - 4, 7)]
+    answers = answer_all(model, tokenizer, prompts, 10)
+    assert [len(answer) for answer in answers] == [3, 10, 4, 10]
+    assert answers == [answer_all(model, tokenizer, [prompt], 10)[0] for prompt in prompts]
+
+
 def test_a_prompt_without_tokens_is_refused(world, tokenizer) -> None:
     bare = copy.deepcopy(tokenizer)
     bare.add_bos_token = False

@@ -181,7 +181,8 @@ def insert_experts(
         setattr(model, method, saving.refuse)
     # transformers' own methods for PEFT's adapters would report that there are none
     model.active_adapters = partial(list, manifest.names)
-    model.set_adapter = _refuse_to_set
+    for method in ("set_adapter", "enable_adapters", "disable_adapters"):
+        setattr(model, method, _refuse_to_set)
     for method in ("add_adapter", "load_adapter"):
         setattr(model, method, _refuse_to_add)
     route_again_as_before(model)

@@ -247,8 +247,11 @@ def test_what_transformers_asks_of_a_model_s_name_and_adapters_is_true(world):
     model = world.load()
     assert model.config._name_or_path == model.name_or_path == str(world.checkpoint)
     assert model.active_adapters() == EXPERTS
-    with pytest.raises(RoutedAdaptersError, match=r"force_expert\(model, name\)"):
-        model.set_adapter("q_and_v")
+    for choose in (lambda: model.set_adapter("q_and_v"), model.enable_adapters):
+        with pytest.raises(RoutedAdaptersError, match=r"force_expert\(model, name\)"):
+            choose()
+    with pytest.raises(RoutedAdaptersError, match=r"without_experts\(model\)"):
+        model.disable_adapters()
     before = [path for path, _ in model.named_modules()]
     for add, given in (
         (model.add_adapter, LoraConfig(target_modules=["projection"])),

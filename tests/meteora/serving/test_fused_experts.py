@@ -13,6 +13,7 @@ from meteora.artifacts.routers import SERVABLE
 from meteora.base.chat_template import Template
 from meteora.checkpoint.manifest import GATES, read_manifest
 from meteora.checkpoint.tensors import write_gates
+from meteora.kernels.dispatch import IN_TORCH
 from meteora.kernels.stack import ExpertStack
 from meteora.routing.layer import MoELoRALinear, RoutedExperts, routed_layers
 from meteora.routing.routers import Gate
@@ -57,7 +58,7 @@ def groups(manifest, served):
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("kernel", [None, "dense", "gather", "grouped"])
+@pytest.mark.parametrize("kernel", [None, *IN_TORCH])
 def test_joined_projections_give_what_the_routed_layers_give(
     world, tmp_path, monkeypatch, router, kernel
 ):

@@ -52,10 +52,8 @@ from tests.conftest import World
 from tests.pipelines.conftest import finished, run
 from tests.pipelines.hub.hub_here import HubHere
 from tests.pipelines.hub.hub_server import Fault, HubServer
-from tests.pipelines.hub.hub_uploads import GitRepo, running_upload_hub
+from tests.pipelines.hub.hub_uploads import NAME, GitRepo, repo_of, running_upload_hub
 from tests.pipelines.publishing.reload_here import ReloadHere
-
-NAME = "org/model"
 
 # huggingface_hub 2.4 hands httpx2 a file as `data`, which that one asks to be called `content`
 pytestmark = pytest.mark.filterwarnings("ignore:Use 'content=:DeprecationWarning")
@@ -101,12 +99,6 @@ def put(server: HubServer, world: World, folder: Path, **asked: Any) -> Publicat
     made, recorded = publish(Ledger(folder.parent / "home"), found, to, "a-run")
     assert not recorded  # this home did not make it
     return made
-
-
-def repo_of(server: HubServer) -> GitRepo:
-    repo = server.repos[NAME]
-    assert isinstance(repo, GitRepo)
-    return repo
 
 
 def test_it_is_private_and_whole_and_new_gates_leave_the_experts_where_they_are(

@@ -35,6 +35,7 @@ from meteora.artifacts.routers import (
     RouterBuild,
     RouterOptions,
     RouterSpec,
+    Unfitted,
 )
 from meteora.artifacts.scores import (
     BenchmarkSpec,
@@ -82,6 +83,6 @@ __all__ = [
     "Noun", "PoolBuild", "PoolShare", "PoolSpec", "Publication", "Rate", "Reason",
     "RouterBuild", "RouterOptions", "RouterSpec", "RoutingBuild", "RoutingDetail",
     "RoutingScore", "RoutingShare", "RoutingSpec", "RoutingSwitch", "Score", "ScorePair",
-    "ScorePart", "ScoreTurn", "Spec", "SpeedBuild", "SpeedSpec", "canonical_json",
-    "canonical_sha256", "file_sha256", "short",
+    "ScorePart", "ScoreTurn", "Spec", "SpeedBuild", "SpeedSpec", "Unfitted",
+    "canonical_json", "canonical_sha256", "file_sha256", "short",
 ]  # fmt: skip

@@ -2,7 +2,7 @@
 
 from dataclasses import dataclass, fields
 from itertools import zip_longest
-from typing import Any, ClassVar, Self
+from typing import Any, ClassVar, Literal, Self, get_args
 
 from meteora.artifacts.identity import ArtifactId, Noun, Spec
 
@@ -10,15 +10,17 @@ NULL = "(base)"
 """The name of the choice of no expert, in a router that has it. No expert has this name."""
 SHARED = "(mean)"
 """The name of the choice of all experts, each with weight 1 / E, in a router that has it."""
+Unfitted = Literal["arrow", "norm", "uniform"]
+"""Kinds that are computed from the experts alone; a recipe also compares with each of them."""
 ROUTER_KINDS = (
-    "gate", "prompt", "arrow", "norm", "fixed", "uniform", "random", "oracle", "one_expert",
-    "single", "swap", "alora",
+    "gate", "prompt", *get_args(Unfitted), "fixed", "random", "oracle", "one_expert", "single",
+    "swap", "alora",
 )  # fmt: skip
 """From `oracle` on they are controls: they are given the expert of each token."""
 WITH_GATES = ("gate", "prompt")
 """Kinds with a file of gates, fitted to examples or to texts that belong to no expert."""
 
-SERVABLE = ("gate", "arrow", "norm", "uniform")
+SERVABLE = ("gate", *get_args(Unfitted))
 """Kinds that vLLM can compute: they need no further pass of the base and no random numbers."""
 
 ONE_INPUT = ("point", "turn")

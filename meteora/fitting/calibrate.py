@@ -20,7 +20,6 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from types import MappingProxyType
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -344,10 +343,10 @@ def sweep_gates(
     *,
     stand_in_of: Callable[[MoELoRALinear], StandIn | None] = lambda _layer: None,
     leaves_out: bool = False,
-    offsets: Mapping[str, Tensor] = MappingProxyType({}),
+    offsets: Mapping[str, Tensor],
     halves: _Halves | None = None,
     scratch: Path | None = None,
-    progress: Callable[[int, int], None] = lambda _done, _total: None,
+    progress: Callable[[int, int], None],
 ) -> None:
     """Give every routed layer a gate, fitted to its inputs as the gates below it route them.
 

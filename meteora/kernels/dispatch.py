@@ -12,7 +12,12 @@ from meteora.kernels import gather_grouped, reference
 from meteora.kernels.stack import Sizes
 
 KernelName = Literal["dense", "gather", "grouped", "gather_triton", "grouped_triton"]
-"""`reference.lora_delta_dense`, or a function of `gather_grouped` or `triton_launch`."""
+IN_TORCH: dict[KernelName, Callable[..., Tensor]] = {
+    "dense": reference.lora_delta_dense,
+    "gather": gather_grouped.lora_delta_gather,
+    "grouped": gather_grouped.lora_delta_grouped,
+}
+"""The kernels for every device; those of Triton are in `triton_launch`."""
 
 
 def find_kernel(name: KernelName) -> Callable[..., Tensor]:
@@ -21,12 +26,8 @@ def find_kernel(name: KernelName) -> Callable[..., Tensor]:
     Raises:
         MissingTritonError: it needs Triton, which is not installed.
     """
-    if name == "dense":
-        return reference.lora_delta_dense
-    if name == "gather":
-        return gather_grouped.lora_delta_gather
-    if name == "grouped":
-        return gather_grouped.lora_delta_grouped
+    if name in IN_TORCH:
+        return IN_TORCH[name]
     launch = gather_grouped.triton_launch()
     return launch.lora_delta_gather if name == "gather_triton" else launch.lora_delta_grouped
 

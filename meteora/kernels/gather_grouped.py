@@ -92,7 +92,7 @@ class _ChosenDots(torch.autograd.Function):
         return for_x, for_rows, None
 
 
-def chosen_dots(x: Tensor, rows: Tensor, index: Tensor, width: int = 1) -> Tensor:
+def chosen_dots(x: Tensor, rows: Tensor, index: Tensor, width: int) -> Tensor:
     """dots[t, n] = x[t] · rows[index[t, n]] of x [T, D], rows [R, D] and index [T, N]: [T, N].
 
     If nothing needs a gradient, several indices may be stacked: [L, T, N].

@@ -8,7 +8,7 @@ For other code the model stays the same: `generate`, `pipeline` and lm-eval run 
 
 from __future__ import annotations
 
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Callable, Generator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -33,7 +33,7 @@ from meteora.model.prompt_choice import insert_prompt_routers
 from meteora.routing.expert_cache import ExpertCache
 from meteora.routing.gates import insert_gates, route_again_as_before
 from meteora.routing.layer import MoELoRALinear, RoutedExperts, routed_by, routed_layers
-from meteora.routing.routers import Fixed, Random, Router
+from meteora.routing.routers import Fixed, Random, Router, uniform
 from meteora.routing.weight_scores import KINDS
 
 if TYPE_CHECKING:
@@ -298,7 +298,7 @@ def insert_routers(model: PreTrainedModel, folder: Path, manifest: Manifest) -> 
 
 
 def make_router(options: RouterOptions, layer: RoutedExperts, *, seed: int = 0) -> Router:
-    """A router that needs no training: `arrow`, `norm`, `uniform` or `random`.
+    """A router that needs no training: one of `Unfitted`, or `random`.
 
     Args:
         seed: of `random`; give every layer its own
@@ -306,21 +306,16 @@ def make_router(options: RouterOptions, layer: RoutedExperts, *, seed: int = 0) 
     Raises:
         MeteoraError: the kind is another.
     """
-    router: Router
-    if options.kind in KINDS:
-        router = KINDS[options.kind](layer.stack, options)
-    elif options.kind == "uniform":
-        alone = torch.ones(layer.num_choices)
-        alone[layer.stack.blends] = 0.0
-        router = Fixed(alone / alone.sum())
-    elif options.kind == "random":
-        router = Random(layer.stack, options, seed)
-    else:
+    kinds: dict[str, Callable[[ExpertStack, RouterOptions], Router]] = {
+        **KINDS,
+        "uniform": uniform,
+        "random": partial(Random, seed=seed),
+    }
+    if options.kind not in kinds:
         raise MeteoraError(
-            f"router {options.kind!r} is none of arrow, norm, uniform, random; a gate must be"
-            " fitted"
+            f"router {options.kind!r} is none of {', '.join(kinds)}; a gate must be fitted"
         )
-    return router.to(layer.device)
+    return kinds[options.kind](layer.stack, options).to(layer.device)
 
 
 def expert_cache(model: PreTrainedModel) -> ExpertCache | None:

@@ -64,7 +64,7 @@ def give_router(
     gates: Gates,
     options: RouterOptions,
     decisions: Mapping[str, Decision],
-    reader: QuestionReader | None = None,
+    reader: QuestionReader | None,
 ) -> None:
     """Route the layer at `path` by its own gate, or by the decision of the gate it follows."""
     if path in gates.follows:

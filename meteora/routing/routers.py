@@ -233,6 +233,13 @@ class Fixed(Router):
         return self.logits.expand(len(tokens), -1)
 
 
+def uniform(stack: ExpertStack, _options: RouterOptions) -> Fixed:
+    """Gives every expert the same weight."""
+    weights = torch.ones(stack.num_choices)
+    weights[stack.blends] = 0.0
+    return Fixed(weights / weights.sum())
+
+
 class Random(Router):
     """Draws random logits for every token: a control that shows the value of good choices.
 

@@ -28,8 +28,6 @@ Recipes = Annotated[list[str], typer.Argument(help="Paths of recipes, or names o
 URL = re.compile(r"https?://[^/\s]\S*$")
 MOST_WORKERS = 1024
 """Processes of a cluster that is started for one command."""
-WHOLE = (Stage.benchmark, Stage.publish)
-"""Stages after which there are scores to show."""
 
 
 @app.command()
@@ -227,7 +225,7 @@ def _run_in_turn(
     for context in contexts:
         try:
             made[context.key] = flow.run_recipe(context, until, looked)
-            if until not in WHOLE:
+            if Stage.benchmark not in until.and_before():
                 say(f"{context.name}: done up to {until}; the same command without --until goes on")
         except MeteoraError as error:
             if alone:
@@ -268,7 +266,7 @@ def _show(
     from pipelines.flows.up_to_date import look
 
     seconds = made.seconds if made else {}
-    if until not in WHOLE and not looked.summary:
+    if Stage.benchmark not in until.and_before() and not looked.summary:
         if as_json:
             print(json.dumps({"name": context.name, "until": until, "seconds": seconds}))
         return True

@@ -67,7 +67,7 @@ def unreadable(name: str, error: Exception) -> UnreadableError:
     )
 
 
-def text_in(item: Mapping[str, Any], names: str, source: str, *, may_miss: bool = False) -> str:
+def text_in(item: Mapping[str, Any], names: str, source: str, *, may_miss: bool) -> str:
     """The text of a column, or of several joined with an empty line, as far as they have any.
 
     Args:

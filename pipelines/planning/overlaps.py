@@ -85,7 +85,7 @@ def check_overlaps(
     examples: Mapping[str, Sequence[Row]],
     spans: Sequence[SpannedRow | SpannedTurns],
     tests: Mapping[str, Sequence[Row]],
-    prompts: Sequence[str] = (),
+    prompts: Sequence[str],
 ) -> None:
     """Refuse test rows that gates would be fitted to; an `ExamplesError` names the place of both.
 

@@ -4,7 +4,7 @@ import re
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal, Self
+from typing import Annotated, Literal, Self, get_args
 
 from pydantic import (
     BeforeValidator,
@@ -15,7 +15,7 @@ from pydantic import (
     model_validator,
 )
 
-from meteora.artifacts import MeteoraError, RouterOptions
+from meteora.artifacts import MeteoraError, RouterOptions, Unfitted
 from meteora.checkpoint.manifest import MAX_EXPERTS, MAX_MARGIN, MAX_TEMPERATURE, MIN_FACTOR
 from meteora.untrusted.findings import did_you_mean, not_utf8
 from meteora.untrusted.strict_yaml import StrictYAMLError, parse_yaml
@@ -104,7 +104,7 @@ Temperature = Annotated[float, Field(ge=MIN_FACTOR, le=MAX_TEMPERATURE, allow_in
 class RouterSection(Section):
     """How tokens are routed to experts."""
 
-    kind: Literal["gate", "prompt", "arrow", "norm", "uniform"] = "gate"
+    kind: Literal["gate", "prompt", Unfitted] = "gate"
     """`gate` is fitted to examples and routes each token. Without examples, `prompt` routes each
     prompt to the expert with unusually large updates on it, `arrow` and `norm` route each token by
     the weights, and `uniform` is the mean."""
@@ -364,7 +364,7 @@ class Recipe(Section):
         if not any(expert.examples for expert in self.experts):
             raise ValueError(
                 "no expert has examples, and a gate is fitted to some; give one of them examples,"
-                " or choose a router that needs none (arrow, norm, uniform)"
+                f" or choose a router that needs none ({', '.join(get_args(Unfitted))})"
             )
         return self
 

@@ -12,14 +12,14 @@ import json
 import sys
 from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 from torch import nn
 
 from meteora.artifacts import RouterOptions
 from meteora.kernels import dispatch, gather_grouped
-from meteora.kernels.dispatch import KernelName
+from meteora.kernels.dispatch import IN_TORCH, KernelName
 from meteora.kernels.stack import ExpertStack, Sizes
 from meteora.routing.layer import MoELoRALinear
 from meteora.routing.routers import Gate
@@ -35,10 +35,9 @@ BETTER = 0.95
 
 
 def kernels_of(device: str) -> list[KernelName]:
-    on_cpu: list[KernelName] = ["dense", "gather", "grouped"]
     if torch.device(device).type == "cuda" and gather_grouped.has_triton():
-        return [*on_cpu, "gather_triton", "grouped_triton"]
-    return on_cpu
+        return [*get_args(KernelName)]
+    return [*IN_TORCH]
 
 
 def routed(size: int, ranks: list[int], dtype: torch.dtype) -> MoELoRALinear:

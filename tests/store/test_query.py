@@ -309,6 +309,17 @@ def test_controls_are_those_of_the_routers(asked: Shelf) -> None:
     assert found == [*ROUTER_KINDS[ROUTER_KINDS.index("oracle") :]]
 
 
+def test_comments_name_every_kind_of_router(asked: Shelf) -> None:
+    kinds = ROUTER_KINDS[: ROUTER_KINDS.index("oracle")]
+    found = asked.ledger.query(
+        "SELECT table_name, comment FROM duckdb_columns()"
+        " WHERE column_name = 'router' AND table_name NOT LIKE '%rows' AND comment LIKE '%gate%'"
+    ).rows
+    assert {view for view, _ in found} == {"changes", "leaderboard", "regressions", "routers"}
+    for view, comment in found:
+        assert not {*kinds} - {*re.findall(r"\w+", comment)}, view
+
+
 def test_the_examples_are_read_whole() -> None:
     assert len(examples()) >= 10
     for title, sql in examples():

@@ -8,6 +8,7 @@ from transformers.pytorch_utils import Conv1D
 from meteora.artifacts import RouterOptions
 from meteora.kernels import reference
 from meteora.kernels.addmm import Plain
+from meteora.kernels.dispatch import IN_TORCH
 from meteora.kernels.stack import ExpertStack
 from meteora.routing.expert_cache import ExpertCache
 from meteora.routing.layer import MoELoRALinear
@@ -85,7 +86,7 @@ SHAPES = [(256, 192, 320), (16, 1024, 576)]
 
 
 @pytest.mark.parametrize("device", DEVICES)
-@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped", None])
+@pytest.mark.parametrize("kernel", [*IN_TORCH, None])
 @pytest.mark.parametrize("dtype", DTYPES)
 @pytest.mark.parametrize("say", [SMALL, TRAINED])
 @pytest.mark.parametrize("top_k", [1, 2])
@@ -137,7 +138,7 @@ def test_experts_one_by_one_beside_a_projection_lose_more(dtype):
 
 
 @pytest.mark.parametrize("dtype", DTYPES)
-@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
+@pytest.mark.parametrize("kernel", [*IN_TORCH])
 def test_experts_that_say_as_much_as_the_projection_cost_no_more_than_beside_it(dtype, kernel):
     """What they say is rounded to 16 bits too, and at that size it shows. Called and then added to,
     as every other module is, the projection is as far off or further."""
@@ -148,7 +149,7 @@ def test_experts_that_say_as_much_as_the_projection_cost_no_more_than_beside_it(
     assert one_sum <= min(1.85, 1.03 * over_bare(layer, x))
 
 
-@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped", None])
+@pytest.mark.parametrize("kernel", [*IN_TORCH, None])
 @pytest.mark.parametrize("kind", [nn.Linear, Conv1D])
 @pytest.mark.parametrize("dtype", DTYPES)
 def test_a_bias_is_rounded_with_what_the_experts_say(kernel, kind, dtype):
@@ -225,7 +226,7 @@ def test_in_32_bits_the_projection_is_called(layer_and_x):
     assert Plain.of(layer.float().projection, x.float()) is None
 
 
-@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
+@pytest.mark.parametrize("kernel", [*IN_TORCH])
 def test_gates_and_what_lies_below_learn_through_the_sum(layer_and_x, kernel):
     layer, x = layer_and_x
     layer.kernel = kernel

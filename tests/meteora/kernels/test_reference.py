@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from meteora.kernels import dispatch, gather_grouped, reference
+from meteora.kernels.dispatch import IN_TORCH
 from meteora.kernels.stack import ExpertStack, Sizes, mean_of_all, own_choices
 
 MEASURED = Path(__file__).parents[2] / "benchmarks" / "results" / "twins.jsonl"
@@ -45,10 +46,7 @@ def with_factors(stack, a, b):
 
 dense = reference.lora_delta_dense
 gather, grouped = gather_grouped.lora_delta_gather, gather_grouped.lora_delta_grouped
-KERNELS = [
-    pytest.param(kernel, id=kernel.__name__.removeprefix("lora_delta_"))
-    for kernel in (dense, gather, grouped)
-]
+KERNELS = [pytest.param(kernel, id=name) for name, kernel in IN_TORCH.items()]
 
 
 @pytest.mark.parametrize("kernel", KERNELS)

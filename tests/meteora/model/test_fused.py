@@ -2,6 +2,7 @@
 
 import dataclasses
 import shutil
+from typing import get_args
 
 import pytest
 import torch
@@ -10,7 +11,7 @@ from safetensors.torch import load_file, save_file
 from transformers import AutoModelForCausalLM
 
 import meteora
-from meteora.artifacts import RouterOptions
+from meteora.artifacts import RouterOptions, Unfitted
 from meteora.base.sources import SourceError
 from meteora.checkpoint.manifest import EXPERTS as EXPERTS_FILE
 from meteora.checkpoint.manifest import MANIFEST
@@ -93,7 +94,7 @@ def test_uniform_is_the_mean_of_what_the_experts_add(model):
 
 
 @pytest.mark.gpu
-@pytest.mark.parametrize("kind", ["arrow", "norm", "uniform"])
+@pytest.mark.parametrize("kind", get_args(Unfitted))
 @pytest.mark.parametrize("cached", [None, 3_000, 1 << 20])
 def test_a_model_on_a_gpu_answers_as_on_the_cpu(world, ids, kind, cached):
     found = []
@@ -199,7 +200,7 @@ def test_adapters_are_no_parameters_and_scaling_survives_a_narrow_dtype(model):
     assert torch.equal(layer.stack.rank_scaling, exact)
 
 
-@pytest.mark.parametrize("kind", ["arrow", "norm", "uniform"])
+@pytest.mark.parametrize("kind", get_args(Unfitted))
 def test_routers_without_training_are_set_by_the_manifest(world, tmp_path, ids, kind):
     (tmp_path / EXPERTS_FILE).hardlink_to(world.checkpoint / EXPERTS_FILE)
     router = RouterOptions(kind, 2, 0.5)

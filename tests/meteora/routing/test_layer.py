@@ -14,6 +14,7 @@ from transformers import StaticCache
 
 from meteora.artifacts import RouterOptions
 from meteora.kernels import gather_grouped, reference
+from meteora.kernels.dispatch import IN_TORCH
 from meteora.kernels.stack import ExpertStack, mean_of_all, own_choices
 from meteora.routing.layer import MoELoRALinear, routed_layers
 from meteora.routing.routers import Gate
@@ -52,7 +53,7 @@ def definition(layer, x):
     return layer.projection(x) + delta.view(*x.shape[:-1], delta.shape[-1])
 
 
-@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped", None])
+@pytest.mark.parametrize("kernel", [*IN_TORCH, None])
 @pytest.mark.parametrize("shape", [(12,), (3, 12), (2, 5, 12), (0, 12), (1, 1, 12)])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
 @pytest.mark.parametrize("mean", [False, True])
@@ -62,7 +63,7 @@ def test_every_kernel_gives_the_same_layer_in_every_mode(kernel, shape, mode, me
         torch.testing.assert_close(layer(x), definition(layer, x), rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
+@pytest.mark.parametrize("kernel", [*IN_TORCH])
 @settings(deadline=None, max_examples=40)
 @given(
     ranks=st.lists(st.sampled_from([0, 1, 3, 8]), min_size=1, max_size=5),
@@ -92,7 +93,7 @@ def test_the_layer_is_its_definition_in_every_dtype_after_loading_and_moving(
     assert (off <= size * 8 * torch.finfo(dtype).eps + 1e-6).all()
 
 
-@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
+@pytest.mark.parametrize("kernel", [*IN_TORCH])
 def test_gates_learn_alike_through_every_kernel_and_nothing_else_learns(kernel):
     layer, x = make(kernel=kernel), torch.randn(7, 12, requires_grad=True)
     grads = []
@@ -110,7 +111,7 @@ def test_gates_learn_alike_through_every_kernel_and_nothing_else_learns(kernel):
     }
 
 
-@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
+@pytest.mark.parametrize("kernel", [*IN_TORCH])
 @pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
 def test_tokens_may_lie_in_memory_in_any_way(kernel, mode):
     """Columns of a matrix, every other row of one, and one token over and over."""
@@ -129,7 +130,7 @@ def test_what_the_layer_is_given_is_left_as_it_is():
     assert torch.equal(x, before)
 
 
-@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
+@pytest.mark.parametrize("kernel", [*IN_TORCH])
 def test_nothing_is_stale_after_weights_change(kernel):
     """After an optimiser's step, load_state_dict, `.to()` there and back, and a deep copy."""
     layer, x = make(kernel=kernel), torch.randn(5, 12)
@@ -149,7 +150,7 @@ def test_nothing_is_stale_after_weights_change(kernel):
             assert moved.stack.b.T.is_contiguous()
 
 
-@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped", None])
+@pytest.mark.parametrize("kernel", [*IN_TORCH, None])
 @pytest.mark.parametrize("num_tokens", [0, 1, 5])
 @pytest.mark.parametrize("sparse_numbers", [0, gather_grouped.SPARSE_NUMBERS])
 def test_a_layer_whose_experts_are_all_gone_is_its_projection(
@@ -165,7 +166,7 @@ def test_a_layer_whose_experts_are_all_gone_is_its_projection(
         torch.testing.assert_close(layer(x), out)
 
 
-@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
+@pytest.mark.parametrize("kernel", [*IN_TORCH])
 def test_what_was_moved_or_used_in_inference_mode_can_be_trained(kernel):
     layer, x = make(kernel=kernel), torch.randn(5, 12)
     with torch.inference_mode():
@@ -174,7 +175,7 @@ def test_what_was_moved_or_used_in_inference_mode_can_be_trained(kernel):
     assert layer.router.weight.grad.any()
 
 
-@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
+@pytest.mark.parametrize("kernel", [*IN_TORCH])
 def test_a_pickled_layer_is_the_same_elsewhere(kernel):
     layer, x = make(kernel=kernel), torch.randn(5, 12)
     other = pickle.loads(pickle.dumps(layer))  # noqa: S301
@@ -225,7 +226,7 @@ class Allocations(TorchDispatchMode):
         self.live -= num_bytes
 
 
-@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
+@pytest.mark.parametrize("kernel", [*IN_TORCH])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.parametrize("one_task", [False, True])
 def test_a_forward_holds_tokens_times_ranks_and_no_copies_of_weights_or_tokens(
@@ -248,7 +249,7 @@ def test_a_forward_holds_tokens_times_ranks_and_no_copies_of_weights_or_tokens(
     assert max(seen.sizes) <= num_tokens * sum(ranks) * 8  # as many int64 indices, at most
 
 
-@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
+@pytest.mark.parametrize("kernel", [*IN_TORCH])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_decoding_a_token_copies_no_weights(kernel, dtype):
     """Not even those of the experts that it chose, which are read where they lie."""
@@ -262,7 +263,7 @@ def test_decoding_a_token_copies_no_weights(kernel, dtype):
     assert max(seen.sizes) <= max(size * dtype.itemsize, sum(ranks) * 8) < 4 * size * dtype.itemsize
 
 
-@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
+@pytest.mark.parametrize("kernel", [*IN_TORCH])
 def test_memory_grows_with_tokens_times_ranks_alone(kernel, monkeypatch):
     """The most that is held at once, less the projection's output, for twice the tokens."""
     monkeypatch.setattr(gather_grouped, "ROWS_AT_ONCE", 16)
@@ -343,7 +344,7 @@ def test_a_cuda_graph_plays_back_what_the_layer_does(kernel):
             torch.testing.assert_close(out, definition(layer, x), rtol=1e-4, atol=1e-4)
 
 
-@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped", None])
+@pytest.mark.parametrize("kernel", [*IN_TORCH, None])
 @pytest.mark.parametrize("num_tokens", [1, 3])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
 def test_gates_and_experts_keep_their_precision_under_autocast(kernel, num_tokens, dtype):

@@ -1,11 +1,12 @@
 """Routers against the plain, dense formula of each."""
 
 import copy
+from typing import get_args
 
 import pytest
 import torch
 
-from meteora.artifacts import RouterOptions
+from meteora.artifacts import RouterOptions, Unfitted
 from meteora.kernels.stack import Choice, ExpertStack, mean_of_all, own_choices
 from meteora.model.fused import make_router
 from meteora.routing.gates import Sharing, UndecidedError
@@ -81,7 +82,7 @@ def test_fixed_on_one_expert_is_weight_one_exactly():
     assert experts.tolist() == [[1], [1]]
 
 
-@pytest.mark.parametrize("kind", ["arrow", "norm", "uniform", "random"])
+@pytest.mark.parametrize("kind", [*get_args(Unfitted), "random"])
 def test_a_choice_of_several_experts_is_taken_by_gates_alone(factors, kind):
     choices = [*own_choices(RANKS), mean_of_all(RANKS)]
     stack = ExpertStack(*factors, RANKS, SCALING.tolist(), choices)

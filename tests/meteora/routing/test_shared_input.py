@@ -11,7 +11,8 @@ import meteora
 from meteora.artifacts import RouterOptions
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST
-from meteora.kernels import gather_grouped, reference
+from meteora.kernels import gather_grouped
+from meteora.kernels.dispatch import IN_TORCH
 from meteora.model.fused import force_expert, without_experts
 from meteora.routing.gates import gates_of, share_first_matmuls
 from meteora.routing.hooks import recorded_logits, recorded_routes
@@ -92,7 +93,7 @@ def equal(plain, shared):
         torch.testing.assert_close(shared(IDS).logits, plain(IDS).logits, rtol=1e-5, atol=1e-5)
 
 
-@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped", None])
+@pytest.mark.parametrize("kernel", [*IN_TORCH, None])
 @pytest.mark.parametrize("mode", [torch.no_grad, torch.inference_mode, torch.enable_grad])
 def test_the_results_are_those_of_layers_on_their_own(models, kernel, mode):
     """Experts of different ranks, and some that lack k or v."""
@@ -265,11 +266,11 @@ def test_a_layer_with_a_kernel_of_its_own_keeps_it(models, monkeypatch):
     routed_layers(shared)[K].kernel = "dense"
     asked = []
 
-    def counted(*args, found=reference.lora_delta_dense, **into):
+    def counted(*args, found=IN_TORCH["dense"], **into):
         asked.append(args)
         return found(*args, **into)
 
-    monkeypatch.setattr(reference, "lora_delta_dense", counted)
+    monkeypatch.setitem(IN_TORCH, "dense", counted)
     equal(plain, shared)
     assert asked
 
@@ -295,7 +296,7 @@ def test_what_is_recorded_is_the_same(models, recorded):
         torch.testing.assert_close(found[1][path], expected)
 
 
-@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped"])
+@pytest.mark.parametrize("kernel", [*IN_TORCH])
 def test_gates_learn_as_before(models, kernel):
     with_kernel(kernel, *models)
     grads = []
@@ -330,7 +331,7 @@ def test_generating_with_a_cache_equals_generating_without(models):
     assert torch.equal(out[0], out[2])
 
 
-@pytest.mark.parametrize("kernel", ["dense", "gather", "grouped", None])
+@pytest.mark.parametrize("kernel", [*IN_TORCH, None])
 def test_a_batch_equals_its_rows_one_by_one(models, kernel):
     with_kernel(kernel, models[1])
     with torch.no_grad():

@@ -9,9 +9,11 @@ from torch.nn.functional import linear
 
 import meteora
 from meteora.artifacts import RouterOptions
+from meteora.artifacts.routers import SERVABLE
 from meteora.base.chat_template import Template
 from meteora.checkpoint.manifest import GATES, read_manifest
 from meteora.checkpoint.tensors import write_gates
+from meteora.kernels.dispatch import IN_TORCH
 from meteora.kernels.stack import ExpertStack
 from meteora.routing.layer import MoELoRALinear, RoutedExperts, routed_layers
 from meteora.routing.routers import Gate
@@ -30,9 +32,7 @@ ROUTERS = {
     "one decision a layer": RouterOptions("gate", 2, 0.5, share="layer"),
     "one decision a turn": RouterOptions("gate", 1, 1.0, opening="prompt", share="turn"),
     "margin, base": RouterOptions("gate", 3, 1.0, margin=2.0, null=True, share="point"),
-    "arrow": RouterOptions("arrow", 2, 0.5),
-    "norm": RouterOptions("norm", 1, 1.0),
-    "uniform": RouterOptions("uniform", 1, 1.0),
+    **{kind: RouterOptions(kind, 2, 0.5) for kind in SERVABLE if kind != "gate"},
 }
 
 
@@ -58,7 +58,7 @@ def groups(manifest, served):
 
 
 @pytest.mark.parametrize("router", ROUTERS)
-@pytest.mark.parametrize("kernel", [None, "dense", "gather", "grouped"])
+@pytest.mark.parametrize("kernel", [None, *IN_TORCH])
 def test_joined_projections_give_what_the_routed_layers_give(
     world, tmp_path, monkeypatch, router, kernel
 ):

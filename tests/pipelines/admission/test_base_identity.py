@@ -25,13 +25,7 @@ PROFILE = ("config.json", "tokenizer.json", "tokenizer_config.json")
 
 
 @pytest.fixture
-def server(
-    world: World,
-    monkeypatch: pytest.MonkeyPatch,
-    hub_here: None,  # noqa: ARG001
-) -> Generator[HubServer]:
-    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
+def server(world: World, hub_here: None) -> Generator[HubServer]:  # noqa: ARG001
     with running_hub() as server:
         server.repos["a/adapter"] = adapter_repo(
             world.adapters["q_and_v"], base_model_name_or_path="org/base"

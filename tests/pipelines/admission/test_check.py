@@ -26,8 +26,6 @@ def server(
     monkeypatch: pytest.MonkeyPatch,
     hub_here: None,  # noqa: ARG001
 ) -> Generator[HubServer]:
-    for name in ("HF_HUB_OFFLINE", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
     sound = files_of(write_adapter(tmp_path / "sound"))
     head = {"base_model.model.lm_head.weight": ("F32", (9, 8), 1.0)}
     inner = write_adapter(tmp_path / "inner", pair("model.layers.0.self_attn.q_proj") | head)

@@ -34,13 +34,7 @@ def adapter_repo(folder: Path, **config: object) -> Repo:
 
 
 @pytest.fixture
-def server(
-    world: World,
-    monkeypatch: pytest.MonkeyPatch,
-    hub_here: None,  # noqa: ARG001
-) -> Generator[HubServer]:
-    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
+def server(world: World, hub_here: None) -> Generator[HubServer]:  # noqa: ARG001
     with running_hub() as server:
         server.repos["z/letters"] = adapter_repo(world.adapters["q_and_v"])
         server.repos["b/attention"] = adapter_repo(world.adapters["attention"])

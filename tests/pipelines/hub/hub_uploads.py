@@ -14,6 +14,8 @@ from tests.pipelines.hub.hub_server import Fault, Handler, HubServer, Repo, git_
 Answer = tuple[int, Any]
 """A status and a body of JSON."""
 
+NAME = "org/model"
+"""What tests publish."""
 FIRST = {".gitattributes": b"*.safetensors filter=lfs diff=lfs merge=lfs -text\n"}
 
 
@@ -146,6 +148,13 @@ class UploadHandler(Handler):
         assert isinstance(repo, GitRepo)
         repo.large[parts[3]] = body
         return 200, {}
+
+
+def repo_of(server: HubServer) -> GitRepo:
+    """The repository `NAME`."""
+    repo = server.repos[NAME]
+    assert isinstance(repo, GitRepo)
+    return repo
 
 
 def _preupload(repo: GitRepo, branch: str, body: bytes, _url: str) -> Answer:

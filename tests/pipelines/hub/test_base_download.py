@@ -27,9 +27,7 @@ BASE_FILES = ("config.json", "tokenizer.json", "tokenizer_config.json", "model.s
 
 
 @pytest.fixture
-def server(world: World, monkeypatch: pytest.MonkeyPatch) -> Generator[HubServer]:
-    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
+def server(world: World) -> Generator[HubServer]:
     with running_hub() as server:
         files = {name: (world.base / name).read_bytes() for name in BASE_FILES}
         server.repos["org/base"] = Repo(files, refs={"main": COMMIT})

@@ -58,12 +58,6 @@ WEIGHTS = b"w" * 50_000
 REF = AdapterRef("someone/adapter", COMMIT)
 
 
-@pytest.fixture(autouse=True)
-def _no_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture
 def server() -> Generator[HubServer]:
     with running_hub() as server:

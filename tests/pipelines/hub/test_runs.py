@@ -21,9 +21,7 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 
 
 @pytest.fixture
-def server(world: World, monkeypatch: pytest.MonkeyPatch) -> Generator[HubServer]:
-    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
+def server(world: World) -> Generator[HubServer]:
     with running_hub() as server:
         server.repos["org/adapter"] = adapter_repo(world.adapters["q_and_v"])
         yield server

@@ -29,9 +29,8 @@ from pipelines.recipe.publish import STAGING
 from pipelines.workspace.context import RunContext
 from tests.pipelines.hub.hub_here import HubHere
 from tests.pipelines.hub.hub_server import Fault, HubServer
-from tests.pipelines.hub.hub_uploads import FIRST, GitRepo, running_upload_hub
+from tests.pipelines.hub.hub_uploads import FIRST, NAME, GitRepo, repo_of, running_upload_hub
 
-NAME = "org/model"
 NAMES = ("meteora.json", "experts.safetensors", "gates.safetensors", "README.md")
 WRITES = ("repos", "branch", "commit", "tag")
 STEPS = [(kind, "") for kind in WRITES if kind != "commit"] + [("commit", "main"), ("commit", "-")]
@@ -69,12 +68,6 @@ def publish(server: HubServer, folder: Path, by: str = "writer", **asked: Any) -
     repository = Repository(NAME, HubHere(server.endpoint, by), (0.0, 0.0, 0.0))
     settings: dict[str, Any] = {"private": True, "tag": "t1", "check": lambda _commit: None} | asked
     return repository.publish(make_bundle(folder, NAMES, "meteora.json"), **settings)
-
-
-def repo_of(server: HubServer) -> GitRepo:
-    repo = server.repos[NAME]
-    assert isinstance(repo, GitRepo)
-    return repo
 
 
 def visible(folder: Path) -> dict[str, bytes]:

@@ -31,9 +31,8 @@ from meteora.checkpoint.manifest import (
 from store.ledger import Ledger
 from tests.conftest import World
 from tests.pipelines.hub.hub_server import Fault, HubServer
-from tests.pipelines.hub.hub_uploads import FIRST, WRITES, GitRepo
+from tests.pipelines.hub.hub_uploads import FIRST, NAME, WRITES, GitRepo
 
-NAME = "org/model"
 CHANGES = {"repos", "put", *WRITES} - {"paths-info"}
 """Kinds of requests that change the Hub, or prepare it."""
 

@@ -18,9 +18,9 @@ from meteora.checkpoint.manifest import EXPERTS
 from store.ledger import Ledger
 from tests.conftest import World
 from tests.pipelines.hub.hub_server import Fault, git_sha1
-from tests.pipelines.hub.hub_uploads import FIRST, GitRepo, running_upload_hub
+from tests.pipelines.hub.hub_uploads import FIRST, NAME, GitRepo, running_upload_hub
 from tests.pipelines.process_tree import descendants, ends
-from tests.pipelines.publishing.publish_yard import NAME, Yard, environment, remember, write
+from tests.pipelines.publishing.publish_yard import Yard, environment, remember, write
 
 ROOT = Path(__file__).parents[3]
 CHILD = ("-m", "tests.pipelines.publishing.publish_child")

@@ -39,7 +39,7 @@ def test_every_key_is_there_with_its_type_and_its_meaning() -> None:
     ("path", "facts"),
     [
         ("base", ("text", True, "", "")),
-        ("router.kind", ("name", False, "gate", "gate, prompt, arrow, norm, uniform")),
+        ("router.opening", ("name", False, "shared", "prompt, own, shared")),
         ("router.margin", ("number", False, "", ">= 0, <= 1,000")),
         ("router.null", ("true or false", False, "false", "")),
         ("gates.method", ("name", False, "calibrate", "calibrate, joint")),

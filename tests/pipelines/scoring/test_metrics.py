@@ -2,19 +2,30 @@
 
 from math import inf, nan
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
 from pipelines.data.composites import split_answers
 from pipelines.data.row_sources import read_rows, reasoning_task
 from pipelines.data.rows import ExamplesError, Row
+from pipelines.recipe.benchmark import MetricName
+from pipelines.scoring import metrics
 from pipelines.scoring.metrics import METRICS, runs_answers
 
+PAGE = Path(metrics.__file__).parents[1] / "docs/benchmarks.md"
 TEXT_METRICS = [name for name, metric in METRICS.items() if not metric.of_choices]
 
 
 def worth(metric: str, output: str, *answers: str) -> float:
     return METRICS[metric].compute(output, Row("q", answers[0], references=answers[1:]))
+
+
+def test_recipes_and_pages_know_every_metric() -> None:
+    assert [*METRICS] == [*get_args(MetricName)]
+    page = PAGE.read_text(encoding="utf-8")
+    assert not [name for name in METRICS if f"`{name}`" not in page]
+    assert not [name for name in METRICS if name not in str(metrics.__doc__)]
 
 
 @pytest.mark.parametrize(

@@ -213,8 +213,6 @@ def test_who_joins_comes_through_the_door_of_a_recipe(
     pickled.mkdir()
     (pickled / "adapter_config.json").write_bytes((plain / "adapter_config.json").read_bytes())
     (pickled / "adapter_model.bin").write_bytes(b"\x80\x02")
-    for name in ("HF_HUB_OFFLINE", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
     rows = recipe_folder / "q_and_v.train.jsonl"
     before = [*work.ledger.home.joinpath("checkpoints").iterdir()]
 

@@ -41,15 +41,8 @@ def kept(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture
-def work(
-    hub: HubServer,
-    kept: Path,
-    workplace: Callable[..., RunContext],
-    monkeypatch: pytest.MonkeyPatch,
-) -> RunContext:
+def work(hub: HubServer, kept: Path, workplace: Callable[..., RunContext]) -> RunContext:
     """A recipe whose base is on the Hub, in a home that has it."""
-    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
     work = workplace(base="org/base", hub={"endpoint": hub.endpoint})
     if kept.exists():
         shutil.copytree(kept, work.home, dirs_exist_ok=True)

@@ -119,7 +119,7 @@ _SENTENCES: dict[str, tuple[type[HubError], str]] = {
     ),
     "disabled": (
         HubDisabledError,
-        "{what}: {endpoint} has disabled it, so that nobody can download it ({status}); use another",
+        "{what}: {endpoint} has disabled it, so nobody can download it ({status}); use another",
     ),
     "revision": (HubRevisionError, "{what}: {endpoint} has no such revision of it; check it"),
     "entry": (HubFilesError, "{what}: there is no such file or folder at that revision"),

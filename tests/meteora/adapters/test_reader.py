@@ -302,6 +302,7 @@ def test_what_a_person_should_know_is_a_warning(
         *({"init_lora_weights": init} for init in ("gaussian", "Gaussian", "mica", False, None)),
         {"merge_weights": False, "enable_lora": None},
         {"auto_mapping": {"base_model_class": "GPT2LMHeadModel"}},
+        {"auto_mapping": {"base_model_class": "PeftModel", "parent_library": "peft.peft_model"}},
         {"modules_to_save": [], "peft_version": "0.21.2", "inference_mode": True},
         {"fan_in_fan_out": True},
     ],

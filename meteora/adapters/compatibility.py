@@ -12,6 +12,8 @@ from meteora.untrusted.safetensors_header import ITEMSIZE
 
 SINGLE_EXPERT = re.compile(r"\.experts\.\d+\.")
 """As mixtures were made up to version 4 of transformers, of a linear layer for each expert."""
+ROUTERS = (".router", ".gate")
+"""How the paths of a mixture's routers end; they were linear layers up to that version."""
 
 
 class IncompatibleAdaptersError(AdapterError):
@@ -133,7 +135,7 @@ def _moved(
             f"{missing} is a layer of one expert of a mixture, and this base has all experts of a"
             " layer in one tensor, which is not routed; only linear layers are",
         )
-    elif all(path.endswith(".router") for path in (missing, *more)):
+    elif all(path.endswith(ROUTERS) for path in (missing, *more)):
         found.refuse(
             "not_in_base",
             f"{missing} chooses the experts of a mixture and returns its choices, too, so nothing"

@@ -26,6 +26,11 @@ HOW_TO_CONVERT = (
     " spare, load it with PEFT and call model.save_pretrained(folder), which writes safetensors"
 )
 
+BROKEN = (
+    "{} is a link, and the file that it leads to is not here, as where the Hub's cache was copied"
+    " in part; copy the file itself, such as with cp -L"
+)
+
 # The first bytes of other files that are found in place of a config or of weights.
 SIGNATURES = (
     (b"version https://git-lfs", "lfs_pointer", "a Git LFS pointer; fetch the file it stands for"),
@@ -65,13 +70,18 @@ def find_files(path: Path, found: Findings) -> tuple[Path | None, Path | None]:
         weights = [path]
     elif not weights and path.is_dir():
         _explain_missing_weights(folder, found)
-    if not config.exists():
+    if config.is_symlink() and not config.exists():
+        found.refuse("broken_link", BROKEN.format(CONFIG))
+    elif not config.exists():
         found.refuse("no_config", f"{CONFIG} is missing, which says how its tensors are scaled")
     return config if config.exists() else None, weights[0] if weights else None
 
 
 def _explain_missing_weights(folder: Path, found: Findings) -> None:
     names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
+    if broken := [name for name in WEIGHTS if name in names]:
+        found.refuse("broken_link", BROKEN.format(broken[0]))
+        return
     pickles = pickled_weights(names)
     others = [name for name in names if ".safetensors" in name]
     if pickles:

@@ -29,6 +29,9 @@ from meteora.artifacts import AdapterSpec, Reason
 from meteora.untrusted.findings import AdapterError, Findings, listed
 from meteora.untrusted.safetensors_header import HeaderError, TensorInfo, read_header
 
+MAX_BYTES = 64 << 30
+"""All weights are read and hashed, and a file that is all hole may have any size. A LoRA of rank
+256 on every linear layer of a 70B model has 7 GB in 16 bits."""
 TICK_NS = 100_000_000
 """File systems have coarse clocks: a change so soon after another may leave the same time."""
 
@@ -170,6 +173,9 @@ def _read_tensors(
 ) -> dict[str, TensorInfo] | None:
     if num_bytes == 0:
         found.refuse("empty", f"{name} is empty")
+        return None
+    if num_bytes > MAX_BYTES:
+        found.refuse("weights_size", f"{name} has {num_bytes} bytes, more than {MAX_BYTES}")
         return None
     try:
         return read_header(file, num_bytes)

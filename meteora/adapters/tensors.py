@@ -54,6 +54,7 @@ WHOLE_MODULES = (
     | {"lora_embedding_A", "lora_embedding_B", "score", "classifier", "qa_outputs", "v_head"}
 )
 """Names of embeddings and heads, which belong to the base or to one task."""
+LORA_EMBEDDING = ".lora_embedding_"
 
 
 @dataclass(frozen=True)
@@ -180,12 +181,17 @@ def _sort_rest(keys: list[str], claim: Claim, extras: OnExtras, found: Findings)
     """Refuse tensors that are no factor of a linear layer; return the stripped ones."""
     kinds: dict[tuple[str, str], list[str]] = {}
     strippable: list[str] = []
+    embeddings = tuple(f"{k.partition(LORA_EMBEDDING)[0]}." for k in keys if LORA_EMBEDDING in k)
     for key in sorted(keys):
         variant = next(((code, why) for mark, code, why in VARIANT_KEYS if mark in key), None)
         parts = WRAPPERS.sub("", key).split(".")
         if variant is not None:
             kinds.setdefault(variant, []).append(key)
-        elif not WHOLE_MODULES.isdisjoint(parts) or _is_saved_module(parts, claim):
+        elif (
+            not WHOLE_MODULES.isdisjoint(parts)
+            or _is_saved_module(parts, claim)
+            or key.startswith(embeddings)  # beside a LoRA on one, whatever its name is
+        ):
             strippable.append(key)
         elif parts[-1] == "bias":
             kinds.setdefault(("bias", "biases of the base"), []).append(key)

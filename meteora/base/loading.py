@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from transformers import (
     MODEL_FOR_CAUSAL_LM_MAPPING,
+    MODEL_FOR_MASKED_LM_MAPPING,
     AutoConfig,
     AutoModelForCausalLM,
     AutoTokenizer,
@@ -144,6 +145,11 @@ def load_tokenizer(
     return cast("PreTrainedTokenizerBase", loaded)
 
 
+def _reads_both_ways(config: PretrainedConfig) -> bool:
+    """Whether a model that can fill masks is an encoder alone, as BERT is."""
+    return not (getattr(config, "is_decoder", True) or config.is_encoder_decoder)
+
+
 def load_config(source: Path) -> PretrainedConfig:
     """Read the config of a base from its folder or a GGUF file. No remote code.
 
@@ -168,6 +174,11 @@ def load_config(source: Path) -> PretrainedConfig:
         raise SourceError(
             f"{source}: {config.model_type} is no language model that transformers loads with"
             " AutoModelForCausalLM; adapters can be routed in a decoder of text alone"
+        )
+    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and _reads_both_ways(config):
+        raise SourceError(
+            f"{source}: a {config.model_type} whose config does not say is_decoder reads a text in"
+            " both directions to fill in masks, and writes none; take a decoder as the base"
         )
     try:
         text = config.get_text_config()

@@ -65,8 +65,8 @@ class Field:
         """Read a rank; 0 where it is refused."""
         value = self.value
         if type(value) is not int or not 1 <= value <= MAX_RANK:
-            quotes = ", a whole number without quotes" if isinstance(value, str) else ""
-            self.refuse(f"is {shortened(value)!r}; it must be 1 to {MAX_RANK}{quotes}", "rank")
+            kind = "" if type(value) is int else f", a whole number{_unlike(value)}"
+            self.refuse(f"is {shortened(value)!r}; it must be 1 to {MAX_RANK}{kind}", "rank")
             return 0
         return value
 
@@ -74,7 +74,7 @@ class Field:
         """Read an alpha; 0 where it is refused."""
         read = number(self.value)
         if read is None or not MIN_ALPHA <= read <= MAX_ALPHA:
-            needed = f"it must be a number from {MIN_ALPHA} to 10^6"
+            needed = f"it must be a number from {MIN_ALPHA} to 10^6{_unlike(self.value)}"
             self.refuse(f"is {shortened(self.value)!r}; {needed}", "alpha")
             return 0.0
         return read
@@ -230,6 +230,11 @@ def refuse_unknown(
 def is_active(value: object) -> bool:
     """Return whether a field is set: not null, false, zero or empty."""
     return value not in (None, False, "", 0) and value not in ([], {})
+
+
+def _unlike(value: object) -> str:
+    """What is wrong with a value that looks like the number that is needed."""
+    return " without quotes" if isinstance(value, str) else ""
 
 
 def _are_names(value: object, most: int) -> TypeGuard[list[str]]:

@@ -11,17 +11,28 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from transformers.utils.hub import resolve_revision
+
 import meteora
-from meteora.checkpoint.manifest import EXPERTS, MANIFEST, read_manifest
+from meteora.artifacts import COMMIT, AdapterRef
+from meteora.base.sources import INDEX
+from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, STATISTICS, read_manifest
 from meteora.checkpoint.resolve import base_files, find_checkpoint, is_hub_id
 from pipelines.hub.client import hub_for, is_offline
 from pipelines.hub.errors import HubConnectionError, UnusableRepositoryError
+from pipelines.hub.repositories import check_before_caching
 from pipelines.hub.snapshot import cached
 from pipelines.workspace.checkpoints import base_at_hand, checkpoint_folder
 from pipelines.workspace.machine import choose_device, is_too_large, memory_bytes
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
+
+    from meteora.checkpoint.manifest import BaseEntry
+    from pipelines.hub.client import Hub
+
+CHECKPOINT_FILES = (MANIFEST, EXPERTS, GATES, STATISTICS)
+"""What may be downloaded of a checkpoint."""
 
 
 @dataclass(frozen=True)
@@ -70,7 +81,8 @@ def find_folder(
 
     Raises:
         UnknownError: The ledger has the id, but no checkpoint with it.
-        HubError: The Hub cannot be reached, has no such one, or is plain http over a network.
+        HubError: The Hub cannot be reached, has no such one, is plain http over a network, or has
+            one that is larger than is taken.
         CheckpointError: The Hub has no such checkpoint, or not at this revision.
     """
     folder = checkpoint_folder(name, home)
@@ -79,11 +91,17 @@ def find_folder(
         return folder
     is_here = cached(repo_id, MANIFEST, revision or None) is not None
     try:
-        options = _download_options(repo_id, token_for, is_here=is_here)
+        hub = _hub_that_answers(repo_id, token_for, is_here=is_here)
     except (HubConnectionError, UnusableRepositoryError) as error:  # or a mistyped path
         sentence = f"{name}: there is no such folder here; and as a repository, {error}"
         raise type(error)(sentence) from error
-    return find_checkpoint(repo_id, revision or None, download=options, statistics=statistics)
+    options = _download_options(hub)
+    at = resolve_revision(repo_id, revision or None, token=options["token"])
+    commit = getattr(at, "resolved", at) or ""
+    is_whole = all(cached(repo_id, file, commit) for file in (MANIFEST, EXPERTS))
+    if COMMIT.fullmatch(commit) and not (is_whole or is_offline()):
+        check_before_caching(AdapterRef(repo_id, commit), CHECKPOINT_FILES, hub=hub)
+    return find_checkpoint(repo_id, at, download=options, statistics=statistics)
 
 
 def find(
@@ -129,17 +147,32 @@ def find_base(
     at_hand = base or base_at_hand(folder, home)
     if at_hand is not None or not (is_loaded and is_hub_id(named.repo_id)):
         return FoundCheckpoint(folder, at_hand, {})
-    is_here = cached(named.repo_id, "config.json", named.revision) is not None
-    options = _download_options(named.repo_id, token_for, is_here=is_here)
-    return FoundCheckpoint(folder, None, options)
+    hub = _hub_that_answers(named.repo_id, token_for, is_here=_base_is_cached(named))
+    if not (_base_is_cached(named) or is_offline()):
+        check_before_caching(AdapterRef(named.repo_id, named.revision), hub=hub)
+    return FoundCheckpoint(folder, None, _download_options(hub))
 
 
-def _download_options(
-    repo_id: str, token_for: Collection[str], *, is_here: bool
-) -> dict[str, str | bool]:
-    """The token to send; refuses an unsafe endpoint, and a Hub that does not answer if needed."""
+def _base_is_cached(named: BaseEntry) -> bool:
+    """Whether the Hub's cache has the config of a base, and its weights or their index."""
+    config, *weights = (
+        cached(named.repo_id, file, named.revision)
+        for file in ("config.json", "model.safetensors", INDEX)
+    )
+    return config is not None and any(weights)
+
+
+def _hub_that_answers(repo_id: str, token_for: Collection[str], *, is_here: bool) -> Hub:
+    """The Hub to download from, with the token to send.
+
+    Refuses an unsafe endpoint, and a Hub that does not answer if it is needed.
+    """
     hub = hub_for(repo_id, token_for)
     hub.url()  # refuses an endpoint that anyone on the network could answer for
     if not (is_here or is_offline()):
         hub.ask("refs", repo_id)  # without a network, the Hub's client retries for 23 s
+    return hub
+
+
+def _download_options(hub: Hub) -> dict[str, str | bool]:
     return {"token": hub.token or False}

@@ -347,6 +347,15 @@ def _offsets(
     ]
 
 
+def require_places(tokenizer: PreTrainedTokenizerBase) -> None:
+    """Raise `ExamplesError` if a tokenizer is one in Python, which gives no places of tokens."""
+    if not tokenizer.is_fast:
+        raise ExamplesError(
+            "the base's tokenizer gives no places of its tokens in a text, which composites,"
+            " conversations and spans need; leave them out"
+        )
+
+
 def with_places(
     tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False
 ) -> BatchEncoding:
@@ -355,11 +364,7 @@ def with_places(
     Raises:
         ExamplesError: the tokenizer is one in Python, which gives no places.
     """
-    if not tokenizer.is_fast:
-        raise ExamplesError(
-            "the base's tokenizer gives no places of its tokens in a text, which composites,"
-            " conversations and spans need; leave them out"
-        )
+    require_places(tokenizer)
     return tokenizer(
         text,
         add_special_tokens=special,

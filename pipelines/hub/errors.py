@@ -46,6 +46,10 @@ class HubAccessError(UnusableRepositoryError):
     """The Hub refuses access with this token, or without one."""
 
 
+class HubDisabledError(UnusableRepositoryError):
+    """The Hub has taken the repository away from everybody."""
+
+
 class HubProtocolError(HubError):
     """The answer is not a Hub's: a mirror's fault, a proxy, or a wrong endpoint."""
 
@@ -113,6 +117,10 @@ _SENTENCES: dict[str, tuple[type[HubError], str]] = {
         "{what} is gated: accept its terms at {endpoint}, log in with `hf auth login`, and name its"
         " owner in the recipe under hub, token_for, or to the command with --token-for",
     ),
+    "disabled": (
+        HubDisabledError,
+        "{what}: {endpoint} has disabled it, so nobody can download it ({status}); use another",
+    ),
     "revision": (HubRevisionError, "{what}: {endpoint} has no such revision of it; check it"),
     "entry": (HubFilesError, "{what}: there is no such file or folder at that revision"),
     "auth": (
@@ -158,7 +166,7 @@ def hub_error(what: str, error: dict[str, Any], endpoint: str) -> HubError:
     """
     status = error["status"]
     of_status = {401: "auth", 403: "access", 404: "repository", 409: "conflict"}
-    of_status |= {412: "conflict", 413: "large", 429: "limit"}
+    of_status |= {412: "conflict", 413: "large", 429: "limit", 451: "disabled"}
     kind = error["kind"] or of_status.get(status, "server" if status >= 500 else "")
     error_class, sentence = _SENTENCES[kind]
     text = " ".join(error["text"].split())[:300]

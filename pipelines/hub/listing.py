@@ -44,6 +44,15 @@ def check_sizes(ref: AdapterRef, files: Sequence[ListedFile], limit_bytes: int) 
         )
 
 
+def check_room(ref: AdapterRef, num_bytes: int, folder: Path) -> None:
+    """Raise HubDiskError if the disk of a folder, which may not exist yet, has less left."""
+    here = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    try:
+        require_space(here, num_bytes, where(ref))
+    except NoSpaceError as error:
+        raise HubDiskError(str(error)) from None
+
+
 def fetch_files(hub: Hub, ref: AdapterRef, files: Sequence[ListedFile], into: Path) -> None:
     """Download files into a folder that has none of them, and check their bytes.
 
@@ -53,10 +62,7 @@ def fetch_files(hub: Hub, ref: AdapterRef, files: Sequence[ListedFile], into: Pa
     """
     sizes = {file.path: file.size for file in files}
     num_bytes = sum(sizes.values())
-    try:
-        require_space(into.parent, num_bytes, where(ref))
-    except NoSpaceError as error:
-        raise HubDiskError(str(error)) from None
+    check_room(ref, num_bytes, into.parent)
     asked = {"revision": ref.revision, "files": sizes, "into": str(into)}
     before = _bytes_in(into)
     with growing(f"downloading {ref.repo_id}", num_bytes, lambda: _bytes_in(into) - before):

@@ -8,8 +8,10 @@ repository's own listing.
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
+
+from huggingface_hub.constants import HF_HUB_CACHE
 
 from meteora.artifacts import COMMIT, REPO_ID, AdapterRef, BaseSpec
 from meteora.base.sources import INDEX, SHARD, TEXTS
@@ -22,8 +24,15 @@ from pipelines.hub.errors import (
     HubReferenceError,
     HubRevisionError,
 )
-from pipelines.hub.listing import check_sizes, fetch_files, list_folder, some_names, where
-from pipelines.hub.snapshot import ListedFile, has_size, keep_whole, staging
+from pipelines.hub.listing import (
+    check_room,
+    check_sizes,
+    fetch_files,
+    list_folder,
+    some_names,
+    where,
+)
+from pipelines.hub.snapshot import ListedFile, cached, has_size, keep_whole, staging
 
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/]{0,254}")
 PULL_REQUEST = "refs/pr/"
@@ -38,6 +47,7 @@ PROFILE_FILES = re.compile(
 
 MAX_PROFILE_BYTES = 64 << 20
 MAX_BASE_BYTES = 160 << 30
+MAX_CHECKPOINT_BYTES = 160 << 30
 
 
 def resolve(
@@ -118,6 +128,28 @@ def download_base(spec: BaseSpec, out: Path, *, hub: Hub = DEFAULT) -> None:
     out.mkdir(parents=True, exist_ok=True)
     if left := keep_whole(files, out):
         fetch_files(hub, ref, left, out)
+
+
+def check_before_caching(
+    ref: AdapterRef, checkpoint: Collection[str] = (), *, hub: Hub = DEFAULT
+) -> None:
+    """Check sizes before the Hub's own client, which has no limit, downloads to its cache.
+
+    Args:
+        checkpoint: The files of a fused checkpoint; without any, it is a base.
+
+    Raises:
+        HubSizeError: The files are larger than is allowed.
+        HubDiskError: The disk has no room for those that are not in the cache yet.
+        HubError: The Hub lists no such files, or does not answer.
+    """
+    if checkpoint:
+        files = [file for file in list_folder(hub, ref, "") if file.path in checkpoint]
+        check_sizes(ref, files, MAX_CHECKPOINT_BYTES)
+    else:
+        files = _base_files(hub, ref)
+    left = [file for file in files if cached(ref.repo_id, file.path, ref.revision) is None]
+    check_room(ref, sum(file.size for file in left), Path(HF_HUB_CACHE))
 
 
 def download_profile(ref: AdapterRef, out: Path, *, hub: Hub = DEFAULT) -> None:

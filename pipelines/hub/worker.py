@@ -28,6 +28,7 @@ from huggingface_hub import (
     hf_hub_download,
 )
 from huggingface_hub.errors import (
+    DisabledRepoError,
     FileMetadataError,
     GatedRepoError,
     HFValidationError,
@@ -55,6 +56,7 @@ class UnexpectedAnswerError(ValueError):
 
 KINDS = (
     (GatedRepoError, "gated"),
+    (DisabledRepoError, "disabled"),
     (RevisionNotFoundError, "revision"),
     (RemoteEntryNotFoundError, "entry"),
     (OfflineModeIsEnabled, "offline"),

@@ -42,6 +42,7 @@ from meteora.untrusted.findings import MOST_NAMED, counted, listed
 from pipelines.admission import silent_experts
 from pipelines.admission.card_examples import licences_of_data_sets
 from pipelines.admission.sources import token_of_rows
+from pipelines.data.composites import require_places
 from pipelines.data.conversations import Conversation, converse, takes, within
 from pipelines.data.labels import Labeller, background_ids
 from pipelines.data.pool import known_shares
@@ -189,6 +190,8 @@ def _recorded_gates(work: RunContext, plan: Plan, folder: Path) -> RouterBuild:
 
 
 def _make_gates(work: RunContext, plan: Plan) -> RouterBuild:
+    if plan.router.mixed_prompts or plan.spans:  # told before the base is loaded
+        require_places(loading.load_tokenizer(work.base_folder(plan.base)))
     require_space(work.home, _bytes_of_fit(plan), "a fit of these gates")
     with work.scratch() as scratch:
         out = scratch / GATES

@@ -44,7 +44,7 @@ from meteora.fitting.sequences import UNLABELLED
 from meteora.fitting.statistics import read_statistics, write_statistics
 from meteora.model.fused import check_base, insert_experts
 from meteora.routing.gates import gates_of
-from meteora.untrusted.findings import listed
+from meteora.untrusted.findings import listed, shortened
 from pipelines.admission.candidate import Admission, Candidate, resolve
 from pipelines.admission.card_examples import licences_of_data_sets
 from pipelines.admission.checkpoints import FoundCheckpoint
@@ -343,7 +343,7 @@ def _composites(folder: Path, manifest: Manifest) -> tuple[MixedSection, ...]:
     except ValidationError as error:
         raise GrowthError(
             f"{folder / MANIFEST}: it says that the gates were fitted to prompts of"
-            f" {found!r} tasks; a list is needed, of whole numbers from 2 to 50 or of"
+            f" {shortened(found)} tasks; a list is needed, of whole numbers from 2 to 50 or of"
             ' {"n", "num_fewshot"}; download or build the checkpoint again'
         ) from error
 

@@ -267,6 +267,23 @@ def test_what_is_no_regular_file_is_not_opened(name: str, tmp_path: Path) -> Non
     assert "not_a_file" in codes(folder)
 
 
+@pytest.mark.parametrize("name", ["adapter_config.json", "adapter_model.safetensors"])
+def test_a_link_to_a_file_that_is_not_here_is_called_so(name: str, tmp_path: Path) -> None:
+    """As a copy of a snapshot in the Hub's cache has them, without the blobs beside it."""
+    folder = write_adapter(tmp_path)
+    (folder / name).unlink()
+    (folder / name).symlink_to("../../blobs/0123")
+    assert codes(folder).keys() == {"broken_link"}
+    assert codes(folder)["broken_link"].startswith(f"{name} is a link")
+
+
+def test_weights_that_are_all_hole_are_not_read(tmp_path: Path) -> None:
+    folder = write_adapter(tmp_path)
+    os.truncate(folder / "adapter_model.safetensors", 1 << 40)
+    with little_work():
+        assert "has 1099511627776 bytes, more than" in codes(folder)["weights_size"]
+
+
 def test_what_is_missing_is_said(tmp_path: Path) -> None:
     assert "missing" in codes(tmp_path / "nowhere")
     assert {"no_config", "no_weights"} <= codes(tmp_path).keys()
@@ -338,3 +355,11 @@ def test_a_rank_that_no_checkpoint_can_hold_is_refused(tmp_path: Path) -> None:
     }
     folder = write_adapter(tmp_path, safetensors(tensors), r=4)
     assert "is '5000'; it must be 1 to 4096" in codes(folder)["rank"]
+
+
+@pytest.mark.parametrize("value", ["8", 8.0, True])
+def test_what_only_looks_like_a_rank_is_told_from_one(value: Any, tmp_path: Path) -> None:
+    said = codes(write_adapter(tmp_path, r=value, lora_alpha="8"))
+    assert "it must be 1 to 4096, a whole number" in said["rank"]
+    assert said["rank"].endswith(" without quotes") == isinstance(value, str)
+    assert said["alpha"].endswith(" without quotes")

@@ -302,6 +302,7 @@ def test_what_a_person_should_know_is_a_warning(
         *({"init_lora_weights": init} for init in ("gaussian", "Gaussian", "mica", False, None)),
         {"merge_weights": False, "enable_lora": None},
         {"auto_mapping": {"base_model_class": "GPT2LMHeadModel"}},
+        {"auto_mapping": {"base_model_class": "PeftModel", "parent_library": "peft.peft_model"}},
         {"modules_to_save": [], "peft_version": "0.21.2", "inference_mode": True},
         {"fan_in_fan_out": True},
     ],
@@ -344,11 +345,16 @@ def test_a_head_that_is_tied_to_the_embedding_is_targeted_with_it(
     assert [reason.code for reason in found.reasons] == ["stripped", *["untargeted"] * (not tied)]
 
 
-def test_lora_on_an_embedding_is_no_linear_layer(tmp_path: Path) -> None:
-    stem = "base_model.model.model.embed_tokens.lora_embedding_"
-    embedding: Tensors = {f"{stem}A": ("F32", (4, 9), 1.0), f"{stem}B": ("F32", (8, 4), 1.0)}
+@pytest.mark.parametrize("name", ["model.embed_tokens", "backbone.embeddings"])  # or Mamba's
+def test_lora_on_an_embedding_is_no_linear_layer(name: str, tmp_path: Path) -> None:
+    stem = f"base_model.model.{name}"
+    embedding: Tensors = {
+        f"{stem}.base_layer.weight": ("F32", (9, 8), 1.0),
+        f"{stem}.lora_embedding_A": ("F32", (4, 9), 1.0),
+        f"{stem}.lora_embedding_B": ("F32", (8, 4), 1.0),
+    }
     folder = write_adapter(tmp_path, pair(Q0) | pair(V0) | embedding)
-    assert "modules_to_save" in codes(folder)
+    assert codes(folder).keys() == {"modules_to_save"}
     assert reader.read(folder, modules_to_save="strip").spec.stripped == tuple(embedding)
 
 
@@ -479,8 +485,9 @@ def test_layers_of_single_experts_are_refused_by_what_the_base_has_instead(tmp_p
         fit_to_base(found, SHAPES | {"model.layers.0.mlp.experts.0.up_proj": (8, 6)})
 
 
-def test_a_router_that_returns_its_choices_is_refused_as_one(tmp_path: Path) -> None:
-    router = pair("model.layers.0.feed_forward.router")
+@pytest.mark.parametrize("name", ["feed_forward.router", "mlp.gate", "block_sparse_moe.gate"])
+def test_a_router_that_returns_its_choices_is_refused_as_one(name: str, tmp_path: Path) -> None:
+    router = pair(f"model.layers.0.{name}")
     found = reader.read(write_adapter(tmp_path, pair(Q0) | router, target_modules="all-linear"))
     with pytest.raises(IncompatibleAdaptersError, match="chooses the experts of a mixture and ret"):
         fit_to_base(found, SHAPES)

@@ -43,6 +43,8 @@ def server(world: World, manifest: Manifest) -> Generator[HubServer]:
         base = {path.name: path.read_bytes() for path in world.base.iterdir()}
         server.repos = {"org/fused": Main(fused), "other/base": Main(base, COMMIT)}
         server.repos["org/earlier"] = Repo(fused, COMMIT)  # its branch has gone on
+        server.repos["org/vast"] = Main(fused, listed_sizes={EXPERTS: 1 << 50})
+        server.repos["other/vast"] = Main(base, COMMIT, listed_sizes={"model.safetensors": 1 << 50})
         yield server
 
 
@@ -191,6 +193,20 @@ def test_a_checkpoint_of_the_hub_may_be_named_at_a_revision(asking: Asking, answ
     assert missing.returncode == 1
     assert missing.stderr.startswith("error: org/earlier: ")
     assert "v9 is not a valid git identifier" in missing.stderr
+
+
+def test_a_vast_checkpoint_or_base_is_refused_before_any_of_it_is_downloaded(
+    asking: Asking, manifest: Manifest, folder: Path
+) -> None:
+    """The Hub's own client has no limit, and a stranger's checkpoint names any base."""
+    vast_base = replace(manifest, base=replace(manifest.base, repo_id="other/vast"))
+    (folder / MANIFEST).write_text(vast_base.to_json())
+    for named, refused in (("org/vast", "org/vast at aaaa"), (str(folder), "other/vast at bbbb")):
+        said = asking.run("generate", named, "hello")
+        assert (said.returncode, said.stdout) == (1, "")
+        assert said.stderr.startswith(f"error: {refused}")
+        assert "download it yourself, and give its folder" in said.stderr
+        assert asking.server.count("get") == 0
 
 
 def test_a_folder_here_may_have_the_name_of_a_revision(

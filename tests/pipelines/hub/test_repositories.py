@@ -30,6 +30,7 @@ from pipelines.hub.errors import (
     HubAccessError,
     HubConnectionError,
     HubDamageError,
+    HubDisabledError,
     HubDiskError,
     HubError,
     HubFilesError,
@@ -492,6 +493,8 @@ def test_names_from_a_repository_become_no_paths(
         (401, {}, HubAccessError),
         (403, {}, HubAccessError),
         (403, {"X-Error-Code": "GatedRepo"}, HubGatedError),
+        (403, {"X-Error-Message": "Access to this resource is disabled."}, HubDisabledError),
+        (451, {}, HubDisabledError),  # for legal reasons
         (404, {}, HubNotFoundError),
         (404, {"X-Error-Code": "RepoNotFound"}, HubNotFoundError),
         (429, {}, HubRateLimitError),

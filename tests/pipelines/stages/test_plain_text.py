@@ -11,6 +11,7 @@ import meteora
 from meteora.artifacts import SHARED, RouterBuild
 from meteora.base.chat_template import encode_pair
 from meteora.checkpoint.manifest import read_manifest
+from pipelines.data.rows import ExamplesError
 from pipelines.planning.plan import Plan
 from pipelines.reports.summary import summarise
 from pipelines.stages import build, measure
@@ -69,6 +70,7 @@ def test_a_base_whose_tokenizer_is_in_python_is_fitted_and_measured_without_plac
     workplace: Callable[..., RunContext],
     chat_base: Path,
     python_tokenizer: PreTrainedTokenizerBase,
+    monkeypatch: pytest.MonkeyPatch,
     capfd: pytest.CaptureFixture[str],
 ) -> None:
     for name in ("tokenizer.json", "tokenizer_config.json", "chat_template.jinja"):
@@ -83,6 +85,14 @@ def test_a_base_whose_tokenizer_is_in_python_is_fitted_and_measured_without_plac
     no_places = "the base's tokenizer gives no places of its tokens"
     assert f"note: {no_places}: gates are fitted without conversations" in said
     assert f"note: switches are not measured: {no_places} in a text" in said
+
+    def unexpected(*_: object, **__: object) -> None:
+        pytest.fail("the base is loaded")
+
+    monkeypatch.setattr(build, "opened", unexpected)
+    work = workplace(base=f"path:{chat_base}", benchmark=QUICK, gates={"composites": [2]})
+    with pytest.raises(ExamplesError, match="which composites, conversations and spans need"):
+        go(work)
 
 
 def test_a_checkpoint_on_plain_text_says_so_and_grows_on_plain_text(

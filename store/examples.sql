@@ -48,9 +48,11 @@ SELECT short(pool_id) AS pool, expert, num_prompts, num_clusters, round(score, 2
 FROM pool_shares ORDER BY pool, num_prompts DESC, expert;
 
 -- Which models contain an adapter, so that I know what to withdraw when its licence changes?
-SELECT adapters.name, adapters.licence, lineage.kind, short(relative_id) AS used_in
-FROM adapters JOIN lineage ON artifact_id = adapter_id
-WHERE relation = 'used in' AND lineage.kind IN ('fused', 'router') ORDER BY ALL LIMIT 1000;
+SELECT adapters.name, licence, kind, short(id) AS used_in
+FROM adapters JOIN experts USING (adapter_id)
+JOIN (SELECT id, id AS fused_id, kind FROM artifacts WHERE kind = 'fused'
+      UNION ALL SELECT id, fused_id, 'router' FROM routers) USING (fused_id)
+ORDER BY ALL LIMIT 1000;
 
 -- Which adapters were refused, and why?
 SELECT name, repo_id, codes, messages FROM adapters WHERE verdict = 'refuse';

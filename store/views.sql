@@ -282,7 +282,7 @@ ASOF LEFT JOIN origins AS before
     ON before.id = relative_id AND before.recorded_at <= made.recorded_at;
 COMMENT ON VIEW lineage IS 'What each artifact was made from and is used in, down to commit, hash and licence';
 COMMENT ON COLUMN lineage.artifact_id IS 'Artifact id to search for';
-COMMENT ON COLUMN lineage.relation IS 'itself, made from, or used in';
+COMMENT ON COLUMN lineage.relation IS 'itself, made from, or used in. What add or drop made is made from the checkpoint before, and so from an expert that was dropped: the gates were fitted beside it. Which adapters a model contains is in experts';
 COMMENT ON COLUMN lineage.depth IS 'Number of steps between the two';
 COMMENT ON COLUMN lineage.relative_id IS 'Artifact id of its relative';
 COMMENT ON COLUMN lineage.kind IS 'base, adapter, pool, fused, router, merge, routing, comparison or speed; NULL where the relative is not recorded';

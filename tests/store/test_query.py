@@ -26,7 +26,7 @@ from meteora.artifacts import (
     Spec,
 )
 from store.errors import QueryError, StoreError
-from store.events import RunStarted
+from store.events import AdapterVerdict, RunStarted
 from store.index import Index
 from store.ledger import Ledger
 from store.query import Limits, examples
@@ -398,6 +398,30 @@ def test_scores_that_differ_by_rounding_share_a_place(shelf: Shelf) -> None:
     shelf.ledger.ingest()
     found = shelf.ledger.query("SELECT place FROM leaderboard ORDER BY value DESC")
     assert found.rows == [(1,), (1,), (3,)]
+
+
+def test_a_model_without_a_dropped_expert_is_made_from_it_and_does_not_contain_it(
+    shelf: Shelf,
+) -> None:
+    kept, dropped = Shelf.adapter(1), Shelf.adapter(2)
+    whole, rest = Shelf.fused(kept, dropped), Shelf.fused(kept)
+    before = Shelf.router(whole)
+    after = replace(Shelf.router(rest), grown_from=before.id)
+    for spec in (Shelf.base, kept, dropped, whole, rest, before, after):
+        shelf.make(spec)
+    for number, spec in enumerate((kept, dropped)):
+        verdict = AdapterVerdict(
+            f"expert-{number}", "", f"a/{number}", COMMIT, "accept", adapter_id=spec.id
+        )
+        shelf.ledger.record_adapter(verdict, run_id="r1")
+    shelf.ledger.ingest()
+    made_from = "SELECT relative_id FROM lineage WHERE relation = 'made from' AND artifact_id = '"
+    assert (dropped.id,) in shelf.ledger.query(f"{made_from}{after.id}'").rows
+    (contain,) = (sql for title, sql in examples() if title.startswith("Which models contain"))
+    found = [(name, used) for name, _, _, used in shelf.ledger.query(contain).rows]
+    assert ("expert-0", brief(after.id)) in found
+    with_both = [used for name, used in found if name == "expert-1"]
+    assert with_both == [brief(whole.id), brief(before.id)]
 
 
 def test_examples_know_in_which_direction_a_metric_is_better(tmp_path: Path) -> None:

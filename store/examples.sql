@@ -12,16 +12,16 @@ SELECT short(subject_id) AS model, router, num_tasks AS tasks, round(value, 3) A
 FROM means ORDER BY value DESC, subject_id LIMIT 20;
 
 -- On which tasks is a routed model significantly worse than the right adapter alone?
-SELECT task, short(subject_id) AS model, round(value, 3) AS score, oracle_name,
-       round(oracle_value, 3) AS oracle
-FROM leaderboard
-WHERE CASE WHEN higher_is_better THEN high < oracle_low ELSE low > oracle_high END
+SELECT task, short(subject_id) AS model, round(difference, 3) AS difference, round(low, 3) AS low,
+       round(high, 3) AS high, p_holm AS p
+FROM latest_comparisons
+WHERE other = 'oracle' AND p_holm < 0.05 AND (difference < 0) = higher_is_better
 ORDER BY task, model LIMIT 100;
 
 -- Where does a routed model differ from the base, the oracle or another control beyond chance?
 SELECT short(subject_id) AS model, other, task, round(difference, 3) AS difference,
-       round(p_holm, 4) AS p
-FROM comparisons WHERE p_holm < 0.05 ORDER BY model, other, difference;
+       p_holm AS p
+FROM latest_comparisons WHERE p_holm < 0.05 ORDER BY model, other, difference;
 
 -- What does routing cost in time and space?
 SELECT short(subject_id) AS model, phase, round(fused_tokens_per_second) AS tokens_per_second,
@@ -31,7 +31,9 @@ FROM speeds ORDER BY ALL;
 -- How does a model do at each turn of a conversation, and how much does it compute?
 SELECT short(router_id) AS model, task, system, turn, round(value, 3) AS score,
        round(computed_tokens) AS computed_tokens, round(seconds, 3) AS seconds
-FROM conversation_turns WHERE system IN ('fused', 'oracle', 'swap') ORDER BY ALL;
+FROM conversation_turns WHERE system IN ('fused', 'oracle', 'swap')
+QUALIFY rows_sha256 = arg_max(rows_sha256, recorded_at) OVER (PARTITION BY router_id, task)
+ORDER BY ALL;
 
 -- What is the latest model made from, down to commit, hash and licence?
 SELECT depth, kind, source, revision, licence, weights_sha256
@@ -46,19 +48,22 @@ SELECT short(pool_id) AS pool, expert, num_prompts, num_clusters, round(score, 2
 FROM pool_shares ORDER BY pool, num_prompts DESC, expert;
 
 -- Which models contain an adapter, so that I know what to withdraw when its licence changes?
-SELECT adapters.name, adapters.licence, lineage.kind, short(relative_id) AS used_in
-FROM adapters JOIN lineage ON artifact_id = adapter_id
-WHERE relation = 'used in' AND lineage.kind IN ('fused', 'router') ORDER BY ALL LIMIT 1000;
+SELECT adapters.name, licence, kind, short(id) AS used_in
+FROM adapters JOIN experts USING (adapter_id)
+JOIN (SELECT id, id AS fused_id, kind FROM artifacts WHERE kind = 'fused'
+      UNION ALL SELECT id, fused_id, 'router' FROM routers) USING (fused_id)
+ORDER BY ALL LIMIT 1000;
 
 -- Which adapters were refused, and why?
 SELECT name, repo_id, codes, messages FROM adapters WHERE verdict = 'refuse';
 
 -- Under which licences are the adapters that are in use?
-SELECT licence, count(*) AS adapters FROM adapters WHERE num_fused > 0 GROUP BY ALL ORDER BY ALL;
+SELECT licence, count(DISTINCT adapter_id) AS adapters
+FROM adapters WHERE num_fused > 0 GROUP BY ALL ORDER BY ALL;
 
 -- Where does routing go wrong most?
-SELECT expert, layer, module, round(accuracy, 3) AS accuracy, num_tokens
-FROM routing WHERE num_tokens > 0 ORDER BY routing.accuracy, module, expert LIMIT 10;
+SELECT short(router_id) AS model, expert, layer, module, round(accuracy, 3) AS accuracy, num_tokens
+FROM routing WHERE num_tokens > 0 ORDER BY routing.accuracy, module, expert, model LIMIT 10;
 
 -- How are tokens spread over the experts, and how many reach their own?
 SELECT short(router_id) AS model, expert, round(sum(load) / any_value(num_modules), 3) AS load,
@@ -67,8 +72,10 @@ FROM (SELECT *, count(DISTINCT module) OVER (PARTITION BY router_id) AS num_modu
 GROUP BY ALL ORDER BY ALL;
 
 -- Which experts take each other's tokens?
-SELECT truth, chosen, sum(num_tokens)::BIGINT AS tokens
-FROM routing_counts WHERE truth <> chosen GROUP BY ALL ORDER BY tokens DESC, truth, chosen LIMIT 10;
+SELECT short(router_id) AS model, truth, chosen, round(sum(num_tokens) / any_value(of_truth), 4) AS share
+FROM (SELECT *, sum(num_tokens) OVER (PARTITION BY router_id, truth) AS of_truth FROM routing_counts)
+WHERE truth <> chosen
+GROUP BY router_id, truth, chosen ORDER BY share DESC, model, truth, chosen LIMIT 10;
 
 -- Which models recognise a prompt that belongs to no expert?
 SELECT short(router_id) AS model, round(auroc, 3) AS auroc, num_nobodys, num_own,

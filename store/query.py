@@ -89,7 +89,11 @@ def opened(path: Path, memory_bytes: int) -> duckdb.DuckDBPyConnection:
 
 
 def harden(connection: duckdb.DuckDBPyConnection, memory_bytes: int) -> None:
-    """Limit a connection to this much memory, without further files, network or settings."""
+    """Limit a connection to this much memory, without further files, network or settings.
+
+    Its time zone is that of the ledger's times, UTC: `now()` is compared with them.
+    """
+    connection.execute("SET GLOBAL TimeZone = 'UTC'")
     connection.execute(f"SET memory_limit = '{memory_bytes // 1024}KiB'")
     connection.execute("SET max_temp_directory_size = '0KiB'")
     connection.execute("SET enable_external_access = false")

@@ -10,7 +10,7 @@ CREATE OR REPLACE TEMP TABLE placed AS
 SELECT scores.rowid AS number, board,
        rank() OVER (
            PARTITION BY board
-           ORDER BY CASE WHEN higher_is_better THEN value ELSE -value END DESC
+           ORDER BY merit(value, higher_is_better) DESC
        ) AS place
 FROM scores
 JOIN boards USING (task, metric, num_fewshot, max_new_tokens, template, rows_sha256)
@@ -27,7 +27,7 @@ WHERE scores.subject_id = scores.base_id;
 CREATE OR REPLACE TEMP TABLE oracles AS
 WITH alone AS (
     SELECT fused_id, board, base_id, seed, name, value, low, high,
-           (CASE WHEN higher_is_better THEN value ELSE -value END, -position) AS merit,
+           (merit(value, higher_is_better), -position) AS merit,
            (name = task, merit) AS own_merit
     FROM scores
     JOIN boards USING (task, metric, num_fewshot, max_new_tokens, template, rows_sha256)
@@ -35,7 +35,7 @@ WITH alone AS (
     UNION ALL  -- composites, conversations: no adapter alone is the right one, each span's own is
     SELECT fused_id, board, base_id, scores.seed, 'each span''s own', value, low, high,
            NULL AS merit,  -- it is none of the adapters, of which one is the best
-           (true, (CASE WHEN higher_is_better THEN value ELSE -value END, 0)) AS own_merit
+           (true, (merit(value, higher_is_better), 0)) AS own_merit
     FROM scores
     JOIN boards USING (task, metric, num_fewshot, max_new_tokens, template, rows_sha256)
     JOIN routers ON routers.id = scores.subject_id AND routers.router = 'oracle'
@@ -76,31 +76,15 @@ WHERE old.task = b.task AND old.metric = b.metric AND old.num_fewshot = b.num_fe
   AND old.max_new_tokens = b.max_new_tokens AND old.template = b.template
   AND old.rows_sha256 = b.rows_sha256;
 
+CREATE OR REPLACE TEMP VIEW numbered AS SELECT * FROM placed JOIN scores ON scores.rowid = number;
+
 INSERT INTO regression_rows BY NAME
-WITH followed AS (
-    SELECT number, recipe_name, router, higher_is_better, value, low, high, stderr,
-           lag(number) OVER before AS previous, lag(value) OVER before AS previous_value,
-           lag(low) OVER before AS previous_low, lag(high) OVER before AS previous_high,
-           lag(stderr) OVER before AS previous_stderr
-    FROM scores
-    JOIN placed ON placed.number = scores.rowid
-    JOIN routers ON routers.id = scores.subject_id
-    JOIN run_starts ON run_starts.run_id = scores.run_id
-    WINDOW before AS (
-        PARTITION BY recipe_name, router, board
-        ORDER BY scores.recorded_at, left(scores.record_sha256, 12)
-    )
-),
-fallen AS (
-    SELECT *, sqrt(stderr ** 2 + previous_stderr ** 2) AS change_stderr FROM followed
-    WHERE fell(previous_value, previous_low, previous_high, value, low, high, higher_is_better)
-)
-SELECT recipe_name, router, task, metric, now.value, previous_value,
-       now.value - previous_value AS change, change_stderr, now.subject_id,
-       earlier.subject_id AS previous_id, now.recorded_at, now.run_id, now.num_fewshot,
-       now.max_new_tokens, now.template, now.rows_sha256
-FROM fallen
-JOIN scores AS now ON now.rowid = fallen.number
-JOIN (SELECT rowid AS previous, subject_id FROM scores) AS earlier USING (previous);
+SELECT recipe_name, router, task, metric, now.value, previous_value, change, change_stderr,
+       now.subject_id, earlier.subject_id AS previous_id, now.recorded_at, now.run_id,
+       now.num_fewshot, now.max_new_tokens, now.template, now.rows_sha256
+FROM followed('numbered')
+JOIN scores AS now ON now.rowid = number
+JOIN (SELECT rowid AS previous, subject_id FROM scores) AS earlier USING (previous)
+WHERE worse;
 
 DELETE FROM unsettled;

@@ -9,6 +9,10 @@ CREATE OR REPLACE MACRO fell(earlier, earlier_low, earlier_high, now, now_low, n
          THEN earlier - now > sqrt((earlier - earlier_low) ** 2 + (now_high - now) ** 2)
          ELSE now - earlier > sqrt((earlier_high - earlier) ** 2 + (now - now_low) ** 2) END;
 
+-- What scores are ranked by. Means of the same numbers in another order differ in their last digits.
+CREATE OR REPLACE MACRO merit(value, higher_is_better) AS
+    round(CASE WHEN higher_is_better THEN value ELSE -value END, 9);
+
 -- A control gets the true expert of each token, so it cannot be used as a model.
 CREATE OR REPLACE MACRO is_control(router) AS
     router IN ('oracle', 'one_expert', 'single', 'swap', 'alora');
@@ -179,6 +183,45 @@ COMMENT ON COLUMN latest_standings.higher_is_better IS 'Whether a larger value i
 COMMENT ON COLUMN latest_standings.score_id IS 'Benchmark id of the score';
 COMMENT ON COLUMN latest_standings.recorded_at IS 'When it was recorded, UTC';
 
+CREATE OR REPLACE VIEW latest_comparisons AS
+WITH families AS (
+    SELECT comparison_id, count(*) AS num_tests FROM comparisons GROUP BY comparison_id
+), asked AS (
+    SELECT id AS score_id, higher_is_better,
+           asking = arg_max(asking, (recorded_at, id)) OVER (PARTITION BY subject_id, task)
+               AS is_latest
+    FROM (SELECT *, (num_fewshot, max_new_tokens, template, rows_sha256) AS asking
+          FROM scores SEMI JOIN comparisons USING (subject_id))
+)
+SELECT subject_id, system, other, task, metric, difference, low, high, p_value, p_holm, test,
+       num_samples, higher_is_better, score_id, other_score_id, comparison_id, recorded_at, run_id
+FROM comparisons JOIN families USING (comparison_id) JOIN asked USING (score_id)
+WHERE is_latest
+QUALIFY row_number() OVER (  -- one task tested alone is not corrected for the others
+    PARTITION BY subject_id, system, other, task, metric
+    ORDER BY num_tests DESC, recorded_at DESC, comparison_id
+) = 1
+ORDER BY subject_id, other, task, metric;
+COMMENT ON VIEW latest_comparisons IS 'One comparison of each routed model with each other system, on each task and on the rows of the last score: of several that of the most tasks, and then the last. A row of comparisons stays there when the same is tested again among other tasks';
+COMMENT ON COLUMN latest_comparisons.subject_id IS 'Artifact id of the routed model';
+COMMENT ON COLUMN latest_comparisons.system IS 'As in comparisons';
+COMMENT ON COLUMN latest_comparisons.other IS 'As in comparisons';
+COMMENT ON COLUMN latest_comparisons.task IS 'Name of the task';
+COMMENT ON COLUMN latest_comparisons.metric IS 'Name of the metric, as the harness calls it';
+COMMENT ON COLUMN latest_comparisons.difference IS 'Score of the model minus that of the other system, in the metric''s unit';
+COMMENT ON COLUMN latest_comparisons.low IS 'Lower end of its 95 % interval, in the metric''s unit';
+COMMENT ON COLUMN latest_comparisons.high IS 'Upper end of its 95 % interval, in the metric''s unit';
+COMMENT ON COLUMN latest_comparisons.p_value IS 'As in comparisons';
+COMMENT ON COLUMN latest_comparisons.p_holm IS 'As in comparisons';
+COMMENT ON COLUMN latest_comparisons.test IS 'As in comparisons';
+COMMENT ON COLUMN latest_comparisons.num_samples IS 'Number of rows that both answered';
+COMMENT ON COLUMN latest_comparisons.higher_is_better IS 'Whether a larger value is a better one';
+COMMENT ON COLUMN latest_comparisons.score_id IS 'Benchmark id of the model''s score';
+COMMENT ON COLUMN latest_comparisons.other_score_id IS 'Benchmark id of the other system''s score';
+COMMENT ON COLUMN latest_comparisons.comparison_id IS 'Artifact id of the comparison, whose tasks p_holm is corrected over';
+COMMENT ON COLUMN latest_comparisons.recorded_at IS 'When it was recorded, UTC';
+COMMENT ON COLUMN latest_comparisons.run_id IS 'The run that tested it';
+
 CREATE OR REPLACE VIEW latest_routing AS
 SELECT parent_id AS router_id, arg_max(record_sha256, (recorded_at, record_sha256)) AS record_sha256
 FROM (SELECT id AS child_id, recorded_at, record_sha256 FROM artifacts WHERE kind = 'routing')
@@ -190,7 +233,7 @@ COMMENT ON COLUMN latest_routing.record_sha256 IS 'SHA-256 of the record, 64 hex
 
 CREATE OR REPLACE VIEW conversation_turns AS
 SELECT router_id, task, system, turn, score_turns.value, num_samples AS num_conversations,
-       prompt_tokens, computed_tokens, new_tokens, seconds, score_id
+       prompt_tokens, computed_tokens, new_tokens, seconds, score_id, rows_sha256, recorded_at
 FROM standings JOIN score_turns USING (score_id)
 ORDER BY router_id, task, system, turn;
 COMMENT ON VIEW conversation_turns IS 'Score and cost of each routed model and its controls, at each turn of conversations';
@@ -205,6 +248,8 @@ COMMENT ON COLUMN conversation_turns.computed_tokens IS 'Mean number of its toke
 COMMENT ON COLUMN conversation_turns.new_tokens IS 'Mean length of the answer, in tokens';
 COMMENT ON COLUMN conversation_turns.seconds IS 'Mean time of the turn, in seconds: the time of a batch divided by its number of conversations';
 COMMENT ON COLUMN conversation_turns.score_id IS 'Benchmark id of the score';
+COMMENT ON COLUMN conversation_turns.rows_sha256 IS 'SHA-256 of the conversations that were asked, 64 hex digits; another number of them, or another system prompt, has another one';
+COMMENT ON COLUMN conversation_turns.recorded_at IS 'When it was recorded, UTC';
 
 CREATE OR REPLACE VIEW lineage AS
 WITH relatives AS (
@@ -237,7 +282,7 @@ ASOF LEFT JOIN origins AS before
     ON before.id = relative_id AND before.recorded_at <= made.recorded_at;
 COMMENT ON VIEW lineage IS 'What each artifact was made from and is used in, down to commit, hash and licence';
 COMMENT ON COLUMN lineage.artifact_id IS 'Artifact id to search for';
-COMMENT ON COLUMN lineage.relation IS 'itself, made from, or used in';
+COMMENT ON COLUMN lineage.relation IS 'itself, made from, or used in. What add or drop made is made from the checkpoint before, and so from an expert that was dropped: the gates were fitted beside it. Which adapters a model contains is in experts';
 COMMENT ON COLUMN lineage.depth IS 'Number of steps between the two';
 COMMENT ON COLUMN lineage.relative_id IS 'Artifact id of its relative';
 COMMENT ON COLUMN lineage.kind IS 'base, adapter, pool, fused, router, merge, routing, comparison or speed; NULL where the relative is not recorded';
@@ -248,29 +293,38 @@ COMMENT ON COLUMN lineage.weights_sha256 IS 'SHA-256 of the relative''s bytes, 6
 COMMENT ON COLUMN lineage.recorded_at IS 'When the relative was recorded, UTC';
 COMMENT ON COLUMN lineage.run_id IS 'The run that made the relative';
 
-CREATE OR REPLACE VIEW changes AS
-WITH checkpoints AS (
-    SELECT run_starts.recipe_name, routers.router, scores.*,
-           lag(scores.subject_id) OVER previous AS previous_id,
-           lag(scores.value) OVER previous AS previous_value,
-           lag(scores.low) OVER previous AS previous_low,
-           lag(scores.high) OVER previous AS previous_high,
-           lag(scores.stderr) OVER previous AS previous_stderr
-    FROM scores
-    JOIN routers ON routers.id = scores.subject_id AND NOT is_control(routers.router)
-    JOIN run_starts ON run_starts.run_id = scores.run_id
-    WINDOW previous AS (
-        PARTITION BY recipe_name, router, task, metric, num_fewshot, max_new_tokens, template,
-                     rows_sha256
-        ORDER BY scores.recorded_at, scores.record_sha256
+-- The scores of a table beside those of the previous checkpoint of the same recipe. `numbered` names it:
+-- columns of scores, with their row ids as `number`, and what they have in common as `board`.
+CREATE OR REPLACE MACRO followed(numbered) AS TABLE
+SELECT *, value - previous_value AS change, sqrt(stderr ** 2 + previous_stderr ** 2) AS change_stderr,
+       fell(previous_value, previous_low, previous_high, value, low, high, higher_is_better)
+           AS worse
+FROM (
+    SELECT number, recipe_name, router, higher_is_better, value, low, high, stderr,
+           lag(number) OVER before AS previous, lag(value) OVER before AS previous_value,
+           lag(low) OVER before AS previous_low, lag(high) OVER before AS previous_high,
+           lag(stderr) OVER before AS previous_stderr
+    FROM query_table(numbered) AS measured
+    JOIN routers ON routers.id = measured.subject_id AND NOT is_control(routers.router)
+    JOIN run_starts ON run_starts.run_id = measured.run_id
+    WINDOW before AS (
+        PARTITION BY recipe_name, router, board
+        ORDER BY measured.recorded_at, left(measured.record_sha256, 12)
     )
 )
-SELECT recipe_name, router, task, metric, value, previous_value, value - previous_value AS change,
-       sqrt(stderr ** 2 + previous_stderr ** 2) AS change_stderr,
-       fell(previous_value, previous_low, previous_high, value, low, high, higher_is_better)
-           AS worse,
-       subject_id, previous_id, recorded_at, run_id
-FROM checkpoints WHERE previous_id IS NOT NULL;
+WHERE previous IS NOT NULL;
+
+CREATE OR REPLACE VIEW changes AS
+WITH numbered AS (
+    SELECT rowid AS number, *,
+           (task, metric, num_fewshot, max_new_tokens, template, rows_sha256) AS board
+    FROM scores
+)
+SELECT recipe_name, router, task, metric, now.value, previous_value, change, change_stderr, worse,
+       now.subject_id, earlier.subject_id AS previous_id, now.recorded_at, now.run_id
+FROM followed('numbered')
+JOIN scores AS now ON now.rowid = number
+JOIN (SELECT rowid AS previous, subject_id FROM scores) AS earlier USING (previous);
 COMMENT ON VIEW changes IS 'Scores beside those of the previous checkpoint of the same recipe on the same rows';
 COMMENT ON COLUMN changes.recipe_name IS 'Name of the recipe; of a file of yours with 8 digits of its path''s hash, since a copy elsewhere is another recipe';
 COMMENT ON COLUMN changes.router IS 'gate, prompt, arrow, norm, fixed, uniform or random';

@@ -121,7 +121,7 @@ def print_answer(answer: Answer, form: Format) -> None:
     elif form == "csv":
         writer = csv.writer(sys.stdout, lineterminator="\n")
         writer.writerow(answer.columns)
-        writer.writerows(answer.rows)
+        writer.writerows(map(_for_csv, row) for row in answer.rows)
     elif form == "markdown":
         for row in (answer.columns, ["-"] * len(answer.columns), *answer.rows):
             print(f"| {' | '.join(_markdown(_cell(value)) for value in row)} |")
@@ -138,6 +138,13 @@ def _for_json(value: object) -> object:
     if isinstance(value, dict):
         return {str(key): _for_json(one) for key, one in value.items()}
     return [_for_json(one) for one in value] if isinstance(value, list | tuple) else value
+
+
+def _for_csv(value: object) -> object:
+    """A list, a struct or a map as JSON, which other programs read; Python's form is Python's."""
+    if isinstance(value, dict | list | tuple):
+        return json.dumps(_for_json(value), default=str, allow_nan=False, ensure_ascii=False)
+    return value
 
 
 def _print_table(answer: Answer) -> None:

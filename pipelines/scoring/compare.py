@@ -34,7 +34,7 @@ def compare(ledger: Ledger, spec: ComparisonSpec) -> ComparisonBuild:
             metric=ours.spec.metric,
             score_id=ours.spec.id,
             other_id=theirs.spec.id,
-            difference=ours.value - theirs.value,
+            difference=intervals.difference(ours.value, theirs.value),
             low=low,
             high=high,
             p_value=intervals.paired_p(*values, seed=spec.seed),

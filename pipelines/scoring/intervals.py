@@ -125,6 +125,12 @@ def sign_flip(ours: Sequence[float], theirs: Sequence[float], seed: int = 0) -> 
     return float(result.pvalue)
 
 
+def difference(ours: float, theirs: float) -> float:
+    """Ours less theirs; 0 if only the rounding of sums is between them."""
+    apart = ours - theirs
+    return apart if abs(apart) > ROUNDING else 0.0
+
+
 def difference_interval(
     ours: Sequence[float], theirs: Sequence[float], *, graded: bool, seed: int = 0
 ) -> tuple[float, float]:
@@ -169,7 +175,7 @@ def mean_difference(
         differences: of each task the mean difference, and the ends of its 95 % interval
     """
     mean, low, high = np.asarray(differences).T
-    centre, num = float(mean.mean()), len(mean)
+    centre, num = difference(float(mean.mean()), 0.0), len(mean)
     below, above = (float(np.linalg.norm(end - mean)) / num for end in (low, high))
     return centre, centre - below, centre + above
 

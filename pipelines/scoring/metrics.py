@@ -36,6 +36,8 @@ GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+")
 """A whole part with commas between thousands; other commas separate numbers."""
 JOINED = re.compile(r"\d[/:]\d[\d,.]*+\D*+$")
 """A last number of a text that is a part of a fraction or of a time. It does not backtrack."""
+DATED = re.compile(r"\d(?: ?/ ?|[-\N{EN DASH}\N{MINUS SIGN}])\d[\d,.]*+\D*+$")
+"""The same for what a right answer must not be either: a spaced fraction, a date, a range."""
 MINUS = {ord("\N{MINUS SIGN}"): "-", ord("\N{EN DASH}"): "-"}
 LONGEST_NUMBER = 1000
 """The most characters of a number; a longer one counts as none."""
@@ -160,10 +162,15 @@ def without_scorer(row: Row) -> str:
 
 def without_number(row: Row) -> str:
     """The message for a row that `numeric_match` cannot score; empty if it can."""
-    joined = [answer for answer in row.answers if _ends_in_part(answer)]
-    if not joined:
+    ends = {answer: answer.rpartition("####")[2] for answer in row.answers}
+    joined = [one for one, end in ends.items() if _ends_in_part(one) or DATED.search(end)]
+    if joined:
+        what = f"{joined[0][:60]!r} is not one number"
+    elif all(last_number(answer) is None for answer in row.answers):
+        what = f"{row.response[:60]!r} has no number"
+    else:
         return ""
-    return f"{joined[0][:60]!r} is not one number, which numeric_match needs; choose exact_match"
+    return f"{what}, which numeric_match needs; choose exact_match"
 
 
 def runs_answers(task: object) -> bool:

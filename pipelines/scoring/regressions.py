@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from meteora.artifacts import ArtifactId
+from pipelines.scoring.intervals import difference
 from store.ledger import Ledger
 
 
@@ -36,7 +37,7 @@ def describe(changes: Sequence[Change]) -> list[str]:
     """The changes as sentences, the worse ones first; empty if there is no previous checkpoint."""
     if not changes:
         return []
-    others = [one for one in changes if one.value != one.previous and not one.worse]
+    others = [one for one in changes if difference(one.value, one.previous) and not one.worse]
     lines = [one.describe() for one in (*(one for one in changes if one.worse), *others)]
     number = len({one.task for one in changes})
     where = "its task" if number == 1 else f"all {number} tasks"

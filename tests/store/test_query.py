@@ -1,23 +1,37 @@
 """Questions have their answers, and can do nothing else than be answered."""
 
 import errno
+import os
 import re
 import signal
+import subprocess
+import sys
 import threading
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
-from meteora.artifacts import ROUTER_KINDS, PoolSpec, RoutingScore
+from meteora.artifacts import (
+    ROUTER_KINDS,
+    ArtifactId,
+    ComparisonBuild,
+    ComparisonSpec,
+    Difference,
+    PoolSpec,
+    RoutingScore,
+    ScorePair,
+    Spec,
+)
 from store.errors import QueryError, StoreError
-from store.events import RunStarted
+from store.events import AdapterVerdict, RunStarted
 from store.index import Index
 from store.ledger import Ledger
 from store.query import Limits, examples
 from store.records import Record
-from tests.store.conftest import Shelf
+from tests.store.conftest import ROOT, Shelf
 
 COMMIT = "c0ffee" + "0" * 34
 Q_PROJ = "model.layers.{}.self_attn.q_proj"
@@ -50,7 +64,7 @@ def test_every_example_has_its_answer(asked: Shelf) -> None:
             (models[1], "gate", 2, 0.725, 0.075, 0.85),
         ],
         "On which tasks is a routed model significantly worse": [
-            ("sorting", models[1], 0.7, "expert-1", 0.9)
+            ("sorting", models[1], -0.2, -0.25, -0.15, 0.001)
         ],
         "Where does a routed model differ": [
             (models[1], "oracle", "sorting", -0.2, 0.001),
@@ -88,9 +102,10 @@ def test_every_example_has_its_answer(asked: Shelf) -> None:
         ],
         "Under which licences": [("apache-2.0", 1), ("mit", 1)],
         "Where does routing go wrong most": [
-            (f"expert-{expert}", layer, Q_PROJ.format(layer), accuracy, tokens)
+            (model, f"expert-{expert}", layer, Q_PROJ.format(layer), accuracy, tokens)
+            for model in models
             for expert, accuracy, tokens in ((0, 0.9, 100), (1, 1.0, 60))
-            for layer in (0, 0, 1, 1)
+            for layer in (0, 1)
         ],
         "How are tokens spread": sorted(
             (model, f"expert-{expert}", load, accuracy)
@@ -98,7 +113,9 @@ def test_every_example_has_its_answer(asked: Shelf) -> None:
             for expert, load, accuracy in ((0, 0.563, 0.9), (1, 0.438, 1.0))
         ),
         "Which models recognise a prompt": [(models[1], 0.987, 20, 30, 0.75, 0.05)],
-        "Which experts take each other's tokens": [("expert-0", "expert-1", 40)],
+        "Which experts take each other's tokens": [
+            (model, "expert-0", "expert-1", 0.1) for model in sorted(models)
+        ],
         "Where do runs spend their time": [("fit", 2, 50.0), ("stack", 2, 1.0)],
         "Which scores fell significantly": [("nightly", "sorting", 0.88, 0.7)],
     }
@@ -301,6 +318,27 @@ def test_ctrl_c_stops_a_question(asked: Shelf, sql: str) -> None:
     assert time.monotonic() - began < 30  # of 60
 
 
+def test_now_is_in_the_time_zone_of_recorded_times(filled: Shelf) -> None:
+    """Wherever the asker is: DuckDB takes times without a zone for times of the session's zone."""
+    filled.ledger.record_run(RunStarted("r9", "nightly", "9" * 64, {}, "cpu"))
+    filled.ledger.ingest()
+    asked = (
+        "import sys; from pathlib import Path; from store.ledger import Ledger;"
+        "print(Ledger(Path(sys.argv[1])).query('SELECT run_id FROM runs WHERE started_at"
+        " BETWEEN now() - INTERVAL 1 HOUR AND now()').rows)"
+    )
+    for zone in ("America/Los_Angeles", "Asia/Tokyo"):
+        said = subprocess.run(
+            [sys.executable, "-c", asked, filled.home],
+            env={**os.environ, "TZ": zone},
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            check=True,
+        )
+        assert said.stdout == "[('r9',)]\n", zone
+
+
 def test_controls_are_those_of_the_routers(asked: Shelf) -> None:
     """Each is given the expert of a token, as `ROUTER_KINDS` says."""
     kinds = ", ".join(f"'{kind}'" for kind in ROUTER_KINDS)
@@ -360,6 +398,43 @@ def test_a_score_is_worse_only_beyond_chance(tmp_path: Path) -> None:
     assert shelf.ledger.query("SELECT task FROM regressions ORDER BY task").rows == fallen
 
 
+def test_scores_that_differ_by_rounding_share_a_place(shelf: Shelf) -> None:
+    """Conversations with 1/3 and 1 right have another mean than two with 2/3, by one last digit."""
+    stack = Shelf.fused(Shelf.adapter(1))
+    models = [Shelf.router(stack, seed=night) for night in range(3)]
+    for spec in (Shelf.base, Shelf.adapter(1), stack, *models):
+        shelf.make(spec)
+    for model, value in zip(models, (0.1 + 0.2, 0.3, 0.299), strict=True):
+        shelf.measure(model, "conversation-3", value)
+    shelf.ledger.ingest()
+    found = shelf.ledger.query("SELECT place FROM leaderboard ORDER BY value DESC")
+    assert found.rows == [(1,), (1,), (3,)]
+
+
+def test_a_model_without_a_dropped_expert_is_made_from_it_and_does_not_contain_it(
+    shelf: Shelf,
+) -> None:
+    kept, dropped = Shelf.adapter(1), Shelf.adapter(2)
+    whole, rest = Shelf.fused(kept, dropped), Shelf.fused(kept)
+    before = Shelf.router(whole)
+    after = replace(Shelf.router(rest), grown_from=before.id)
+    for spec in (Shelf.base, kept, dropped, whole, rest, before, after):
+        shelf.make(spec)
+    for number, spec in enumerate((kept, dropped)):
+        verdict = AdapterVerdict(
+            f"expert-{number}", "", f"a/{number}", COMMIT, "accept", adapter_id=spec.id
+        )
+        shelf.ledger.record_adapter(verdict, run_id="r1")
+    shelf.ledger.ingest()
+    made_from = "SELECT relative_id FROM lineage WHERE relation = 'made from' AND artifact_id = '"
+    assert (dropped.id,) in shelf.ledger.query(f"{made_from}{after.id}'").rows
+    (contain,) = (sql for title, sql in examples() if title.startswith("Which models contain"))
+    found = [(name, used) for name, _, _, used in shelf.ledger.query(contain).rows]
+    assert ("expert-0", brief(after.id)) in found
+    with_both = [used for name, used in found if name == "expert-1"]
+    assert with_both == [brief(whole.id), brief(before.id)]
+
+
 def test_examples_know_in_which_direction_a_metric_is_better(tmp_path: Path) -> None:
     shelf, expert = Shelf(tmp_path), Shelf.adapter(1)
     stack = Shelf.fused(expert)
@@ -367,6 +442,7 @@ def test_examples_know_in_which_direction_a_metric_is_better(tmp_path: Path) -> 
     for spec in (Shelf.base, expert, stack, model):
         shelf.make(spec)
     blob = shelf.ledger.blobs.put_bytes(b"answers")
+    found_apart = []
     for task, metric, of_model, of_expert, higher in (
         ("sorting", "exact_match", 0.5, 0.6, True),
         ("sorting", "rouge1", 0.7, 0.8, True),
@@ -378,9 +454,59 @@ def test_examples_know_in_which_direction_a_metric_is_better(tmp_path: Path) -> 
             asked = replace(Shelf.benchmark(subject.id, task), metric=metric)
             found = replace(Shelf.score(asked, value, blob), higher_is_better=higher)
             shelf.ledger.record_score(found, run_id="r1")
+        ids = [replace(asked, subject_id=subject.id).id for subject in (model, expert)]
+        apart = of_model - of_expert
+        found_apart.append(apart_on(task, metric, *ids, apart, p=1.0 if apart == 0 else 0.01))
+    record_comparison(shelf, model, found_apart)
     shelf.ledger.ingest()
     by_title = {title[:20]: sql for title, sql in examples()}
     (means,) = shelf.ledger.query(by_title["How do my models com"]).rows
     assert means[2:] == (1, 0.6, None, 0.7)
     worse = shelf.ledger.query(by_title["On which tasks is a "]).rows
     assert [row[0] for row in worse] == ["errors", "sorting", "sorting"]
+
+
+def apart_on(
+    task: str, metric: str, own: ArtifactId, other: ArtifactId, apart: float, p: float
+) -> Difference:
+    return Difference(
+        task, metric, own, other, apart, apart - 0.1, apart + 0.1, p, p, "mcnemar", 100
+    )
+
+
+def record_comparison(shelf: Shelf, model: Spec, apart: Sequence[Difference]) -> None:
+    """Record a comparison of a model with the oracle."""
+    pairs = tuple(ScorePair(one.score_id, one.other_id) for one in apart)
+    spec = ComparisonSpec(model.id, "fused", "oracle", pairs)
+    built = ComparisonBuild(spec, tuple(apart), 0.0, -0.1, 0.1)
+    shelf.ledger.record_artifact(spec, weights_sha256="", built=built, run_id="r1")
+
+
+def test_a_task_that_is_tested_again_is_one_row_of_the_latest(shelf: Shelf) -> None:
+    """Among more tasks, alone, and on other rows: each is a comparison of its own."""
+    expert = Shelf.adapter(1)
+    stack = Shelf.fused(expert)
+    model = Shelf.router(stack)
+    for spec in (Shelf.base, expert, stack, model):
+        shelf.make(spec)
+    blob = shelf.ledger.blobs.put_bytes(b"answers")
+
+    def ask(task: str, rows: str, p: float) -> Difference:
+        ids = []
+        for subject in (model, expert):
+            spec = replace(Shelf.benchmark(subject.id, task), rows_sha256=rows * 64)
+            if spec.id not in shelf.ledger.scores_of([spec.id]):
+                shelf.ledger.record_score(Shelf.score(spec, 0.5, blob), run_id="r1")
+            ids.append(spec.id)
+        return apart_on(task, "exact_match", *ids, -0.1, p)
+
+    old = ask("sums", "1", 0.001)
+    record_comparison(shelf, model, [old])
+    record_comparison(shelf, model, [ask("sums", "2", 0.03)])  # alone: corrected for nothing
+    record_comparison(shelf, model, [ask("sums", "2", 0.06), ask("dates", "2", 0.5)])
+    shelf.ledger.ingest()
+    found = shelf.ledger.query("SELECT task, p_holm FROM latest_comparisons").rows
+    assert found == [("dates", 0.5), ("sums", 0.06)]
+    assert len(shelf.ledger.query("FROM comparisons").rows) == 4
+    worse = {title[:20]: sql for title, sql in examples()}["On which tasks is a "]
+    assert not shelf.ledger.query(worse).rows

@@ -1,5 +1,6 @@
 """Answers of the ledger as tables that fit a terminal, and as Markdown."""
 
+import csv
 import json
 import sys
 from collections.abc import Callable
@@ -104,6 +105,15 @@ def test_json_has_null_for_what_is_no_number_and_decimals_as_numbers(
     print_answer(Answer(("x", "y", "z", "w", "d"), [row]), "json")
     (found,) = json.loads(capsys.readouterr().out)
     assert found == {"x": None, "y": 1.5, "z": [1, None], "w": {"a": None}, "d": "2026-01-02"}
+
+
+def test_csv_has_lists_and_maps_as_json(capsys: pytest.CaptureFixture[str]) -> None:
+    row = (["é", None], {"a": Decimal("1.5")}, [date(2026, 1, 2)], None, 0.5, float("nan"))
+    print_answer(Answer(tuple("abcdef"), [row]), "csv")
+    assert list(csv.reader(capsys.readouterr().out.splitlines())) == [
+        list("abcdef"),
+        ['["é", null]', '{"a": 1.5}', '["2026-01-02"]', "", "0.5", "nan"],
+    ]
 
 
 def test_what_a_server_calls_its_model_moves_no_cursor(

@@ -295,11 +295,15 @@ def test_rows_without_choices_and_empty_choices_are_refused_where_choices_are_co
 
 
 def test_what_is_no_single_number_is_refused_where_numbers_are_compared() -> None:
-    for answer in ("3/2", "12:30"):
+    """Of a date or a range the last number alone would be compared, and no answer is `five`."""
+    for answer in ("3/2", "3 / 2", "12:30", "2021-03-03", "10-20", "10\N{EN DASH}20 of 30-40"):
         with pytest.raises(ExamplesError, match=f"'{answer}' is not one number"):
             check_rows(task([Row("q", answer)], "numeric_match"))
-    for answer in ("2/2 = 1\n#### 1", "With 3:1 it is 12."):
+    with pytest.raises(ExamplesError, match="'five' has no number, which numeric_match needs"):
+        check_rows(task([Row("q", "five")], "numeric_match"))
+    for answer in ("2/2 = 1\n#### 1", "With 3:1 it is 12.", "10-5 = 5", "1 - -5", "COVID-19"):
         check_rows(task([Row("q", answer)], "numeric_match"))
+    check_rows(task([Row("q", "five", references=("5",))], "numeric_match"))
 
 
 def test_choices_of_a_batch_weigh_what_each_alone_does_where_a_router_reads_whole_prompts(

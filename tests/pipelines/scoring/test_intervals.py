@@ -169,6 +169,15 @@ def test_the_mean_difference_weighs_tasks_alike() -> None:
     assert intervals.mean_difference([(0.3, 0.1, 0.6)]) == pytest.approx((0.3, 0.1, 0.6))
 
 
+def test_a_difference_of_rounding_is_none_and_has_no_sign() -> None:
+    """`-0.000` in a table would be a loss where both systems have the same answers right."""
+    for ours, theirs in ((0.3, 0.1 + 0.2), (0.1 + 0.2, 0.3)):
+        assert f"{intervals.difference(ours, theirs):+.3f}" == "+0.000"
+    assert intervals.difference(0.3, 0.31) == 0.3 - 0.31
+    opposite = [(0.1 + 0.2 - 0.3, -0.1, 0.1), (0.0, -0.1, 0.1)]
+    assert intervals.mean_difference(opposite)[0] == 0
+
+
 @given(
     st.lists(
         st.tuples(st.integers(1, 40), st.integers(0, 5), st.integers(0, 5)), min_size=1, max_size=5

@@ -16,6 +16,8 @@ def test_what_is_worse_is_said_first_and_what_is_the_same_is_not_said() -> None:
         "Worse than the last checkpoint on dates: exact_match 0.100, it was 0.500.",
         "sums: exact_match 0.500, it was 0.250.",
     ]
+    by_rounding = replace(SAME, value=0.1 + 0.2, previous=0.3)
+    assert describe([by_rounding]) == ["The last checkpoint scored the same on its task."]
     assert describe([]) == []
 
 

@@ -132,7 +132,7 @@ def test_composites_that_show_solved_ones_say_how_many(
     assert recompute_scores(work.ledger, 99).findings == ()
 
     one, *others = work.recipe.experts  # now by another metric, under the same id
-    experts = (one.model_copy(update={"metric": "numeric_match"}), *others)
+    experts = (one.model_copy(update={"metric": "rougeL"}), *others)
     again = replace(work, recipe=work.recipe.model_copy(update={"experts": experts}))
     changed = plan_of(again)
     said = f"composite-2 is recorded with the answers of {one.name} judged by exact_match"

@@ -391,7 +391,7 @@ def refusing() -> Generator[str]:
 
         do_HEAD = do_PUT = do_POST = do_GET  # noqa: N815
 
-        def log_message(self, *_: object) -> None:
+        def log_message(self, *_: object) -> None:  # ty: ignore[incompatible-method-override]
             pass
 
     with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:

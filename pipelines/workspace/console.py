@@ -63,7 +63,7 @@ class Console:
     """Shows lines and bars on stderr, and passes them on to its listeners."""
 
     def __init__(self) -> None:
-        self._stderr = _Stderr(stderr=True, highlight=False, markup=False)
+        self._stderr: rich_console.Console = _Stderr(stderr=True, highlight=False, markup=False)
         self.quiet = bool(os.environ.get(QUIET))
         """Whether only errors are shown."""
         self._on_message: MessageListener | None = None

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
 import secrets
 from collections.abc import Collection, Generator
 from contextlib import contextmanager, suppress
@@ -38,6 +39,10 @@ STALL_SECONDS = 60.0
 """A part has to be uploaded in this time. A download may take longer, but not pause for so long."""
 RETRY_SECONDS = 30.0
 """Time for which a request is repeated before the storage counts as unreachable."""
+REQUEST = re.compile(r"Error performing [A-Z]+ (\w+://[^/\s]+).*? - ([^\n<]*)")
+"""In an error: the server, and what went wrong; between them are the object's name and a time."""
+REFUSAL = re.compile(r"<Code>([^<]*)</Code>\s*<Message>([^<]*)</Message>")
+"""In a storage's answer: why it refuses, such as a clock that is wrong."""
 LATER = "what was recorded is safe on this machine, and the next ingest tries again to share it"
 """What happens to records of a home that shares them, if the storage cannot be reached."""
 
@@ -167,5 +172,16 @@ class Remote:
             yield
         except (self._obstore.exceptions.BaseError, FileNotFoundError, PermissionError) as error:
             raise UnreachableError(
-                f"{self.url} cannot be used now ({brief(error)}); {then}"
+                f"{self.url} cannot be used now ({_reason(error)}); {then}"
             ) from None
+
+
+def _reason(error: Exception) -> str:
+    """Why a request failed; the same for every request that fails so, and thus told once."""
+    text = str(error)
+    if (request := REQUEST.search(text)) is None:
+        return brief(error)
+    server, fault = request.groups()
+    refusal = REFUSAL.search(text)
+    parts = (server, fault.rstrip(": "), *(refusal.groups() if refusal else ()))
+    return brief(Exception(": ".join(parts)))

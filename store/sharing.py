@@ -15,8 +15,9 @@ import re
 import secrets
 import time
 import tomllib
-from collections.abc import Collection
+from collections.abc import Collection, Generator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
@@ -33,7 +34,9 @@ logger = logging.getLogger(__name__)
 SETTING = "store.toml"
 KEYS = {"remote", "name"}
 PAUSE_SECONDS = 60.0
-"""If the storage does not answer, recording does not try it again for this long."""
+"""If the storage does not answer, recording does not try it again for this long or more."""
+PATIENCE = 10
+"""Nor for this many times as long as it took to fail: a storage may let every request wait."""
 AT_ONCE = 16
 """The number of objects that are transferred in parallel."""
 UNSHARED = (DamagedError, MissingBlobError)
@@ -106,9 +109,9 @@ class Sharing:
         if time.monotonic() < self._away_until:
             return
         try:
-            self._push_record(sha256)
+            with self._pausing():
+                self._push_record(sha256)
         except StoreError as error:
-            self._away_until = time.monotonic() + PAUSE_SECONDS
             logger.warning("%s", error)
 
     def sync(self) -> None:
@@ -117,6 +120,21 @@ class Sharing:
         Raises:
             UnreachableError: the storage does not answer, or refuses.
         """
+        with self._pausing():
+            self._exchange()
+
+    @contextmanager
+    def _pausing(self) -> Generator[None]:
+        """After an error `push` does not try for a while."""
+        began = time.monotonic()
+        try:
+            yield
+        except StoreError:
+            now = time.monotonic()
+            self._away_until = now + max(PAUSE_SECONDS, PATIENCE * (now - began))
+            raise
+
+    def _exchange(self) -> None:
         # loose records first, so that a record that is being packed is in one of the two lists
         loose = {"".join(name.groups()) for name in map(RECORD.fullmatch, self._names()) if name}
         segments = {name[1] for name in map(SEGMENT.fullmatch, self._names("/packed")) if name}

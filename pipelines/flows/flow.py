@@ -44,6 +44,7 @@ from pipelines.stages.worker_client import StageProcess
 from pipelines.workspace.console import CONSOLE, say
 from pipelines.workspace.context import RunContext, name_of
 from pipelines.workspace.cron import clock
+from pipelines.workspace.faults import describe
 from pipelines.workspace.recorded_run import alone, recorded, timed
 from store.errors import BusyError
 
@@ -180,8 +181,9 @@ def fuse_adapters(recipe: str, home: str = "~/.meteora", until: Stage = Stage.pu
     name = name_of(locate(recipe))
     try:
         made = _run(RunContext.open(recipe, folder), until, None)
-    except MeteoraError as error:
-        say(f"{name}: failed on {clock()}: {error}", "error")
+    except Exception as error:
+        why = str(error) if isinstance(error, MeteoraError) else describe(error) or repr(error)
+        say(f"{name}: failed on {clock()}: {why}", "error")
         raise
     if isinstance(made, Made):
         say(f"{name}: done on {clock()}")

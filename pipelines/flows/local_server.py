@@ -290,10 +290,13 @@ def settings(listener: socket.socket, secret: str) -> dict[str, str]:
     """The environment of the server's own process."""
     origin = f"http://{HOST}:{listener.getsockname()[1]}"
     return {
+        "PREFECT_LOGGING_HANDLERS_CONSOLE_LEVEL": "ERROR",  # into its log; a run shows none of it
         "PREFECT_SERVER_API_AUTH_STRING": secret,
         "PREFECT_SERVER_API_CORS_ALLOWED_ORIGINS": origin,
         "PREFECT_SERVER_API_HOST": HOST,
         "PREFECT_SERVER_API_PORT": origin.rpartition(":")[2],
+        # by default the pages of runs stay for ever; so they stay for 90 days
+        "PREFECT_SERVER_SERVICES_DB_VACUUM_ENABLED": "events,flow_runs",
         "PREFECT_SERVER_UI_API_URL": f"{origin}/api",  # for its page's requests
         "PREFECT_UI_URL": origin,  # for links in its messages
     }

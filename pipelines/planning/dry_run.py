@@ -24,7 +24,7 @@ from pipelines.planning.needs import print_estimates, shape_at_hand
 from pipelines.planning.plan import Plan
 from pipelines.planning.resolve import local_steps, read_adapters
 from pipelines.planning.row_faults import faults_of_rows
-from pipelines.recipe.recipe import Recipe
+from pipelines.recipe.recipe import ExpertSection, Recipe
 from pipelines.recipe.stage import Stage
 from pipelines.workspace.bases import unfinished
 from pipelines.workspace.console import plain_console
@@ -57,14 +57,15 @@ def print_steps(
     reached = until.and_before()
     out = plain_console()
     context = replace(context, recipe=sources.discover(context.recipe))
-    text = _describe_base(context, base) if base else _not_here(context.recipe.base, reason)
+    away = [] if base else ["its base"]
+    text = _describe_base(context, base, away) if base else _not_here(context.recipe.base, reason)
     out.print(f"base       {text}", soft_wrap=True)
     known = shape_at_hand(context, base)
     experts: dict[str, Expert] = {}
     faults: list[str] = []
     if Stage.check in reached:
         sizes = built.sizes if built else known[0].linears if known else {}
-        outcomes = _look_at_adapters(context, base, sizes)
+        outcomes = _look_at_adapters(context, base, sizes, away)
         _print_adapters(out, outcomes)
         experts = {one.name: one for one in outcomes if isinstance(one, Expert)}
         faults += _faults_of_adapters(outcomes)
@@ -80,6 +81,8 @@ def print_steps(
     faults += print_estimates(out, context, base, experts, known, left, read)
     if Stage.check in reached:
         faults += faults_of_rows(context, base, read)
+    if away:
+        faults.append(f"the Hub was not reached for {listed(away, MOST_NAMED)}")
     for fault in faults:
         out.print(f"\nthe run would stop: {fault}", soft_wrap=True)
     return not faults
@@ -93,14 +96,21 @@ def _done(context: RunContext, plan: Plan) -> set[Stage]:
 
 
 def _look_at_adapters(
-    context: RunContext, base: BaseSpec | None, sizes: Mapping[str, tuple[int, int]]
+    context: RunContext,
+    base: BaseSpec | None,
+    sizes: Mapping[str, tuple[int, int]],
+    away: list[str],
 ) -> list[Outcome]:
-    """Every adapter of the recipe, read if its files are on this disk."""
+    """Every adapter of the recipe, read if its files are on this disk.
+
+    Args:
+        away: Takes the names of adapters for which the Hub was not reached.
+    """
     unpinned = BaseSpec(context.recipe.base, "")  # nothing is compared with it
     steps = replace(
         local_steps(context, base or unpinned),
-        resolve_adapter=_or_missing(sources.resolve_adapter),
-        fetch_adapter=_or_missing(sources.adapter_at_hand),
+        resolve_adapter=_or_missing(sources.resolve_adapter, away),
+        fetch_adapter=_or_missing(sources.adapter_at_hand, away),
     )
     return list(read_adapters(context, base if sizes else None, sizes, steps))
 
@@ -167,7 +177,7 @@ def _faults_of_adapters(outcomes: Sequence[Outcome]) -> list[str]:
     return faults
 
 
-def _describe_base(context: RunContext, base: BaseSpec) -> str:
+def _describe_base(context: RunContext, base: BaseSpec, away: list[str]) -> str:
     if COMMIT.fullmatch(base.base_revision) is None:
         return context.recipe.base
     folder = context.base_folder(base)
@@ -180,6 +190,7 @@ def _describe_base(context: RunContext, base: BaseSpec) -> str:
             state = f"{left / 1e6:,.1f} MB to download"
         except HubError as error:
             _raise_if_answered(error)
+            away.append("its base")
             state = "to download; the Hub was not reached"
     return f"{base.base_model} at {base.base_revision[:12]}, {state}"
 
@@ -213,14 +224,20 @@ def _begins_with(sentence: str, name: str) -> bool:
     return sentence.startswith(name.removeprefix(PATH).partition("@")[0])
 
 
-def _or_missing(step: Callable[..., Any]) -> Callable[..., Any]:
-    """The step, but a source that cannot be found now is `NotHereError`: missing, and no fault."""
+def _or_missing(step: Callable[..., Any], away: list[str]) -> Callable[..., Any]:
+    """The step, but a source that cannot be found now is `NotHereError`: missing, not refused.
 
-    def step_or_missing(*arguments: object) -> object:
+    Args:
+        away: As in `_look_at_adapters`.
+    """
+
+    def step_or_missing(context: RunContext, expert: ExpertSection, *arguments: object) -> object:
         try:
-            return step(*arguments)
+            return step(context, expert, *arguments)
         except (SourceError, HubError) as error:
             _raise_if_answered(error)
+            if isinstance(error, HubError):
+                away.append(expert.name)
             raise sources.NotHereError(str(error)) from error
 
     return step_or_missing

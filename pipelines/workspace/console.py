@@ -11,7 +11,7 @@ import sys
 import threading
 import time
 from collections.abc import Callable, Generator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from datetime import timedelta
 from typing import Any
@@ -46,11 +46,24 @@ SILENT_SECONDS = 600.0
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
+class _Stderr(rich_console.Console):
+    """Stderr as long as somebody reads it: rich ends a process whose reader has gone, at any line.
+
+    So the end of a log's reader, such as `tee`, would end a run of hours.
+    """
+
+    def on_broken_pipe(self) -> None:
+        """Print into nothing from now on."""
+        nothing = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nothing, sys.stderr.fileno())
+        os.close(nothing)
+
+
 class Console:
     """Shows lines and bars on stderr, and passes them on to its listeners."""
 
     def __init__(self) -> None:
-        self._stderr = rich_console.Console(stderr=True, highlight=False, markup=False)
+        self._stderr: rich_console.Console = _Stderr(stderr=True, highlight=False, markup=False)
         self.quiet = bool(os.environ.get(QUIET))
         """Whether only errors are shown."""
         self._on_message: MessageListener | None = None
@@ -80,7 +93,8 @@ class Console:
         if self._stderr.is_terminal:
             line.plain = at_spaces(said, self._stderr.width)
         if label == "error" or not self.quiet:
-            self._stderr.print(line, soft_wrap=True)
+            with suppress(OSError):  # the log's disk is full, or the terminal has gone
+                self._stderr.print(line, soft_wrap=True)
         if self._on_message is not None:
             self._on_message(said)
 

@@ -1,6 +1,7 @@
 """Homes that share a storage: a real server that speaks S3 on loopback, obstore as it ships."""
 
 import http.client
+import http.server
 import logging
 import os
 import shutil
@@ -370,3 +371,58 @@ def test_a_lost_home_comes_back_from_the_storage(filled: Shelf, url: str) -> Non
     again = type(filled)(filled.home)
     again.ledger.ingest()
     assert again.views() == before
+
+
+@pytest.fixture
+def refusing() -> Generator[str]:
+    """The address of a storage that refuses all requests, each in an answer of its own."""
+
+    class Refusing(http.server.BaseHTTPRequestHandler):
+        def do_GET(self) -> None:
+            body = (
+                '<?xml version="1.0" encoding="UTF-8"?>\n<Error><Code>RequestTimeTooSkewed</Code>'
+                f"<Message>Your clock is wrong.</Message><RequestId>{time.time_ns()}</RequestId>"
+                "</Error>"
+            ).encode()
+            self.send_response(403)
+            self.send_header("Content-Length", str(len(body)))
+            self.end_headers()
+            self.wfile.write(body)
+
+        do_HEAD = do_PUT = do_POST = do_GET  # noqa: N815
+
+        def log_message(self, *_: object) -> None:  # ty: ignore[incompatible-method-override]
+            pass
+
+    with http.server.ThreadingHTTPServer(("127.0.0.1", 0), Refusing) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
+def test_a_refusal_says_what_the_storage_said_and_the_same_each_time(
+    homes: tuple[Shelf, Shelf], refusing: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("AWS_ENDPOINT_URL", refusing)
+    alone = type(homes[0])(homes[0].home)
+    first, second = alone.ledger.ingest().reason, alone.ledger.ingest().reason
+    assert "403 Forbidden: RequestTimeTooSkewed: Your clock is wrong." in first
+    assert refusing in first
+    assert first == second
+
+
+def test_a_storage_that_has_just_failed_is_not_asked_for_each_record(
+    homes: tuple[Shelf, Shelf], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sharing = homes[0].ledger.sharing
+    assert sharing is not None
+    put = Mock()
+    monkeypatch.setattr(sharing.remote, "put", put)
+    monkeypatch.setattr(sharing.remote, "names", Mock(side_effect=UnreachableError("away")))
+    assert homes[0].ledger.ingest().reason == "away"
+    homes[0].make(homes[0].base)
+    assert not put.called
+    monkeypatch.undo()
+    assert homes[0].ledger.ingest().reason == ""
+    homes[1].ledger.ingest()
+    assert homes[1].ledger.weights_of(homes[1].base.id)

@@ -1,3 +1,4 @@
+import fcntl
 import os
 import shutil
 import signal
@@ -130,6 +131,19 @@ def test_a_server_that_does_not_start_is_said_with_its_log(
     with pytest.raises(local_server.ServerError, match=r"server\.log says why"):
         local_server.use_local_server(tmp_path)
     assert "PREFECT_API_URL" not in os.environ
+
+
+def test_the_log_says_why_a_server_does_not_start(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "prefect.db").write_bytes(b"this was a database" * 500)
+    monkeypatch.setenv("PREFECT_HOME", str(tmp_path))
+    with (tmp_path / "users.lock").open("wb") as users:
+        fcntl.flock(users, fcntl.LOCK_SH)  # else the server ends, as after its last user
+        started = local_server._start(tmp_path)
+        assert started is not None
+        assert started.wait(timeout=local_server.START_SECONDS) != 0
+    assert "file is not a database" in (tmp_path / "server.log").read_text()
 
 
 def test_the_log_of_a_server_that_died_stays_when_it_is_started_again(

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+import errno
 import re
 import time
 from typing import TYPE_CHECKING, Any
+from unittest.mock import Mock
 
 import pytest
 
@@ -12,6 +14,7 @@ from pipelines.flows import missed_runs
 
 if TYPE_CHECKING:
     from collections.abc import Callable
+    from pathlib import Path
     from uuid import UUID
 
     from prefect.client.orchestration import SyncPrefectClient
@@ -78,3 +81,27 @@ def test_missed_runs_collapse_into_one_and_what_a_person_asked_for_stays(
     rows = work.ledger.query("SELECT outcome, recipe_name, reason FROM runs").rows
     why = f"it was late, and run {work.run_id} does its work"
     assert rows == [("skipped_late", work.key, why)] * missed
+
+
+@pytest.mark.parametrize(
+    ("error", "said"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full; free some space"),
+        (RuntimeError("of a library"), "RuntimeError('of a library')"),
+    ],
+)
+def test_a_scheduled_run_that_fails_for_any_reason_says_so(
+    error: Exception,
+    said: str,
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    capsys: pytest.CaptureFixture[str],
+) -> None:
+    from pipelines.flows import flow  # noqa: PLC0415
+
+    monkeypatch.setattr(missed_runs, "is_scheduled", lambda: True)
+    monkeypatch.setattr(missed_runs, "send_first_event", lambda: None)
+    monkeypatch.setattr(flow, "_run", Mock(side_effect=error))
+    with pytest.raises(type(error)):
+        flow.fuse_adapters.fn("quickstart", str(tmp_path))
+    assert re.search(f"quickstart: failed on .*: {re.escape(said)}", capsys.readouterr().err)

@@ -179,6 +179,7 @@ def test_without_the_bases_config_a_dry_run_says_that_nothing_can_be_estimated(
     assert not offline.exists()
     print_steps(RunContext.open("llama3-8b", tmp_path / "home"))
     said = capsys.readouterr().out
+    assert "the run would stop: the Hub was not reached for its base" in said
     assert (
         "meta-llama/Meta-Llama-3-8B at 8cde5ca83804, to download; the Hub was not reached" in said
     )
@@ -196,7 +197,9 @@ def test_where_the_hub_is_away_each_name_is_told_once(
     expert = f"{{name: one, adapter: someone/lora@{revision}}}"
     recipe.write_text(f"base: someone/base@main\nexperts: [{expert}]\nrouter: {{kind: arrow}}\n")
     said = ask("run", recipe, "--dry-run", "--home", tmp_path / "home")
-    base, expert, *_ = said.stdout.splitlines()
+    base, expert, *_, last = said.stdout.splitlines()
+    assert said.returncode == 1, "no run can begin without them"
+    assert last == "the run would stop: the Hub was not reached for its base, one"
     for line, name in ((base, "someone/base"), (expert, "someone/lora")):
         assert line.count(name) == 1, line
         assert "not here: " in line

@@ -2,7 +2,10 @@
 
 import io
 import logging
+import os
 import re
+import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 
@@ -138,3 +141,15 @@ def test_a_warning_from_a_thread_of_the_store_stops_no_run(
     with console.CONSOLE.listening(run_page.note), ThreadPoolExecutor(1) as pool:
         pool.submit(warn, "not shared: a damaged record").result()
     assert capsys.readouterr().err == "note: not shared: a damaged record\n"
+
+
+@pytest.mark.parametrize("full", [False, True])
+def test_work_goes_on_where_nothing_can_be_said(*, full: bool) -> None:
+    program = "from pipelines.workspace.console import say\nsay('a')\nsay('b')\nprint('done')"
+    reader, writer = os.pipe()
+    os.close(reader)  # as of `2>&1 | tee log` whose tee has ended
+    with open("/dev/full" if full else writer, "wb") as stderr:  # noqa: PTH123  (a descriptor)
+        ended = subprocess.run(
+            [sys.executable, "-c", program], stderr=stderr, stdout=subprocess.PIPE, check=False
+        )
+    assert (ended.returncode, ended.stdout) == (0, b"done\n")

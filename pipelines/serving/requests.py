@@ -37,6 +37,12 @@ class Message(BaseModel):
     role: Literal["system", "developer", "user", "assistant"]
     content: str | list[TextPart]
 
+    # these are accepted only with values that say nothing: else a turn would be read without them
+    tool_calls: Annotated[list[object], Field(max_length=0)] | None = None
+    function_call: None = None
+    audio: None = None
+    prefix: Literal[False] | None = None
+
     @model_validator(mode="before")
     @classmethod
     def _take_an_answer_without_text(cls, sent: Any) -> Any:  # noqa: ANN401  (JSON)
@@ -57,7 +63,10 @@ class Message(BaseModel):
 
 
 class StreamOptions(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
     include_usage: bool | None = None
+    include_obfuscation: Literal[False] | None = None
 
 
 class ResponseFormat(BaseModel):

@@ -42,6 +42,8 @@ if TYPE_CHECKING:
 
 DETAILS = re.compile("(, unable to|, got| to extract| after validation).*")
 """The ends of pydantic's messages, which say no more than the value does."""
+UNREADABLE = "There was an error parsing the body"
+"""FastAPI's word for a body that no JSON decoder takes, without the reason."""
 GOODBYE_SECONDS = 5
 """The time for unfinished answers after the server is asked to stop."""
 STREAMED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
@@ -199,11 +201,19 @@ def _place(body: Any, found: Mapping[str, Any]) -> list[str]:  # noqa: ANN401  (
 
 async def _refuse(request: Request, error: Exception) -> JSONResponse:
     assert isinstance(error, AnyHTTPException)  # noqa: S101
-    sentence = str(error.detail)
+    sentence, path = str(error.detail), shortened(request.url.path)
     if sentence == HTTPStatus.NOT_FOUND.phrase:  # the router's own word
         sentence = (
-            f"there is nothing at {shortened(request.url.path)}; there are /v1/chat/completions,"
-            " /v1/completions and /v1/models"
+            f"there is nothing at {path}; there are /v1/chat/completions, /v1/completions and"
+            " /v1/models"
+        )
+    elif sentence == HTTPStatus.METHOD_NOT_ALLOWED.phrase:
+        allowed = (error.headers or {}).get("Allow", "another method")
+        sentence = f"{path} is not asked by {request.method}, but by {allowed}"
+    elif sentence == UNREADABLE:
+        sentence = (
+            "the body of the request cannot be read: it is not UTF-8, or has lists or objects"
+            " thousands deep, or a number of thousands of digits"
         )
     # the reply to a refused method has a header with the allowed ones
     return JSONResponse(error_body(sentence), error.status_code, headers=error.headers)

@@ -192,10 +192,26 @@ async function ask(question) {
 
 // whether its end is on the screen: a person who reads further up is left there
 function isSeen(box) {
-  return box.getBoundingClientRect().bottom < dock.getBoundingClientRect().top + 40;
+  return box.getBoundingClientRect().bottom < floor() + 40;
 }
 
+// where the conversation ends on the screen
+function floor() {
+  return Math.min(dock.getBoundingClientRect().top, innerHeight);
+}
+
+// what is scrolled into sight stays above the dock; one that leaves less than half of a small or
+// enlarged screen goes to the end of the page
+function fit() {
+  const tall = dock.offsetHeight > innerHeight / 2;
+  dock.classList.toggle("tall", tall);
+  document.documentElement.style.scrollPaddingBottom = (tall ? 0 : dock.offsetHeight) + 16 + "px";
+}
+new ResizeObserver(fit).observe(dock);
+addEventListener("resize", fit);
+
 function setRunning(control) {
+  if ([send, stop].includes(document.activeElement)) field.focus(); // a hidden button has none
   running = control;
   send.hidden = running !== null;
   stop.hidden = running === null;
@@ -213,14 +229,12 @@ form.addEventListener("submit", (event) => {
   ask(question);
 });
 field.addEventListener("keydown", (event) => {
-  if (event.key !== "Enter" || event.shiftKey || event.isComposing) return;
+  // 229: in Safari, the Enter that ends a composition
+  if (event.key !== "Enter" || event.shiftKey || event.isComposing || event.keyCode === 229) return;
   event.preventDefault();
   form.requestSubmit();
 });
-stop.addEventListener("click", () => {
-  running.abort();
-  field.focus();
-});
+stop.addEventListener("click", () => running.abort());
 form.querySelector("#reset").addEventListener("click", () => {
   running?.abort();
   setRunning(null);
@@ -240,6 +254,7 @@ form.querySelector("#download").addEventListener("click", () => {
   const page = document.documentElement.cloneNode(true);
   page.querySelector("#turns").replaceChildren();
   page.querySelector(".tip").remove();
+  page.removeAttribute("style");
   page.querySelector("#ask").dataset.state = JSON.stringify({ ...state, saved: true });
   const link = document.createElement("a");
   link.href = URL.createObjectURL(new Blob(["<!doctype html>\n", page.outerHTML], { type: "text/html" }));
@@ -276,8 +291,7 @@ function show(span) {
   }
   tip.hidden = false;
   const box = span.getClientRects()[0] ?? span.getBoundingClientRect();
-  const floor = dock.getBoundingClientRect().top;
-  const fits = box.bottom + 6 + tip.offsetHeight < floor || box.top < tip.offsetHeight + 6;
+  const fits = box.bottom + 6 + tip.offsetHeight < floor() || box.top < tip.offsetHeight + 6;
   tip.style.left = Math.max(8, Math.min(box.left, innerWidth - tip.offsetWidth - 16)) + scrollX + "px";
   tip.style.top = (fits ? box.bottom + 6 : box.top - 6 - tip.offsetHeight) + scrollY + "px";
 }

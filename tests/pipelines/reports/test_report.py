@@ -444,6 +444,23 @@ def test_what_was_not_measured_is_left_out(tmp_path: Path, ledger: Ledger) -> No
     assert "AUROC" not in page
 
 
+def test_a_system_that_was_not_measured_is_not_explained(
+    results: dict[str, queries.QueryResult],
+) -> None:
+    def kept(name: str, *systems: str) -> queries.QueryResult:
+        answer = results[name].answer
+        rows = [row for row in answer.rows if not set(systems).isdisjoint(row)]
+        return replace(results[name], answer=replace(answer, rows=rows))
+
+    alone = {name: kept(name, "fused") for name in ("scores", "conversations")}
+    alone["differences"] = kept("differences")
+    page = report.report_page(results | alone)
+    assert "No other system was measured" in page
+    assert "own adapter alone, chosen by hand" in report.report_page(results)
+    for absent in ("own adapter alone, chosen by hand", "Oracle:", "Single:", "Swap:"):
+        assert absent not in page
+
+
 def test_a_router_without_scores_gets_one_sentence(tmp_path: Path, ledger: Ledger) -> None:
     nobody = ArtifactId("router:" + "0" * 64)
     with pytest.raises(queries.ReportError, match="holds no scores of router:000"):

@@ -428,3 +428,40 @@ def test_a_proxy_that_answers_in_the_server_s_place_is_a_sentence(
     page.run(answer, body, status)
     page.ask("hello")
     assert page.one(".note.error").text == sentence
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize(("width", "height"), [(360, 640), (320, 200)], ids=["phone", "enlarged"])
+def test_an_answer_is_in_sight_whatever_the_screen_s_size(
+    page: Page, width: int, height: int
+) -> None:
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": True}
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    for question in ("5 6", "6 7", "7 8"):
+        page.ask(question)
+    token, top = page.run(
+        "const last = [...document.querySelectorAll('article .t')].at(-1).getBoundingClientRect();"
+        "return [last.toJSON(), dock.getBoundingClientRect().top]"
+    )
+    assert 0 <= token["top"] < token["bottom"] <= min(top, height)
+
+
+@pytest.mark.browser
+def test_who_sends_by_the_button_can_type_on(page: Page) -> None:
+    page.one("textarea").send_keys("5 6")
+    page.one("[type=submit]").click()
+    page.wait()
+    ActionChains(page.browser).send_keys("and", Keys.ENTER).perform()
+    page.wait()
+    assert [box.text for box in page.all(".asked")] == ["5 6", "and"]
+
+
+@pytest.mark.browser
+def test_the_enter_that_ends_a_composition_sends_nothing(page: Page) -> None:
+    page.one("textarea").send_keys("5 6")
+    page.run(
+        "const asked = { key: 'Enter', keyCode: arguments[0], cancelable: true };"
+        "field.dispatchEvent(new KeyboardEvent('keydown', asked))",
+        229,
+    )
+    assert page.all(".asked") == []

@@ -35,6 +35,7 @@ from tests.pipelines.serving.conftest import serving
 
 HALF = [{"role": "user", "content": "\ud800"}]
 HELLO = [{"role": "user", "content": "hello"}]
+TOLD = {"role": "assistant", "content": "4"}
 
 
 @pytest.fixture(scope="module")
@@ -222,6 +223,8 @@ def test_an_answer_of_no_text_may_stand_in_a_conversation(client) -> None:
         return complete(client, messages=asked).choices[0].message.content
 
     assert ask({"content": None}) == ask({}) == ask({"content": ""})
+    sent_back = complete(client).choices[0].message.model_dump() | {"content": ""}
+    assert ask(sent_back | {"tool_calls": [], "prefix": False}) == ask({})
     with pytest.raises(openai.BadRequestError, match=r"messages\.0\.content"):
         complete(client, messages=[{"role": "user", "content": None}])
 
@@ -274,6 +277,15 @@ def test_an_answer_of_no_text_may_stand_in_a_conversation(client) -> None:
             {"messages": [{"role": "user"}]},
             400,
             "messages.0.content: it is needed, and it is not there",
+        ),
+        ({"messages": [*HELLO, TOLD | {"tool_calls": [{"id": "a"}]}]}, 400, "at most 0 items"),
+        ({"messages": [*HELLO, TOLD | {"function_call": {"name": "a"}}]}, 400, "function_call: it"),
+        ({"messages": [*HELLO, TOLD | {"audio": {"id": "a"}}]}, 400, "messages.1.audio: it is"),
+        ({"messages": [*HELLO, TOLD | {"prefix": True}]}, 400, "messages.1.prefix: it is true"),
+        (
+            {"stream_options": {"continuous_usage_stats": True}},
+            400,
+            "stream_options.continuous_usage_stats: there is no such field here",
         ),
         ({"model": None}, 400, "model: it is needed, and it is not there"),
         ({"stream": True, "messages": [{"role": "user", "content": "x" * 600}]}, 400, "takes 512"),
@@ -343,23 +355,24 @@ def test_a_text_that_cannot_be_continued_is_one_sentence(url, change, sentence: 
 
 
 @pytest.mark.parametrize(
-    ("body", "kind"),
+    ("body", "sentence"),
     [
-        (b"{", "application/json"),
-        (b'{"model": "tiny", "temperature": NaN, "messages": []}', "application/json"),
-        (b"\xff\xfe", "application/json"),
-        (b"[" * 100_000, "application/json"),
-        (b"[]", "application/json"),
-        (
-            b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}',
-            "application/json",
-        ),
+        (b"{", "is not JSON"),
+        (b'{"model": "tiny", "temperature": NaN, "messages": []}', "a finite number"),
+        (b"\xff\xfe", "is not JSON"),
+        (b'{"model": "\xe9"}', "it is not UTF-8, or has lists or objects thousands deep"),
+        (b"[" * 100_000, "it is not UTF-8, or has lists or objects thousands deep"),
+        (b'{"seed": ' + b"9" * 5_000 + b"}", "or a number of thousands of digits"),
+        (b"[]", "a valid dictionary or object"),
+        (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', "surrogate"),
     ],
+    ids=range(8),
 )
-def test_a_body_that_is_none_is_refused(url, body: bytes, kind: str) -> None:
-    found = httpx.post(f"{url}/chat/completions", content=body, headers={"content-type": kind})
+def test_a_body_that_is_none_is_refused(url, body: bytes, sentence: str) -> None:
+    kind = {"content-type": "application/json"}
+    found = httpx.post(f"{url}/chat/completions", content=body, headers=kind)
     assert found.status_code == 400
-    assert found.json()["error"]["message"]
+    assert sentence in found.json()["error"]["message"]
 
 
 @pytest.mark.parametrize("kind", ["", "text/plain", "application/x-www-form-urlencoded"])
@@ -425,6 +438,8 @@ def test_an_unknown_path_and_method_have_their_status(url) -> None:
     refused = httpx.get(f"{url}/chat/completions")
     assert refused.status_code == 405
     assert refused.headers["allow"] == "POST"
+    said = "/v1/chat/completions is not asked by GET, but by POST"
+    assert refused.json()["error"]["message"] == said
 
 
 def test_a_page_of_another_site_gets_nothing(url) -> None:

@@ -52,13 +52,13 @@ class Message(BaseModel):
         return sent
 
     def plain(self) -> dict[str, str]:
-        """The message as chat templates take it."""
+        """The message as chat templates take it; parts are lines, as vLLM has it."""
         content = self.content
         return {
             "role": "system" if self.role == "developer" else self.role,
             "content": content
             if isinstance(content, str)
-            else "".join(part.text for part in content),
+            else "\n".join(part.text for part in content),
         }
 
 

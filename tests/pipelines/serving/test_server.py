@@ -28,7 +28,7 @@ from pipelines.evaluation.harness import Harness
 from pipelines.scoring.served import RecordedAnswer, Server
 from pipelines.serving import limits, model_thread, server
 from pipelines.serving.host_names import names_of
-from pipelines.serving.requests import ChatRequest
+from pipelines.serving.requests import ChatRequest, Message
 from tests.pages import ROOT, fences
 from tests.pipelines import test_soak
 from tests.pipelines.serving.conftest import serving
@@ -197,6 +197,12 @@ def test_sampling_stops_and_parts_of_content_are_taken(client, chat) -> None:
     stopped = complete(client, stop=[greedy[-3:]]).choices[0]
     assert stopped.message.content == greedy[:-3]
     assert stopped.finish_reason == "stop"
+
+
+def test_parts_of_content_are_lines_as_in_vllm() -> None:
+    parts = [{"type": "text", "text": word} for word in ("hello", "world")]
+    message = Message.model_validate({"role": "user", "content": parts})
+    assert message.plain()["content"] == "hello\nworld"
 
 
 def test_fields_that_ask_for_nothing_may_be_given(client, url) -> None:

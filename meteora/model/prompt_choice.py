@@ -76,6 +76,10 @@ class PromptReader(Watcher):
         """Route by these logits of sequences [B, C] in this thread."""
         self.held.logits, self.held.on = logits, {}
 
+    def _looks_ahead(self) -> bool:
+        """Whether a prompt is read: not where all layers have been lent another router."""
+        return any(isinstance(layer.router, PromptRouter) for layer in self._layers)
+
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if self.held.measure is not None:
             return  # this pass is the reading itself

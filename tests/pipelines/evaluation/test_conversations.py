@@ -12,13 +12,15 @@ import pytest
 import torch
 from transformers import AutoModelForCausalLM
 
-from meteora.artifacts import NULL
+from meteora.artifacts import NULL, RouterOptions
 from meteora.artifacts.routers import POINT_GATES
 from meteora.base.chat_template import Template
+from meteora.fitting.background import fit_to_background
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.sequences import UNLABELLED
 from meteora.model.fused import expert_names, force_expert, insert_experts, without_experts
 from meteora.model.generate import answer_all
+from meteora.model.prompt_choice import insert_prompt_routers
 from pipelines.data.conversations import converse
 from pipelines.data.dialogues import draw_dialogues
 from pipelines.data.labels import Labeller
@@ -197,6 +199,22 @@ def test_a_control_routes_each_turn_as_its_definition_says(
         if control == "alora":  # the base reads the turn before, which its expert has read
             assert computed[2] > total[2] - total[1]
     assert fused._forward_pre_hooks == hooks
+
+
+@pytest.mark.parametrize("control", ["oracle", "swap", "alora"])
+def test_a_control_is_the_same_where_the_model_reads_whole_prompts_first(
+    world: World, chat: PreTrainedTokenizerBase, dialogues: list[Dialogue], control: str
+) -> None:
+    """A second pass, to read a prompt, would take the routes of the first."""
+    options = RouterOptions("prompt", top_k=1, temperature=1.0)
+    model = world.load_base()
+    insert_experts(model, world.checkpoint, replace(world.manifest, router=options))
+    expected = ask(model, chat, dialogues, control=control)
+    texts_of_others = [[3 + (i * j) % 40 for j in range(1, 20)] for i in range(1, 30)]
+    gates = fit_to_background(model, texts_of_others, options, Template.of(chat))
+    insert_prompt_routers(model, gates, options)
+    found = ask(model, chat, dialogues, control=control)
+    assert texts(found) == texts(expected)
 
 
 def test_single_and_one_expert_are_the_expert_forced(

@@ -198,7 +198,7 @@ SELECT subject_id, system, other, task, metric, difference, low, high, p_value, 
 FROM comparisons JOIN families USING (comparison_id) JOIN asked USING (score_id)
 WHERE is_latest
 QUALIFY row_number() OVER (  -- one task tested alone is not corrected for the others
-    PARTITION BY subject_id, system, other, task, metric
+    PARTITION BY subject_id, system, other, task
     ORDER BY num_tests DESC, recorded_at DESC, comparison_id
 ) = 1
 ORDER BY subject_id, other, task, metric;

@@ -70,20 +70,10 @@ GROUP BY system
 ORDER BY list_position(['fused', 'oracle', 'base'], system), mean DESC, system;
 
 -- differences: The fused model against each other system, on the same rows
-WITH families AS (
-    SELECT comparison_id, count(*) AS num_tests FROM comparisons GROUP BY comparison_id
-)
-SELECT other, comparisons.task, comparisons.metric, difference, comparisons.low, comparisons.high,
-       p_holm, test, comparisons.num_samples, higher_is_better
-FROM comparisons
-JOIN families USING (comparison_id)
-JOIN latest_standings ON router_id = subject_id AND latest_standings.score_id = comparisons.score_id
+SELECT other, task, metric, difference, low, high, p_holm, test, num_samples, higher_is_better
+FROM latest_comparisons
 WHERE subject_id = $router
-QUALIFY row_number() OVER (  -- one task tested alone is not corrected for the others
-    PARTITION BY other, comparisons.task
-    ORDER BY num_tests DESC, comparisons.recorded_at DESC, comparison_id
-) = 1
-ORDER BY list_position(['oracle', 'base'], other), other, comparisons.task, comparisons.metric;
+ORDER BY list_position(['oracle', 'base'], other), other, task, metric;
 
 -- matrix: Each adapter alone on each task
 SELECT task, expert, metric, value, low, high, num_samples

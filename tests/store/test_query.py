@@ -456,14 +456,15 @@ def test_examples_know_in_which_direction_a_metric_is_better(tmp_path: Path) -> 
             shelf.ledger.record_score(found, run_id="r1")
         ids = [replace(asked, subject_id=subject.id).id for subject in (model, expert)]
         apart = of_model - of_expert
-        found_apart.append(apart_on(task, metric, *ids, apart, p=1.0 if apart == 0 else 0.01))
+        if metric != "rouge1":  # only the first metric of a task is compared
+            found_apart.append(apart_on(task, metric, *ids, apart, p=1.0 if apart == 0 else 0.01))
     record_comparison(shelf, model, found_apart)
     shelf.ledger.ingest()
     by_title = {title[:20]: sql for title, sql in examples()}
     (means,) = shelf.ledger.query(by_title["How do my models com"]).rows
-    assert means[2:] == (1, 0.6, None, 0.7)
+    assert means[2:] == (1, 0.5, None, 0.6)  # of the metric that is compared
     worse = shelf.ledger.query(by_title["On which tasks is a "]).rows
-    assert [row[0] for row in worse] == ["errors", "sorting", "sorting"]
+    assert [row[0] for row in worse] == ["errors", "sorting"]
 
 
 def apart_on(

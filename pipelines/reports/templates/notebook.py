@@ -137,17 +137,9 @@ def _(model):
 @app.cell
 def _(model):
     _rows = ask(f"""
-        WITH families AS (
-            SELECT comparison_id, count(*) AS num_tests FROM comparisons GROUP BY comparison_id
-        )
         SELECT task, metric, difference AS value, low, high, p_holm, num_samples
-        FROM comparisons JOIN families USING (comparison_id)
-        SEMI JOIN latest_standings AS latest
-             ON latest.score_id = comparisons.score_id AND latest.router_id = subject_id
+        FROM latest_comparisons
         WHERE subject_id = '{model.value}' AND other = 'oracle'
-        QUALIFY row_number() OVER (  -- one task tested alone is not corrected for the others
-            PARTITION BY task ORDER BY num_tests DESC, recorded_at DESC, comparison_id
-        ) = 1
         ORDER BY value
     """)
     answered(

@@ -99,6 +99,8 @@ def grow(
         own = gates.own[before]
         others = own[0].to(input_device(model)), own[1].to(input_device(model))
         gate = _with_one_more(others, known, point, covariance, kinds, expert, null=null)
+        if not all(part.isfinite().all() for part in (*gate, *vars(point).values())):
+            raise SingularError("the gate or the statistics of this point hold numbers too large")
         right = [((x @ gate[0].T + gate[1]).argmax(-1) == expert).float() for _, x in checked]
         shares = [share for share, _ in checked]
         accuracies.append(sum(s * own.mean().item() for s, own in zip(shares, right, strict=True)))

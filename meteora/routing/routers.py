@@ -292,7 +292,9 @@ class Arrow(ByWeights):
                 # B A = Q_b (R_b R_aᵀ) Q_aᵀ: the right singular vectors are Q_a times those inside
                 q_a, r_a = torch.linalg.qr(a.T)
                 _, r_b = torch.linalg.qr(b)
-                _, singular, right = torch.linalg.svd(r_b @ r_a.T)
+                inside = r_b @ r_a.T
+                _require_finite(inside, "arrow")
+                _, singular, right = torch.linalg.svd(inside)
                 if singular[0] > 0:  # an expert that does nothing here has no direction
                     prototypes[c] = q_a @ right[0]
         self.register_buffer("prototypes", prototypes, persistent=False)
@@ -317,7 +319,9 @@ class Norm(ByWeights):
         owner = torch.repeat_interleave(
             torch.arange(len(folded)), torch.tensor([len(rows) for rows in folded])
         )
-        self.register_buffer("folded", torch.cat(folded), persistent=False)
+        rows = torch.cat(folded)
+        _require_finite(rows, "norm")
+        self.register_buffer("folded", rows, persistent=False)
         self.register_buffer("owner", owner.to(stack.a.device), persistent=False)
 
     def forward(self, tokens: Tensor) -> Tensor:
@@ -333,6 +337,15 @@ def _without(logits: Tensor, choices: list[int]) -> Tensor:
     if choices:
         logits[:, choices] = -torch.inf
     return logits
+
+
+def _require_finite(numbers: Tensor, kind: str) -> None:
+    """Refuse experts whose products overflow; a stranger's may be as large as their dtype holds."""
+    if not numbers.isfinite().all():
+        raise MeteoraError(
+            f"the experts hold numbers so large that their products overflow, so router {kind!r}"
+            " cannot score them; download or build the checkpoint again"
+        )
 
 
 def _factors(stack: ExpertStack) -> Iterator[tuple[Tensor, Tensor]]:

@@ -70,7 +70,12 @@ class FoundCheckpoint:
 
 
 def find_folder(
-    name: str, home: Path, token_for: Collection[str] = (), *, statistics: bool = False
+    name: str,
+    home: Path,
+    token_for: Collection[str] = (),
+    *,
+    statistics: bool = False,
+    whole: bool = True,
 ) -> Path:
     """Find the folder of a checkpoint; download a checkpoint of the Hub.
 
@@ -78,6 +83,7 @@ def find_folder(
         name: A folder, `owner/name[@revision]` on the Hub, or an id of the ledger.
         token_for: Owners, or `owner/name`, to whom the saved token is sent.
         statistics: Also download the statistics that its gates were fitted to.
+        whole: Download the tensors too; else only the manifest.
 
     Raises:
         UnknownError: The ledger has the id, but no checkpoint with it.
@@ -98,10 +104,11 @@ def find_folder(
     options = _download_options(hub)
     at = resolve_revision(repo_id, revision or None, token=options["token"])
     commit = getattr(at, "resolved", at) or ""
-    is_whole = all(cached(repo_id, file, commit) for file in (MANIFEST, EXPERTS))
-    if COMMIT.fullmatch(commit) and not (is_whole or is_offline()):
-        check_before_caching(AdapterRef(repo_id, commit), CHECKPOINT_FILES, hub=hub)
-    return find_checkpoint(repo_id, at, download=options, statistics=statistics)
+    files = CHECKPOINT_FILES if whole else (MANIFEST,)
+    all_here = all(cached(repo_id, file, commit) for file in files[:2])
+    if COMMIT.fullmatch(commit) and not (all_here or is_offline()):
+        check_before_caching(AdapterRef(repo_id, commit), files, hub=hub)
+    return find_checkpoint(repo_id, at, download=options, whole=whole, statistics=statistics)
 
 
 def find(

@@ -104,16 +104,21 @@ def publish(
     """
     from meteora.base.sources import PATH
     from meteora.checkpoint.manifest import read_manifest
-    from pipelines.admission.checkpoints import find_base
+    from pipelines.admission.checkpoints import FoundCheckpoint, find_base
     from pipelines.hub.client import hub_for
     from pipelines.publishing.publish import Destination, publish
+    from pipelines.stages.adopt import is_recorded
     from pipelines.workspace.checkpoints import base_option, checkpoint_folder
     from pipelines.workspace.context import new_run_id
     from pipelines.workspace.machine import choose_device
     from store.ledger import Ledger
 
     choose_device(device)  # one that is not here is refused before anything is sent
-    found = find_base(checkpoint_folder(checkpoint, home), home, base, token_for or ())
+    ledger = Ledger(home)
+    folder = checkpoint_folder(checkpoint, home)
+    # a publication of another one would be recorded under this id
+    is_recorded(ledger, FoundCheckpoint(folder, None, {}), read_manifest(folder))
+    found = find_base(folder, home, base, token_for or ())
     found = replace(found, device=device, dtype=dtype)
     to = Destination(
         repo,
@@ -123,7 +128,6 @@ def publish(
         onto=onto,
         allow_licences=allow_licence or (),
     )
-    ledger = Ledger(home)
     made, recorded = publish(ledger, found, to, new_run_id())
     if recorded:
         ledger.ingest()

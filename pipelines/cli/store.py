@@ -2,6 +2,7 @@
 
 import json
 import sys
+from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
@@ -96,9 +97,13 @@ def verify(
     if served:
         if checkpoint is None or key is not None:
             raise typer.BadParameter("to ask a server, give CHECKPOINT and no --key")
+        from meteora.checkpoint.manifest import read_manifest
         from pipelines.admission.checkpoints import find_folder
 
-        folder = find_folder(str(checkpoint), home, token_for or ())
+        find = partial(find_folder, str(checkpoint), home, token_for or ())
+        folder = find(whole=False)
+        if not read_manifest(folder).files:  # as earlier versions wrote it: tensors are compared
+            folder = find()
         if not _serves(folder, home, served, answers, model, as_json=as_json):
             raise typer.Exit(1)
         return
@@ -132,9 +137,12 @@ def _serves(folder: Path, home: Path, url: str, count: int, model: str, *, as_js
 
     from meteora.artifacts import ArtifactId
     from meteora.checkpoint.manifest import read_manifest
+    from pipelines.admission.checkpoints import FoundCheckpoint
     from pipelines.scoring.served import KEY, Server, recorded_answers
+    from pipelines.stages.adopt import as_recorded
 
     ledger = options.open_ledger(home)
+    folder = as_recorded(ledger, FoundCheckpoint(folder, None, {})).folder
     asked = recorded_answers(ledger, ArtifactId(read_manifest(folder).router_id), count)
     server = Server(url, model, os.environ.get(KEY, ""))
     found = server.answers(asked)

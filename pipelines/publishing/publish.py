@@ -154,12 +154,22 @@ def _bundle(folder: Path, repo_id: str, scratch: Path) -> Bundle:
     for name in names:
         (scratch / name).parent.mkdir(exist_ok=True)
         if name == CARD and (folder / name).is_file() and not signed:
-            text = folder.joinpath(name).read_text(encoding="utf-8")
+            text = _text_of(folder / name)
             named = text.replace(card.NAME_PLACEHOLDER, repo_id)
             (scratch / name).write_text(named, encoding="utf-8")
         elif (folder / name).is_file():
             (scratch / name).symlink_to((folder / name).resolve())
     return make_bundle(scratch, names, MANIFEST)
+
+
+def _text_of(path: Path) -> str:
+    try:
+        return path.read_text(encoding="utf-8")
+    except UnicodeDecodeError:
+        raise PublicationError(
+            f"{path.name}: it is not a text in UTF-8, so it cannot be searched for secrets; mend"
+            " it, or make the checkpoint again"
+        ) from None
 
 
 def _path_pattern(folder: Path) -> str:
@@ -172,7 +182,7 @@ def _refuse_secrets(bundle: Bundle, patterns: Sequence[str]) -> None:
     for name in bundle.files:
         if name.endswith(".safetensors"):
             continue
-        text = (bundle.folder / name).read_text(encoding="utf-8")
+        text = _text_of(bundle.folder / name)
         if SECRET.search(text) or any(one and re.search(one, text) for one in patterns):
             raise PublicationError(
                 f"{name} holds a token or the path of a folder on this machine, which everybody"

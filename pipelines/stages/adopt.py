@@ -16,6 +16,7 @@ from meteora.artifacts import (
     ArtifactId,
     BaseSpec,
     FusedSpec,
+    MeteoraError,
     Reason,
     RouterBuild,
     RouterSpec,
@@ -58,14 +59,47 @@ class Adoption:
     router: RouterSpec
 
 
+class ForeignCheckpointError(MeteoraError):
+    """A checkpoint names the id of another one."""
+
+
 def as_recorded(ledger: Ledger, found: FoundCheckpoint) -> FoundCheckpoint:
-    """The copy of the checkpoint under this home if it was adopted; else the checkpoint itself."""
+    """The copy of the checkpoint under this home if it was adopted; else the checkpoint itself.
+
+    Raises:
+        ForeignCheckpointError: The ledger has nothing of it, but another one under its id.
+    """
     manifest = read_manifest(found.folder)
+    if recorded_router(ledger, found, manifest) is None:
+        router = plan_adoption(ledger, found, manifest).router
+        folder = checkpoint_at(ledger.home, router.id)
+        if (folder / MANIFEST).is_file():
+            return replace(found, folder=folder)
+        _refuse_foreign_id(ledger, found.folder, manifest)
+    return found
+
+
+def is_recorded(ledger: Ledger, found: FoundCheckpoint, manifest: Manifest) -> bool:
+    """Whether the ledger has this checkpoint.
+
+    Raises:
+        ForeignCheckpointError: It has the id that the checkpoint names, with other files or another
+            base. What is recorded under that id is not about this checkpoint.
+    """
     if recorded_router(ledger, found, manifest) is not None:
-        return found
-    router = plan_adoption(ledger, found, manifest).router
-    folder = checkpoint_at(ledger.home, router.id)
-    return replace(found, folder=folder) if (folder / MANIFEST).is_file() else found
+        return True
+    _refuse_foreign_id(ledger, found.folder, manifest)
+    return False
+
+
+def _refuse_foreign_id(ledger: Ledger, folder: Path, manifest: Manifest) -> None:
+    """Refuse a checkpoint that is not recorded, if the ledger has the id that it names."""
+    named = ArtifactId(manifest.router_id)
+    if ledger.built(named) is not None:
+        raise ForeignCheckpointError(
+            f"{folder} names the id {short(named)}, which the ledger has with other files, routing"
+            " or base; `meteora benchmark` takes it in under an id of its own, so use that one"
+        )
 
 
 def recorded_router(

@@ -15,6 +15,7 @@ from pydantic import TypeAdapter, ValidationError
 
 from meteora.adapters.tensors import Adapter
 from meteora.artifacts import (
+    WITH_GATES,
     AdapterSpec,
     ArtifactId,
     MeteoraError,
@@ -25,7 +26,7 @@ from meteora.artifacts import (
     short,
 )
 from meteora.artifacts.routers import ANSWER_START_SHARE
-from meteora.base.loading import layers_on_disk
+from meteora.base.loading import layers_on_disk, load_tokenizer
 from meteora.base.shapes import fingerprint, shape_of
 from meteora.checkpoint import edit, tensors
 from meteora.checkpoint.manifest import (
@@ -36,7 +37,7 @@ from meteora.checkpoint.manifest import (
     Manifest,
     read_manifest,
 )
-from meteora.checkpoint.resolve import load_base
+from meteora.checkpoint.resolve import base_files, load_base
 from meteora.checkpoint.stack import common_dtype
 from meteora.checkpoint.tensors import Gates
 from meteora.fitting import add_expert
@@ -56,7 +57,7 @@ from pipelines.evaluation.harness import room_of
 from pipelines.planning.room import check_examples, with_room
 from pipelines.recipe.gates import Composites, MixedSection, numbers_of, refuse_test_rows
 from pipelines.recipe.recipe import NAME, NAME_RULE, Recipe
-from pipelines.stages.adopt import recorded_router
+from pipelines.stages.adopt import is_recorded
 from pipelines.stages.checkpoint import (
     record_router,
     record_stack,
@@ -108,8 +109,8 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         AdapterError: the adapter is refused, it changes nothing, or the stack would not fit.
         HubError: the Hub does not deliver the adapter.
         GrowthError: the checkpoint has no gates of `calibrate` or not their statistics, a recipe
-            could not have the name, the device has no float64, or the checkpoint names the id of
-            another one in the ledger.
+            could not have the name, or the device has no float64.
+        ForeignCheckpointError: the checkpoint names the id of another one in the ledger.
         EditError: there is an expert of that name, or the sizes do not fit.
         TrainingError: the examples are too few.
     """
@@ -117,7 +118,7 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         raise GrowthError("gates are fitted in 64 bits, which mps has not; say --device cpu")
     folder, device, dtype = found.folder, choose_device(found.device), found.dtype
     manifest = _read_editable(folder)
-    is_ours = _is_ours(ledger, found, manifest)
+    is_ours = is_recorded(ledger, found, manifest)
     edit.check_new_name(folder, manifest, candidate.name)
     _check_texts(candidate.name, examples)
     _say_if_few(manifest, candidate.name)
@@ -125,6 +126,8 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
     # a mistyped adapter is told before rows and base are read
     admission = Admission(work, folder, manifest, candidate, resolve(work, candidate), device)
     composites = _composites(folder, manifest)
+    if composites:
+        _require_places(found, manifest)
     gates = tensors.read_gates(folder, manifest)
     rows, of_hub = _read_examples(examples, candidate)
     where = _map_of(manifest, found.base_folder, device)
@@ -228,12 +231,12 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
     """Make a checkpoint with one expert less; no model is loaded, and the given one stays as it is.
 
     Raises:
-        GrowthError: the checkpoint has no gates of `calibrate`, or not their statistics; or it
-            names the id of another one in the ledger.
+        GrowthError: the checkpoint has no gates of `calibrate`, or not their statistics.
+        ForeignCheckpointError: it names the id of another one in the ledger.
         EditError: there is no such expert, or it is the only one.
     """
     manifest = _read_editable(folder)
-    is_ours = _is_ours(ledger, FoundCheckpoint(folder, None, {}), manifest)
+    is_ours = is_recorded(ledger, FoundCheckpoint(folder, None, {}), manifest)
     gates = tensors.read_gates(folder, manifest)
     work = RunContext(ledger, Recipe.model_construct(), folder / MANIFEST, new_run_id())
     with _scratch(work, manifest, f"drop {name} from", "cpu") as scratch:
@@ -292,32 +295,19 @@ def _read_editable(folder: Path) -> Manifest:
             f"{folder}: {listed(manifest.router.stand_ins)} had no examples, so nothing is kept"
             " of them; give them some in the recipe, and run that"
         )
-    if not (folder / STATISTICS).is_file():
-        made = manifest.gates.get("method") or f"no gates, its router is `{manifest.router.kind}`"
+    kind = manifest.router.kind
+    if kind == "gate" and not manifest.gates:  # as in a model that was saved with other gates
         raise GrowthError(
-            f"{folder} has no {STATISTICS}, so experts cannot be added or dropped; only gates"
-            f" of `method: calibrate` come with it (here: {made}): change its recipe and run that"
+            f"{folder / MANIFEST}: it does not say how its gates were made, so experts cannot be"
+            " added or dropped; do it with the checkpoint that they come from"
+        )
+    if kind != "gate" or not (folder / STATISTICS).is_file():
+        made = manifest.gates.get("method") if kind in WITH_GATES else f"the router `{kind}`"
+        raise GrowthError(
+            f"{folder} has no gates with {STATISTICS}, so experts cannot be added or dropped; only"
+            f" `method: calibrate` makes them (here: {made}): change its recipe and run that"
         )
     return manifest
-
-
-def _is_ours(ledger: Ledger, found: FoundCheckpoint, manifest: Manifest) -> bool:
-    """Whether the ledger has this checkpoint; what becomes of it is then recorded, too.
-
-    Raises:
-        GrowthError: it has the id that the checkpoint names, with other files or another base. A
-            recipe's run would take what becomes of it for its own result.
-    """
-    if recorded_router(ledger, found, manifest) is not None:
-        return True
-    named = ArtifactId(manifest.router_id)
-    if ledger.built(named) is not None:
-        raise GrowthError(
-            f"{found.folder} names the id {short(named)}, which the ledger has with other files or"
-            " on another base; `meteora benchmark` takes it in under an id of its own, so change"
-            " that one"
-        )
-    return False
 
 
 @contextmanager
@@ -346,6 +336,17 @@ def _composites(folder: Path, manifest: Manifest) -> tuple[MixedSection, ...]:
             f" {shortened(found)} tasks; a list is needed, of whole numbers from 2 to 50 or of"
             ' {"n", "num_fewshot"}; download or build the checkpoint again'
         ) from error
+
+
+def _require_places(found: FoundCheckpoint, manifest: Manifest) -> None:
+    """Refuse a base whose tokenizer cannot show where the answers of a mixed prompt begin."""
+    base = base_files(manifest, found.base_folder, found.download, weights=False)
+    if not load_tokenizer(base).is_fast:
+        raise GrowthError(
+            f"{found.folder}: its gates were fitted to prompts of several tasks, and the base's"
+            " tokenizer gives no places of its tokens in a text, so no expert can be added; take"
+            " `composites` out of its recipe, give that the new expert, and run it"
+        )
 
 
 def _was_crossed(ledger: Ledger, manifest: Manifest) -> bool:

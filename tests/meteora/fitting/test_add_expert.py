@@ -405,6 +405,18 @@ def test_numbers_that_are_not_finite_are_refused_with_the_module(world, three):
         grow(model, examples(4, experts=[3]), gates_of(before), fitted.statistics, ENTRY)
 
 
+def test_statistics_beyond_float32_make_no_gate_that_cannot_be_loaded(world, three):
+    before, model = with_base(three), with_base(world)
+    base_as = [replaced(sequence, {4: 3}) for sequence in examples(4, experts=[4])]
+    fitted = calibrate(before, [*examples(4, experts=range(3)), *base_as])
+    far = {
+        path: dataclasses.replace(point, means=torch.full_like(point.means, 3e38))
+        for path, point in fitted.statistics.items()
+    }
+    with pytest.raises(TrainingError, match="hold numbers too large"):
+        grow(model, examples(4, experts=[3]), gates_of(before), far, ENTRY)
+
+
 def test_gates_grow_by_one_expert_at_a_time(world, three):
     model = three.load()
     fitted = calibrate(model, examples(4, experts=range(3)))

@@ -6,7 +6,7 @@ from typing import get_args
 import pytest
 import torch
 
-from meteora.artifacts import RouterOptions, Unfitted
+from meteora.artifacts import MeteoraError, RouterOptions, Unfitted
 from meteora.kernels.stack import Choice, ExpertStack, mean_of_all, own_choices
 from meteora.model.fused import make_router
 from meteora.routing.gates import Sharing, UndecidedError
@@ -51,6 +51,14 @@ def test_arrow_takes_the_top_right_singular_vector_of_the_dense_product(factors)
 def test_arrow_gives_an_expert_that_does_nothing_no_direction():
     a, b = torch.randn(2, NUM_IN), torch.zeros(NUM_OUT, 2)
     assert not Arrow(ExpertStack(a, b, [2], [1.0]), OPTIONS)(torch.randn(5, NUM_IN)).any()
+
+
+@pytest.mark.parametrize("kind", [Arrow, Norm])
+def test_numbers_whose_products_overflow_are_a_sentence(factors, kind):
+    """A stranger's checkpoint may hold the largest numbers of its dtype."""
+    a, b = factors
+    with pytest.raises(MeteoraError, match="so large that their products overflow"):
+        kind(stack_of(a * 1e37, b * 1e37), OPTIONS)
 
 
 def test_norm_is_the_length_of_what_the_expert_would_add(factors):

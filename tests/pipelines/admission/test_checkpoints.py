@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 
 import meteora
-from meteora.artifacts import MeteoraError
+from meteora.artifacts import MeteoraError, file_sha256
 from meteora.checkpoint.manifest import EXPERTS, MANIFEST, BaseEntry, CheckpointError, Manifest
 from meteora.checkpoint.resolve import base_download
 from pipelines.admission import checkpoints
@@ -29,7 +29,8 @@ COMMIT = "b" * 40
 def manifest(world: World) -> Manifest:
     """Of a checkpoint whose base is of `other`."""
     fingerprint = world.manifest.base.fingerprint
-    return replace(world.manifest, base=BaseEntry("other/base", COMMIT, fingerprint))
+    files = {EXPERTS: file_sha256(world.checkpoint / EXPERTS)}
+    return replace(world.manifest, base=BaseEntry("other/base", COMMIT, fingerprint), files=files)
 
 
 @pytest.fixture(scope="module")
@@ -177,6 +178,11 @@ def test_what_the_hub_has_is_measured_and_its_base_comes_into_the_home(
     assert bases == [("other/base", COMMIT)]
     assert len(list((home / "bases").iterdir())) == 1
     assert ledger.query("SELECT task, num_samples FROM leaderboard").rows == [("sums", 1)]
+
+    with asking.nothing_kept():  # a server is asked again for what was recorded
+        said = asking.run("verify", "org/fused", "--served", "http://127.0.0.1:9")
+    assert "http://127.0.0.1:9/v1/models does not answer" in said.stderr
+    assert [path for _, path, _ in asking.server.requests if EXPERTS in path] == []
 
 
 def test_what_is_neither_here_nor_on_the_hub_is_a_sentence(tmp_path: Path) -> None:

@@ -206,6 +206,12 @@ def test_what_is_for_nobody_else_stays_here(
         with pytest.raises(PublicationError, match=CARD):
             put(server, world, folder)
     (folder / CARD).write_text(text)
+    for name in (CARD, LINEAGE):
+        other = (folder / name).read_bytes()
+        (folder / name).write_bytes(b"\xff" + other)
+        with pytest.raises(PublicationError, match=f"{name}: it is not a text in UTF-8"):
+            put(server, world, folder)
+        (folder / name).write_bytes(other)
     for home in (Path.home(), Path("/")):  # in a container a user may have the root as home
         monkeypatch.setattr(Path, "home", lambda home=home: home)
         with pytest.raises(HubTokenError):

@@ -446,6 +446,16 @@ def test_a_manifest_that_names_recorded_ids_is_not_believed(
     ids = body["router_id"], body["experts"][0]["adapter_id"]
     scores = f"FROM scores WHERE subject_id IN {ids}"
     before = work.ledger.query(scores).rows
+    base = "--base", recipe_folder / "base"
+    for words in (  # each would tell of the model that has the id
+        ("report", forged, *base, "-o", tmp_path / "report.html"),
+        ("report", made, forged, *base, "-o", tmp_path / "report.html"),
+        ("publish", forged, "me/model", *base),
+        ("verify", forged, "--served", "http://127.0.0.1:9"),
+    ):
+        said = ask(*words, "--home", work.home)
+        assert said.returncode == 1
+        assert "which the ledger has with other files, routing or base" in said.stderr
     rows = f"new=jsonl:{recipe_folder / 'q_and_v.test.jsonl'}"
     said = benchmark(work, forged, recipe_folder, "--tasks", rows)
     assert said.returncode == 0, said.stderr

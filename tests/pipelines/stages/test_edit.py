@@ -5,6 +5,7 @@ import json
 import shutil
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -40,7 +41,7 @@ from pipelines.hub.errors import HubFilesError
 from pipelines.publishing.in_toto import attest
 from pipelines.publishing.signing import SIGNATURE
 from pipelines.stages import build, edit
-from pipelines.stages.adopt import recorded_router
+from pipelines.stages.adopt import ForeignCheckpointError, recorded_router
 from pipelines.stages.edit import GrowthError
 from pipelines.workspace import machine
 from pipelines.workspace.context import RunContext
@@ -470,6 +471,22 @@ def test_offsets_stay_where_only_the_dropped_expert_had_the_module(
     assert meteora.generate(model, tokenizer, "abcdabcd", max_new_tokens=3)
 
 
+def test_no_base_is_loaded_whose_tokenizer_cannot_place_composites(
+    made: tuple[RunContext, Path], recipe_folder: Path, tmp_path: Path, monkeypatch: Any
+) -> None:
+    work, folder = made
+    mixed = tmp_path / "mixed"
+    shutil.copytree(folder, mixed)
+    body = json.loads((mixed / MANIFEST).read_text())
+    (mixed / MANIFEST).write_text(json.dumps(body | {"gates": body["gates"] | {"composites": [2]}}))
+    monkeypatch.setattr(edit, "load_tokenizer", lambda _base: SimpleNamespace(is_fast=False))
+    monkeypatch.setattr(edit, "load_base", None)
+    found = FoundCheckpoint(mixed, recipe_folder / "base", {}, "cpu")
+    rows = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
+    with pytest.raises(GrowthError, match="take `composites` out of its recipe"):
+        edit.add(work.ledger, found, Candidate("new", str(recipe_folder / "attention")), rows)
+
+
 def test_a_checkpoint_from_elsewhere_grows_without_a_record(
     made: tuple[RunContext, Path], tmp_path: Path, capfd: pytest.CaptureFixture[str]
 ) -> None:
@@ -525,11 +542,11 @@ def test_a_stranger_s_files_are_not_recorded_under_an_id_of_the_ledger(
     body["files"][EXPERTS] = file_sha256(evil / EXPERTS)
     (evil / MANIFEST).write_text(json.dumps(body))
     before = work.ledger.records.loose()
-    said = "names the id router:.*, which the ledger has with other files or on another base"
-    with pytest.raises(GrowthError, match=said):
+    said = "names the id router:.*, which the ledger has with other files, routing or base"
+    with pytest.raises(ForeignCheckpointError, match=said):
         edit.drop(work.ledger, evil, "q_and_v")
     found = FoundCheckpoint(evil, recipe_folder / "base", {}, "cpu")
-    with pytest.raises(GrowthError, match=said):
+    with pytest.raises(ForeignCheckpointError, match=said):
         edit.add(work.ledger, found, Candidate("new", str(recipe_folder / "attention")), "jsonl:x")
     assert work.ledger.records.loose() == before
 
@@ -561,7 +578,18 @@ def test_what_cannot_grow_says_why(
             (bare / path.name).symlink_to(path)
     refused = ask("drop", bare, "attention", "--home", work.home)
     assert refused.returncode == 1
-    assert "has no statistics.safetensors" in " ".join(refused.stderr.split())
+    assert "has no gates with statistics.safetensors" in " ".join(refused.stderr.split())
+    changed = tmp_path / "changed"
+    shutil.copytree(folder, changed)
+    body = json.loads((changed / MANIFEST).read_text())
+    for change, sentence in (
+        ({"gates": {}}, "it does not say how its gates were made"),
+        ({"router": body["router"] | {"kind": "norm", "opening": "own"}}, "(here: the router"),
+    ):
+        (changed / MANIFEST).write_text(json.dumps(body | change))
+        refused = ask("drop", changed, "attention", "--home", work.home)
+        assert refused.returncode == 1
+        assert sentence in " ".join(refused.stderr.split())
     assert not [*(work.home / "runs").iterdir()]
 
 

@@ -10,7 +10,7 @@ import re
 import shutil
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -89,30 +89,31 @@ def _readme(entry: ExpertEntry, base: str) -> str:
 
 @contextmanager
 def new_folder(out: Path) -> Generator[Path]:
-    """Fill an empty folder: with all that the block writes when that ends, else with nothing.
+    """Make a folder, or fill an empty one, with all that the block writes; else with nothing.
 
     Yields:
-        the folder to write into. After an error `out` is as it was before; after a kill, what was
-        written is hidden in it, and the next export there removes that.
+        the folder to write into. What is left of it after a kill, the next export to the same
+        place removes.
 
     Raises:
-        ExportError: something is in it.
+        ExportError: something is in `out`.
     """
     there = out.exists()
     if there and not out.is_dir():
         raise _taken(out)
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        with temporary_folder(out, ".export-") as made:
-            if any(path != made for path in out.iterdir()):
-                raise _taken(out)
-            yield made
+    beside = out if there else out.parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(beside, ".export-") as scratch:
+        if there and any(path != scratch for path in out.iterdir()):
+            raise _taken(out)
+        made = scratch / "whole"
+        made.mkdir()
+        yield made
+        if there:
             for path in made.iterdir():
                 path.rename(out / path.name)
-    finally:
-        if not there:
-            with suppress(OSError):  # it holds what was made
-                out.rmdir()
+        else:
+            made.rename(out)
 
 
 def _taken(out: Path) -> ExportError:

@@ -115,15 +115,20 @@ def test_an_export_that_fails_leaves_the_folder_as_it_was(tmp_path: Path, there:
     assert not there or not any(out.iterdir())
 
 
-def test_an_export_that_is_killed_is_made_by_the_same_command(tmp_path: Path) -> None:
+@pytest.mark.parametrize("there", [True, False])
+def test_an_export_that_is_killed_is_made_by_the_same_command(tmp_path: Path, there: bool) -> None:
     out = tmp_path / "out"
+    if there:
+        out.mkdir()
     killed = os.fork()
     if killed == 0:
         with new_folder(out) as made:
             (made / "half").touch()
             os.kill(os.getpid(), signal.SIGKILL)
     os.waitpid(killed, 0)
-    assert not list(out.glob("half")), "nothing of it has its name"
+    assert out.exists() == there
+    assert not there or not list(out.glob("half")), "nothing of it has its name"
     with new_folder(out) as made:
         (made / "whole").touch()
     assert [path.name for path in out.iterdir()] == ["whole"]
+    assert list(tmp_path.iterdir()) == [out]

@@ -108,7 +108,7 @@ class Blobs:
         """List all blobs on the shared storage at once, which saves single look-ups later."""
         if self._remote is not None:
             names = self._remote.names("blobs")
-            self._shared |= {name.removeprefix("blobs/").replace("/", "") for name in names}
+            self._shared = {name.removeprefix("blobs/").replace("/", "") for name in names}
         return self._shared
 
     def __contains__(self, sha256: str) -> bool:

@@ -14,9 +14,11 @@ import random
 import secrets
 import shutil
 import time
-from collections.abc import Generator
+from collections.abc import Generator, Iterable
 from contextlib import contextmanager, suppress
 from functools import cache
+from glob import escape
+from itertools import chain
 from pathlib import Path
 
 from store.errors import BusyError, StoreError
@@ -27,15 +29,17 @@ CHUNK_BYTES = 1 << 20
 STALE_SECONDS = 3600.0
 """A temporary file older than this counts as a leftover."""
 HEX_DIGIT = "[0-9a-f]"
-PARTIAL = f"tmp/[0-9]*-{HEX_DIGIT * 16}"
-"""The paths of `partial_file`, as a pattern: a home may lie in a folder whose `tmp` has others."""
+LOG = ".wal"
+"""Ends the name of DuckDB's write-ahead log, which lies beside a database."""
+PARTIAL = tuple(f"tmp/[0-9]*-{HEX_DIGIT * 16}{end}" for end in ("", LOG))
+"""The paths of `partial_file`, as patterns: a home may lie in a folder whose `tmp` has others."""
 
 
 @contextmanager
 def partial_file(root: Path) -> Generator[Path]:
-    """A path below `root` that no other writer uses, for a file or a folder.
+    """A path below `root` that no other writer uses, for a file, a folder or a database.
 
-    The file or folder is removed when the block ends, unless `settle` has moved it.
+    It is removed when the block ends, unless `settle` has moved it; so is a database's log.
 
     Raises:
         StoreError: the disk is full, or the folder cannot be written to.
@@ -54,8 +58,9 @@ def partial_file(root: Path) -> Generator[Path]:
             " writable, then run again: what was recorded before is safe"
         ) from error
     finally:
-        with suppress(StoreError):
-            discard(partial)
+        for path in (partial, partial.with_name(partial.name + LOG)):
+            with suppress(StoreError):
+                discard(path)
 
 
 def write_whole(path: Path, data: bytes, *, root: Path) -> None:
@@ -73,6 +78,9 @@ def replace_text(path: Path, text: str, *, mode: int = 0o666) -> None:
     Args:
         mode: of the new file, less the bits of the process's umask
     """
+    for left in leftovers(path.parent, [f".{escape(path.name)}.{HEX_DIGIT * 16}.partial"]):
+        with suppress(OSError):
+            left.unlink()
     partial = path.with_name(f".{path.name}.{secrets.token_hex(8)}.partial")
     partial.touch(mode, exist_ok=False)
     try:
@@ -146,11 +154,11 @@ def discard(path: Path) -> None:
         ) from error
 
 
-def leftovers(root: Path, pattern: str = PARTIAL) -> list[Path]:
-    """Leftovers of killed writers: paths of a pattern that have not changed for an hour."""
+def leftovers(root: Path, patterns: Iterable[str] = PARTIAL) -> list[Path]:
+    """Leftovers of killed writers: paths of these patterns that have not changed for an hour."""
     oldest = time.time() - STALE_SECONDS
     stale = []
-    for path in root.glob(pattern):
+    for path in chain.from_iterable(map(root.glob, patterns)):
         with suppress(FileNotFoundError):  # its writer has just finished
             if all(part.lstat().st_mtime < oldest for part in (path, *path.rglob("*"))):
                 stale.append(path)

@@ -55,8 +55,7 @@ def find_garbage(home: Path, records: Records, blobs: Blobs) -> list[Garbage]:
     files = [path for path in aside if path.stat().st_mtime < oldest]
     for root in (home, records.root, records.segments.root, blobs.root):
         files += leftovers(root)
-    for pattern in STOPPED:
-        files += leftovers(home, pattern)
+    files += leftovers(home, STOPPED)
     found = [(sha256, blobs.place_of(sha256)) for sha256 in sorted(unused)]
     found += [(str(path), path) for path in files]
     return [Garbage(name, path, size_of(path, follow_symlinks=False)) for name, path in found]

@@ -19,7 +19,7 @@ from pathlib import Path
 import duckdb
 
 from store.errors import BusyError, DamagedError, NewerLedgerError, StoreError, brief
-from store.files import copy, locked, partial_file, settle
+from store.files import LOG, copy, locked, partial_file, settle
 from store.intake import add, count, offer, offer_texts, rank
 from store.query import memory, quoted
 from store.records import Records
@@ -277,4 +277,4 @@ def _outcome(num_records: int, unread: set[str]) -> Ingest:
 
 def wal(database: Path) -> Path:
     """DuckDB's write-ahead log: transactions that are committed, but not in the file yet."""
-    return database.with_name(database.name + ".wal")
+    return database.with_name(database.name + LOG)

@@ -46,15 +46,20 @@ class Ledger(Recording):
     With a `store.toml` the home shares its records and blobs with other homes (`sharing`).
     """
 
-    def ingest(self, *, deadline_seconds: float = INGEST_DEADLINE_SECONDS) -> Ingest:
+    def ingest(
+        self, *, deadline_seconds: float = INGEST_DEADLINE_SECONDS, restore: bool = False
+    ) -> Ingest:
         """Exchange records with the shared storage, if any, and bring the index up to date.
 
         Never raises: the next ingest tries again. The result has the reason if one did not work.
+
+        Args:
+            restore: also upload the blobs of this home that the storage has lost
         """
         unshared = ""
         try:
             if self.sharing:
-                self.sharing.sync()
+                self.sharing.sync(restore=restore)
         except StoreError as error:
             logger.warning("%s", error)
             unshared = str(error)
@@ -159,7 +164,8 @@ class Ledger(Recording):
         )
         with alone, together:
             if self.sharing:
-                self.ingest()  # so that nothing is made again that another home has made
+                # so that nothing is made again that another home has made
+                self.ingest(restore=True)
             self._check_clock()
             killed = self.unended_here(recipe_name)
             for run in killed:  # only the holder of a recipe's lock is still running

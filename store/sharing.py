@@ -25,7 +25,7 @@ from typing import Self
 from store.blobs import Blobs
 from store.errors import DamagedError, MissingBlobError, StoreError
 from store.files import write_whole
-from store.records import Records
+from store.records import Record, Records
 from store.remote import Remote
 from store.segments import SUFFIX
 
@@ -114,14 +114,20 @@ class Sharing:
         except StoreError as error:
             logger.warning("%s", error)
 
-    def sync(self) -> None:
+    def sync(self, *, restore: bool = False) -> None:
         """Download all records that are missing here, and upload those that are missing there.
+
+        Args:
+            restore: also upload the blobs of this home that the storage has lost. All records are
+                read if there are some.
 
         Raises:
             UnreachableError: the storage does not answer, or refuses.
         """
         with self._pausing():
             self._exchange()
+            if restore:
+                self._restore()
 
     @contextmanager
     def _pausing(self) -> Generator[None]:
@@ -156,6 +162,21 @@ class Sharing:
                 logger.warning("not shared: %s", error)
                 continue
             self.remote.put(f"records/packed/{name}", self._records.segments.path_of(name))
+
+    def _restore(self) -> None:
+        """Upload blobs that records name, and that are here and not there."""
+        lost = set(self._blobs) - self._blobs.survey()
+        if not lost:
+            return
+        texts, _ = self._records.read_all(self._records.loose())
+        named = {sha256 for text in texts.values() for sha256 in Record.from_bytes(text).blobs}
+        for name in self._records.segments.names():
+            named |= self._records.segments.blobs(name)
+        for sha256 in sorted(lost & named):
+            try:
+                self._blobs.push(sha256)
+            except UNSHARED as error:
+                logger.warning("not shared: %s", error)
 
     def prune(self) -> None:
         """Remove loose records from the storage if its segments hold them, too."""

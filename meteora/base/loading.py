@@ -291,6 +291,11 @@ def require_dtype(dtype: Any) -> None:  # noqa: ANN401  (as transformers takes i
         )
 
 
+def _may_offload(device_map: Any) -> bool:  # noqa: ANN401  (as transformers takes it)
+    """Whether weights may stay on the disk; else no temporary folder has to be writable."""
+    return "disk" in device_map.values() if isinstance(device_map, dict) else bool(device_map)
+
+
 def _load_model(source: Path, options: dict[str, Any]) -> PreTrainedModel:
     """Load a model; refuse missing weights, which transformers would initialise at random.
 
@@ -299,7 +304,7 @@ def _load_model(source: Path, options: dict[str, Any]) -> PreTrainedModel:
     """
     with ExitStack() as made, _reading(source, "the model cannot be loaded"):
         written = None
-        if "device_map" in options and "offload_folder" not in options:
+        if _may_offload(options.get("device_map")) and "offload_folder" not in options:
             written = made.enter_context(written_weights())
             options = {**options, "offload_folder": written}
         with spreading(options):

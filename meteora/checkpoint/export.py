@@ -22,6 +22,7 @@ from meteora.adapters.files import CONFIG, PEFT_WEIGHTS
 from meteora.adapters.tensors import PREFIX
 from meteora.adapters.weights import DTYPES
 from meteora.artifacts import MeteoraError, file_sha256
+from meteora.base.temporary_folder import temporary_folder
 from meteora.checkpoint.manifest import ExpertEntry, Manifest, read_manifest, unknown_expert_message
 from meteora.checkpoint.tensors import open_experts
 
@@ -55,13 +56,13 @@ def export_expert(folder: Path, name: str, out: Path, base_model: str = "") -> b
     e = manifest.names.index(name)
     entry, tensors = manifest.experts[e], dict(_tensors(folder, manifest, e))
     config = adapter_config(manifest, e, base_model)
-    with new_folder(out):
-        (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        (out / "README.md").write_text(
+    with new_folder(out) as made:
+        (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+        (made / "README.md").write_text(
             _readme(entry, config["base_model_name_or_path"] or ""), encoding="utf-8"
         )
-        is_original = _write_weights(out / PEFT_WEIGHTS, tensors, entry.weights_sha256)
-        shutil.copymode(out / CONFIG, out / PEFT_WEIGHTS)  # safetensors lets only the owner read
+        is_original = _write_weights(made / PEFT_WEIGHTS, tensors, entry.weights_sha256)
+        shutil.copymode(made / CONFIG, made / PEFT_WEIGHTS)  # safetensors lets only the owner read
     return is_original
 
 
@@ -87,27 +88,36 @@ def _readme(entry: ExpertEntry, base: str) -> str:
 
 
 @contextmanager
-def new_folder(out: Path) -> Generator[None]:
-    """Make an empty folder to write into; after an error it is as it was before.
+def new_folder(out: Path) -> Generator[Path]:
+    """Make a folder, or fill an empty one, with all that the block writes; else with nothing.
+
+    Yields:
+        the folder to write into. What is left of it after a kill, the next export to the same
+        place removes.
 
     Raises:
-        ExportError: something is in it.
+        ExportError: something is in `out`.
     """
     there = out.exists()
-    if there and (not out.is_dir() or any(out.iterdir())):
-        raise ExportError(f"{out} holds something already; give the name of a new folder")
-    out.mkdir(parents=True, exist_ok=True)
-    try:
-        yield
-    except BaseException:
-        for path in list(out.iterdir()):
-            if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path)
-            else:
-                path.unlink()
-        if not there:
-            out.rmdir()
-        raise
+    if there and not out.is_dir():
+        raise _taken(out)
+    beside = out if there else out.parent
+    beside.mkdir(parents=True, exist_ok=True)
+    with temporary_folder(beside, ".export-") as scratch:
+        if there and any(path != scratch for path in out.iterdir()):
+            raise _taken(out)
+        made = scratch / "whole"
+        made.mkdir()
+        yield made
+        if there:
+            for path in made.iterdir():
+                path.rename(out / path.name)
+        else:
+            made.rename(out)
+
+
+def _taken(out: Path) -> ExportError:
+    return ExportError(f"{out} holds something already; give the name of a new folder")
 
 
 def _tensors(folder: Path, manifest: Manifest, e: int) -> Iterator[tuple[str, Tensor]]:

@@ -80,13 +80,12 @@ def export_gguf(folder: Path, out: Path, name: str = "", base: Path | None = Non
             f"{folder}: an expert is on {heads[0]}, whose weights are the embeddings' in this base;"
             " llama.cpp takes no LoRA there, so drop its experts, or name another with --expert"
         )
-    files = []
+    files = {e: f"{manifest.names[e]}.gguf" for e in asked}
     # the stack is checked once, for all experts
-    with new_folder(out), open_experts(folder, manifest) as stack:
-        for e in asked:
-            files.append(out / f"{manifest.names[e]}.gguf")
-            _write(files[-1], stack, e, names)
-    return files
+    with new_folder(out) as made, open_experts(folder, manifest) as stack:
+        for e, file in files.items():
+            _write(made / file, stack, e, names)
+    return [out / file for file in files.values()]
 
 
 def _tensor_names(folder: Path, manifest: Manifest) -> dict[str, str]:

@@ -100,15 +100,15 @@ def export_for_vllm(checkpoint: Path, base: Path, out: Path, *, copy: bool = Fal
         "base_weights": {shard.name: sample_sha256(shard) for shard in shards},
     }
     put = shutil.copyfile if copy else _link
-    with new_folder(out):
+    with new_folder(out) as made:
         for path in sorted(base.iterdir()):
             if _is_served(path) and path.name != CONFIG:
-                put(path, out / path.name)
-        (out / CHECKPOINT).mkdir()
+                put(path, made / path.name)
+        (made / CHECKPOINT).mkdir()
         for name in (MANIFEST, EXPERTS, *([GATES] if manifest.router.kind == "gate" else [])):
-            put(checkpoint / name, out / CHECKPOINT / name)
+            put(checkpoint / name, made / CHECKPOINT / name)
         text = json.dumps(config | {"quantization_config": quantization_config}, indent=2)
-        (out / CONFIG).write_text(text + "\n", encoding="utf-8")
+        (made / CONFIG).write_text(text + "\n", encoding="utf-8")
     return WHOLE_PROMPTS if manifest.router.by_turns else ""
 
 

@@ -18,6 +18,7 @@ from typing import TYPE_CHECKING
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError
 from meteora.artifacts import COMMIT, REPO_ID, Noun, Reason, canonical_json, canonical_sha256
+from meteora.base.temporary_folder import temporary_folder
 from meteora.untrusted.findings import brief, shortened
 from pipelines.hub import repositories
 from pipelines.hub.card import base_of
@@ -160,8 +161,8 @@ def saved_verdict(context: RunContext, base: BaseSpec, named: str) -> BaseVerdic
 def _compare(named: str, ours: Path, hub: Hub) -> BaseVerdict:
     try:
         ref = repositories.resolve(named, hub=hub)
-        with tempfile.TemporaryDirectory() as scratch:
-            theirs = Path(scratch) / "profile"
+        with temporary_folder(Path(tempfile.gettempdir()), "meteora-compare-") as scratch:
+            theirs = scratch / "profile"
             say(f"comparing {named}, which an adapter names, with the base")
             repositories.download_profile(ref, theirs, hub=hub)
             with ChildProcess(WORKER, quiet=True) as worker:

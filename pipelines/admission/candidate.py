@@ -6,7 +6,6 @@ prompt. Either verdict is recorded.
 
 from __future__ import annotations
 
-import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
@@ -106,10 +105,10 @@ class Admission:
         candidate, context = self.candidate, self.context
         spec, policy = self.manifest.base.spec, context.recipe.policy
         ref, fetch = self.source
-        with tempfile.TemporaryDirectory() as ours:
+        with context.scratch() as ours:
             model.config.save_pretrained(ours)
             tokenizer.save_pretrained(ours)
-            look_up = look_up_on_hub(context, spec, Path(ours))
+            look_up = look_up_on_hub(context, spec, ours)
             try:
                 folder = fetch()
                 requirements = Requirements(spec, sizes, policy, look_up, in_layers=True)

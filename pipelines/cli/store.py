@@ -179,7 +179,7 @@ def share(
     Ledger(home).close_killed()  # by the name that the home has had so far
     setting = connect(home, url)
     print(f"{home} shares {setting.remote} as {setting.name}")
-    if reason := Ledger(home).ingest().reason:
+    if reason := Ledger(home).ingest(restore=True).reason:
         raise MeteoraError(reason)
 
 

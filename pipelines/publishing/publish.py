@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from meteora.artifacts import REPO_ID, ArtifactId, MeteoraError, Publication, file_sha256
 from meteora.base.sources import PATH, texts_sha256
+from meteora.base.temporary_folder import temporary_folder
 from meteora.checkpoint.manifest import (
     CARD,
     EVAL_RESULTS,
@@ -122,8 +123,8 @@ def publish(
     earlier = ledger.publications(to.repo_id)
     known = {publication.revision for publication in earlier}
     repository = Repository(to.repo_id, to.hub)
-    with tempfile.TemporaryDirectory(prefix="meteora-publish-") as scratch:
-        bundle = _bundle(folder, to.repo_id, Path(scratch))
+    with temporary_folder(Path(tempfile.gettempdir()), "meteora-publish-") as scratch:
+        bundle = _bundle(folder, to.repo_id, scratch)
         paths = map(_path_pattern, (Path.home(), ledger.home))
         _refuse_secrets(bundle, (re.escape(to.hub.token or ""), *paths))
         tag = to.tag or f"meteora-{bundle.digest[:12]}"

@@ -440,8 +440,9 @@ def _finish(work: RunContext, before: Manifest, edited: EditedCheckpoint, *, is_
 def _record(work: RunContext, manifest: Manifest, edited: EditedCheckpoint) -> None:
     """Record adapter, stack and router, under the ids that they have in a recipe's run."""
     ledger, run_id = work.ledger, work.run_id
-    for name in manifest.files:
-        ledger.blobs.put(edited.folder / name)
+    for name, sha256 in manifest.files.items():  # blob and checkpoint share their bytes
+        ledger.blobs.put(edited.folder / name, move=True)
+        ledger.blobs.give(sha256, edited.folder / name)
     if edited.adapter is not None:
         spec = edited.adapter.spec
         ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=run_id)

@@ -10,7 +10,6 @@ import itertools
 import math
 import random
 import shutil
-import tempfile
 import warnings
 from collections.abc import Collection, Generator, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
@@ -34,6 +33,7 @@ from meteora.base.padding import padded
 from meteora.base.placement import is_out_of_memory, placed
 from meteora.base.shapes import shape_of
 from meteora.base.sources import PATH
+from meteora.base.temporary_folder import temporary_folder
 from meteora.fitting.joint import DivergedError
 from meteora.fitting.losses import computed_again, decoder_layers
 from meteora.kernels.onednn import use_in
@@ -291,7 +291,7 @@ def _train_one(
     batches = lessons(tokenizer, shuffled_for_ever(short))
     folder = local_folder(work, expert)
     folder.parent.mkdir(parents=True, exist_ok=True)
-    beside = partial(tempfile.TemporaryDirectory, dir=folder.parent, prefix=".training-")
+    beside = partial(temporary_folder, folder.parent, ".training-")
     with beside():  # a read-only place fails at once; a kill during the training leaves nothing
         pass
     try:
@@ -304,7 +304,7 @@ def _train_one(
             " `quantise: 4bit`, rows with shorter prompts, or a larger device"
         ) from error
     with beside() as scratch:
-        made = Path(scratch) / "adapter"
+        made = scratch / "adapter"
         # a local base is named without its path, which means nothing on another machine
         name = spec.base_model if on_hub else spec.base_model.rpartition("/")[2]
         save(model, made, name.removeprefix(PATH))

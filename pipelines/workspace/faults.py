@@ -31,8 +31,17 @@ ADVICE = {
     errno.ETIMEDOUT: "the server did not answer in time; run again",
 }
 """The advice for each fault; other errors are our own faults, and keep their traceback."""
-NO_HOME = "Could not determine home directory"
-"""The beginning of pathlib's RuntimeError for a user without a home folder."""
+KNOWN = {
+    "Could not determine home directory": (
+        "the home folder of a user cannot be found; set HOME to a folder that you can write to,"
+        " and name no user after `~` in a path"
+    ),
+    "No usable temporary directory found": (
+        "no temporary file can be written in any of the usual folders; free some space on their"
+        " disk, or set TMPDIR to a folder that you can write to"
+    ),
+}
+"""Sentences for faults that only a text of Python's own shows."""
 IN_TEXT = re.compile(r"\(os error (\d+)\)")
 """The errno in messages of libraries in Rust."""
 
@@ -76,11 +85,9 @@ def _of_one(error: BaseException) -> str | None:
         name = error.filename2 or error.filename  # filename2 is the target of a copy
         where = f"{name}: " if isinstance(name, str) else ""
         return where + ADVICE[error.errno]
-    if isinstance(error, RuntimeError) and str(error).startswith(NO_HOME):
-        return (
-            "the home folder of a user cannot be found; set HOME to a folder that you can write to,"
-            " and name no user after `~` in a path"
-        )
+    for begin, sentence in KNOWN.items():
+        if begin in str(error):
+            return sentence
     number = IN_TEXT.search(str(error))
     if number and (advice := ADVICE.get(int(number[1]))):
         return f"{brief(Exception(IN_TEXT.sub('', str(error))))}: {advice}"

@@ -281,6 +281,7 @@ def test_gc_removes_nothing_while_a_record_cannot_be_read(filled: Shelf) -> None
 
 def test_a_run_sweeps_what_killed_writers_left(filled: Shelf) -> None:
     left = [root / "tmp" / PARTIAL for root in (filled.home, filled.ledger.records.root)]
+    left.append(filled.home / "tmp" / f"{PARTIAL}.wal")
     for path in left:
         path.parent.mkdir(exist_ok=True)
         path.write_bytes(b"half")

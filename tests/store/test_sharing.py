@@ -110,6 +110,28 @@ def test_a_home_that_has_a_past_brings_it_along(
     assert not two.ledger.verify().findings
 
 
+def test_a_blob_that_the_storage_has_lost_comes_back_with_the_next_run(
+    homes: tuple[Shelf, Shelf], url: str
+) -> None:
+    one, two = homes
+    one.make(one.base)
+    one.make(one.adapter(1), "packed")
+    one.ledger.pack()
+    one.make(one.adapter(2), "loose")
+    unnamed = one.ledger.blobs.put_bytes(b"of no record")
+    remote = Remote(url)
+    lost = remote.names("blobs")
+    remote.remove(lost)
+    with Ledger(one.home).running("nightly"):
+        pass
+    assert remote.names("blobs") == lost
+    assert not any(unnamed[2:] in name for name in lost)
+    two.ledger.ingest()
+    for number, text in ((1, b"packed"), (2, b"loose")):
+        sha256 = two.ledger.weights_of(two.adapter(number).id) or ""
+        assert two.ledger.blobs.path_of(sha256).read_bytes() == text
+
+
 @pytest.mark.parametrize("num_records", [3, pytest.param(100, marks=pytest.mark.slow)])
 def test_two_homes_write_at_once(
     homes: tuple[Shelf, Shelf],

@@ -161,6 +161,15 @@ def test_a_base_that_needs_a_package_which_is_not_here_is_refused_with_its_name(
         linear_sizes(base)
 
 
+def test_a_model_that_fits_into_memory_needs_no_temporary_folder(
+    base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    """As in a container whose file system is read-only."""
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
+    model, _ = load_folder(base, options={"device_map": {"": "cpu"}})
+    assert model(torch.randint(3, 250, (2, 7))).logits.isfinite().all()
+
+
 def test_a_mixture_is_read_from_the_disk_and_what_is_written_for_it_goes_with_it(
     build_base: Callable[[str], Path], monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:

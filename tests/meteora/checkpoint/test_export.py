@@ -1,6 +1,8 @@
 """An exported expert is the file that was stacked, and PEFT loads it."""
 
 import json
+import os
+import signal
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -101,13 +103,32 @@ def test_an_export_that_fails_leaves_the_folder_as_it_was(tmp_path: Path, there:
         out.mkdir(parents=True)
 
     def fail() -> None:
-        with new_folder(out):
-            (out / "folder").mkdir()
-            (out / "folder" / "file").touch()
-            (out / "link").symlink_to(tmp_path)
+        with new_folder(out) as made:
+            (made / "folder").mkdir()
+            (made / "folder" / "file").touch()
+            (made / "link").symlink_to(tmp_path)
             raise InterruptedError
 
     with pytest.raises(InterruptedError):
         fail()
     assert out.exists() == there
     assert not there or not any(out.iterdir())
+
+
+@pytest.mark.parametrize("there", [True, False])
+def test_an_export_that_is_killed_is_made_by_the_same_command(tmp_path: Path, there: bool) -> None:
+    out = tmp_path / "out"
+    if there:
+        out.mkdir()
+    killed = os.fork()
+    if killed == 0:
+        with new_folder(out) as made:
+            (made / "half").touch()
+            os.kill(os.getpid(), signal.SIGKILL)
+    os.waitpid(killed, 0)
+    assert out.exists() == there
+    assert not there or not list(out.glob("half")), "nothing of it has its name"
+    with new_folder(out) as made:
+        (made / "whole").touch()
+    assert [path.name for path in out.iterdir()] == ["whole"]
+    assert list(tmp_path.iterdir()) == [out]

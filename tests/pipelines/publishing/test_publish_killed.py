@@ -37,7 +37,7 @@ def yard(world: World, tmp_path_factory: pytest.TempPathFactory) -> Generator[Ya
         subprocess.Popen(
             [sys.executable, "-W", "ignore", *CHILD, folder / "new", world.base],
             cwd=ROOT,
-            env=os.environ | environment(server),
+            env=os.environ | environment(server) | {"TMPDIR": str(folder)},
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,
@@ -105,6 +105,7 @@ def is_published(yard: Yard, *, dropped: str = "") -> None:
     first, *earlier = yard.recorded()
     assert first == (yard.routers["new"], repo.branches["main"])
     assert len(earlier) == (0 if yard.held is None else 1)
+    assert not list(yard.folder.glob("meteora-publish-*"))
 
 
 def kill_and_publish_again(yard: Yard, **strike: Any) -> str | None:

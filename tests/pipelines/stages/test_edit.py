@@ -184,6 +184,8 @@ def test_an_expert_that_was_dropped_before_is_not_dropped_again(
     """The card may have scores since, and the folder a signature; what it lacks comes back."""
     work, folder = made
     without = edit.drop(work.ledger, folder, "attention")
+    for name, sha256 in read_manifest(without).files.items():
+        assert (without / name).samefile(work.ledger.blobs.path_of(sha256)), "on the disk once"
     (without / CARD).write_text("measured")
     assert "nothing to do" not in capsys.readouterr().err
     assert edit.drop(work.ledger, folder, "attention") == without

@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 from meteora.adapters import reader
 from meteora.artifacts import BaseSpec
 from meteora.base.padding import padded
+from meteora.base.temporary_folder import HERE
 from meteora.fitting.joint import DivergedError
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.stages import train_adapters
@@ -323,7 +324,10 @@ def test_an_interrupted_training_leaves_nothing(
     assert "Traceback" not in said.stderr
     assert list(place.glob("adapters/*")) == list(place.glob("adapters/.*")) == []
     assert Ledger(place / "home").query("SELECT outcome FROM runs").rows == [("stopped",)]
+    killed = place / "adapters" / f".training-{HERE}killed"
+    (killed / "adapter").mkdir(parents=True)
     assert train(place, "--only", "q_and_v").returncode == 0
+    assert not killed.exists()
 
 
 def with_lora(world: World) -> PeftModel:

@@ -4,6 +4,7 @@ import errno
 import os
 import pwd
 import socket
+import tempfile
 from pathlib import Path
 from unittest.mock import Mock
 
@@ -96,6 +97,16 @@ def test_the_command_line_says_it_and_leaves_other_errors_alone(
     raising(KeyError("ours"))
     with pytest.raises(KeyError):
         ask("run")
+
+
+def test_no_place_for_temporary_files_is_one_sentence(monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a full disk, or in a container whose file system is read-only."""
+    monkeypatch.setattr(tempfile, "tempdir", None)
+    full = OSError(errno.ENOSPC, "No space left on device")
+    monkeypatch.setattr(tempfile._os, "open", Mock(side_effect=full))  # ty: ignore[missing-attribute]
+    with pytest.raises(FileNotFoundError) as nowhere:
+        tempfile.gettempdir()
+    assert "set TMPDIR to a folder that you can write to" in str(describe(nowhere.value))
 
 
 def test_a_user_without_a_home_folder_is_told_to_set_one(

@@ -111,7 +111,8 @@ class Index:
             known = self.known()
             waiting = len(self._records.parts() - (known or frozenset()))
             if waiting:
-                logger.warning("%d records wait for the next ingest: %s", waiting, error)
+                many = "1 record waits" if waiting == 1 else f"{waiting} records wait"
+                logger.warning("%s for the next ingest: %s", many, error)
             elif known is not None and self._schema != schema():
                 logger.warning(
                     "the index is that of another release, whose views may differ: %s", error

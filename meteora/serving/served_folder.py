@@ -15,6 +15,7 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
+from meteora.adapters import files as adapter_files
 from meteora.artifacts import MeteoraError
 from meteora.artifacts.routers import SERVABLE
 from meteora.artifacts.specs import HEADS
@@ -150,13 +151,13 @@ def _download(name: str, revision: str | None) -> Path:
 
 
 def _is_served(path: Path) -> bool:
-    """Whether a served folder has a file of a base: no other formats, no second copy of weights."""
+    """Whether a served folder has a file of a base: no other formats, no adapter, no copies."""
     name = path.name
     return (
         path.is_file()
         and not name.startswith((".", "consolidated"))
         and path.suffix not in NOT_SERVED
-        and name not in {"README.md", "params.json"}
+        and name not in {"README.md", "params.json", *adapter_files.WEIGHTS}
     )
 
 

@@ -49,6 +49,8 @@ RELOAD_WORKER = "pipelines.publishing.reload_worker"
 RELOAD_SECONDS = 3600.0
 """The deadline for the download, and for loading the model twice."""
 SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
+BLOB = re.compile(r"[0-9a-f]{40,64}")
+"""A file's name in the Hub's cache, whose folders of models are links to such files."""
 
 
 class PublicationError(MeteoraError):
@@ -153,6 +155,7 @@ def _bundle(folder: Path, repo_id: str, scratch: Path) -> Bundle:
     names = (*FILES, SIGNATURE, EVAL_RESULTS)
     signed = is_signed(folder)
     for name in names:
+        _refuse_link(folder / name)
         (scratch / name).parent.mkdir(exist_ok=True)
         if name == CARD and (folder / name).is_file() and not signed:
             text = _text_of(folder / name)
@@ -161,6 +164,17 @@ def _bundle(folder: Path, repo_id: str, scratch: Path) -> Bundle:
         elif (folder / name).is_file():
             (scratch / name).symlink_to((folder / name).resolve())
     return make_bundle(scratch, names, MANIFEST)
+
+
+def _refuse_link(path: Path) -> None:
+    """Refuse a text that a link fetches from elsewhere: a stranger's may lead to a private file."""
+    if not path.is_symlink() or path.suffix == ".safetensors":
+        return
+    if not BLOB.fullmatch(path.resolve().name):
+        raise PublicationError(
+            f"{path.name} is a link to {path.resolve()}, which everybody could read then; if it"
+            " belongs to the checkpoint, put the file itself there"
+        )
 
 
 def _text_of(path: Path) -> str:

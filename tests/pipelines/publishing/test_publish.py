@@ -211,6 +211,11 @@ def test_what_is_for_nobody_else_stays_here(
         (folder / name).write_bytes(b"\xff" + other)
         with pytest.raises(PublicationError, match=f"{name}: it is not a text in UTF-8"):
             put(server, world, folder)
+        (folder / name).rename(folder.parent / "a-letter")
+        (folder / name).symlink_to(folder.parent / "a-letter")
+        with pytest.raises(PublicationError, match=f"{name} is a link to .*a-letter"):
+            put(server, world, folder)
+        (folder / name).unlink()
         (folder / name).write_bytes(other)
     for home in (Path.home(), Path("/")):  # in a container a user may have the root as home
         monkeypatch.setattr(Path, "home", lambda home=home: home)

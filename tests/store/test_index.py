@@ -386,7 +386,7 @@ def test_a_busy_index_lets_the_records_wait(
         outcome = filled.ledger.ingest(deadline_seconds=0.1)
     assert outcome.num_waiting == 1
     assert "is held by another process" in outcome.reason
-    assert "wait for the next ingest" in caplog.text
+    assert "1 record waits for the next ingest" in caplog.text
     assert filled.ledger.ingest().num_records == 1
 
 

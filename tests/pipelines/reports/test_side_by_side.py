@@ -14,6 +14,7 @@ import lxml.html
 import pytest
 
 from meteora.artifacts import (
+    AdapterModule,
     AdapterSpec,
     ArtifactId,
     BaseSpec,
@@ -30,6 +31,7 @@ from meteora.artifacts import (
 )
 from meteora.checkpoint.manifest import (
     EXPERTS,
+    GATES,
     MANIFEST,
     BaseEntry,
     ExpertEntry,
@@ -59,7 +61,10 @@ if TYPE_CHECKING:
 RUN, COMMIT = "run-1", "c0ffee" + "0" * 34
 BASE = BaseSpec("tiny/base", COMMIT)
 SIZES = Fingerprint("LlamaForCausalLM", 32, 48, 2, 4, 4, 259, "f" * 64)
-ONE, TWO, THREE = (AdapterSpec(f"{n:064x}", "tiny/base", False, "F16", ()) for n in (1, 2, 3))
+MODULE = AdapterModule("model.layers.0.q_proj", 32, 32, 8, 16.0, 2.0)
+ONE, TWO, THREE = (
+    AdapterSpec(f"{n:064x}", "tiny/base", False, "F16", (MODULE,)) for n in (1, 2, 3)
+)
 RIGHT = {"dates": (30, 38), HOSTILE: (20, 20), "sums": (35, 20)}
 """How many of 40 rows A and B have right; those of the smaller number are among the larger's."""
 
@@ -85,8 +90,8 @@ def write_checkpoint(
     module = ModuleEntry(32, 32, (8,) * len(experts), (2.0,) * len(experts))
     manifest = Manifest(
         BaseEntry(BASE.base_model, BASE.base_revision, SIZES), entries,
-        {"model.layers.0.q_proj": module}, router.options, fused_id=router.fused_id,
-        router_id=router.id,
+        {MODULE.path: module}, router.options, fused_id=router.fused_id,
+        router_id=router.id, files={EXPERTS: "b" * 64, GATES: "b" * 64},
     )  # fmt: skip
     (folder / MANIFEST).write_text(manifest.to_json())
     return folder

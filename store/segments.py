@@ -190,7 +190,8 @@ class Segments:
             if all_of_them:
                 raise StoreError(
                     f"segment {present[0]} cannot be read now ({brief(error)}), so what its records"
-                    " refer to is not known; nothing is removed, try again with more memory"
+                    " refer to is not known; try again with more memory, and `meteora verify` says"
+                    " whether it is damaged"
                 ) from error
             logger.warning("segment %s cannot be read: %s", *present, error)
             return []

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import Self
 
 from store.blobs import Blobs
-from store.errors import DamagedError, MissingBlobError, StoreError
+from store.errors import DamagedError, MissingBlobError, StoreError, UnreachableError
 from store.files import write_whole
 from store.records import Record, Records
 from store.remote import Remote
@@ -35,6 +35,7 @@ SETTING = "store.toml"
 KEYS = {"remote", "name"}
 PAUSE_SECONDS = 60.0
 """If the storage does not answer, recording does not try it again for this long or more."""
+MOST_PAUSE_SECONDS = 600.0
 PATIENCE = 10
 """Nor for this many times as long as it took to fail: a storage may let every request wait."""
 AT_ONCE = 16
@@ -135,10 +136,12 @@ class Sharing:
         began = time.monotonic()
         try:
             yield
-        except StoreError:
+        except UnreachableError:
             now = time.monotonic()
-            self._away_until = now + max(PAUSE_SECONDS, PATIENCE * (now - began))
+            pause = min(PATIENCE * (now - began), MOST_PAUSE_SECONDS)
+            self._away_until = now + max(PAUSE_SECONDS, pause)
             raise
+        self._away_until = 0.0
 
     def _exchange(self) -> None:
         # loose records first, so that a record that is being packed is in one of the two lists
@@ -171,7 +174,10 @@ class Sharing:
         texts, _ = self._records.read_all(self._records.loose())
         named = {sha256 for text in texts.values() for sha256 in Record.from_bytes(text).blobs}
         for name in self._records.segments.names():
-            named |= self._records.segments.blobs(name)
+            try:
+                named |= self._records.segments.blobs(name)
+            except StoreError as error:
+                logger.warning("not shared: %s", error)
         for sha256 in sorted(lost & named):
             try:
                 self._blobs.push(sha256)

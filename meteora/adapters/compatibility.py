@@ -138,8 +138,9 @@ def _moved(
     elif all(path.endswith(ROUTERS) for path in (missing, *more)):
         found.refuse(
             "not_in_base",
-            f"{missing} chooses the experts of a mixture and returns its choices, too, so nothing"
-            " can be added to it; train the adapter without it",
+            f"the base has no linear layer {missing}. The router of a mixture returns its choices,"
+            " too, so nothing can be added to it: train the adapter without it, or check which base"
+            " it was trained on",
         )
     else:
         found.refuse(

@@ -249,7 +249,7 @@ def _check_auto_mapping(mapping: object, found: Findings) -> None:
     class_name = shortened(mapping.get("base_model_class", ""))
     if shortened(mapping.get("parent_library", "")).startswith("diffusers."):
         found.refuse("diffusers", f"it is for {class_name}, an image model of diffusers")
-    elif class_name.startswith("PeftModel"):
+    elif class_name in {"PeftModel", "PeftMixedModel"}:
         pass  # trained on a model that had an adapter already; its keys tell, and get a warning
     elif class_name.startswith("Whisper") or not class_name.endswith(CAUSAL_CLASSES):
         found.refuse("base_class", f"it is for {class_name!r}, not a language model")

@@ -146,8 +146,9 @@ def load_tokenizer(
 
 
 def _reads_both_ways(config: PretrainedConfig) -> bool:
-    """Whether a model that can fill masks is an encoder alone, as BERT is."""
-    return not (getattr(config, "is_decoder", True) or config.is_encoder_decoder)
+    """Whether a model is an encoder alone, as BERT is; others do not read `is_decoder`."""
+    kinds = type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type == "bert-generation"
+    return kinds and not (getattr(config, "is_decoder", True) or config.is_encoder_decoder)
 
 
 def load_config(source: Path) -> PretrainedConfig:
@@ -175,10 +176,10 @@ def load_config(source: Path) -> PretrainedConfig:
             f"{source}: {config.model_type} is no language model that transformers loads with"
             " AutoModelForCausalLM; adapters can be routed in a decoder of text alone"
         )
-    if type(config) in MODEL_FOR_MASKED_LM_MAPPING and _reads_both_ways(config):
+    if _reads_both_ways(config):
         raise SourceError(
             f"{source}: a {config.model_type} whose config does not say is_decoder reads a text in"
-            " both directions to fill in masks, and writes none; take a decoder as the base"
+            " both directions, and writes none; take a decoder as the base"
         )
     try:
         text = config.get_text_config()
@@ -293,7 +294,8 @@ def require_dtype(dtype: Any) -> None:  # noqa: ANN401  (as transformers takes i
 
 def _may_offload(device_map: Any) -> bool:  # noqa: ANN401  (as transformers takes it)
     """Whether weights may stay on the disk; else no temporary folder has to be writable."""
-    return "disk" in device_map.values() if isinstance(device_map, dict) else bool(device_map)
+    devices = device_map.values() if isinstance(device_map, dict) else [device_map]
+    return any(device in ("disk", *placement.WHOLE) for device in devices)
 
 
 def _load_model(source: Path, options: dict[str, Any]) -> PreTrainedModel:

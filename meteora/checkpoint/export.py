@@ -104,7 +104,7 @@ def new_folder(out: Path) -> Generator[Path]:
     beside = out if there else out.parent
     beside.mkdir(parents=True, exist_ok=True)
     with temporary_folder(beside, ".export-") as scratch:
-        if there and any(path != scratch for path in out.iterdir()):
+        if there and any(path.name != scratch.name for path in out.iterdir()):
             raise _taken(out)
         made = scratch / "whole"
         made.mkdir()

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import sys
-from collections.abc import Callable, Iterator, Sequence
-from itertools import groupby
+from collections import deque
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, cast, overload
 
 import torch
@@ -177,7 +177,10 @@ def answer_all(
     """
     pad, ends = padding_token(tokenizer), end_tokens(model, tokenizer)
     answers: list[list[int]] = [[] for _ in prompts]
-    for chosen in _batches(model, prompts, max_new_tokens):
+    rooms = [most_new_tokens(model, len(prompt), max_new_tokens) for prompt in prompts]
+    waiting = deque(by_length(prompts, prompts_at_once(model, PROMPTS_PER_BATCH)))
+    while waiting:
+        chosen = waiting.popleft()
         rows = padded_and_mask([prompts[i] for i in chosen], pad or 0, "left")
         ids, mask = (row.to(input_device(model)) for row in rows)
         with torch.inference_mode():
@@ -187,18 +190,11 @@ def answer_all(
             tokens = out[row, ids.shape[1] :].tolist()
             end = next((place for place, token in enumerate(tokens) if token in ends), len(tokens))
             answers[i] = tokens[: end + 1]
-        advance(len(chosen))
+        room = min(rooms[i] for i in chosen)
+        # the longest prompt has cut answers that have more room of their own
+        cut = [
+            i for i in chosen if rooms[i] > room == len(answers[i]) and answers[i][-1] not in ends
+        ]
+        waiting.extend([cut] if cut else [])
+        advance(len(chosen) - len(cut))
     return answers
-
-
-def _batches(
-    model: PreTrainedModel, prompts: Sequence[Sequence[int]], max_new_tokens: int
-) -> Iterator[list[int]]:
-    """The indices of prompts to answer together: those whose answers may have the same length.
-
-    A long prompt that leaves little room would cut the answers to the others.
-    """
-    rooms = [most_new_tokens(model, len(prompt), max_new_tokens) for prompt in prompts]
-    for batch in by_length(prompts, prompts_at_once(model, PROMPTS_PER_BATCH)):
-        for _, same in groupby(batch, rooms.__getitem__):
-            yield list(same)

@@ -267,14 +267,19 @@ class ByWeights(Router):
     all do.
     """
 
+    lacking: Tensor
+    """[C] bool: a buffer, since an index from the host stops the capture of a CUDA graph"""
+
     def __init__(self, stack: ExpertStack, options: RouterOptions) -> None:
         super().__init__(stack.num_choices, options)
         self.blends = stack.blends
-        lacking = [expert for expert, rank in enumerate(stack.ranks) if not rank]
-        self.lacking = lacking if len(lacking) < len(stack.ranks) else []
+        lacking = torch.zeros(stack.num_choices, dtype=torch.bool, device=stack.a.device)
+        if any(stack.ranks):
+            lacking[: len(stack.ranks)] = torch.tensor([not rank for rank in stack.ranks])
+        self.register_buffer("lacking", lacking, persistent=False)
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
-        return super().route(_without(logits.clone(), self.lacking) if self.lacking else logits)
+        return super().route(logits.masked_fill(self.lacking, -torch.inf))
 
 
 class Arrow(ByWeights):

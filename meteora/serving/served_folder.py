@@ -157,7 +157,7 @@ def _is_served(path: Path) -> bool:
         path.is_file()
         and not name.startswith((".", "consolidated"))
         and path.suffix not in NOT_SERVED
-        and name not in {"README.md", "params.json", *adapter_files.WEIGHTS}
+        and name not in {"README.md", "params.json", adapter_files.CONFIG, *adapter_files.WEIGHTS}
     )
 
 

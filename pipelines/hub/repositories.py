@@ -12,6 +12,7 @@ from collections.abc import Callable, Collection, Sequence
 from pathlib import Path
 
 from huggingface_hub.constants import HF_HUB_CACHE
+from huggingface_hub.file_download import repo_folder_name
 
 from meteora.artifacts import COMMIT, REPO_ID, AdapterRef, BaseSpec
 from meteora.base.sources import INDEX, SHARD, TEXTS
@@ -32,7 +33,7 @@ from pipelines.hub.listing import (
     some_names,
     where,
 )
-from pipelines.hub.snapshot import ListedFile, cached, has_size, keep_whole, staging
+from pipelines.hub.snapshot import ListedFile, has_size, keep_whole, staging
 
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/]{0,254}")
 PULL_REQUEST = "refs/pr/"
@@ -148,8 +149,11 @@ def check_before_caching(
         check_sizes(ref, files, MAX_CHECKPOINT_BYTES)
     else:
         files = _base_files(hub, ref)
-    left = [file for file in files if cached(ref.repo_id, file.path, ref.revision) is None]
-    check_room(ref, sum(file.size for file in left), Path(HF_HUB_CACHE))
+    # the commits of a repository share their blobs there
+    cache = Path(HF_HUB_CACHE)
+    blobs = cache / repo_folder_name(repo_id=ref.repo_id, repo_type="model") / "blobs"
+    left = [file for file in files if not (blobs / (file.sha256 or file.git_sha1)).is_file()]
+    check_room(ref, sum(file.size for file in left), cache, "set HF_HUB_CACHE to another folder")
 
 
 def download_profile(ref: AdapterRef, out: Path, *, hub: Hub = DEFAULT) -> None:

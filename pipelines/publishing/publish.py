@@ -170,9 +170,10 @@ def _refuse_link(path: Path) -> None:
     """Refuse a text that a link fetches from elsewhere: a stranger's may lead to a private file."""
     if not path.is_symlink() or path.suffix == ".safetensors":
         return
-    if not BLOB.fullmatch(path.resolve().name):
+    target = path.resolve()
+    if target.parent != path.parent.resolve() and not BLOB.fullmatch(target.name):
         raise PublicationError(
-            f"{path.name} is a link to {path.resolve()}, which everybody could read then; if it"
+            f"{path.name} is a link to {target}, which everybody could read then; if it"
             " belongs to the checkpoint, put the file itself there"
         )
 

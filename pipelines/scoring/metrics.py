@@ -36,7 +36,9 @@ GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+")
 """A whole part with commas between thousands; other commas separate numbers."""
 JOINED = re.compile(r"\d[/:]\d[\d,.]*+\D*+$")
 """A last number of a text that is a part of a fraction or of a time. It does not backtrack."""
-DATED = re.compile(r"\d(?: ?/ ?|[-\N{EN DASH}\N{MINUS SIGN}])\d[\d,.]*+\D*+$")
+DATED = re.compile(
+    r"\d(?: ?/ ?|[-\N{EN DASH}\N{MINUS SIGN}]| [-\N{EN DASH}] |\.\d+\.)\d[\d,.]*+\D*+$"
+)
 """The same for what a right answer must not be either: a spaced fraction, a date, a range."""
 MINUS = {ord("\N{MINUS SIGN}"): "-", ord("\N{EN DASH}"): "-"}
 LONGEST_NUMBER = 1000

@@ -75,7 +75,7 @@ def as_recorded(ledger: Ledger, found: FoundCheckpoint) -> FoundCheckpoint:
         folder = checkpoint_at(ledger.home, router.id)
         if (folder / MANIFEST).is_file():
             return replace(found, folder=folder)
-        _refuse_foreign_id(ledger, found.folder, manifest)
+        _refuse_foreign_id(ledger, found, manifest)
     return found
 
 
@@ -88,18 +88,24 @@ def is_recorded(ledger: Ledger, found: FoundCheckpoint, manifest: Manifest) -> b
     """
     if recorded_router(ledger, found, manifest) is not None:
         return True
-    _refuse_foreign_id(ledger, found.folder, manifest)
+    _refuse_foreign_id(ledger, found, manifest)
     return False
 
 
-def _refuse_foreign_id(ledger: Ledger, folder: Path, manifest: Manifest) -> None:
+def _refuse_foreign_id(ledger: Ledger, found: FoundCheckpoint, manifest: Manifest) -> None:
     """Refuse a checkpoint that is not recorded, if the ledger has the id that it names."""
     named = ArtifactId(manifest.router_id)
-    if ledger.built(named) is not None:
+    if ledger.built(named) is None:
+        return
+    if found.base_folder and recorded_router(ledger, replace(found, base_folder=None), manifest):
         raise ForeignCheckpointError(
-            f"{folder} names the id {short(named)}, which the ledger has with other files, routing"
-            " or base; `meteora benchmark` takes it in under an id of its own, so use that one"
+            f"{found.base_folder} has other files than the base that {short(named)} was made with;"
+            " give that one with --base"
         )
+    raise ForeignCheckpointError(
+        f"{found.folder} names the id {short(named)}, which the ledger has with other files,"
+        " routing or base; `meteora benchmark` takes it in under an id of its own, so use that one"
+    )
 
 
 def recorded_router(

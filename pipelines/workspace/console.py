@@ -14,7 +14,7 @@ from collections.abc import Callable, Generator
 from contextlib import contextmanager, suppress
 from contextvars import copy_context
 from datetime import timedelta
-from typing import Any
+from typing import IO, Any, cast
 
 from rich import console as rich_console
 from rich.cells import cell_len
@@ -46,24 +46,28 @@ SILENT_SECONDS = 600.0
 logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 
 
-class _Stderr(rich_console.Console):
-    """Stderr as long as somebody reads it: rich ends a process whose reader has gone, at any line.
+class _Stderr:
+    """Stderr, or nothing: a reader that has gone, a full disk or a closed terminal ends no run."""
 
-    So the end of a log's reader, such as `tee`, would end a run of hours.
-    """
+    def __getattr__(self, name: str) -> Any:  # noqa: ANN401  (as of any stream)
+        return getattr(sys.stderr, name)
 
-    def on_broken_pipe(self) -> None:
-        """Print into nothing from now on."""
-        nothing = os.open(os.devnull, os.O_WRONLY)
-        os.dup2(nothing, sys.stderr.fileno())
-        os.close(nothing)
+    def write(self, text: str) -> int:
+        with suppress(OSError):
+            sys.stderr.write(text)
+        return len(text)
+
+    def flush(self) -> None:
+        with suppress(OSError):
+            sys.stderr.flush()
 
 
 class Console:
     """Shows lines and bars on stderr, and passes them on to its listeners."""
 
     def __init__(self) -> None:
-        self._stderr: rich_console.Console = _Stderr(stderr=True, highlight=False, markup=False)
+        stderr = cast("IO[str]", _Stderr())
+        self._stderr = rich_console.Console(file=stderr, highlight=False, markup=False)
         self.quiet = bool(os.environ.get(QUIET))
         """Whether only errors are shown."""
         self._on_message: MessageListener | None = None
@@ -93,8 +97,7 @@ class Console:
         if self._stderr.is_terminal:
             line.plain = at_spaces(said, self._stderr.width)
         if label == "error" or not self.quiet:
-            with suppress(OSError):  # the log's disk is full, or the terminal has gone
-                self._stderr.print(line, soft_wrap=True)
+            self._stderr.print(line, soft_wrap=True)
         if self._on_message is not None:
             self._on_message(said)
 

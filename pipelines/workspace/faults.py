@@ -50,11 +50,14 @@ class NoSpaceError(MeteoraError):
     """A disk has too little free space for the next step."""
 
 
-def require_space(folder: Path, num_bytes: float, what: str) -> None:
+def require_space(
+    folder: Path, num_bytes: float, what: str, instead: str = "give another --home"
+) -> None:
     """Check that a disk has enough free space, before long work that needs it.
 
     Args:
         folder: A folder on that disk.
+        instead: What to do if no space can be freed there.
 
     Raises:
         NoSpaceError: The disk has less than `num_bytes` left.
@@ -63,7 +66,7 @@ def require_space(folder: Path, num_bytes: float, what: str) -> None:
     if free < num_bytes:
         raise NoSpaceError(
             f"{what} needs {num_bytes / 1e6:,.1f} MB, and the disk of {folder} has"
-            f" {free / 1e6:,.1f} MB left; free some space, or give another --home"
+            f" {free / 1e6:,.1f} MB left; free some space, or {instead}"
         )
 
 

@@ -126,6 +126,15 @@ def test_a_blob_that_the_storage_has_lost_comes_back_with_the_next_run(
         pass
     assert remote.names("blobs") == lost
     assert not any(unnamed[2:] in name for name in lost)
+    (segment,) = one.ledger.records.segments.root.glob("*.parquet")
+    whole = segment.read_bytes()
+    segment.write_bytes(whole[:20])  # one that cannot be read stops only what it holds
+    remote.remove(lost)
+    assert Ledger(one.home).ingest(restore=True).reason == ""
+    assert 0 < len(remote.names("blobs")) < len(lost)
+    segment.write_bytes(whole)
+    assert Ledger(one.home).ingest(restore=True).reason == ""
+    assert remote.names("blobs") == lost
     two.ledger.ingest()
     for number, text in ((1, b"packed"), (2, b"loose")):
         sha256 = two.ledger.weights_of(two.adapter(number).id) or ""
@@ -446,5 +455,7 @@ def test_a_storage_that_has_just_failed_is_not_asked_for_each_record(
     assert not put.called
     monkeypatch.undo()
     assert homes[0].ledger.ingest().reason == ""
+    homes[0].make(homes[0].adapter(1))  # it answers: nothing waits any longer
     homes[1].ledger.ingest()
     assert homes[1].ledger.weights_of(homes[1].base.id)
+    assert homes[1].ledger.weights_of(homes[1].adapter(1).id)

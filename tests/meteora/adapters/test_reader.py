@@ -232,6 +232,7 @@ def test_tensors_that_are_no_sound_lora_are_refused(
         ({"target_modules": "(" * 4_000}, "pattern"),
         ({"auto_mapping": {"parent_library": "diffusers.models.unet"}}, "diffusers"),
         ({"auto_mapping": {"base_model_class": "WhisperForConditionalGeneration"}}, "base_class"),
+        ({"auto_mapping": {"base_model_class": "PeftModelForFeatureExtraction"}}, "base_class"),
         ({"auto_mapping": "os.system"}, "auto_mapping"),
         *(({"r": value}, "rank") for value in (0, -1, "8", 2.0, True, 2**31, None)),
         *(({"lora_alpha": value}, "alpha") for value in (0, -1, "16", 1e30, 10**400, True, [])),
@@ -303,6 +304,7 @@ def test_what_a_person_should_know_is_a_warning(
         {"merge_weights": False, "enable_lora": None},
         {"auto_mapping": {"base_model_class": "GPT2LMHeadModel"}},
         {"auto_mapping": {"base_model_class": "PeftModel", "parent_library": "peft.peft_model"}},
+        {"auto_mapping": {"parent_library": "peft", "base_model_class": "PeftMixedModel"}},
         {"modules_to_save": [], "peft_version": "0.21.2", "inference_mode": True},
         {"fan_in_fan_out": True},
     ],
@@ -489,7 +491,7 @@ def test_layers_of_single_experts_are_refused_by_what_the_base_has_instead(tmp_p
 def test_a_router_that_returns_its_choices_is_refused_as_one(name: str, tmp_path: Path) -> None:
     router = pair(f"model.layers.0.{name}")
     found = reader.read(write_adapter(tmp_path, pair(Q0) | router, target_modules="all-linear"))
-    with pytest.raises(IncompatibleAdaptersError, match="chooses the experts of a mixture and ret"):
+    with pytest.raises(IncompatibleAdaptersError, match="router of a mixture returns its ch"):
         fit_to_base(found, SHAPES)
 
 

@@ -161,12 +161,13 @@ def test_a_base_that_needs_a_package_which_is_not_here_is_refused_with_its_name(
         linear_sizes(base)
 
 
+@pytest.mark.parametrize("where", [{"": "cpu"}, "cpu"])
 def test_a_model_that_fits_into_memory_needs_no_temporary_folder(
-    base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+    base: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path, where: str | dict[str, str]
 ) -> None:
     """As in a container whose file system is read-only."""
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / "nowhere"))
-    model, _ = load_folder(base, options={"device_map": {"": "cpu"}})
+    model, _ = load_folder(base, options={"device_map": where})
     assert model(torch.randint(3, 250, (2, 7))).logits.isfinite().all()
 
 

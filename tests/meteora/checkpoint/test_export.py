@@ -3,6 +3,7 @@
 import json
 import os
 import signal
+import tempfile
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -113,6 +114,21 @@ def test_an_export_that_fails_leaves_the_folder_as_it_was(tmp_path: Path, there:
         fail()
     assert out.exists() == there
     assert not there or not any(out.iterdir())
+
+
+def test_an_empty_folder_with_a_relative_path_is_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """From Python 3.12 on, a temporary folder in it has an absolute path."""
+    made_there = tempfile.mkdtemp
+    monkeypatch.setattr(
+        tempfile, "mkdtemp", lambda *a, **k: str(Path(made_there(*a, **k)).resolve())
+    )
+    monkeypatch.chdir(tmp_path)
+    Path("out").mkdir()
+    with new_folder(Path("out")) as made:
+        (made / "whole").touch()
+    assert [path.name for path in Path("out").iterdir()] == ["whole"]
 
 
 @pytest.mark.parametrize("there", [True, False])

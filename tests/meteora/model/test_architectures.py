@@ -548,6 +548,7 @@ def test_a_quantised_layer_has_no_norm(quantised, tmp_path):
         ({"model_type": "qwen2_5_vl"}, "qwen2_5_vl is no language model that transformers loads"),
         ({"model_type": "bert", "is_decoder": True}, None),
         ({"model_type": "bert"}, "a bert whose config does not say is_decoder reads a text in"),
+        ({"model_type": "bert-generation"}, "a bert-generation whose config does not say is_dec"),
         ({"model_type": "blt"}, "the config of a blt does not describe one stack of layers"),
         ({"model_type": "nobodys"}, "does not know this architecture"),
         ({"no": "type"}, "does not know this architecture"),

@@ -100,6 +100,20 @@ def test_a_long_prompt_does_not_cut_the_answers_to_short_ones(world, tokenizer, 
     assert answers == [answer_all(model, tokenizer, [prompt], 10)[0] for prompt in prompts]
 
 
+def test_answers_as_long_as_the_model_s_text_are_given_together(world, tokenizer, monkeypatch):
+    model, batches = world.load(), []
+    longest = model.config.max_position_embeddings
+    prompts = [tokenizer("x" * n).input_ids for n in range(1, 9)]
+
+    def ends_at_once(_model, _tokenizer, input_ids, **_):
+        batches.append(len(input_ids))
+        return torch.nn.functional.pad(input_ids, (0, 1), value=2)
+
+    monkeypatch.setattr("meteora.model.generate.generate_ids", ends_at_once)
+    assert answer_all(model, tokenizer, prompts, longest) == [[2]] * 8
+    assert batches == [8]
+
+
 def test_a_prompt_without_tokens_is_refused(world, tokenizer) -> None:
     bare = copy.deepcopy(tokenizer)
     bare.add_bos_token = False

@@ -55,12 +55,14 @@ def test_files_are_links_to_where_they_lie(world, checkpoint, tmp_path):
 def test_an_adapter_beside_the_base_is_not_served_as_weights_of_it(world, checkpoint, tmp_path):
     base, out = tmp_path / "base", tmp_path / "out"
     shutil.copytree(world.base, base)
-    base.joinpath("adapter_model.safetensors").write_bytes(b"")
+    for name in ("adapter_model.safetensors", "adapter_config.json"):
+        base.joinpath(name).write_bytes(b"{}")
     manifest = read_manifest(checkpoint)
     of_hub = dataclasses.replace(manifest.base, repo_id="org/base", revision="a" * 40)
     (checkpoint / MANIFEST).write_text(dataclasses.replace(manifest, base=of_hub).to_json())
     export_for_vllm(checkpoint, base, out)
     assert [path.name for path in out.glob("*.safetensors")] == ["model.safetensors"]
+    assert not list(out.glob("adapter*"))
 
 
 def test_a_copy_needs_neither_base_nor_checkpoint(world, checkpoint, tmp_path):

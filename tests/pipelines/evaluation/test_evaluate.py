@@ -296,12 +296,14 @@ def test_rows_without_choices_and_empty_choices_are_refused_where_choices_are_co
 
 def test_what_is_no_single_number_is_refused_where_numbers_are_compared() -> None:
     """Of a date or a range the last number alone would be compared, and no answer is `five`."""
-    for answer in ("3/2", "3 / 2", "12:30", "2021-03-03", "10-20", "10\N{EN DASH}20 of 30-40"):
+    ranges = ("10-20", "10 - 20", "10\N{EN DASH}20 of 30-40", "10 \N{EN DASH} 20")
+    for answer in ("3/2", "3 / 2", "12:30", "2021-03-03", "03.03.2021", *ranges):
         with pytest.raises(ExamplesError, match=f"'{answer}' is not one number"):
             check_rows(task([Row("q", answer)], "numeric_match"))
     with pytest.raises(ExamplesError, match="'five' has no number, which numeric_match needs"):
         check_rows(task([Row("q", "five")], "numeric_match"))
-    for answer in ("2/2 = 1\n#### 1", "With 3:1 it is 12.", "10-5 = 5", "1 - -5", "COVID-19"):
+    numbers = ("2/2 = 1\n#### 1", "With 3:1 it is 12.", "10-5 = 5", "1 - -5", "COVID-19", "3.5.")
+    for answer in numbers:
         check_rows(task([Row("q", answer)], "numeric_match"))
     check_rows(task([Row("q", "five", references=("5",))], "numeric_match"))
 

@@ -41,7 +41,7 @@ from pipelines.hub.errors import HubFilesError
 from pipelines.publishing.in_toto import attest
 from pipelines.publishing.signing import SIGNATURE
 from pipelines.stages import build, edit
-from pipelines.stages.adopt import ForeignCheckpointError, recorded_router
+from pipelines.stages.adopt import ForeignCheckpointError, as_recorded, recorded_router
 from pipelines.stages.edit import GrowthError
 from pipelines.workspace import machine
 from pipelines.workspace.context import RunContext
@@ -551,6 +551,18 @@ def test_a_stranger_s_files_are_not_recorded_under_an_id_of_the_ledger(
     with pytest.raises(ForeignCheckpointError, match=said):
         edit.add(work.ledger, found, Candidate("new", str(recipe_folder / "attention")), "jsonl:x")
     assert work.ledger.records.loose() == before
+
+
+def test_a_base_that_was_saved_again_is_named_where_it_alone_differs(
+    made: tuple[RunContext, Path], recipe_folder: Path, tmp_path: Path
+) -> None:
+    work, folder = made
+    again = shutil.copytree(recipe_folder / "base", tmp_path / "again")
+    weights = again / "model.safetensors"
+    save_file(load_file(weights), weights, {"format": "pt", "saved": "again"})
+    with pytest.raises(ForeignCheckpointError, match="again has other files than the base that r"):
+        as_recorded(work.ledger, FoundCheckpoint(folder, again, {}))
+    assert as_recorded(work.ledger, FoundCheckpoint(folder, None, {})).folder == folder
 
 
 def test_what_cannot_grow_says_why(

@@ -153,3 +153,20 @@ def test_work_goes_on_where_nothing_can_be_said(*, full: bool) -> None:
             [sys.executable, "-c", program], stderr=stderr, stdout=subprocess.PIPE, check=False
         )
     assert (ended.returncode, ended.stdout) == (0, b"done\n")
+
+
+def test_work_goes_on_where_the_terminal_is_closed() -> None:
+    program = (
+        "import time\nfrom pipelines.workspace.console import bar, say\n"
+        "with bar('measuring', 30, 'rows') as advance:\n"
+        "    for _ in range(30):\n        advance(1)\n        time.sleep(0.1)\n"
+        "say('a')\nprint('done')"
+    )
+    terminal, stderr = os.openpty()
+    command = [sys.executable, "-c", program]
+    with subprocess.Popen(command, stderr=stderr, stdout=subprocess.PIPE) as ran:
+        os.close(stderr)
+        assert os.read(terminal, 1)  # the bar is there
+        os.close(terminal)
+        said, _ = ran.communicate(timeout=60)
+    assert (ran.returncode, said) == (0, b"done\n")

@@ -35,9 +35,10 @@ SETTING = "store.toml"
 KEYS = {"remote", "name"}
 PAUSE_SECONDS = 60.0
 """If the storage does not answer, recording does not try it again for this long or more."""
-MOST_PAUSE_SECONDS = 600.0
 PATIENCE = 10
 """Nor for this many times as long as it took to fail: a storage may let every request wait."""
+MOST_PAUSE_SECONDS = 600.0
+"""The longest such pause."""
 AT_ONCE = 16
 """The number of objects that are transferred in parallel."""
 UNSHARED = (DamagedError, MissingBlobError)

@@ -175,7 +175,11 @@ def _read_tensors(
         found.refuse("empty", f"{name} is empty")
         return None
     if num_bytes > MAX_BYTES:
-        found.refuse("weights_size", f"{name} has {num_bytes} bytes, more than {MAX_BYTES}")
+        found.refuse(
+            "weights_size",
+            f"{name} has {num_bytes} bytes, more than the {MAX_BYTES} that a LoRA may have;"
+            " download it again",
+        )
         return None
     try:
         return read_header(file, num_bytes)

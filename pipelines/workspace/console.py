@@ -49,17 +49,27 @@ logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)
 class _Stderr:
     """Stderr, or nothing: a reader that has gone, a full disk or a closed terminal ends no run."""
 
+    @property
+    def rich_proxied_file(self) -> "_Stderr":
+        """Itself: while a bar is shown, rich writes to this of a file."""
+        return self
+
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401  (as of any stream)
-        return getattr(sys.stderr, name)
+        return getattr(_real_stderr(), name)
 
     def write(self, text: str) -> int:
         with suppress(OSError):
-            sys.stderr.write(text)
+            _real_stderr().write(text)
         return len(text)
 
     def flush(self) -> None:
         with suppress(OSError):
-            sys.stderr.flush()
+            _real_stderr().flush()
+
+
+def _real_stderr() -> IO[str]:
+    """While a bar is shown, `sys.stderr` is rich's, which prints above the bar."""
+    return getattr(sys.stderr, "rich_proxied_file", sys.stderr)
 
 
 class Console:

@@ -88,8 +88,8 @@ def _of_one(error: BaseException) -> str | None:
         name = error.filename2 or error.filename  # filename2 is the target of a copy
         where = f"{name}: " if isinstance(name, str) else ""
         return where + ADVICE[error.errno]
-    for begin, sentence in KNOWN.items():
-        if begin in str(error):
+    for text, sentence in KNOWN.items():
+        if text in str(error):
             return sentence
     number = IN_TEXT.search(str(error))
     if number and (advice := ADVICE.get(int(number[1]))):

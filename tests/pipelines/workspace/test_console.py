@@ -159,7 +159,7 @@ def test_work_goes_on_where_the_terminal_is_closed() -> None:
     program = (
         "import time\nfrom pipelines.workspace.console import bar, say\n"
         "with bar('measuring', 8, 'rows') as advance:\n"
-        "    for _ in range(8):\n        advance(1)\n        time.sleep(0.1)\n"
+        "    for _ in range(8):\n        advance(1)\n        say('b')\n        time.sleep(0.1)\n"
         "say('a')\nprint('done')"
     )
     terminal, stderr = os.openpty()

@@ -99,7 +99,10 @@ def made_once(name: str, make: Callable[[Path], None]) -> Path:
     return folder
 
 
-for name in SERVER:
+# What a developer's shell says of the Hub: its libraries read it when they are imported
+HUB = ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN", "TRANSFORMERS_OFFLINE")
+
+for name in (*SERVER, *HUB):
     os.environ.pop(name, None)
 prepare()
 use_prefect_of(PREFECT_HOME)

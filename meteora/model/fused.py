@@ -183,8 +183,8 @@ def insert_experts(
     model.active_adapters = partial(list, manifest.names)
     for method in ("set_adapter", "enable_adapters", "disable_adapters"):
         setattr(model, method, _refuse_to_set)
-    for method in ("add_adapter", "load_adapter"):
-        setattr(model, method, _refuse_to_add)
+    for method in ("add_adapter", "load_adapter", "delete_adapter"):
+        setattr(model, method, _refuse_to_change)
     route_again_as_before(model)
     onednn.use_in(model)
     for path, lora_a, lora_b in tensors.read_experts(folder, manifest):
@@ -201,10 +201,10 @@ def _refuse_to_set(*_args: object, **_kwargs: object) -> None:
     )
 
 
-def _refuse_to_add(*_args: object, **_kwargs: object) -> None:
+def _refuse_to_change(*_args: object, **_kwargs: object) -> None:
     raise RoutedAdaptersError(
-        "a fused model takes no further adapter, since no gate would choose it; make a checkpoint"
-        " that has it, with `meteora add`"
+        "a fused model has the experts that its router knows; make a checkpoint with one more or"
+        " one less, with `meteora add` or `meteora drop`"
     )
 
 

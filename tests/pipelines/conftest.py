@@ -73,12 +73,6 @@ def _disk_is_not_waited_for(disk_is_not_waited_for: None) -> None:
     """That is for the tests of the store."""
 
 
-@pytest.fixture(autouse=True)
-def _no_hub_settings_of_this_machine(monkeypatch: pytest.MonkeyPatch) -> None:
-    for name in ("HF_ENDPOINT", "HF_HUB_OFFLINE", "HF_TOKEN"):
-        monkeypatch.delenv(name, raising=False)
-
-
 @pytest.fixture
 def hub_here(monkeypatch: pytest.MonkeyPatch) -> None:
     """The Hub is asked by this process: one for each request takes half a second to start.

@@ -254,12 +254,13 @@ def test_what_transformers_asks_of_a_model_s_name_and_adapters_is_true(world):
     with pytest.raises(RoutedAdaptersError, match=r"without_experts\(model\)"):
         model.disable_adapters()
     before = [path for path, _ in model.named_modules()]
-    for add, given in (
+    for change, given in (
         (model.add_adapter, LoraConfig(target_modules=["projection"])),
         (model.load_adapter, str(world.adapters["q_and_v"])),
+        (model.delete_adapter, "q_and_v"),
     ):
-        with pytest.raises(RoutedAdaptersError, match="`meteora add`"):
-            add(given)
+        with pytest.raises(RoutedAdaptersError, match="`meteora add` or `meteora drop`"):
+            change(given)
     assert [path for path, _ in model.named_modules()] == before  # none is half added
 
 

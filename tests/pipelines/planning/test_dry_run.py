@@ -191,7 +191,6 @@ def test_without_the_bases_config_a_dry_run_says_that_nothing_can_be_estimated(
 def test_where_the_hub_is_away_each_name_is_told_once(
     revision: str, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
 ) -> None:
-    monkeypatch.delenv("HF_HUB_OFFLINE", raising=False)
     monkeypatch.setenv("HF_ENDPOINT", "http://127.0.0.1:9")  # nobody listens
     recipe = tmp_path / "away.yaml"
     expert = f"{{name: one, adapter: someone/lora@{revision}}}"

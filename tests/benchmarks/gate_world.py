@@ -71,7 +71,7 @@ class World:
             asked = {row.sha256 for row in tests[name]}
             assert not asked & {row.sha256 for row in examples[name]}, name
         folder = trained / "gates"
-        folder.mkdir(exist_ok=True)
+        folder.mkdir(parents=True, exist_ok=True)
         return cls(base_folder, found, examples, tests, loading.load_tokenizer(base_folder), folder)
 
     @property

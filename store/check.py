@@ -14,6 +14,7 @@ from meteora.artifacts import file_sha256
 from store.blobs import Blobs
 from store.errors import DamagedError, StoreError
 from store.files import copy, locked, partial_file
+from store.garbage import freed
 from store.index import Index
 from store.query import memory, quoted
 from store.records import Records
@@ -80,7 +81,7 @@ def verify(
                 for name, why in bad_segments
             ),
             *(() if bad_segments else _check_files(connection, lost, dict(bad_records))),
-            *_check_blobs(connection, blobs, sorted({*present, *blobs.survey()})),
+            *_check_blobs(connection, blobs, sorted({*present, *blobs.survey(), *freed(home)})),
             *_check_shared(connection, room, sharing),
             *_foreign_files(home, records.root, blobs.root),
             *_check_index(connection, index, loose | whole, room, lost),

@@ -1,13 +1,15 @@
-"""Find files that nothing refers to any more."""
+"""Find files that nothing refers to any more, and note blobs that were deleted on purpose."""
 
 import re
 import time
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path
 
+from meteora.artifacts import SHA256
 from store.blobs import Blobs
 from store.errors import DamagedError
-from store.files import HEX_DIGIT, STALE_SECONDS, leftovers, size_of
+from store.files import HEX_DIGIT, STALE_SECONDS, leftovers, replace_text, size_of
 from store.records import Records
 
 STOPPED = (
@@ -20,12 +22,14 @@ STOPPED = (
 )
 """Work of runs that were stopped; a run that needs it continues it. Only what has a name of ours:
 whoever gives a project's folder as home may have other files in its `runs` or `training`."""
+FREED = "freed.txt"
+"""The file in a home that has the SHA-256 of each blob that was deleted to free its space."""
 SHA256_IN_TEXT = re.compile(rb"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
 class Garbage:
-    """A file or a folder that nothing refers to; finding it does not remove it."""
+    """A file or a folder that can be removed; finding it does not remove it."""
 
     name: str
     """The SHA-256 of a blob; otherwise the path."""
@@ -70,3 +74,20 @@ def _leave_out_mentioned(unused: set[str], records: Records) -> None:
     for name in records.segments.names():
         records.segments.check(name)
     unused -= records.segments.mentioned(unused)
+
+
+def freed(home: Path) -> set[str]:
+    """The blobs that are missing because somebody deleted them to free their space."""
+    try:
+        lines = (home / FREED).read_text(encoding="ascii", errors="replace").splitlines()
+    except FileNotFoundError:
+        return set()
+    return {line for line in lines if SHA256.fullmatch(line)}
+
+
+def note_freed(home: Path, blobs: Blobs, sha256s: Iterable[str] = ()) -> None:
+    """Note blobs that are about to be deleted; those that were made again are forgotten."""
+    before = freed(home)
+    now = {one for one in before if not blobs.place_of(one).is_file()}.union(sha256s)
+    if now != before:
+        replace_text(home / FREED, "".join(f"{sha256}\n" for sha256 in sorted(now)))

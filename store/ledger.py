@@ -10,20 +10,20 @@
 """
 
 import logging
-from collections.abc import Generator
-from contextlib import ExitStack, contextmanager
+from collections.abc import Collection, Generator
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
 
 import duckdb
 
-from meteora.artifacts import ArtifactId, Score, canonical_sha256
+from meteora.artifacts import SHA256, ArtifactId, Score, canonical_sha256
 from store import check
 from store.check import Verification
 from store.errors import BusyError, DamagedError, StoreError
 from store.events import RunEnded, RunStarted
 from store.files import discard, locked, sweep
-from store.garbage import Garbage, find_garbage
+from store.garbage import Garbage, find_garbage, note_freed
 from store.index import Ingest
 from store.query import LIMITS, Answer, Limits, ask
 from store.recording import WRITE_DEADLINE_SECONDS, Recording
@@ -138,12 +138,32 @@ class Ledger(Recording):
             BusyError: a run is going on; its blobs may not be recorded yet.
             DamagedError: a record cannot be read, so its blobs are not known.
         """
-        alone = _no_wait(self.home / "runs.lock", "a run is going on; try again when it is done")
-        with alone, locked(self.home / "records.lock", deadline_seconds=WRITE_DEADLINE_SECONDS):
+        with self._alone():
             found = find_garbage(self.home, self.records, self.blobs)
             for one in found if remove else ():
                 discard(one.path)
         return found
+
+    def free(self, files: Collection[Garbage]) -> None:
+        """Delete files to free their space, not during a run. Blobs among them may be recorded.
+
+        `verify` does not call these blobs missing from then on.
+
+        Raises:
+            BusyError: a run is going on, and may need them.
+        """
+        with self._alone():
+            blobs = [one.name for one in files if SHA256.fullmatch(one.name)]
+            note_freed(self.home, self.blobs, blobs)
+            for one in files:
+                discard(one.path)
+
+    @contextmanager
+    def _alone(self) -> Generator[None]:
+        """Hold the locks with which no run goes on, and nobody records."""
+        alone = _no_wait(self.home / "runs.lock", "a run is going on; try again when it is done")
+        with alone, locked(self.home / "records.lock", deadline_seconds=WRITE_DEADLINE_SECONDS):
+            yield
 
     @contextmanager
     def running(self, recipe_name: str) -> Generator[list[RunStarted]]:
@@ -217,6 +237,8 @@ class Ledger(Recording):
         """Remove leftovers, and pack many loose records. Never raises."""
         for root in (self.home, self.records.root, self.records.segments.root, self.blobs.root):
             sweep(root)
+        with suppress(OSError):
+            note_freed(self.home, self.blobs)
         if len(self.records.loose()) >= PACK_RECORDS:
             try:
                 self.pack()

@@ -6,7 +6,7 @@ from functools import partial
 from importlib.util import find_spec
 from pathlib import Path
 from shlex import quote
-from typing import Annotated
+from typing import TYPE_CHECKING, Annotated
 
 import typer
 
@@ -14,6 +14,11 @@ from meteora.artifacts import MeteoraError
 from meteora.untrusted.findings import counted
 from pipelines.cli import options, output
 from pipelines.workspace.console import say
+
+if TYPE_CHECKING:
+    from collections.abc import Sequence
+
+    from store.garbage import Garbage
 
 app = typer.Typer()
 store = typer.Typer(no_args_is_help=True, help="Maintain the ledger.")
@@ -194,14 +199,38 @@ def gc(
     Work of runs that were stopped an hour ago or earlier is among them: without it the next run
     begins anew what it would have continued.
     """
-    found = options.open_ledger(home).gc(remove=yes)
+    _print_files(options.open_ledger(home).gc(remove=yes), removed=yes, as_json=as_json)
+
+
+@store.command()
+def free(
+    models: Annotated[list[str], typer.Argument(help="Ids or folders of checkpoints.")],
+    yes: Annotated[bool, typer.Option("--yes", help="Delete the listed files.")] = False,
+    home: options.Home = options.DEFAULT_HOME,
+    as_json: options.AsJson = False,
+) -> None:
+    """List the files that only these models need, with their sizes; delete them with --yes.
+
+    Scores and lineage stay. The next run of its recipe, or the same `add` or `drop`, makes a model
+    again, without a benchmark.
+    """
+    from pipelines.workspace.checkpoints import files_of
+
+    ledger = options.open_ledger(home)
+    found = files_of(ledger, models)
+    if yes:
+        ledger.free(found)
+    _print_files(found, removed=yes, as_json=as_json)
+
+
+def _print_files(found: "Sequence[Garbage]", *, removed: bool, as_json: bool) -> None:
     if as_json:
         rows = [{"name": one.name, "num_bytes": one.num_bytes} for one in found]
         print(json.dumps(rows, indent=1))
     else:
         for one in found:
             print(f"{one.num_bytes}\t{one.name}")
-    done = "removed" if yes else "can be removed with --yes"
+    done = "removed" if removed else "can be removed with --yes"
     size = f"{sum(one.num_bytes for one in found) / 1e6:.1f} MB {done}"
     say(size if found else "there is nothing to remove")
 

@@ -1,10 +1,11 @@
-"""The folder of a checkpoint that a person names, and of its base."""
+"""The folder of a checkpoint that a person names, its base, and the files that it alone needs."""
 
 import shlex
+from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
 
-from meteora.artifacts import ArtifactId
+from meteora.artifacts import ArtifactId, RouterSpec, file_sha256
 from meteora.base.sources import PATH
 from meteora.checkpoint.manifest import (
     CARD,
@@ -18,6 +19,7 @@ from meteora.checkpoint.manifest import (
 from pipelines.workspace.bases import base_at, require_sound
 from pipelines.workspace.context import checkpoint_at
 from store.errors import UnknownError
+from store.garbage import Garbage
 from store.ledger import Ledger
 
 
@@ -50,6 +52,66 @@ def _resolved(ledger: Ledger, name: str) -> ArtifactId:
     with suppress(UnknownError):
         return ledger.resolve(f"router:{name}")
     return ledger.resolve(name)
+
+
+def files_of(ledger: Ledger, names: Iterable[str]) -> list[Garbage]:
+    """The files that only these models need: their folders in the home, and their blobs.
+
+    Args:
+        names: Ids of routers, or folders of checkpoints in this home.
+
+    Raises:
+        UnknownError: The ledger has no such router, or the folder is not in the home.
+    """
+    models = [_router_in(ledger, name) for name in names]
+    folders = {checkpoint_at(ledger.home, router_id) for router_id in models}
+    sha256s: set[str] = set()
+    for router_id in models:
+        spec = RouterSpec.from_dict(ledger.spec_of(router_id) or {})
+        sha256s.update(ledger.blobs_of(router_id), ledger.blobs_of(spec.fused_id))
+    for folder in {*ledger.home.glob("checkpoints/*")} - folders:
+        sha256s -= _tensors_of(folder)
+    files = [
+        *((sha256, ledger.blobs.place_of(sha256)) for sha256 in sorted(sha256s)),
+        *((str(folder), folder) for folder in sorted(folders)),
+    ]
+    return [Garbage(name, path, _own_bytes(path)) for name, path in files if path.exists()]
+
+
+def _router_in(ledger: Ledger, name: str) -> ArtifactId:
+    """The id of a router, from a prefix of it, or from the folder of its checkpoint in the home."""
+    folder = Path(name)
+    if not folder.is_dir():
+        router_id = _resolved(ledger, name)
+        if not router_id.startswith("router:"):
+            raise UnknownError(f"{router_id} is no router; give the id of one")
+        return router_id
+    router_id = ArtifactId(read_manifest(folder).router_id)
+    own = checkpoint_at(ledger.home, router_id)
+    if not (own.is_dir() and own.samefile(folder)):
+        raise UnknownError(
+            f"{folder} does not lie in the store in {ledger.home}; --home names another, and what"
+            " lies elsewhere can be deleted as any folder"
+        )
+    return router_id
+
+
+def _tensors_of(folder: Path) -> set[str]:
+    """The SHA-256 of each file of tensors in a checkpoint."""
+    try:
+        named = {*read_manifest(folder).files.values()}
+    except CheckpointError:
+        named = set()
+    # earlier versions named none
+    return named or {file_sha256(path) for path in folder.glob("*.safetensors")}
+
+
+def _own_bytes(path: Path) -> int:
+    """Bytes of a blob, or of a folder's files that are no links to blobs."""
+    if path.is_file():
+        return path.stat().st_size
+    stats = (part.stat() for part in path.rglob("*") if part.is_file())
+    return sum(stat.st_size for stat in stats if stat.st_nlink == 1)
 
 
 def is_whole(folder: Path) -> bool:

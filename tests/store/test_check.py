@@ -10,6 +10,7 @@ import pytest
 from meteora.artifacts import ComparisonSpec, ScorePair
 from store import check, files
 from store.errors import BusyError, DamagedError
+from store.garbage import Garbage
 from tests.store.conftest import Shelf
 
 pytestmark = pytest.mark.usefixtures("disk_is_not_waited_for")
@@ -57,6 +58,27 @@ def test_a_missing_blob_is_found(filled: Shelf) -> None:
     assert finding.name == measured.outputs_sha256
     assert finding.touches == (measured.spec.id,)
     assert "missing" in finding.problem
+
+
+def test_a_blob_that_was_deleted_to_free_its_space_is_not_missing(filled: Shelf) -> None:
+    ledger, sha256 = filled.ledger, filled.ledger.weights_of(filled.base.id) or ""
+    path = ledger.blobs.place_of(sha256)
+    text = path.read_bytes()
+    for _ in range(2):  # twice: it is made again in between
+        with ledger.running("nightly"), pytest.raises(BusyError, match="a run is going on"):
+            ledger.free([Garbage(sha256, path, len(text))])
+        ledger.free([Garbage(sha256, path, len(text))])
+        assert sha256 not in ledger.blobs
+        assert not ledger.verify().findings
+        assert ledger.blobs.put_bytes(text) == sha256
+    with ledger.running("nightly"):
+        pass
+    path.unlink()
+    (finding,) = ledger.verify().findings
+    assert finding.name == sha256
+    with ledger.running("nightly"):
+        pass
+    assert ledger.verify().findings == (finding,)
 
 
 def test_a_pipe_in_place_of_a_file_is_found_and_never_read(filled: Shelf) -> None:

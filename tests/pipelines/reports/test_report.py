@@ -615,3 +615,24 @@ def test_the_page_fits_a_desk_and_a_phone(
     shown = drawings_at(browser, path, width)
     assert set(shown) == {kind}
     assert len(shown) == page.count(f'<svg class="{kind}"')
+
+
+@pytest.mark.browser
+def test_on_paper_no_table_is_cut_and_nothing_is_there_to_click(
+    browser: webdriver.Chrome, page: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(page, encoding="utf-8")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    a4 = {"width": 718, "height": 1046, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", a4)
+    browser.get(path.as_uri())
+    overflows, widest, clickable = browser.execute_script(
+        "const seen = (all) => [...document.querySelectorAll(all)].filter((one) => one.clientWidth);"
+        "return [seen('.scroll').map((one) => getComputedStyle(one).overflowX),"
+        " Math.max(...seen('.plain').map((one) => one.getBoundingClientRect().right)),"
+        " seen('figure details').length]"
+    )
+    assert set(overflows) == {"visible"}
+    assert widest <= 718
+    assert clickable == 0

@@ -101,6 +101,7 @@ def test_on_paper_a_page_has_dark_text_and_the_colours_of_experts(
     assert ink == "rgb(28, 27, 25)" != screen[0]
     assert background != "rgba(0, 0, 0, 0)"
     assert adjusted == "exact"  # else a browser leaves backgrounds out
+    assert not browser.find_element("css selector", ".bar").is_displayed()
 
 
 @pytest.mark.browser

@@ -128,9 +128,9 @@ def _fits(out: Console, table: Table) -> bool:
 
 def _print_numbers(out: Console, table: Table) -> None:
     """Print a table with whole numbers, whose lines are then longer than a narrow terminal's."""
-    for place, column in enumerate(table.columns):
+    for column in table.columns:
         widest = max(cell_len(str(one)) for one in column.cells)
-        column.min_width = widest if place else min(widest, LEAST)
+        column.min_width = widest if column.justify == "right" else min(widest, LEAST)
     out.print(table, crop=False)
 
 
@@ -196,7 +196,7 @@ def print_comparison(found: SideBySide, page: Path, *, as_json: bool = False) ->
         )
     for table in _comparison_tables(found):
         if table.row_count:
-            out.print(table)
+            _print_numbers(out, table)
     if found.build:
         low, high = found.build.low, found.build.high
         out.print(

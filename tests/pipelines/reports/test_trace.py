@@ -131,6 +131,24 @@ def test_all_text_has_enough_contrast_on_the_deepest_colours_too(
 
 
 @pytest.mark.browser
+def test_on_paper_the_legend_of_a_conversation_is_whole(
+    browser: webdriver.Chrome, tmp_path: Path
+) -> None:
+    from pipelines.serving.page import chat_page  # noqa: PLC0415  (a server, which no report needs)
+
+    names = [f"expert_{n}_with_a_long_name" for n in range(20)]
+    page = tmp_path / "page.html"
+    page.write_text(chat_page("tiny", names, expert="", max_new_tokens=8), encoding="utf-8")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    browser.get(page.as_uri())
+    wide, shown = browser.execute_script(
+        "const legend = document.querySelector('.legend');"
+        "return [legend.scrollWidth, legend.clientWidth]"
+    )
+    assert wide <= shown
+
+
+@pytest.mark.browser
 def test_what_a_token_is_told_is_whole_at_the_end_of_a_window_too(
     browser: webdriver.Chrome, trace: Trace, tmp_path: Path
 ) -> None:

@@ -607,6 +607,7 @@ def test_a_large_figure_has_no_waste_and_the_page_s_own_fonts(page: str) -> None
 
 def test_a_screen_reader_gets_a_caption_and_a_table_in_place_of_each_chart(tree: Any) -> None:
     drawings = tree.xpath("//svg")
+    assert drawings == tree.xpath("//main//svg")
     assert drawings
     for drawing in drawings:
         assert drawing.get("aria-hidden") == "true"

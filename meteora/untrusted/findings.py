@@ -73,8 +73,9 @@ def shortened(text: object, most: int = 80) -> str:
 
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a clause for an error message that names the most similar known name, if any is."""
-    similar = get_close_matches(name, list(known), n=1)
-    return f" (did you mean {similar[0]!r}?)" if similar else ""
+    folded = {one.casefold(): one for one in known}
+    similar = get_close_matches(name.casefold(), folded, n=1)
+    return f" (did you mean {folded[similar[0]]!r}?)" if similar else ""
 
 
 def brief(error: Exception) -> str:

@@ -29,7 +29,10 @@ def benchmark(
     ] = None,
     compare: Annotated[
         list[str] | None,
-        typer.Option(help="A system to compare with. Repeat it for more. Default: base, oracle."),
+        typer.Option(
+            metavar="SYSTEM",
+            help="A system to compare with. Repeat it for more. Default: base, oracle.",
+        ),
     ] = None,
     recipe: Annotated[
         str, typer.Option(help="Use the tests and the section `benchmark` of this recipe.")

@@ -237,7 +237,7 @@ class Conversation:
         say(f"wrote {path}")
 
     def _ask(self, question: str) -> None:
-        """Answer a turn. After Ctrl-C the history keeps the tokens so far."""
+        """Answer a turn. After Ctrl-C the history keeps the tokens so far, if there are any."""
         asked = [*self.messages, {"role": "user", "content": question}]
         tokens: list[Token] = []
 
@@ -257,6 +257,10 @@ class Conversation:
         except KeyboardInterrupt:
             if not self._out.is_terminal:
                 raise
+            if not tokens:
+                self._out.print()
+                say("nothing is answered yet; the question is left out of the conversation")
+                return
             text, cut = "".join(token.text for token in tokens), True
         self.messages = [*asked, {"role": "assistant", "content": text}]
         if self._out.is_terminal:
@@ -287,8 +291,10 @@ def _lines(prompted: bool) -> Generator[str]:
         except (UnicodeDecodeError, UnicodeEncodeError) as error:
             raise MeteoraError(f"the input is not {error.encoding}") from error
         return
-    import readline  # noqa: F401  (`input` then has a history, and arrow keys)
+    import readline  # `input` then has a history, and arrow keys
 
+    # what is pasted is one question, with its line breaks; Python turns that off
+    readline.parse_and_bind("set enable-bracketed-paste on")
     while True:
         try:
             line = input("> " if prompted else "").strip()

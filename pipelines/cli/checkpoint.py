@@ -87,7 +87,10 @@ def publish(
     ] = "",
     allow_licence: Annotated[
         list[str] | None,
-        typer.Option(help="Also publish adapters with this licence; `none`: without a licence."),
+        typer.Option(
+            metavar="LICENCE",
+            help="Also publish adapters with this licence; `none`: without a licence.",
+        ),
     ] = None,
     base: options.Base = None,
     token_for: options.TokenFor = None,

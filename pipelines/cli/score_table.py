@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from rich import box
+from rich.cells import cell_len
 from rich.measure import Measurement
 from rich.table import Table
 
@@ -36,6 +37,8 @@ if TYPE_CHECKING:
     from pipelines.reports.side_by_side import SideBySide
     from pipelines.reports.summary import Summary
 
+LEAST = 6
+"""The fewest characters of a name that are shown beside its numbers."""
 LONGEST = 24
 """The most characters of a value in a column."""
 
@@ -64,8 +67,10 @@ def print_scores(
         return
     out = plain_console()
     fits = _print_score_table(out, name, summary)
-    for headings, rows, line in turn_tables(summary):
-        out.print(_table(headings, rows))
+    pairs = zip(turn_tables(summary), turn_tables(summary, interval=False), strict=True)
+    for (headings, rows, line), (_, narrow, _) in pairs:
+        table = _table(headings, rows)
+        _print_numbers(out, table if _fits(out, table) else _table(headings, narrow))
         out.print(line, soft_wrap=True)
     lines = (
         *method_lines(summary),
@@ -107,15 +112,26 @@ def _print_score_table(out: Console, name: str, summary: Summary) -> bool:
         )
         return True
     table = _score_table(summary, interval=True)
-    # unbounded, since a measure within the options is never larger than their width
-    natural = Measurement.get(out, out.options.update_width(10_000), table).maximum
-    if fits := natural <= out.width:
+    if fits := _fits(out, table):
         out.print(f"{name}: scores, and their 95 % intervals", soft_wrap=True)
-        out.print(table)
     else:
         out.print(f"{name}: scores; the query below has their 95 % intervals", soft_wrap=True)
-        out.print(_score_table(summary, interval=False))
+        table = _score_table(summary, interval=False)
+    _print_numbers(out, table)
     return fits
+
+
+def _fits(out: Console, table: Table) -> bool:
+    # unbounded, since a measure within the options is never larger than their width
+    return Measurement.get(out, out.options.update_width(10_000), table).maximum <= out.width
+
+
+def _print_numbers(out: Console, table: Table) -> None:
+    """Print a table with whole numbers, whose lines are then longer than a narrow terminal's."""
+    for column in table.columns:
+        widest = max(cell_len(str(one)) for one in column.cells)
+        column.min_width = widest if column.justify == "right" else min(widest, LEAST)
+    out.print(table, crop=False)
 
 
 def _scores(
@@ -180,7 +196,7 @@ def print_comparison(found: SideBySide, page: Path, *, as_json: bool = False) ->
         )
     for table in _comparison_tables(found):
         if table.row_count:
-            out.print(table)
+            _print_numbers(out, table)
     if found.build:
         low, high = found.build.low, found.build.high
         out.print(

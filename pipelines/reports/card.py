@@ -177,7 +177,9 @@ def cell(summary: Summary, task: str, system: str, *, interval: bool = True) -> 
     return " ".join(filter(None, (f"{score.value:.2f}", ends, summary.mark(task, system))))
 
 
-def turn_tables(summary: Summary) -> list[tuple[list[str], list[list[str]], str]]:
+def turn_tables(
+    summary: Summary, *, interval: bool = True
+) -> list[tuple[list[str], list[list[str]], str]]:
     """For each task of conversations: headings, a row for each system, and a sentence."""
     found = []
     for task, row in summary.conversations.items():
@@ -190,7 +192,7 @@ def turn_tables(summary: Summary) -> list[tuple[list[str], list[list[str]], str]
             computed = sum(turn.computed_tokens for turn in score.turns)
             seconds = sum(turn.seconds for turn in score.turns)
             values = [f"{turn.value:.2f}" for turn in score.turns]
-            shown = [system, cell(summary, task, system), *values]
+            shown = [system, cell(summary, task, system, interval=interval), *values]
             rows.append([*shown, f"{computed:,.0f}", f"{seconds:.2f}"])
         line = (
             f"{fused.num_samples} conversations of {count} turns, each turn about another task; the"

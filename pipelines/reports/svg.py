@@ -128,7 +128,10 @@ def draw_wide_and_narrow(draw: Callable[[int], Figure], name: str) -> Markup:
 
 
 def _svg(figure: Figure, name: str, kind: str) -> Markup:
-    """The SVG element of a figure, in the page's colours and fonts."""
+    """The SVG element of a figure, in the page's colours and fonts.
+
+    A screen reader passes over it: the caption and a table beside it say the same.
+    """
     file = io.StringIO()
     with mpl.rc_context({"svg.hashsalt": name}):  # so that ids differ between figures
         no_metadata = dict.fromkeys(("Date", "Creator", "Format", "Type"))
@@ -137,7 +140,8 @@ def _svg(figure: Figure, name: str, kind: str) -> Markup:
     text = TAG.sub(_tidied, text[text.index("<svg") :])
     text = INDENT.sub("\n", EMPTY.sub("", text))
     width, height = (round(size * 72) for size in figure.get_size_inches())
-    head = f'<svg class="{kind}" viewBox="0 0 {width} {height}" width="{width}" role="img"'
+    size = f'viewBox="0 0 {width} {height}" width="{width}"'
+    head = f'<svg class="{kind}" {size} aria-hidden="true"'
     # safe as markup: matplotlib escapes text from outside
     return Markup(re.sub(r"<svg[^>]*", head, text, count=1))  # noqa: S704
 

@@ -284,16 +284,17 @@ function show(span) {
   element("b", JSON.stringify(text), tip);
   element("span", "  " + expert + (layers.length ? ", " + share.toFixed(2) + " over all layers" : ""), tip);
   const list = element("ol", "", tip, "layers");
-  for (const run of layers) {
-    const numbers = run.from === run.to ? "layer " + run.from : "layers " + run.from + "–" + run.to;
-    const item = element("li", numbers + " ", list);
-    element("span", run.expert, item, "t e" + state.experts.indexOf(run.expert));
+  for (const [name, runs] of Map.groupBy(layers, (run) => run.expert)) {
+    const item = element("li", "", list), numbers = runs.map(({ from, to }) => (from === to ? from : from + "–" + to));
+    element("span", name, item, "t e" + state.experts.indexOf(name));
+    item.append((numbers.length > 1 || runs[0].to > runs[0].from ? " layers " : " layer ") + numbers.join(", "));
   }
   tip.hidden = false;
   const box = span.getClientRects()[0] ?? span.getBoundingClientRect();
-  const fits = box.bottom + 6 + tip.offsetHeight < floor() || box.top < tip.offsetHeight + 6;
+  const top = box.bottom + 6 + tip.offsetHeight < floor() ? box.bottom + 6 : box.top - 6 - tip.offsetHeight;
   tip.style.left = Math.max(8, Math.min(box.left, innerWidth - tip.offsetWidth - 16)) + scrollX + "px";
-  tip.style.top = (fits ? box.bottom + 6 : box.top - 6 - tip.offsetHeight) + scrollY + "px";
+  // whole on the screen, over the token where there is no room beside it
+  tip.style.top = Math.max(0, Math.min(top, innerHeight - tip.offsetHeight)) + scrollY + "px";
 }
 
 function hide() {

@@ -78,9 +78,9 @@ for (const figure of document.querySelectorAll("figure.trace")) {
       }
     }
     const box = spans[t].getClientRects()[0] || spans[t].getBoundingClientRect();
-    const left = Math.min(box.left, innerWidth - tip.offsetWidth - 16);
-    tip.style.left = Math.max(8, left) + scrollX + "px";
-    tip.style.top = box.bottom + 6 + scrollY + "px";
+    const top = box.bottom + 6 + tip.offsetHeight < innerHeight ? box.bottom + 6 : box.top - 6 - tip.offsetHeight;
+    tip.style.left = Math.max(8, Math.min(box.left, innerWidth - tip.offsetWidth - 16)) + scrollX + "px";
+    tip.style.top = Math.max(0, top) + scrollY + "px";
   }
 
   function row(table, name, share) {

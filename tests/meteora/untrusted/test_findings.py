@@ -1,6 +1,6 @@
 """What a message says of strangers' files and of other libraries' errors."""
 
-from meteora.untrusted.findings import causes, counted
+from meteora.untrusted.findings import causes, counted, did_you_mean
 
 
 def test_one_of_a_kind_has_no_s() -> None:
@@ -18,3 +18,8 @@ def test_causes_in_a_circle_are_each_told_once_and_the_hidden_ones_where_asked_f
     assert list(causes(hiding)) == [hiding]
     assert list(causes(hiding, hidden=True)) == [hiding, first, second, third]
     assert not list(causes(None))
+
+
+def test_a_name_in_another_case_is_guessed() -> None:
+    assert did_you_mean("DATES", ["sums", "Dates"]) == " (did you mean 'Dates'?)"
+    assert did_you_mean("", ["sums"]) == did_you_mean("sums", []) == ""

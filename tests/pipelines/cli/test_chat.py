@@ -3,6 +3,7 @@
 import os
 import pty
 import re
+import readline
 import signal
 import subprocess
 import sys
@@ -173,6 +174,16 @@ def test_an_interrupted_answer_stays_in_the_history_as_far_as_it_went(conversati
     assert len(here.messages) == 4
 
 
+def test_a_question_that_is_interrupted_before_its_answer_begins_is_left_out(
+    conversation, capsys
+) -> None:
+    here, _ = conversation()
+    with patch.object(here.chat, "answer", side_effect=KeyboardInterrupt):
+        here.take("hello")
+    assert here.messages == []
+    assert "left out of the conversation" in " ".join(capsys.readouterr().err.split())
+
+
 def test_a_file_that_cannot_be_written_ends_no_conversation(conversation, capsys) -> None:
     here = conversation()[0]
     here.take("hello")
@@ -282,7 +293,7 @@ def test_a_real_terminal_has_a_prompt_an_answer_and_goes_on_after_a_mistake(
         env=os.environ | {"TERM": "xterm-256color", "COLUMNS": "80"},
     )
     os.close(terminal)
-    os.write(main, b"/expert nobody\nhello\n/quit\n")
+    os.write(main, b"/expert nobody\n\x1b[200~hello\nyou\x1b[201~\n/quit\n")
     shown = b""
     try:
         while part := os.read(main, 4096):
@@ -293,4 +304,6 @@ def test_a_real_terminal_has_a_prompt_an_answer_and_goes_on_after_a_mistake(
     assert process.returncode == 0, err
     assert b"there is no expert 'nobody'" in err
     assert b"> " in shown
-    assert b" of 4 tokens" in shown
+    if "GNU" in str(readline.__doc__):  # else a paste of two lines is two questions
+        assert b"\x1b[?2004h" in shown
+        assert shown.count(b" of 4 tokens") == 1

@@ -4,7 +4,7 @@ import io
 
 from rich.console import Console
 
-from pipelines.cli.score_table import _score_table, _table
+from pipelines.cli.score_table import _print_numbers, _score_table, _table
 from tests.pipelines.reports.test_summary import summary_of
 
 VALUES = {"sums": {"fused": 0.5, "base": 0.1}, "dates": {"fused": 0.7}}
@@ -33,3 +33,11 @@ def test_no_cell_can_control_the_terminal() -> None:
     _, _, line = shown(_table(("task",), [["\x1b[31mred\x07"]]))
     assert "red" in line
     assert line.isprintable()
+
+
+def test_in_a_narrow_terminal_names_are_cut_and_numbers_are_not() -> None:
+    summary = summary_of(VALUES | {"spelled_numbers": {"fused": 0.25}})
+    out = io.StringIO()
+    _print_numbers(Console(file=out, width=16), _score_table(summary, interval=False))
+    shown = out.getvalue().split()
+    assert {"0.50", "0.10", "0.70", "0.25", "spell…"} <= set(shown)

@@ -78,3 +78,40 @@ def drawings_at(browser: webdriver.Chrome, page: Path, width: int) -> list[str]:
         ".map((svg) => svg.classList[0])"
     )
     return found
+
+
+def least_contrast(browser: webdriver.Chrome) -> tuple[float, str]:
+    """The least contrast of a text on the open page, as WCAG defines it, and where it is."""
+    found = browser.execute_script("""
+        const pen = new OffscreenCanvas(1, 1).getContext("2d"), found = [];
+        const luminance = (colours) => {
+            pen.fillStyle = "white";
+            pen.fillRect(0, 0, 1, 1);
+            for (const [colour, opacity] of colours) {
+                [pen.fillStyle, pen.globalAlpha] = [colour, opacity];
+                pen.fillRect(0, 0, 1, 1);
+            }
+            const parts = [...pen.getImageData(0, 0, 1, 1).data].map((part) => part / 255);
+            const [r, g, b] = parts.map((x) => (x > 0.04 ? ((x + 0.055) / 1.055) ** 2.4 : x / 13));
+            return 0.2126 * r + 0.7152 * g + 0.0722 * b + 0.05;
+        };
+        for (const one of document.querySelectorAll("body :not(svg *, script, option)")) {
+            if (!one.checkVisibility() || !one.matches(":has(> *), .t, [placeholder]") &&
+                !one.textContent.trim()) continue;
+            const under = [];
+            let opacity = 1;
+            for (let box = one; box; box = box.parentElement) {
+                under.unshift([getComputedStyle(box).backgroundColor, 1]);
+                opacity *= getComputedStyle(box).opacity;
+            }
+            const below = luminance(under);
+            for (const part of [null, "::before", "::placeholder"]) {
+                const { color } = getComputedStyle(one, part);
+                const text = luminance([...under, [color, opacity]]);
+                const contrast = Math.max(text, below) / Math.min(text, below);
+                found.push([contrast, [one.tagName, one.className, part ?? ""].join(" ")]);
+            }
+        }
+        return found;
+    """)
+    return min((contrast, where) for contrast, where in found)

@@ -605,6 +605,16 @@ def test_a_large_figure_has_no_waste_and_the_page_s_own_fonts(page: str) -> None
     assert not re.search(r"<path d=[^>]*\d\.\d{4}", page)
 
 
+def test_a_screen_reader_gets_a_caption_and_a_table_in_place_of_each_chart(tree: Any) -> None:
+    drawings = tree.xpath("//svg")
+    assert drawings == tree.xpath("//main//svg")
+    assert drawings
+    for drawing in drawings:
+        assert drawing.get("aria-hidden") == "true"
+        (figure,) = drawing.xpath("ancestor::figure[figcaption]")
+        assert figure.xpath(".//table")
+
+
 @pytest.mark.browser
 @pytest.mark.parametrize(("width", "kind"), [(1400, "wide"), (390, "narrow")])
 def test_the_page_fits_a_desk_and_a_phone(
@@ -615,3 +625,24 @@ def test_the_page_fits_a_desk_and_a_phone(
     shown = drawings_at(browser, path, width)
     assert set(shown) == {kind}
     assert len(shown) == page.count(f'<svg class="{kind}"')
+
+
+@pytest.mark.browser
+def test_on_paper_no_table_is_cut_and_nothing_is_there_to_click(
+    browser: webdriver.Chrome, page: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "page.html"
+    path.write_text(page, encoding="utf-8")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    a4 = {"width": 718, "height": 1046, "deviceScaleFactor": 1, "mobile": False}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", a4)
+    browser.get(path.as_uri())
+    overflows, widest, clickable = browser.execute_script(
+        "const seen = (all) => [...document.querySelectorAll(all)].filter((a) => a.clientWidth);"
+        "return [seen('.scroll').map((one) => getComputedStyle(one).overflowX),"
+        " Math.max(...seen('.plain').map((one) => one.getBoundingClientRect().right)),"
+        " seen('figure details').length]"
+    )
+    assert set(overflows) == {"visible"}
+    assert widest <= 718
+    assert clickable == 0

@@ -18,7 +18,7 @@ from meteora.model.trace import Trace
 from pipelines.reports import trace as trace_view
 from pipelines.reports.html import PageError, check_writable, write_page
 from tests.pipelines.cli.command_line import meteora
-from tests.pipelines.reports.html_reader import Elements
+from tests.pipelines.reports.html_reader import Elements, least_contrast
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -101,6 +101,82 @@ def test_on_paper_a_page_has_dark_text_and_the_colours_of_experts(
     assert ink == "rgb(28, 27, 25)" != screen[0]
     assert background != "rgba(0, 0, 0, 0)"
     assert adjusted == "exact"  # else a browser leaves backgrounds out
+    assert not browser.find_element("css selector", ".bar").is_displayed()
+
+
+@pytest.mark.browser
+@pytest.mark.parametrize("scheme", ["light", "dark"])
+def test_all_text_has_enough_contrast_on_the_deepest_colours_too(
+    browser: webdriver.Chrome, trace: Trace, tmp_path: Path, scheme: str
+) -> None:
+    from pipelines.serving.page import chat_page  # noqa: PLC0415  (a server, which no report needs)
+
+    chosen = {"features": [{"name": "prefers-color-scheme", "value": scheme}]}
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", chosen)
+    names = tuple(f"expert_{n}" for n in range(8))
+    traced = trace_view.trace_page(replace(trace, experts=names), "a title")
+    for html in (traced, chat_page("tiny", names, expert="", max_new_tokens=8)):
+        page = tmp_path / "page.html"
+        page.write_text(html, encoding="utf-8")
+        browser.get(page.as_uri())
+        for expert in range(8):
+            browser.execute_script(
+                "for (const span of document.querySelectorAll('.text .t')) {"
+                " span.className = 't first e' + arguments[0];"
+                " span.style.setProperty('--w', 1); }",
+                expert,
+            )
+            least, where = least_contrast(browser)
+            assert least >= 4.5, where
+
+
+@pytest.mark.browser
+def test_on_paper_the_legend_of_a_conversation_is_whole(
+    browser: webdriver.Chrome, tmp_path: Path
+) -> None:
+    from pipelines.serving.page import chat_page  # noqa: PLC0415  (a server, which no report needs)
+
+    names = [f"expert_{n}_with_a_long_name" for n in range(20)]
+    page = tmp_path / "page.html"
+    page.write_text(chat_page("tiny", names, expert="", max_new_tokens=8), encoding="utf-8")
+    browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
+    browser.get(page.as_uri())
+    wide, shown = browser.execute_script(
+        "const legend = document.querySelector('.legend');"
+        "return [legend.scrollWidth, legend.clientWidth]"
+    )
+    assert wide <= shown
+
+
+@pytest.mark.browser
+def test_what_a_token_is_told_is_whole_at_the_end_of_a_window_too(
+    browser: webdriver.Chrome, trace: Trace, tmp_path: Path
+) -> None:
+    page = tmp_path / "trace.html"
+    page.write_text(trace_view.trace_page(trace, "a title"), encoding="utf-8")
+    browser.get(page.as_uri())
+    tip, height = browser.execute_script(
+        "const last = [...document.querySelectorAll('.text .t')].at(-1);"
+        "document.body.style.paddingTop = '200vh';"
+        "last.scrollIntoView({ block: 'end' });"
+        "last.dispatchEvent(new PointerEvent('pointerenter'));"
+        "return [document.querySelector('.tip').getBoundingClientRect().toJSON(), innerHeight]"
+    )
+    assert 0 <= tip["top"] < tip["bottom"] <= height
+
+
+@pytest.mark.browser
+def test_a_screen_reader_reads_a_text_without_the_numbers_in_it(
+    browser: webdriver.Chrome, trace: Trace, tmp_path: Path
+) -> None:
+    page = tmp_path / "trace.html"
+    page.write_text(trace_view.trace_page(trace, "a title"), encoding="utf-8")
+    browser.get(page.as_uri())
+    nodes = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
+    read = [one["name"]["value"] for one in nodes if one["role"]["value"] == "StaticText"]
+    assert {"ask", " me"} <= {*read}
+    numbers = [text for text in read if text.isdigit()]
+    assert len(numbers) == 2 * len(trace.experts)  # of the legend
 
 
 def test_names_and_prompts_are_text_and_nothing_is_fetched(trace: Trace) -> None:

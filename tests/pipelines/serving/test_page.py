@@ -447,6 +447,34 @@ def test_an_answer_is_in_sight_whatever_the_screen_s_size(
 
 
 @pytest.mark.browser
+@pytest.mark.parametrize(("width", "height"), [(320, 480), (640, 320)], ids=["phone", "turned"])
+def test_the_layers_of_a_token_are_whole_on_a_small_screen(
+    page: Page, width: int, height: int
+) -> None:
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": True}
+    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    names = page.run("return state.experts")
+    layers = [{"from": i, "to": i, "expert": names[i % len(names)]} for i in range(32)]
+    token = {"text": "5\n", "expert": names[0], "share": 1, "layers": layers}
+    answers = [{"expert": "", "tokens": [token] * 40, "waits": False, "cut": False, "error": ""}]
+    page.run("state.turns.push(arguments[0]); keep()", {"question": "7", "answers": answers})
+    page.browser.refresh()
+    for place in range(0, 40, 5):
+        box, room = page.run(
+            "const span = document.querySelectorAll('article .t')[arguments[0]];"
+            "span.scrollIntoView({ block: 'nearest' }); show(span);"
+            "return [tip.getBoundingClientRect().toJSON(), tip.clientHeight - tip.scrollHeight]",
+            place,
+        )
+        assert 0 <= box["top"] < box["bottom"] <= height
+        assert 0 <= box["left"] < box["right"] <= width
+        assert room >= 0
+    shown = page.one(".tip").text
+    assert [shown.count(name) for name in names[1:]] == [1] * (len(names) - 1)
+    assert f"layers 1, {1 + len(names)}, " in shown
+
+
+@pytest.mark.browser
 def test_who_sends_by_the_button_can_type_on(page: Page) -> None:
     page.one("textarea").send_keys("5 6")
     page.one("[type=submit]").click()

@@ -47,6 +47,8 @@ if TYPE_CHECKING:
     from meteora.fitting.sequences import Batch, LabelledSequence
     from meteora.fitting.statistics import PointStatistics
 
+SHARE_LOST = 0.01
+"""The share of a new expert's own tokens that may go to others, so that they keep theirs."""
 DRAWN = 512
 """Most tokens of each other expert that are drawn at a point; of all together `MAX_ROWS`."""
 
@@ -99,6 +101,7 @@ def grow(
         own = gates.own[before]
         others = own[0].to(input_device(model)), own[1].to(input_device(model))
         gate = _with_one_more(others, known, point, covariance, kinds, expert, null=null)
+        _keep_to_its_own(*gate, [x for _, x in checked], expert)
         if not all(part.isfinite().all() for part in (*gate, *vars(point).values())):
             raise SingularError("the gate or the statistics of this point hold numbers too large")
         right = [((x @ gate[0].T + gate[1]).argmax(-1) == expert).float() for _, x in checked]
@@ -190,6 +193,26 @@ def _with_one_more(
         room = ahead[of_others].max(1).values.quantile(SHARE_LOST_TO_BASE)
         bias[expert] += torch.minimum(lacks, room).clamp_min(0)
     return weight, bias
+
+
+def _keep_to_its_own(weight: Tensor, bias: Tensor, heldout: Sequence[Tensor], expert: int) -> None:
+    """Lower the new row's bias, in place, as far as held-out tokens of each kind allow.
+
+    `SHARE_LOST` of these may go to other choices; where more do, the bias stays. The statistics of
+    the others are older than the new expert. Once a token of theirs goes to it, the layers above
+    read its update in that token and in those after it, and take them for the new expert's own,
+    which have more of it.
+
+    Args:
+        heldout: tokens [T, IN] of each kind
+    """
+    leads = []
+    for x in heldout:
+        logits = x @ weight.T + bias
+        own = logits[:, expert].clone()
+        logits[:, expert] = -torch.inf
+        leads.append((own - logits.max(1).values).quantile(SHARE_LOST))
+    bias[expert] -= torch.stack(leads).min().clamp_min(0)
 
 
 def _tokens_by_kind(

@@ -15,7 +15,6 @@ from pydantic import TypeAdapter, ValidationError
 
 from meteora.adapters.tensors import Adapter
 from meteora.artifacts import (
-    WITH_GATES,
     AdapterSpec,
     ArtifactId,
     MeteoraError,
@@ -302,7 +301,7 @@ def _read_editable(folder: Path) -> Manifest:
             " added or dropped; do it with the checkpoint that they come from"
         )
     if kind != "gate" or not (folder / STATISTICS).is_file():
-        made = manifest.gates.get("method") if kind in WITH_GATES else f"the router `{kind}`"
+        made = manifest.gates.get("method") if kind == "gate" else f"the router `{kind}`"
         raise GrowthError(
             f"{folder} has no gates with {STATISTICS}, so experts cannot be added or dropped; only"
             f" `method: calibrate` makes them (here: {made}): change its recipe and run that"

@@ -1,9 +1,11 @@
 """An expert goes out of the quickstart's model and comes back: where tokens go before and after.
 
-    python -m tests.benchmarks.growth CHECKPOINT BASE [NAME...]
+    python -m tests.benchmarks.growth CHECKPOINT BASE [NAME...] [--examples N]
 
-CHECKPOINT is what `meteora run quickstart` came to, BASE its base as safetensors. Shares are of
-(module, token) pairs of 24 test rows a task, behind the template's opening, with one thread.
+CHECKPOINT has some of the quickstart's adapters, such as what `meteora run quickstart` came to; a
+NAME that it lacks is only added. BASE is its base as safetensors, N how many examples an adapter is
+added with (64). Shares are of (module, token) pairs of 24 test rows a task, behind the template's
+opening, with one thread.
 """
 
 import argparse
@@ -13,7 +15,6 @@ from pathlib import Path
 import torch
 
 import meteora
-from meteora.checkpoint.manifest import read_manifest
 from meteora.model.fused import expert_names
 from pipelines.admission.candidate import Candidate
 from pipelines.admission.checkpoints import FoundCheckpoint
@@ -47,20 +48,23 @@ def main() -> None:
     parser.add_argument("checkpoint", type=Path)
     parser.add_argument("base", type=Path)
     parser.add_argument("names", nargs="*")
+    parser.add_argument("--examples", type=int, default=edit.EXAMPLES)
     asked = parser.parse_args()
     torch.set_num_threads(1)
     together = shares(asked.checkpoint, asked.base)
     print("| adapter | own tokens, all fitted together | added | the others' | then |")
     print("|-|-|-|-|-|")
-    for name in asked.names or read_manifest(asked.checkpoint).names:
+    for name in asked.names or together:
         with tempfile.TemporaryDirectory() as folder:
-            ledger = Ledger(Path(folder))
-            without = edit.drop(ledger, asked.checkpoint, name)
+            ledger, rows = Ledger(Path(folder)), Path(folder) / "examples.jsonl"
+            lines = (SHIPPED / "tasks" / name / "train.jsonl").read_text().splitlines(keepends=True)
+            rows.write_text("".join(lines[: asked.examples]))
+            known = name in together
+            without = edit.drop(ledger, asked.checkpoint, name) if known else asked.checkpoint
+            found = FoundCheckpoint(without, asked.base, {}, "cpu")
             adapter = Candidate(name, str(SHIPPED / "adapters" / name))
-            rows = f"jsonl:{SHIPPED}/tasks/{name}/train.jsonl"
-            grown = edit.add(ledger, FoundCheckpoint(without, asked.base, {}, "cpu"), adapter, rows)
-            after = shares(grown, asked.base)
-        figures = [together[name], after.pop(name)]
+            after = shares(edit.add(ledger, found, adapter, f"jsonl:{rows}"), asked.base)
+        figures = [together.get(name, float("nan")), after.pop(name)]
         figures += [sum(one[other] for other in after) / len(after) for one in (together, after)]
         print(f"| {name} | {' | '.join(f'{figure:.3f}' for figure in figures)} |", flush=True)
 

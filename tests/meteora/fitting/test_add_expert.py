@@ -12,7 +12,13 @@ from meteora.artifacts.routers import ANSWER_START_SHARE
 from meteora.checkpoint.manifest import STATISTICS, CheckpointError
 from meteora.checkpoint.tensors import Gates
 from meteora.fitting import sequences as dealing
-from meteora.fitting.add_expert import _with_one_more, drop, grow
+from meteora.fitting.add_expert import (
+    SHARE_LOST,
+    _tokens_by_kind,
+    _with_one_more,
+    drop,
+    grow,
+)
 from meteora.fitting.calibrate import calibrate
 from meteora.fitting.covariance import Rows, Scatter
 from meteora.fitting.lda import gate_from
@@ -224,6 +230,29 @@ def test_a_model_that_grew_routes_its_new_expert_and_its_old_ones(world, three):
     assert routing_accuracy(model, examples(4, seed=9, experts=[3])) > 0.9
     assert routing_accuracy(model, examples(4, seed=9, experts=range(3))) > old - 0.03
     assert {len(point.means) for point in found.statistics.values()} == {4}
+
+
+def test_a_new_row_claims_no_more_than_the_held_out_tokens_of_its_expert_need(
+    world, three, monkeypatch
+):
+    """The others' tokens have traces of the new expert that their statistics cannot show."""
+    leads = []
+
+    def watch(inputs, batches):
+        fitted, checked = _tokens_by_kind(inputs, batches)
+        leads.append(checked[0][1])
+        return fitted, checked
+
+    monkeypatch.setattr("meteora.fitting.add_expert._tokens_by_kind", watch)
+    before, model = three.load(), world.load()
+    fitted = calibrate(before, examples(8, experts=range(3)))
+    grow(model, examples(8, experts=[3]), gates_of(before), fitted.statistics, ENTRY)
+    gates = [gates_of(model).own[path] for path in fitted.statistics]
+    assert len(gates) == len(leads)
+    for (weight, bias), x in zip(gates, leads, strict=True):
+        logits = x @ weight.T + bias
+        lead = logits[:, 3] - logits[:, :3].max(1).values
+        assert lead.quantile(SHARE_LOST) < 1e-3
 
 
 def test_what_only_a_new_experts_answers_begin_with_is_known_as_its_own(world, three):

@@ -598,7 +598,11 @@ def test_what_cannot_grow_says_why(
     body = json.loads((changed / MANIFEST).read_text())
     for change, sentence in (
         ({"gates": {}}, "it does not say how its gates were made"),
-        ({"router": body["router"] | {"kind": "norm", "opening": "own"}}, "(here: the router"),
+        ({"router": body["router"] | {"kind": "norm", "opening": "own"}}, "the router `norm`"),
+        (
+            {"router": body["router"] | {"kind": "prompt", "opening": "own"}},
+            "(here: the router `prompt`)",
+        ),
     ):
         (changed / MANIFEST).write_text(json.dumps(body | change))
         refused = ask("drop", changed, "attention", "--home", work.home)

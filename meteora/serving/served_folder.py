@@ -27,6 +27,7 @@ from meteora.checkpoint.manifest import CONFIG, EXPERTS, GATES, MANIFEST, Manife
 from meteora.checkpoint.resolve import find_checkpoint
 from meteora.checkpoint.tensors import read_gates
 from meteora.model.fused import WrongBaseError, check_base, check_weights
+from meteora.untrusted.findings import shortened
 
 METHOD = "meteora"
 """The `quant_method` of a served folder's config."""
@@ -211,7 +212,8 @@ def find_served_checkpoint(name: str, revision: str | None, memory_bytes: int) -
         CheckpointError: the Hub has no such folder, or its checkpoint is damaged.
         SourceError: the base beside the checkpoint cannot be downloaded.
         WrongBaseError: the base beside the checkpoint is another, or a file of it is gone.
-        UnservableError: base and experts need more memory, or the export left no hashes.
+        UnservableError: base and experts need more memory, the checkpoint is another than at the
+            export, or the export left no hashes.
     """
     if Path(name).is_dir():
         checkpoint = Path(name) / CHECKPOINT
@@ -221,10 +223,18 @@ def find_served_checkpoint(name: str, revision: str | None, memory_bytes: int) -
         checkpoint = _download(name, revision)
     folder = checkpoint.parent
     config = _read_config(folder)
+    hashes = _hashes_of_base(folder, config)
+    named, found = config["quantization_config"].get("checkpoint"), read_manifest(checkpoint)
+    if named != found.router_id:
+        raise UnservableError(
+            f"{checkpoint}: it is {found.router_id or 'a checkpoint without an id'}, and the folder"
+            f" was exported with {shortened(named)}; write the folder again with"
+            " `meteora export CHECKPOINT --for vllm`"
+        )
     # vLLM may convert 32 bits to 16
     narrowed = 2 if config.get("dtype", config.get("torch_dtype")) == "float32" else 1
     needed = (checkpoint / EXPERTS).stat().st_size
-    for shard, sha256 in _hashes_of_base(folder, config).items():
+    for shard, sha256 in hashes.items():
         path = folder / shard
         if not path.is_file() or sample_sha256(path) != sha256:
             state = "holds other weights than at" if path.is_file() else "is gone since"

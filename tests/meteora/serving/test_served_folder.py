@@ -205,6 +205,20 @@ def test_a_served_folder_is_checked_before_anything_is_loaded(world, checkpoint,
         find_served_checkpoint(str(out), None, PLENTY)
 
 
+def test_a_checkpoint_that_took_the_place_of_the_exported_one_is_refused(
+    world, checkpoint, tmp_path
+):
+    """A folder with links serves what lies there now, and its config said something else."""
+    out = tmp_path / "out"
+    export_for_vllm(checkpoint, world.base, out)
+    manifest = read_manifest(checkpoint)
+    for router_id, named in ((f"router:{'1' * 64}", "it is router:1"), ("", "without an id")):
+        other = dataclasses.replace(manifest, router_id=router_id)
+        (checkpoint / MANIFEST).write_text(other.to_json())
+        with pytest.raises(UnservableError, match=f"{named}.*was exported with router:000"):
+            find_served_checkpoint(str(out), None, PLENTY)
+
+
 def test_a_served_folder_that_names_no_weights_is_refused(world, checkpoint, tmp_path):
     out = tmp_path / "out"
     export_for_vllm(checkpoint, world.base, out)

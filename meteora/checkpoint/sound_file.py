@@ -21,6 +21,11 @@ from meteora.untrusted.safetensors_header import HeaderError, read_header
 AGAIN = "download or build the checkpoint again"
 
 
+def missing_message(folder: Path, name: str) -> str:
+    """The message if a checkpoint lacks a file."""
+    return f"{folder}: there is no {name} in it; the checkpoint is not whole, {AGAIN}"
+
+
 @contextmanager
 def open_sound(
     folder: Path, name: str, manifest: Manifest, *, dtypes: Collection[str] = finite.FLOATS
@@ -36,9 +41,7 @@ def open_sound(
     """
     path = folder / name
     if not path.is_file():
-        raise CheckpointError(
-            f"{folder}: there is no {name} in it; the checkpoint is not whole, {AGAIN}"
-        )
+        raise CheckpointError(missing_message(folder, name))
     try:
         with path.open("rb") as file:
             _check(file, path, manifest.files.get(name), dtypes)

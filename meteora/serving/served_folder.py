@@ -23,10 +23,20 @@ from meteora.base import loading
 from meteora.base.download import download_base
 from meteora.base.shapes import fingerprint_of
 from meteora.checkpoint.export import ExportError, new_folder
-from meteora.checkpoint.manifest import CONFIG, EXPERTS, GATES, MANIFEST, Manifest, read_manifest
+from meteora.checkpoint.manifest import (
+    CONFIG,
+    EXPERTS,
+    GATES,
+    MANIFEST,
+    CheckpointError,
+    Manifest,
+    read_manifest,
+)
 from meteora.checkpoint.resolve import find_checkpoint
+from meteora.checkpoint.sound_file import missing_message
 from meteora.checkpoint.tensors import read_gates
 from meteora.model.fused import WrongBaseError, check_base, check_weights
+from meteora.untrusted.findings import shortened
 
 METHOD = "meteora"
 """The `quant_method` of a served folder's config."""
@@ -79,10 +89,12 @@ def export_for_vllm(checkpoint: Path, base: Path, out: Path, *, copy: bool = Fal
         The options that `vllm serve` needs; empty if it needs none.
 
     Raises:
+        CheckpointError: the checkpoint is not whole.
         ExportError: the model cannot be served, or the folder is not empty.
         WrongBaseError: the base is not the one that the checkpoint was made for.
     """
     manifest = read_manifest(checkpoint)
+    tensors = _tensor_files(checkpoint, manifest)
     _check_servable(checkpoint, manifest)
     config = _read_config(base)
     if config.get("quantization_config") is not None:
@@ -106,11 +118,20 @@ def export_for_vllm(checkpoint: Path, base: Path, out: Path, *, copy: bool = Fal
             if _is_served(path) and path.name != CONFIG:
                 put(path, made / path.name)
         (made / CHECKPOINT).mkdir()
-        for name in (MANIFEST, EXPERTS, *([GATES] if manifest.router.kind == "gate" else [])):
-            put(checkpoint / name, made / CHECKPOINT / name)
+        for path in (checkpoint / MANIFEST, *tensors):
+            put(path, made / CHECKPOINT / path.name)
         text = json.dumps(config | {"quantization_config": quantization_config}, indent=2)
         (made / CONFIG).write_text(text + "\n", encoding="utf-8")
     return WHOLE_PROMPTS if manifest.router.by_turns else ""
+
+
+def _tensor_files(folder: Path, manifest: Manifest) -> list[Path]:
+    """The files of tensors that a server reads; raises `CheckpointError` if one is missing."""
+    names = [EXPERTS, *([GATES] if manifest.router.kind == "gate" else [])]
+    for name in names:
+        if not (folder / name).is_file():  # or the file that a link names is gone
+            raise CheckpointError(missing_message(folder, name))
+    return [folder / name for name in names]
 
 
 def _check_servable(folder: Path, manifest: Manifest) -> None:
@@ -208,10 +229,11 @@ def find_served_checkpoint(name: str, revision: str | None, memory_bytes: int) -
         memory_bytes: the memory of the device for base, experts and caches
 
     Raises:
-        CheckpointError: the Hub has no such folder, or its checkpoint is damaged.
+        CheckpointError: the Hub has no such folder, or its checkpoint is damaged or not whole.
         SourceError: the base beside the checkpoint cannot be downloaded.
         WrongBaseError: the base beside the checkpoint is another, or a file of it is gone.
-        UnservableError: base and experts need more memory, or the export left no hashes.
+        UnservableError: base and experts need more memory, the checkpoint is another than at the
+            export, or the export left no hashes.
     """
     if Path(name).is_dir():
         checkpoint = Path(name) / CHECKPOINT
@@ -221,10 +243,19 @@ def find_served_checkpoint(name: str, revision: str | None, memory_bytes: int) -
         checkpoint = _download(name, revision)
     folder = checkpoint.parent
     config = _read_config(folder)
+    hashes = _hashes_of_base(folder, config)
+    named, found = config["quantization_config"].get("checkpoint"), read_manifest(checkpoint)
+    if named != found.router_id:
+        raise UnservableError(
+            f"{checkpoint}: it is {found.router_id or 'a checkpoint without an id'}, and the folder"
+            f" was exported with {shortened(named)}; write the folder again with"
+            " `meteora export CHECKPOINT --for vllm`"
+        )
+    _tensor_files(checkpoint, found)
     # vLLM may convert 32 bits to 16
     narrowed = 2 if config.get("dtype", config.get("torch_dtype")) == "float32" else 1
     needed = (checkpoint / EXPERTS).stat().st_size
-    for shard, sha256 in _hashes_of_base(folder, config).items():
+    for shard, sha256 in hashes.items():
         path = folder / shard
         if not path.is_file() or sample_sha256(path) != sha256:
             state = "holds other weights than at" if path.is_file() else "is gone since"

@@ -15,7 +15,14 @@ from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import Template
 from meteora.base.sources import SourceError
 from meteora.checkpoint.export import ExportError
-from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, ModuleEntry, read_manifest
+from meteora.checkpoint.manifest import (
+    EXPERTS,
+    GATES,
+    MANIFEST,
+    CheckpointError,
+    ModuleEntry,
+    read_manifest,
+)
 from meteora.model.fused import WrongBaseError
 from meteora.serving import vllm_plugin
 from meteora.serving.served_folder import (
@@ -203,6 +210,33 @@ def test_a_served_folder_is_checked_before_anything_is_loaded(world, checkpoint,
     (out / "config.json").write_text(json.dumps(config | {"num_attention_heads": 2}))
     with pytest.raises(WrongBaseError, match="this base has num_attention_heads 2"):
         find_served_checkpoint(str(out), None, PLENTY)
+
+
+def test_a_checkpoint_that_took_the_place_of_the_exported_one_is_refused(
+    world, checkpoint, tmp_path
+):
+    """A folder with links serves what lies there now, and its config said something else."""
+    out = tmp_path / "out"
+    export_for_vllm(checkpoint, world.base, out)
+    manifest = read_manifest(checkpoint)
+    for router_id, named in ((f"router:{'1' * 64}", "it is router:1"), ("", "without an id")):
+        other = dataclasses.replace(manifest, router_id=router_id)
+        (checkpoint / MANIFEST).write_text(other.to_json())
+        with pytest.raises(UnservableError, match=f"{named}.*was exported with router:000"):
+            find_served_checkpoint(str(out), None, PLENTY)
+
+
+@pytest.mark.parametrize("name", [EXPERTS, GATES])
+def test_a_file_of_the_checkpoint_that_is_gone_is_named(world, checkpoint, name, tmp_path):
+    out = tmp_path / "out"
+    export_for_vllm(checkpoint, world.base, out)
+    (checkpoint / name).rename(tmp_path / "elsewhere")
+    (out / "meteora" / name).unlink()
+    (out / "meteora" / name).symlink_to(checkpoint / name)
+    with pytest.raises(CheckpointError, match=f"there is no {name} in it; the checkpoint is not"):
+        find_served_checkpoint(str(out), None, PLENTY)
+    with pytest.raises(CheckpointError, match=f"there is no {name} in it; the checkpoint is not"):
+        export_for_vllm(checkpoint, world.base, tmp_path / "another")
 
 
 def test_a_served_folder_that_names_no_weights_is_refused(world, checkpoint, tmp_path):

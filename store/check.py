@@ -81,7 +81,9 @@ def verify(
                 for name, why in bad_segments
             ),
             *(() if bad_segments else _check_files(connection, lost, dict(bad_records))),
-            *_check_blobs(connection, blobs, sorted({*present, *blobs.survey(), *freed(home)})),
+            *_check_blobs(
+                connection, blobs, sorted({*present, *blobs.survey(), *freed(home, blobs)})
+            ),
             *_check_shared(connection, room, sharing),
             *_foreign_files(home, records.root, blobs.root),
             *_check_index(connection, index, loose | whole, room, lost),

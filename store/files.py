@@ -144,13 +144,13 @@ def discard(path: Path) -> None:
         StoreError: it cannot be removed.
     """
     try:
-        if path.is_dir():
+        if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
         else:
             path.unlink(missing_ok=True)
     except OSError as error:
         raise StoreError(
-            f"{path} is not needed any more and cannot be removed ({error.strerror})"
+            f"{path} is not needed any more and cannot be removed ({error.strerror or error})"
         ) from error
 
 

@@ -28,7 +28,7 @@ SHA256_IN_TEXT = re.compile(rb"[0-9a-f]{64}")
 
 
 @dataclass(frozen=True)
-class Garbage:
+class Removable:
     """A file or a folder that can be removed; finding it does not remove it."""
 
     name: str
@@ -37,7 +37,7 @@ class Garbage:
     num_bytes: int
 
 
-def find_garbage(home: Path, records: Records, blobs: Blobs) -> list[Garbage]:
+def find_garbage(home: Path, records: Records, blobs: Blobs) -> list[Removable]:
     """Blobs that no record mentions, then files; all at least an hour old.
 
     The files are leftovers of killed writers, work that was stopped, and databases that were set
@@ -62,7 +62,7 @@ def find_garbage(home: Path, records: Records, blobs: Blobs) -> list[Garbage]:
     files += leftovers(home, STOPPED)
     found = [(sha256, blobs.place_of(sha256)) for sha256 in sorted(unused)]
     found += [(str(path), path) for path in files]
-    return [Garbage(name, path, size_of(path, follow_symlinks=False)) for name, path in found]
+    return [Removable(name, path, size_of(path, follow_symlinks=False)) for name, path in found]
 
 
 def _leave_out_mentioned(unused: set[str], records: Records) -> None:
@@ -76,18 +76,17 @@ def _leave_out_mentioned(unused: set[str], records: Records) -> None:
     unused -= records.segments.mentioned(unused)
 
 
-def freed(home: Path) -> set[str]:
-    """The blobs that are missing because somebody deleted them to free their space."""
+def freed(home: Path, blobs: Blobs) -> set[str]:
+    """The blobs that are not on this disk because somebody deleted them to free their space."""
     try:
         lines = (home / FREED).read_text(encoding="ascii", errors="replace").splitlines()
     except FileNotFoundError:
         return set()
-    return {line for line in lines if SHA256.fullmatch(line)}
+    return {one for one in lines if SHA256.fullmatch(one) and not blobs.place_of(one).is_file()}
 
 
 def note_freed(home: Path, blobs: Blobs, sha256s: Iterable[str] = ()) -> None:
     """Note blobs that are about to be deleted; those that were made again are forgotten."""
-    before = freed(home)
-    now = {one for one in before if not blobs.place_of(one).is_file()}.union(sha256s)
-    if now != before:
-        replace_text(home / FREED, "".join(f"{sha256}\n" for sha256 in sorted(now)))
+    path = home / FREED
+    if (names := freed(home, blobs).union(sha256s)) or path.is_file():
+        replace_text(path, "".join(f"{sha256}\n" for sha256 in sorted(names)))

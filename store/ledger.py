@@ -10,7 +10,7 @@
 """
 
 import logging
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import replace
 from pathlib import Path
@@ -23,7 +23,7 @@ from store.check import Verification
 from store.errors import BusyError, DamagedError, StoreError
 from store.events import RunEnded, RunStarted
 from store.files import discard, locked, sweep
-from store.garbage import Garbage, find_garbage, note_freed
+from store.garbage import Removable, find_garbage, note_freed
 from store.index import Ingest
 from store.query import LIMITS, Answer, Limits, ask
 from store.recording import WRITE_DEADLINE_SECONDS, Recording
@@ -129,7 +129,7 @@ class Ledger(Recording):
         except duckdb.Error as error:
             raise StoreError(f"the store cannot be verified now ({error})") from None
 
-    def gc(self, *, remove: bool = False) -> list[Garbage]:
+    def gc(self, *, remove: bool = False) -> list[Removable]:
         """List files that nothing refers to, and work that was stopped; with `remove`, remove them.
 
         Not during a run.
@@ -144,19 +144,24 @@ class Ledger(Recording):
                 discard(one.path)
         return found
 
-    def free(self, files: Collection[Garbage]) -> None:
-        """Delete files to free their space, not during a run. Blobs among them may be recorded.
+    def free(self, find: Callable[[], Sequence[Removable]]) -> Sequence[Removable]:
+        """Delete the files that `find` lists; blobs among them may be recorded. Not during a run.
 
-        `verify` does not call these blobs missing from then on.
+        `verify` does not call these blobs missing from then on. A shared storage keeps them.
 
         Raises:
             BusyError: a run is going on, and may need them.
+            UnreachableError: the shared storage, which may lack them, does not answer.
         """
+        if self.sharing:
+            self.sharing.sync(restore=True)
         with self._alone():
+            files = find()
             blobs = [one.name for one in files if SHA256.fullmatch(one.name)]
             note_freed(self.home, self.blobs, blobs)
             for one in files:
                 discard(one.path)
+        return files
 
     @contextmanager
     def _alone(self) -> Generator[None]:
@@ -192,6 +197,7 @@ class Ledger(Recording):
                 self.record_run(RunEnded(run.run_id, "killed", KILLED))
             self._tidy()
             yield killed
+            self._forget_freed()
 
     def close_killed(self) -> None:
         """Record the ends of all runs of this home that were killed.
@@ -237,13 +243,17 @@ class Ledger(Recording):
         """Remove leftovers, and pack many loose records. Never raises."""
         for root in (self.home, self.records.root, self.records.segments.root, self.blobs.root):
             sweep(root)
-        with suppress(OSError):
-            note_freed(self.home, self.blobs)
+        self._forget_freed()
         if len(self.records.loose()) >= PACK_RECORDS:
             try:
                 self.pack()
             except StoreError as error:
                 logger.warning("loose records are not packed: %s", error)
+
+    def _forget_freed(self) -> None:
+        """Forget which blobs were freed, of those that a run has made again."""
+        with suppress(OSError):
+            note_freed(self.home, self.blobs)
 
 
 @contextmanager

@@ -25,6 +25,7 @@ from typing import Self
 from store.blobs import Blobs
 from store.errors import DamagedError, MissingBlobError, StoreError, UnreachableError
 from store.files import write_whole
+from store.garbage import freed
 from store.records import Record, Records
 from store.remote import Remote
 from store.segments import SUFFIX
@@ -220,5 +221,5 @@ class Sharing:
             logger.warning("not shared: %s", error)
 
     def _push_blobs(self, sha256s: Collection[str]) -> None:
-        for sha256 in sha256s:
+        for sha256 in set(sha256s) - freed(self._records.root.parent, self._blobs):
             self._blobs.push(sha256)

@@ -157,6 +157,9 @@ class RouterSpec(Spec):
     lead_unseen: bool = False
     """Whether the lead of the base, with `null`, comes from tokens that the gate was not fitted to;
     new fits in one sweep do so."""
+    bounded: bool = False
+    """Whether the row of an expert that is added claims no more than its held-out tokens need; true
+    of those that are added now."""
     stand_in: str = ""
     stand_ins: tuple[str, ...] = ()
     grown_from: str = ""
@@ -203,7 +206,7 @@ class RouterBuild(Noun):
     """Tokens that the gates were fitted on; 0 for a router without gates."""
     heldout_accuracy: float | None
     """Share of (input point, token) pairs of held-out sequences that go to their own expert; None
-    if nothing was fitted, or nothing held out."""
+    if nothing was fitted, or nothing held out. The bias of an added expert is set on them."""
     wall_seconds: float
     device: str
     statistics_sha256: str = ""

@@ -48,7 +48,7 @@ if TYPE_CHECKING:
     from meteora.fitting.statistics import PointStatistics
 
 SHARE_LOST = 0.01
-"""The share of a new expert's own tokens that may go to others, so that they keep theirs."""
+"""The share of a new expert's own tokens that goes to others, so that they keep theirs."""
 DRAWN = 512
 """Most tokens of each other expert that are drawn at a point; of all together `MAX_ROWS`."""
 
@@ -198,10 +198,10 @@ def _with_one_more(
 def _keep_to_its_own(weight: Tensor, bias: Tensor, heldout: Sequence[Tensor], expert: int) -> None:
     """Lower the new row's bias, in place, as far as held-out tokens of each kind allow.
 
-    `SHARE_LOST` of these may go to other choices; where more do, the bias stays. The statistics of
-    the others are older than the new expert. Once a token of theirs goes to it, the layers above
-    read its update in that token and in those after it, and take them for the new expert's own,
-    which have more of it.
+    `SHARE_LOST` of these go to other choices then, and at least one; where more do, the bias stays.
+    The statistics of the others are older than the new expert. Once a token of theirs goes to it,
+    the layers above read its update in that token and in those after it, and take them for the new
+    expert's own, which have more of it.
 
     Args:
         heldout: tokens [T, IN] of each kind

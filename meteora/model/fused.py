@@ -203,8 +203,8 @@ def _refuse_to_set(*_args: object, **_kwargs: object) -> None:
 
 def _refuse_to_change(*_args: object, **_kwargs: object) -> None:
     raise RoutedAdaptersError(
-        "a fused model has the experts that its router knows; make a checkpoint with one more or"
-        " one less, with `meteora add` or `meteora drop`"
+        "a fused model has the experts that its router knows; make a checkpoint with one more, or"
+        " one fewer, with `meteora add` or `meteora drop`"
     )
 
 

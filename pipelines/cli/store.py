@@ -18,7 +18,7 @@ from pipelines.workspace.console import say
 if TYPE_CHECKING:
     from collections.abc import Sequence
 
-    from store.garbage import Garbage
+    from store.garbage import Removable
 
 app = typer.Typer()
 store = typer.Typer(no_args_is_help=True, help="Maintain the ledger.")
@@ -209,21 +209,24 @@ def free(
     home: options.Home = options.DEFAULT_HOME,
     as_json: options.AsJson = False,
 ) -> None:
-    """List the files that only these models need, with their sizes; delete them with --yes.
+    """List the files that no other checkpoint of the home needs; delete them with --yes.
 
     Scores and lineage stay. The next run of its recipe, or the same `add` or `drop`, makes a model
     again, without a benchmark.
     """
+    from pipelines.publishing.signing import is_signed
     from pipelines.workspace.checkpoints import files_of
 
     ledger = options.open_ledger(home)
-    found = files_of(ledger, models)
-    if yes:
-        ledger.free(found)
+    find = partial(files_of, ledger, models)
+    for one in find():
+        if is_signed(one.path):
+            say(f"{one.path} is signed; if it is made again, it has no signature", "note")
+    found = ledger.free(find) if yes else find()
     _print_files(found, removed=yes, as_json=as_json)
 
 
-def _print_files(found: "Sequence[Garbage]", *, removed: bool, as_json: bool) -> None:
+def _print_files(found: "Sequence[Removable]", *, removed: bool, as_json: bool) -> None:
     if as_json:
         rows = [{"name": one.name, "num_bytes": one.num_bytes} for one in found]
         print(json.dumps(rows, indent=1))

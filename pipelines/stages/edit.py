@@ -376,6 +376,7 @@ def _router(
         **numbers_of(composites),
         opening_share=ANSWER_START_SHARE if composites else 0.0,
         refined=bool(examples_sha256),
+        bounded=bool(examples_sha256),
         crossed=crossed,
         offsets=bool(gates.offsets),
         grown_from=before.router_id,

@@ -1,4 +1,4 @@
-"""The folder of a checkpoint that a person names, its base, and the files that it alone needs."""
+"""The folder of a checkpoint that a person names, its base, and what it alone needs."""
 
 import shlex
 from collections.abc import Iterable
@@ -19,7 +19,7 @@ from meteora.checkpoint.manifest import (
 from pipelines.workspace.bases import base_at, require_sound
 from pipelines.workspace.context import checkpoint_at
 from store.errors import UnknownError
-from store.garbage import Garbage
+from store.garbage import Removable
 from store.ledger import Ledger
 
 
@@ -54,8 +54,8 @@ def _resolved(ledger: Ledger, name: str) -> ArtifactId:
     return ledger.resolve(name)
 
 
-def files_of(ledger: Ledger, names: Iterable[str]) -> list[Garbage]:
-    """The files that only these models need: their folders in the home, and their blobs.
+def files_of(ledger: Ledger, names: Iterable[str]) -> list[Removable]:
+    """The files of models that no other checkpoint in the home needs: folders and blobs.
 
     Args:
         names: Ids of routers, or folders of checkpoints in this home.
@@ -67,20 +67,23 @@ def files_of(ledger: Ledger, names: Iterable[str]) -> list[Garbage]:
     folders = {checkpoint_at(ledger.home, router_id) for router_id in models}
     sha256s: set[str] = set()
     for router_id in models:
-        spec = RouterSpec.from_dict(ledger.spec_of(router_id) or {})
-        sha256s.update(ledger.blobs_of(router_id), ledger.blobs_of(spec.fused_id))
+        if spec := ledger.spec_of(router_id):  # `add` to a stranger's checkpoint records nothing
+            fused_id = RouterSpec.from_dict(spec).fused_id
+            sha256s.update(ledger.blobs_of(router_id), ledger.blobs_of(fused_id))
     for folder in {*ledger.home.glob("checkpoints/*")} - folders:
         sha256s -= _tensors_of(folder)
     files = [
-        *((sha256, ledger.blobs.place_of(sha256)) for sha256 in sorted(sha256s)),
         *((str(folder), folder) for folder in sorted(folders)),
+        *((sha256, ledger.blobs.place_of(sha256)) for sha256 in sorted(sha256s)),
     ]
-    return [Garbage(name, path, _own_bytes(path)) for name, path in files if path.exists()]
+    return [Removable(name, path, _own_bytes(path)) for name, path in files if path.exists()]
 
 
 def _router_in(ledger: Ledger, name: str) -> ArtifactId:
     """The id of a router, from a prefix of it, or from the folder of its checkpoint in the home."""
     folder = Path(name)
+    if not folder.is_dir():
+        folder = ledger.home / "checkpoints" / name
     if not folder.is_dir():
         router_id = _resolved(ledger, name)
         if not router_id.startswith("router:"):
@@ -103,7 +106,7 @@ def _tensors_of(folder: Path) -> set[str]:
     except CheckpointError:
         named = set()
     # earlier versions named none
-    return named or {file_sha256(path) for path in folder.glob("*.safetensors")}
+    return named or {file_sha256(path) for path in folder.glob("*.safetensors") if path.is_file()}
 
 
 def _own_bytes(path: Path) -> int:

@@ -25,6 +25,7 @@ from store import remote as remote_storage
 from store.errors import ConflictError, StoreError, UnreachableError
 from store.events import Failure, RunStarted
 from store.files import locked
+from store.garbage import Removable
 from store.ledger import Ledger
 from store.records import Record
 from store.remote import Remote
@@ -351,6 +352,41 @@ def test_a_blob_that_is_missing_keeps_no_other_record_from_being_shared(
     two.ledger.ingest()
     assert two.ledger.weights_of(two.adapter(2).id)
     assert not two.ledger.weights_of(two.adapter(1).id)
+
+
+def test_what_was_freed_before_a_home_shares_keeps_no_record_back(
+    filled: Shelf, url: str, make_shelf: Callable[[str], Shelf]
+) -> None:
+    ledger, sha256 = filled.ledger, filled.ledger.weights_of(filled.adapter(1).id) or ""
+    before, freed = filled.views(), Removable(sha256, ledger.blobs.place_of(sha256), 0)
+    ledger.free(lambda: [freed])
+    ledger.pack()
+    connect(filled.home, url)
+    assert Ledger(filled.home).ingest().reason == ""
+    connect(make_shelf("two").home, url)
+    two = make_shelf("two")
+    two.ledger.ingest()
+    assert two.views() == before
+    (finding,) = two.ledger.verify().findings
+    assert finding.name == sha256
+
+
+def test_a_blob_that_a_shared_storage_may_lack_is_not_freed_while_it_is_away(
+    homes: tuple[Shelf, Shelf], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    one, two = homes
+    one.make(one.base)
+    sha256 = one.ledger.weights_of(one.base.id) or ""
+    freed = Removable(sha256, one.ledger.blobs.place_of(sha256), 0)
+    with monkeypatch.context() as patch:
+        patch.setattr(Remote, "names", Mock(side_effect=UnreachableError("away")))
+        with pytest.raises(UnreachableError, match="away"):
+            one.ledger.free(lambda: [freed])
+    assert freed.path.is_file()
+    one.ledger.free(lambda: [freed])
+    assert not freed.path.exists()
+    assert one.ledger.blobs.path_of(sha256).is_file()  # it comes from the storage
+    assert not two.ledger.ingest().reason
 
 
 def test_a_home_keeps_its_name_and_a_copy_on_another_machine_gets_one(

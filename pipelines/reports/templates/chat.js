@@ -101,7 +101,7 @@ function messagesFor(expert, past, question) {
 // ---- what is shown
 
 function nameOf(expert) {
-  return { "": "fused", "(base)": "base" }[expert] ?? expert;
+  return expert === "" ? "fused" : expert === "(base)" ? "base" : expert;
 }
 
 function drawTurn(turn) {

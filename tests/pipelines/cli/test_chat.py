@@ -304,6 +304,7 @@ def test_a_real_terminal_has_a_prompt_an_answer_and_goes_on_after_a_mistake(
     assert process.returncode == 0, err
     assert b"there is no expert 'nobody'" in err
     assert b"> " in shown
+    assert b" of 4 tokens" in shown
     if "GNU" in str(readline.__doc__):  # else a paste of two lines is two questions
         assert b"\x1b[?2004h" in shown
         assert shown.count(b" of 4 tokens") == 1

@@ -1,16 +1,21 @@
 """The files of models in a home: what deleting one frees, and what makes it again."""
 
 import json
+import shutil
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
 from meteora.artifacts import MeteoraError
-from meteora.checkpoint.manifest import EXPERTS, GATES, STATISTICS, read_manifest
+from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, STATISTICS, read_manifest
 from pipelines.cli import store
+from pipelines.publishing.signing import SIGNATURE
 from pipelines.workspace.context import RunContext
 from store.errors import UnknownError
+from store.ledger import Ledger
+from tests.conftest import World
 from tests.pipelines.conftest import finished, run
 
 FEW = {"limit": 1, "max_new_tokens": 1, "compare": []}
@@ -65,6 +70,10 @@ def test_a_model_is_deleted_without_what_others_need_and_made_again_without_a_be
     assert first.ledger.query("SELECT * FROM scores ORDER BY id").rows == scores
 
     copied = folder.rename(folder.parent.parent / "elsewhere")
+    folder.symlink_to(copied)
+    assert str(folder) in free(plan.router.id, yes=True)
+    assert not folder.is_symlink()
+    assert (copied / GATES).is_file()
     for name, reason in (
         (copied, "does not lie in the store"),
         (plan.fused.id, "is no router; give the id of one"),
@@ -73,3 +82,25 @@ def test_a_model_is_deleted_without_what_others_need_and_made_again_without_a_be
     ):
         with pytest.raises((UnknownError, MeteoraError), match=reason):
             free(name, yes=True)
+
+
+def test_a_checkpoint_that_is_not_recorded_is_deleted_by_its_name(
+    world: World, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """As `add` to a stranger's checkpoint leaves it."""
+    home = tmp_path / "home"
+    Ledger(home).ingest()
+    folder = home / "checkpoints" / "0123456789abcdef"
+    shutil.copytree(world.checkpoint, folder)
+    manifest = replace(world.manifest, router_id=f"router:{folder.name}{'0' * 48}")
+    (folder / MANIFEST).write_text(manifest.to_json())
+    (folder / SIGNATURE).write_text("{}")
+    (folder.parent / "damaged").mkdir()
+    (folder.parent / "damaged" / EXPERTS).symlink_to("nowhere")
+    size = sum(path.stat().st_size for path in folder.iterdir())
+    store.free([folder.name], True, home)
+    out, err = capsys.readouterr()
+    assert out == f"{size}\t{folder}\n"
+    assert "is signed; if it is made again, it has no signature" in err
+    assert not folder.exists()
+    assert (folder.parent / "damaged").is_dir()

@@ -112,14 +112,14 @@ def _bleu() -> Any:  # noqa: ANN401
 def _rouge(kind: str, output: str, row: Row) -> float:
     if not output.strip():
         return 0.0
-    return float(_rouge_scorer().score_multi(list(row.answers), output)[kind].fmeasure)
+    return float(_rouge_scorer(kind).score_multi(list(row.answers), output)[kind].fmeasure)
 
 
 @cache
-def _rouge_scorer() -> Any:  # noqa: ANN401
+def _rouge_scorer(kind: str) -> Any:  # noqa: ANN401
     from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415
 
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_Words())
+    return RougeScorer([kind], tokenizer=_Words())
 
 
 class _Words:

@@ -64,6 +64,8 @@ def _check_events(text: str, *, typed: bool) -> None:
         if typed and getattr(event, "tag", None):
             place = _place(event.start_mark)
             raise StrictYAMLError(f"tags, which begin with !, are not allowed ({place})")
+        if typed and "\0" in (getattr(event, "value", None) or ""):
+            raise StrictYAMLError(f"a text has a NUL, as no path has ({_place(event.start_mark)})")
         num_nodes += isinstance(event, yaml.NodeEvent)
         depth += isinstance(event, yaml.CollectionStartEvent)
         depth -= isinstance(event, yaml.CollectionEndEvent)

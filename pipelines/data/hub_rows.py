@@ -71,14 +71,14 @@ def text_in(item: Mapping[str, Any], names: str, source: str, *, may_miss: bool)
     """The text of a column, or of several joined with an empty line, as far as they have any.
 
     Args:
-        names: `a`; `a.b` for the column b inside a; `a.0` for the first of a list; `a,b` for two
-            columns
+        names: `a`; `a.b` for the column b inside a, if there is no column `a.b`; `a.0` for the
+            first of a list; `a,b` for two columns
         may_miss: whether the text is empty where no column has any; else that is an error
     """
     texts = []
     for name in names.split(","):
         value: Any = item
-        for step in name.split("."):
+        for step in [name] if name in item else name.split("."):
             if isinstance(value, list) and step.isdecimal() and int(step) < len(value):
                 value = value[int(step)]
                 continue

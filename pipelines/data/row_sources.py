@@ -7,11 +7,11 @@ hf:<owner>/<name>[?split=…&config=…&revision=…&prompt=<column>&response=<c
 hf:<owner>/<name>?turns=<column>             the first question of a conversation, and its answer
 
 Rows of the Hub are read at the present commit of `revision`. `a.b` names a column inside another
-(`translation.de`), `a.0` the first entry of a list (`messages.0.content`), and `a,b` joins two
-columns. More options: `ask` is a text before every prompt; `part` is train or test, for data
-without a test split; `longest` leaves out prompts with more characters, and `incomplete=skip` rows
-without a prompt or an answer. Answers are chosen from the column `choices` if there is one;
-`choices=<column>` names another one, and `choices=` none.
+(`translation.de`) if none has that name, `a.0` the first entry of a list (`messages.0.content`),
+and `a,b` joins two columns. More options: `ask` is a text before every prompt; `part` is train or
+test, for data without a test split; `longest` leaves out prompts with more characters, and
+`incomplete=skip` rows without a prompt or an answer. Answers are chosen from the column `choices`
+if there is one; `choices=<column>` names another one, and `choices=` none.
 """
 
 import json
@@ -89,6 +89,8 @@ def read_rows(
         guess = f" (did you mean jsonl:{source}?)" if is_file else ""
         known = ", ".join(f"`{known}:…`" for known in READERS)
         raise ExamplesError(f"{source}{guess}: rows come from {known}")
+    if not name.strip():
+        raise ExamplesError(f"{source}: behind `{kind}:` a file or a data set has to be named")
     allowed, read = READERS[kind]
     if unknown := options.keys() - allowed:
         known = ", ".join(sorted(allowed))
@@ -100,12 +102,19 @@ def read_rows(
 
 
 def _split(source: str) -> tuple[str, str, dict[str, str]]:
-    """Kind, name and options of a source."""
+    """Kind, name and options of a source.
+
+    Raises:
+        ExamplesError: an option is given twice.
+    """
     kind, _, rest = source.partition(":")
     if kind == "jsonl":  # it takes no options, and a path may hold a `?`
         return kind, rest, {}
     name, _, query = rest.partition("?")
-    return kind, name, dict(parse_qsl(query, keep_blank_values=True))
+    try:
+        return kind, name, unique_keys(parse_qsl(query, keep_blank_values=True))
+    except StrictJSONError as error:
+        raise ExamplesError(f"{source}: {error}; take one out") from None
 
 
 def data_set_of(source: str) -> tuple[str, str]:

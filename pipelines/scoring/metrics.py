@@ -36,10 +36,18 @@ GROUPED = re.compile(r"\d{1,3}(?:,\d{3})+")
 """A whole part with commas between thousands; other commas separate numbers."""
 JOINED = re.compile(r"\d[/:]\d[\d,.]*+\D*+$")
 """A last number of a text that is a part of a fraction or of a time. It does not backtrack."""
-DATED = re.compile(
-    r"\d(?: ?/ ?|[-\N{EN DASH}\N{MINUS SIGN}]| [-\N{EN DASH}] |\.\d+\.)\d[\d,.]*+\D*+$"
+SPLIT = re.compile(
+    r"\d(?: ?/ ?|[-\N{EN DASH}\N{MINUS SIGN}]| [-\N{EN DASH}] "
+    r"|[ \u00a0\u2009\u202f'\N{RIGHT SINGLE QUOTATION MARK}_^\u066b\u066c])\d[\d,.]*+\D*+$"
 )
-"""The same for what a right answer must not be either: a spaced fraction, a date, a range."""
+"""The same for what a right answer must not be either: a spaced fraction, a date, a range, a power,
+or digits with another mark between them than comma and point."""
+LAST_DIGITS = re.compile(r"(?<![\d,.])\d[\d,.]*+(?=\D*+$)")
+"""The last digits of a text with the commas and points between them."""
+PLAIN = re.compile(r"(?:\d{1,3}(?:,\d{3})+|\d+)(?:\.\d+)?[,.]*")
+"""One number with a point before its fraction, and what ends a sentence; not 3,5 or 1.2.2021."""
+UNIT = re.compile(r"[^\W\d_](?<!\d[eE])\^?[23]\D*+$")
+"""A last digit that is a part of a unit or a formula: m2, CO2."""
 MINUS = {ord("\N{MINUS SIGN}"): "-", ord("\N{EN DASH}"): "-"}
 LONGEST_NUMBER = 1000
 """The most characters of a number; a longer one counts as none."""
@@ -104,14 +112,14 @@ def _bleu() -> Any:  # noqa: ANN401
 def _rouge(kind: str, output: str, row: Row) -> float:
     if not output.strip():
         return 0.0
-    return float(_rouge_scorer().score_multi(list(row.answers), output)[kind].fmeasure)
+    return float(_rouge_scorer(kind).score_multi(list(row.answers), output)[kind].fmeasure)
 
 
 @cache
-def _rouge_scorer() -> Any:  # noqa: ANN401
+def _rouge_scorer(kind: str) -> Any:  # noqa: ANN401
     from rouge_score.rouge_scorer import RougeScorer  # noqa: PLC0415
 
-    return RougeScorer(["rouge1", "rouge2", "rougeL"], tokenizer=_Words())
+    return RougeScorer([kind], tokenizer=_Words())
 
 
 class _Words:
@@ -164,15 +172,24 @@ def without_scorer(row: Row) -> str:
 
 def without_number(row: Row) -> str:
     """The message for a row that `numeric_match` cannot score; empty if it can."""
-    ends = {answer: answer.rpartition("####")[2] for answer in row.answers}
-    joined = [one for one, end in ends.items() if _ends_in_part(one) or DATED.search(end)]
-    if joined:
-        what = f"{joined[0][:60]!r} is not one number"
+    if several := [answer for answer in row.answers if not _is_one_number(answer)]:
+        what = f"{several[0][:60]!r} is not one number"
     elif all(last_number(answer) is None for answer in row.answers):
         what = f"{row.response[:60]!r} has no number"
     else:
         return ""
     return f"{what}, which numeric_match needs; choose exact_match"
+
+
+def _is_one_number(answer: str) -> bool:
+    """Whether the last number of an answer, if it has one, is a number by itself."""
+    if _ends_in_part(answer):
+        return False
+    end = answer.rpartition("####")[2]
+    digits = LAST_DIGITS.search(end)
+    if SPLIT.search(end) or (digits and not PLAIN.fullmatch(digits[0])):
+        return False
+    return not (UNIT.search(end) and len(NUMBER.findall(end)) > 1)
 
 
 def runs_answers(task: object) -> bool:

@@ -157,14 +157,14 @@ def _choose_tasks(
         recipe, folder = Recipe.load(request.recipe), folder_of(request.recipe)
         settings, compare = recipe.benchmark, recipe.benchmark.compare
         own = {one.name: one for one in recipe.experts if one.name in manifest.names}
-    further = list(settings.tasks)
+    further = {task.called: task for task in settings.tasks}
     for name, source in given.items():
         if name in manifest.names:
             asked = own.get(name) or _section_of(name, recorded.get(name))
             own[name] = asked.model_copy(update={"test": _absolute(source)})
         else:
-            further.append(TaskSection(name=name, rows=_absolute(source)))
-    changes = {"compare": request.compare or compare, "tasks": tuple(further)}
+            further[name] = _with_rows(further.get(name), name, _absolute(source))
+    changes = {"compare": request.compare or compare, "tasks": tuple(further.values())}
     try:
         settings = BenchmarkSection.model_validate(dict(settings) | changes)
     except ValidationError as error:
@@ -204,8 +204,20 @@ def _given_rows(request: BenchmarkRequest) -> dict[str, str]:
                 f"--tasks {one}: rows are given as NAME=SOURCE, such as sums=jsonl:sums.jsonl; a"
                 f" name {NAME_RULE}, and is none of a composite or a conversation"
             )
+        if name in given:
+            raise BenchmarkRequestError(
+                f"--tasks has rows for {name} twice, {given[name]} and {source}; take one out, or"
+                " give it another name"
+            )
         given[name] = source
     return given
+
+
+def _with_rows(task: TaskSection | None, name: str, rows: str) -> TaskSection:
+    """A further task with new rows, asked as the recipe's task of that name if it has rows."""
+    if task is None or task.lm_eval:
+        return TaskSection(name=name, rows=rows)
+    return task.model_copy(update={"rows": rows})
 
 
 def _section_of(name: str, task: Task | None) -> ExpertSection:

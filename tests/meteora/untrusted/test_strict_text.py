@@ -69,6 +69,7 @@ def test_yaml_with_two_meanings_or_too_large_is_refused(
         ("a: &x [1]\nb: *x", "aliases are not allowed"),
         ("a: " + "9" * 400, "more than 1000 bits"),
         ("a: 2026-05-99", "day"),
+        (r'a: [1, "b\0"]', r"has a NUL, as no path has \(line 1, column 8\)"),
     ],
 )
 def test_values_that_python_cannot_take_are_refused(text: str, why: str) -> None:

@@ -99,6 +99,29 @@ def test_a_missing_file_and_an_unknown_source_are_named(tmp_path: Path) -> None:
         read_rows("csv:none.csv", tmp_path, 1)
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "bigbench", "reasoning_gym", "hf"])
+@pytest.mark.parametrize("name", ["", " "])
+def test_a_source_without_a_name_is_refused(kind: str, name: str, tmp_path: Path) -> None:
+    """An empty name is the working folder."""
+    with pytest.raises(ExamplesError, match=f"behind `{kind}:` a file or a data set has to be"):
+        read_rows(f"{kind}:{name}", tmp_path, 1)
+
+
+def test_an_option_that_is_given_twice_is_refused(tmp_path: Path) -> None:
+    put(tmp_path, "task.json", PREFERENCES)
+    with pytest.raises(ExamplesError, match="the key 'split' is given twice; take one out"):
+        read_rows("bigbench:task.json?split=train&split=test", tmp_path, 1)
+
+
+def test_a_column_may_have_a_point_in_its_name(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "flat").mkdir()
+    put(tmp_path / "flat", "test.jsonl", {"a.b": "flat", "a": {"b": "inside", "c": "c"}})
+    monkeypatch.chdir(tmp_path)
+    assert read_rows("hf:flat?prompt=a.b&response=a.c", tmp_path, 1) == [Row("flat", "c")]
+
+
 def test_a_path_with_a_question_mark_is_read(tmp_path: Path) -> None:
     (tmp_path / "why?").mkdir()
     (tmp_path / "why?" / "a=b.jsonl").write_text(GOOD)

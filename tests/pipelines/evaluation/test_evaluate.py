@@ -4,6 +4,7 @@ import copy
 import json
 import logging
 import math
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -297,12 +298,25 @@ def test_rows_without_choices_and_empty_choices_are_refused_where_choices_are_co
 def test_what_is_no_single_number_is_refused_where_numbers_are_compared() -> None:
     """Of a date or a range the last number alone would be compared, and no answer is `five`."""
     ranges = ("10-20", "10 - 20", "10\N{EN DASH}20 of 30-40", "10 \N{EN DASH} 20")
-    for answer in ("3/2", "3 / 2", "12:30", "2021-03-03", "03.03.2021", *ranges):
-        with pytest.raises(ExamplesError, match=f"'{answer}' is not one number"):
+    dates = ("2021-03-03", "03.03.2021")
+    grouped = (
+        "1 234",
+        "1\N{NARROW NO-BREAK SPACE}234",
+        "1\N{RIGHT SINGLE QUOTATION MARK}234",
+        "1_000",
+    )
+    commas = ("3,5", "1.234,5", "1,00,000", "(3,5)", "\u0661\u0662\u066b\u0665")
+    powers = ("10^3", "12 m2", "12 km^2", "3 t of CO2")
+    for answer in ("3/2", "3 / 2", "12:30", *dates, *ranges, *grouped, *commas, *powers):
+        with pytest.raises(ExamplesError, match=re.escape(f"{answer!r} is not one number")):
             check_rows(task([Row("q", answer)], "numeric_match"))
     with pytest.raises(ExamplesError, match="'five' has no number, which numeric_match needs"):
         check_rows(task([Row("q", "five")], "numeric_match"))
-    numbers = ("2/2 = 1\n#### 1", "With 3:1 it is 12.", "10-5 = 5", "1 - -5", "COVID-19", "3.5.")
+    numbers = (
+        "2/2 = 1\n#### 1", "With 3:1 it is 12.", "10-5 = 5", "1 - -5", "COVID-19", "3.5.",
+        "1,234.5,", "$1,000,000.00", "so ...5", "2 + 2\n4", "12 m\N{SUPERSCRIPT TWO}", "x2", "3, 4",
+        "2 of 1.5e3",
+    )  # fmt: skip
     for answer in numbers:
         check_rows(task([Row("q", answer)], "numeric_match"))
     check_rows(task([Row("q", "five", references=("5",))], "numeric_match"))

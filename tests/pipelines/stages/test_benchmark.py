@@ -203,6 +203,10 @@ def test_new_rows_a_recipe_and_other_systems_can_be_given(
         (("--tasks", "q_and_v="), "rows are given as NAME=SOURCE"),
         (("--tasks", "a|b=jsonl:y"), "a name may hold letters from a to z, digits"),
         (("--tasks", "composite-3=jsonl:y"), "and is none of a composite or a conversation"),
+        (
+            ("--tasks", "x=jsonl:y", "--tasks", "x=jsonl:z"),
+            "--tasks has rows for x twice, jsonl:y and jsonl:z; take one out",
+        ),
         (("--tasks", "conversation-3"), "name a recipe that asks it with --recipe FILE"),
     ):
         said = benchmark(work, folder, recipe_folder, *words)
@@ -232,6 +236,28 @@ def test_new_rows_of_an_expert_are_scored_as_its_others_are(
     _, tasks, _ = _choose_tasks(Ledger(tmp_path / "home"), world.manifest, "", request)
     assert (tasks[name].metrics, tasks[name].max_new_tokens) == (("rougeL",), 200)
     assert [row.prompt for row in tasks[name].rows] == ["a"]
+
+
+def test_new_rows_of_a_further_task_are_scored_as_the_recipe_says(
+    world: World, tmp_path: Path
+) -> None:
+    """The metric, the length and the template of the recipe's task were left out."""
+    (tmp_path / "new.jsonl").write_text('{"prompt": "a", "response": "1"}\n')
+    settings = {"metric": "numeric_match", "max_new_tokens": 9, "template": "plain"}
+    recipe = {
+        "base": "path:base",
+        "experts": [{"name": world.manifest.names[0], "adapter": "path:a"}],
+        "router": {"kind": "uniform"},
+        "benchmark": {"tasks": [{"name": "sums", "rows": "jsonl:old.jsonl", **settings}]},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    request = BenchmarkRequest(
+        (f"sums=jsonl:{tmp_path / 'new.jsonl'}",), recipe=tmp_path / "recipe.yaml"
+    )
+    _, tasks, _ = _choose_tasks(Ledger(tmp_path / "home"), world.manifest, "", request)
+    sums = tasks["sums"]
+    assert (sums.metrics, sums.max_new_tokens) == (("numeric_match",), 9)
+    assert (sums.template, [row.prompt for row in sums.rows]) == ("plain", ["a"])
 
 
 def test_how_new_rows_are_asked_is_said_where_recorded_tasks_differ_in_it(

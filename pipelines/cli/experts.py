@@ -19,6 +19,8 @@ from pipelines.cli.benchmark import run_benchmark
 from pipelines.workspace.console import say
 
 app = typer.Typer()
+MOST_TESTS = 10_000
+"""So many test rows are compared with examples. A benchmark asks as many as recorded tasks have."""
 MEASURED = "SELECT id FROM scores WHERE subject_id = '{}' LIMIT 1"
 
 
@@ -116,7 +118,6 @@ def add(
     from pipelines.data.row_sources import read_rows, row_place
     from pipelines.data.rows import refuse_overlap
     from pipelines.planning.recorded_tasks import recorded_tasks
-    from pipelines.recipe.benchmark import BenchmarkSection
     from pipelines.stages import edit
     from pipelines.stages.benchmark import BenchmarkRequest
     from pipelines.workspace.checkpoints import base_option
@@ -127,11 +128,10 @@ def add(
     )
     candidate.find_folder()  # if there is none, that is told before rows and checkpoint are read
     if test:
-        here, limit = Path.cwd(), BenchmarkSection().limit
-        token_of = token_of_rows(token_for or ())
+        here, token_of = Path.cwd(), token_of_rows(token_for or ())
         refuse_overlap(
             {name: read_rows(examples, here, edit.EXAMPLES, token_of)},
-            {name: read_rows(test, here, limit, token_of)},
+            {name: read_rows(test, here, MOST_TESTS, token_of)},
             lambda _name, number: row_place(examples, here, number),
             lambda _name, number: row_place(test, here, number),
         )

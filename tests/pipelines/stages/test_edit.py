@@ -585,6 +585,12 @@ def test_what_cannot_grow_says_why(
     rows = ["jsonl:none", "--test", "jsonl:none"]
     refused = ask("add", "no/such", "sums", "./adapter", *rows, "--home", work.home)
     assert "adapter: there is no such folder; check the path" in " ".join(refused.stderr.split())
+    late = [{"prompt": str(number), "response": "a"} for number in range(150)]  # the last is in both
+    for name, own in (("examples", late[-1:]), ("tests", late)):
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
+    rows = [f"jsonl:{tmp_path}/examples.jsonl", "--test", f"jsonl:{tmp_path}/tests.jsonl"]
+    refused = ask("add", folder, "sums", tmp_path, *rows, "--home", work.home)
+    assert "tests.jsonl, line 150" in " ".join(refused.stderr.split())
     bare = tmp_path / "bare"
     bare.mkdir()
     for path in folder.iterdir():

@@ -42,6 +42,14 @@ class RecipeError(MeteoraError):
     """A recipe cannot be read, or asks for something that does not exist."""
 
 
+def refuse_name(name: str) -> None:
+    """Raise `ValueError` if no expert or task of a recipe can have this name."""
+    if not NAME.fullmatch(name):
+        raise ValueError(f"the name {name!r} {NAME_RULE}")
+    if MIX.fullmatch(name):
+        raise ValueError(f"the name {name!r} is that of a mix of tasks; choose another")
+
+
 class ExpertSection(Section):
     """One expert: its adapter, its examples, its tests."""
 
@@ -279,10 +287,7 @@ class Recipe(Section):
     def _names_are_unique(self) -> Self:
         names = [expert.name for expert in self.experts]
         for name in [*names, *(task.called for task in self.benchmark.tasks)]:
-            if not NAME.fullmatch(name):
-                raise ValueError(f"the name {name!r} {NAME_RULE}")
-            if MIX.fullmatch(name):
-                raise ValueError(f"the name {name!r} is that of a mix of tasks; choose another")
+            refuse_name(name)
         for kind, all_names in (("expert", names), ("task", self.task_names)):
             if twice := [name for name, count in Counter(all_names).items() if count > 1]:
                 raise ValueError(f"two {kind}s are named {twice[0]!r}; names must be unique")

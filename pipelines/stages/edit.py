@@ -55,7 +55,7 @@ from pipelines.data.rows import Row, rows_sha256
 from pipelines.evaluation.harness import room_of
 from pipelines.planning.room import check_examples, with_room
 from pipelines.recipe.gates import Composites, MixedSection, numbers_of, refuse_test_rows
-from pipelines.recipe.recipe import NAME, NAME_RULE, Recipe
+from pipelines.recipe.recipe import Recipe, refuse_name
 from pipelines.stages.adopt import is_recorded
 from pipelines.stages.checkpoint import (
     record_router,
@@ -191,8 +191,7 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
 
 
 def _say_if_few(manifest: Manifest, name: str) -> None:
-    num_tokens = manifest.gates.get("num_tokens")
-    mean = num_tokens // len(manifest.names) if isinstance(num_tokens, int) else FEW_TOKENS
+    mean = manifest.gates["num_tokens"] // len(manifest.names)
     if mean < FEW_TOKENS:
         say(
             f"these gates were fitted to {mean} tokens of each expert in the mean; with so few the"
@@ -202,9 +201,8 @@ def _say_if_few(manifest: Manifest, name: str) -> None:
 
 
 def _check_texts(name: str, examples: str) -> None:
-    if not NAME.fullmatch(name):  # tasks are named like experts, as NAME=ROWS
-        raise GrowthError(f"the name {name!r} {NAME_RULE}")
     try:
+        refuse_name(name)  # its task has this name, too
         refuse_test_rows(examples)
     except ValueError as error:
         raise GrowthError(str(error)) from None
@@ -409,9 +407,11 @@ def _given_again(ledger: Ledger, spec: RouterSpec, scratch: Path) -> RouterBuild
 
 def _finish(work: RunContext, before: Manifest, edited: EditedCheckpoint, *, is_ours: bool) -> Path:
     """Write the texts, record the checkpoint, and move its folder to its place."""
-    router = edited.router.spec
+    router, num_tokens = edited.router.spec, before.gates["num_tokens"]
+    dropped = 0 if edited.adapter else num_tokens // len(before.names)
     made: dict[str, Any] = {
         **before.gates,
+        "num_tokens": num_tokens + edited.router.num_tokens - dropped,
         "grown_from": before.router_id,
         "grown_examples_sha256": router.examples_sha256,
         "grown_heldout_accuracy": edited.router.heldout_accuracy,

@@ -169,6 +169,24 @@ def test_an_expert_goes_and_comes_back(
     assert not work.ledger.verify().findings
 
 
+def test_the_tokens_of_a_fit_are_those_of_the_experts_that_are_there(
+    made: tuple[RunContext, Path], recipe_folder: Path
+) -> None:
+    """Or the note on few tokens would be of another number of experts."""
+    work, folder = made
+    without = edit.drop(work.ledger, folder, "attention")
+    found = FoundCheckpoint(without, recipe_folder / "base", {}, "cpu")
+    rows = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
+    asked = Candidate("attention", str(recipe_folder / "attention"))
+    again = read_manifest(edit.add(work.ledger, found, asked, rows))
+    before, fewer, after = (
+        one.gates["num_tokens"] for one in (read_manifest(folder), read_manifest(without), again)
+    )
+    assert fewer == before - before // 2
+    added = work.ledger.built(ArtifactId(again.router_id)) or {}
+    assert after == fewer + added["num_tokens"] > fewer
+
+
 def test_what_is_not_recorded_is_measured_by_its_folder(
     made: tuple[RunContext, Path], tmp_path: Path
 ) -> None:
@@ -575,6 +593,7 @@ def test_what_cannot_grow_says_why(
     assert "there is no expert 'nobody'; " in " ".join(refused.stderr.split())
     for name, rows, sentence in (
         ("a=b", "jsonl:none", "the name 'a=b' may hold letters from a to z"),
+        ("composite-3", "jsonl:none", "the name 'composite-3' is that of a mix of tasks"),
         ("attention", "jsonl:none", "there is an expert 'attention' already"),
         ("sums", "hf:a/b", "hf:a/b names no split, so its test rows would be read"),
         ("sums", "jsonl:none", "no/adapter names no commit"),

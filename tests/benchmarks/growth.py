@@ -52,8 +52,8 @@ def main() -> None:
     asked = parser.parse_args()
     torch.set_num_threads(1)
     together = shares(asked.checkpoint, asked.base)
-    print("| adapter | own tokens, all fitted together | added | the others' | then |")
-    print("|-|-|-|-|-|")
+    print("| adapter | own tokens, all fitted together | added | the others' | then | of each |")
+    print("|-|-|-|-|-|-|")
     for name in asked.names or together:
         with tempfile.TemporaryDirectory() as folder:
             ledger, rows = Ledger(Path(folder)), Path(folder) / "examples.jsonl"
@@ -66,7 +66,9 @@ def main() -> None:
             after = shares(edit.add(ledger, found, adapter, f"jsonl:{rows}"), asked.base)
         figures = [together.get(name, float("nan")), after.pop(name)]
         figures += [sum(one[other] for other in after) / len(after) for one in (together, after)]
-        print(f"| {name} | {' | '.join(f'{figure:.3f}' for figure in figures)} |", flush=True)
+        cells = [name, *(f"{figure:.3f}" for figure in figures)]
+        cells.append(", ".join(f"{other} {share:.3f}" for other, share in after.items()))
+        print(f"| {' | '.join(cells)} |", flush=True)
 
 
 if __name__ == "__main__":

@@ -604,7 +604,7 @@ def test_what_cannot_grow_says_why(
     rows = ["jsonl:none", "--test", "jsonl:none"]
     refused = ask("add", "no/such", "sums", "./adapter", *rows, "--home", work.home)
     assert "adapter: there is no such folder; check the path" in " ".join(refused.stderr.split())
-    late = [{"prompt": str(number), "response": "a"} for number in range(150)]  # the last is in both
+    late = [{"prompt": str(n), "response": "a"} for n in range(150)]  # the last is in both
     for name, own in (("examples", late[-1:]), ("tests", late)):
         (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in own))
     rows = [f"jsonl:{tmp_path}/examples.jsonl", "--test", f"jsonl:{tmp_path}/tests.jsonl"]

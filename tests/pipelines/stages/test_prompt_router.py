@@ -59,7 +59,7 @@ def test_adapters_alone_become_a_model_that_chooses_by_the_prompt(
         logits = model(torch.tensor([encode_prompt(tokenizer, "what is this?")])).logits
     assert logits.isfinite().all()
     assert all(isinstance(one.router, PromptRouter) for one in routed_layers(model).values())
-    with pytest.raises(GrowthError, match="here: background"):
+    with pytest.raises(GrowthError, match="here: the router `prompt`"):
         edit.drop(work.ledger, folder, planned.fused.names[0])
     with pytest.raises(MeteoraError, match="its router is 'prompt', and vLLM is given"):
         export_for_vllm(folder, recipe_folder / "base", tmp_path / "served")

@@ -177,7 +177,7 @@ def _no_network(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_a_changed_checkpoint_loads_or_is_refused(sound: Sound) -> None:
     num_read, num_loaded = fuzz(sound, range(400))
     assert num_read > 60  # else nothing is tested but the first check
-    assert num_loaded > 100
+    assert num_loaded > 60
 
 
 @pytest.mark.slow

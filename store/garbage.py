@@ -87,6 +87,7 @@ def freed(home: Path, blobs: Blobs) -> set[str]:
 
 def note_freed(home: Path, blobs: Blobs, sha256s: Iterable[str] = ()) -> None:
     """Note blobs that are about to be deleted; those that were made again are forgotten."""
-    path = home / FREED
-    if (names := freed(home, blobs).union(sha256s)) or path.is_file():
-        replace_text(path, "".join(f"{sha256}\n" for sha256 in sorted(names)))
+    if names := freed(home, blobs).union(sha256s):
+        replace_text(home / FREED, "".join(f"{sha256}\n" for sha256 in sorted(names)))
+    else:
+        (home / FREED).unlink(missing_ok=True)

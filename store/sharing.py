@@ -209,7 +209,7 @@ class Sharing:
         self.remote.fetch(name, sha256, self._records.root)
 
     def _push_record(self, sha256: str) -> None:
-        """Upload a record after its blobs, so that no record there refers to a missing blob."""
+        """Upload a record after its blobs, so that those it refers to are there, or were freed."""
         try:
             record = self._records.read(sha256)
             path = self._records.path_of(sha256)
@@ -221,5 +221,9 @@ class Sharing:
             logger.warning("not shared: %s", error)
 
     def _push_blobs(self, sha256s: Collection[str]) -> None:
-        for sha256 in set(sha256s) - freed(self._records.root.parent, self._blobs):
-            self._blobs.push(sha256)
+        for sha256 in sha256s:
+            try:
+                self._blobs.push(sha256)
+            except MissingBlobError:
+                if sha256 not in freed(self._records.root.parent, self._blobs):
+                    raise

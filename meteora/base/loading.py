@@ -147,8 +147,9 @@ def load_tokenizer(
 
 def _reads_both_ways(config: PretrainedConfig) -> bool:
     """Whether a model is an encoder alone, as BERT is; others do not read `is_decoder`."""
-    kinds = type(config) in MODEL_FOR_MASKED_LM_MAPPING or config.model_type == "bert-generation"
-    return kinds and not (getattr(config, "is_decoder", True) or config.is_encoder_decoder)
+    if type(config) not in MODEL_FOR_MASKED_LM_MAPPING and config.model_type != "bert-generation":
+        return False
+    return not (getattr(config, "is_decoder", True) or config.is_encoder_decoder)
 
 
 def load_config(source: Path) -> PretrainedConfig:

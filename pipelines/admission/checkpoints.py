@@ -105,7 +105,8 @@ def find_folder(
     at = resolve_revision(repo_id, revision or None, token=options["token"])
     commit = getattr(at, "resolved", at) or ""
     files = CHECKPOINT_FILES if whole else (MANIFEST,)
-    all_here = all(cached(repo_id, file, commit) for file in files[:2])
+    needed = [file for file in files if file in {MANIFEST, EXPERTS}]  # the others may be absent
+    all_here = all(cached(repo_id, file, commit) for file in needed)
     if COMMIT.fullmatch(commit) and not (all_here or is_offline()):
         check_before_caching(AdapterRef(repo_id, commit), files, hub=hub)
     return find_checkpoint(repo_id, at, download=options, whole=whole, statistics=statistics)

@@ -64,10 +64,10 @@ def chat(
     """Talk with a fused model: each token of an answer in the colour of its expert.
 
     Each line of the input is a turn or a command, and pasted lines are one turn; /help lists the
-    commands. If the output is not a
-    terminal, each answer is one line of plain text, with a backslash and an n for a line break.
-    With --web, the conversation is on a page for a browser, where base, experts and the fused model
-    can answer side by side. It listens on loopback unless you give --host, and asks for no key.
+    commands. If the output is not a terminal, each answer is one line of plain text, with a
+    backslash and an n for a line break. With --web, the conversation is on a page for a browser,
+    where base, experts and the fused model can answer side by side. It listens on loopback unless
+    you give --host, and asks for no key.
     """
     load = partial(_load, checkpoint, home, base, token_for, device, dtype)
     if web:

@@ -204,7 +204,7 @@ def gc(
 
 @store.command()
 def free(
-    models: Annotated[list[str], typer.Argument(help="Ids or folders of checkpoints.")],
+    checkpoints: Annotated[list[str], typer.Argument(help="Their ids or folders.")],
     yes: Annotated[bool, typer.Option("--yes", help="Delete the listed files.")] = False,
     home: options.Home = options.DEFAULT_HOME,
     as_json: options.AsJson = False,
@@ -215,15 +215,18 @@ def free(
     again, without a benchmark.
     """
     from pipelines.publishing.signing import is_signed
-    from pipelines.workspace.checkpoints import files_of
+    from pipelines.workspace.checkpoints import files_to_free
 
     ledger = options.open_ledger(home)
-    find = partial(files_of, ledger, models)
-    for one in find():
-        if is_signed(one.path):
-            say(f"{one.path} is signed; if it is made again, it has no signature", "note")
-    found = ledger.free(find) if yes else find()
-    _print_files(found, removed=yes, as_json=as_json)
+
+    def find() -> "list[Removable]":
+        found = files_to_free(ledger, checkpoints)
+        for one in found:
+            if is_signed(one.path):
+                say(f"{one.path} is signed; if it is made again, it has no signature", "note")
+        return found
+
+    _print_files(ledger.free(find) if yes else find(), removed=yes, as_json=as_json)
 
 
 def _print_files(found: "Sequence[Removable]", *, removed: bool, as_json: bool) -> None:

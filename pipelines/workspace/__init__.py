@@ -9,5 +9,5 @@ faults        faults of the machine, each in one sentence
 processes     a child process that can be stopped
 machine       the speed of this machine
 recorded_run  the record of a run, from its beginning to its end
-checkpoints   the folder of a checkpoint that a user names
+checkpoints   the folder of a checkpoint that a user names, and the files to free with it
 """

@@ -1,4 +1,4 @@
-"""The folder of a checkpoint that a person names, its base, and what it alone needs."""
+"""The folder of a checkpoint that a person names, its base, and the files that it alone needs."""
 
 import shlex
 from collections.abc import Iterable
@@ -54,7 +54,7 @@ def _resolved(ledger: Ledger, name: str) -> ArtifactId:
     return ledger.resolve(name)
 
 
-def files_of(ledger: Ledger, names: Iterable[str]) -> list[Removable]:
+def files_to_free(ledger: Ledger, names: Iterable[str]) -> list[Removable]:
     """The files of models that no other checkpoint in the home needs: folders and blobs.
 
     Args:

@@ -64,12 +64,22 @@ class Elements(HTMLParser):
         ]
 
 
+def open_page(browser: webdriver.Chrome, folder: Path, html: str) -> None:
+    """Show a page, from a file in a folder."""
+    page = folder / "page.html"
+    page.write_text(html, encoding="utf-8")
+    browser.get(page.as_uri())
+
+
+def resize(browser: webdriver.Chrome, width: int, height: int, *, mobile: bool = False) -> None:
+    """Show the page on a screen of this size, in CSS pixels."""
+    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
+    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+
+
 def drawings_at(browser: webdriver.Chrome, page: Path, width: int) -> list[str]:
     """The kind of every drawing that is seen on a screen of this width, which the page fits."""
-    browser.execute_cdp_cmd(
-        "Emulation.setDeviceMetricsOverride",
-        {"width": width, "height": 900, "deviceScaleFactor": 1, "mobile": width < 500},
-    )
+    resize(browser, width, 900, mobile=width < 500)
     browser.get(page.as_uri())
     assert browser.execute_script("return document.documentElement.scrollWidth") <= width
     assert browser.get_log("browser") == []

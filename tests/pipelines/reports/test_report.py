@@ -28,7 +28,7 @@ from pipelines.scoring.outputs import write_outputs
 from store.ledger import Ledger
 from store.query import Answer
 from tests.pipelines.reports import report_ledger
-from tests.pipelines.reports.html_reader import Elements, drawings_at
+from tests.pipelines.reports.html_reader import Elements, drawings_at, resize
 from tests.pipelines.reports.report_ledger import ARROW, BASE, COUNTS, GATE, HOSTILE, NAMES
 
 if TYPE_CHECKING:
@@ -634,8 +634,7 @@ def test_on_paper_no_table_is_cut_and_nothing_is_there_to_click(
     path = tmp_path / "page.html"
     path.write_text(page, encoding="utf-8")
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
-    a4 = {"width": 718, "height": 1046, "deviceScaleFactor": 1, "mobile": False}
-    browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", a4)
+    resize(browser, 718, 1046)  # A4
     browser.get(path.as_uri())
     overflows, widest, clickable = browser.execute_script(
         "const seen = (all) => [...document.querySelectorAll(all)].filter((a) => a.clientWidth);"

@@ -18,7 +18,7 @@ from meteora.model.trace import Trace
 from pipelines.reports import trace as trace_view
 from pipelines.reports.html import PageError, check_writable, write_page
 from tests.pipelines.cli.command_line import meteora
-from tests.pipelines.reports.html_reader import Elements, least_contrast
+from tests.pipelines.reports.html_reader import Elements, least_contrast, open_page
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -90,11 +90,9 @@ def test_a_long_prompt_is_on_the_page_once_and_its_beginning_above(trace: Trace)
 def test_on_paper_a_page_has_dark_text_and_the_colours_of_experts(
     browser: webdriver.Chrome, trace: Trace, tmp_path: Path
 ) -> None:
-    page = tmp_path / "trace.html"
-    page.write_text(trace_view.trace_page(trace, "a title"), encoding="utf-8")
     dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
-    browser.get(page.as_uri())
+    open_page(browser, tmp_path, trace_view.trace_page(trace, "a title"))
     screen = browser.execute_script(COLOURS)
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print", **dark})
     ink, background, adjusted = browser.execute_script(COLOURS)
@@ -116,9 +114,7 @@ def test_all_text_has_enough_contrast_on_the_deepest_colours_too(
     names = tuple(f"expert_{n}" for n in range(8))
     traced = trace_view.trace_page(replace(trace, experts=names), "a title")
     for html in (traced, chat_page("tiny", names, expert="", max_new_tokens=8)):
-        page = tmp_path / "page.html"
-        page.write_text(html, encoding="utf-8")
-        browser.get(page.as_uri())
+        open_page(browser, tmp_path, html)
         for expert in range(8):
             browser.execute_script(
                 "for (const span of document.querySelectorAll('.text .t')) {"
@@ -137,10 +133,8 @@ def test_on_paper_the_legend_of_a_conversation_is_whole(
     from pipelines.serving.page import chat_page  # noqa: PLC0415  (a server, which no report needs)
 
     names = [f"expert_{n}_with_a_long_name" for n in range(20)]
-    page = tmp_path / "page.html"
-    page.write_text(chat_page("tiny", names, expert="", max_new_tokens=8), encoding="utf-8")
     browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"media": "print"})
-    browser.get(page.as_uri())
+    open_page(browser, tmp_path, chat_page("tiny", names, expert="", max_new_tokens=8))
     wide, shown = browser.execute_script(
         "const legend = document.querySelector('.legend');"
         "return [legend.scrollWidth, legend.clientWidth]"
@@ -152,9 +146,7 @@ def test_on_paper_the_legend_of_a_conversation_is_whole(
 def test_what_a_token_is_told_is_whole_at_the_end_of_a_window_too(
     browser: webdriver.Chrome, trace: Trace, tmp_path: Path
 ) -> None:
-    page = tmp_path / "trace.html"
-    page.write_text(trace_view.trace_page(trace, "a title"), encoding="utf-8")
-    browser.get(page.as_uri())
+    open_page(browser, tmp_path, trace_view.trace_page(trace, "a title"))
     tip, height = browser.execute_script(
         "const last = [...document.querySelectorAll('.text .t')].at(-1);"
         "document.body.style.paddingTop = '200vh';"
@@ -169,9 +161,7 @@ def test_what_a_token_is_told_is_whole_at_the_end_of_a_window_too(
 def test_a_screen_reader_reads_a_text_without_the_numbers_in_it(
     browser: webdriver.Chrome, trace: Trace, tmp_path: Path
 ) -> None:
-    page = tmp_path / "trace.html"
-    page.write_text(trace_view.trace_page(trace, "a title"), encoding="utf-8")
-    browser.get(page.as_uri())
+    open_page(browser, tmp_path, trace_view.trace_page(trace, "a title"))
     nodes = browser.execute_cdp_cmd("Accessibility.getFullAXTree", {})["nodes"]
     read = [one["name"]["value"] for one in nodes if one["role"]["value"] == "StaticText"]
     assert {"ask", " me"} <= {*read}

@@ -21,7 +21,7 @@ from meteora.model.chat import Answer
 from meteora.model.fused import UnknownExpertError
 from meteora.model.trace import LayerWinner, Token
 from pipelines.serving.page import chat_page
-from tests.pipelines.reports.html_reader import Elements
+from tests.pipelines.reports.html_reader import Elements, resize
 from tests.pipelines.serving.conftest import serving
 
 HOSTILE = "</p></form>'\"><img src=x onerror=alert(1)><script>alert(2)</script>"
@@ -253,8 +253,7 @@ def test_an_answer_is_stopped_and_stays_in_the_history_as_far_as_it_went(page: P
 
 @pytest.mark.browser
 def test_on_a_phone_in_the_dark_nothing_is_wider_than_the_screen(page: Page) -> None:
-    size = {"width": 390, "height": 800, "deviceScaleFactor": 1, "mobile": True}
-    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    resize(page.browser, 390, 800, mobile=True)
     dark = {"features": [{"name": "prefers-color-scheme", "value": "dark"}]}
     page.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", dark)
     page.one("[value='(base)']").click()
@@ -435,8 +434,7 @@ def test_a_proxy_that_answers_in_the_server_s_place_is_a_sentence(
 def test_an_answer_is_in_sight_whatever_the_screen_s_size(
     page: Page, width: int, height: int
 ) -> None:
-    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": True}
-    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    resize(page.browser, width, height, mobile=True)
     for question in ("5 6", "6 7", "7 8"):
         page.ask(question)
     token, top = page.run(
@@ -451,8 +449,7 @@ def test_an_answer_is_in_sight_whatever_the_screen_s_size(
 def test_the_layers_of_a_token_are_whole_on_a_small_screen(
     page: Page, width: int, height: int
 ) -> None:
-    size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": True}
-    page.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+    resize(page.browser, width, height, mobile=True)
     names = page.run("return state.experts")
     layers = [{"from": i, "to": i, "expert": names[i % len(names)]} for i in range(32)]
     token = {"text": "5\n", "expert": names[0], "share": 1, "layers": layers}

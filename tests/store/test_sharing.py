@@ -274,9 +274,9 @@ def test_a_large_blob_takes_its_time_on_a_slow_link(
     tmp_path: Path,
     monkeypatch: pytest.MonkeyPatch,
 ) -> None:
-    monkeypatch.setattr(remote_storage, "STALL_SECONDS", 2.0)
+    monkeypatch.setattr(remote_storage, "STALL_SECONDS", 1.0)
     monkeypatch.setattr(remote_storage, "PART_BYTES", 5 << 20)
-    (tmp_path / "large").write_bytes(os.urandom(20 << 20))
+    (tmp_path / "large").write_bytes(os.urandom(10 << 20))
     with SlowLink(server, rate=8 << 20) as link:
         threading.Thread(target=link.serve_forever).start()
         monkeypatch.setenv("AWS_ENDPOINT_URL", f"http://127.0.0.1:{link.server_address[1]}")

@@ -56,6 +56,7 @@ def fitted(*arguments: object) -> dict[str, Any]:
     return json.loads(done.stdout)
 
 
+@pytest.mark.slow
 def test_one_layer_at_a_time_takes_the_memory_of_one_and_gives_the_same_gates(
     large: tuple[Path, Path],
 ) -> None:

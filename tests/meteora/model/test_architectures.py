@@ -275,12 +275,13 @@ def test_experts_get_offsets_in_memory_and_layer_by_layer(kind, made, tmp_path):
         found.append(gates_of(model).offsets)
         ids = torch.tensor([s.input_ids[:4] for s in opened])
         greedy = {"max_new_tokens": 4, "do_sample": False, "eos_token_id": None, "pad_token_id": 0}
-        answers, beams = model.generate(ids, **greedy), greedy | {"num_beams": 3}
+        answers = model.generate(ids, **greedy)
         assert torch.equal(model.generate(ids, use_cache=False, **greedy), answers)
         if kind != "mamba":  # its state takes no part of a prompt
             assert torch.equal(model.generate(ids, prefill_chunk_size=3, **greedy), answers)
-        found_by_beams = model.generate(ids, use_cache=False, **beams)
-        assert torch.equal(model.generate(ids, **beams), found_by_beams)
+    beams = greedy | {"num_beams": 3}
+    found_by_beams = model.generate(ids, use_cache=False, **beams)
+    assert torch.equal(model.generate(ids, **beams), found_by_beams)
     in_memory, by_layer = found
     assert in_memory.keys() == by_layer.keys()
     assert any(offsets[:2].abs().max() > 1e-4 for offsets in in_memory.values())
@@ -300,8 +301,15 @@ def test_a_16_bit_base_is_calibrated_too(world, dtype):
     assert (calibrate(model, [*sequences(8), *more]).heldout_accuracy or 0) > 0.9
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-@pytest.mark.parametrize("same", [False, True], ids=["float32_adapter", "16_bit_adapter"])
+@pytest.mark.parametrize(
+    ("dtype", "same"),
+    [
+        pytest.param(torch.bfloat16, False, id="bfloat16"),
+        pytest.param(torch.float16, False, id="float16", marks=pytest.mark.slow),
+        pytest.param(torch.bfloat16, True, id="bfloat16, the adapter too", marks=pytest.mark.slow),
+        pytest.param(torch.float16, True, id="float16, the adapter too"),
+    ],
+)
 @torch.no_grad()
 def test_on_a_16_bit_base_a_forced_expert_is_as_near_to_the_truth_as_peft(
     kind, dtype, same, build_base, build_adapter, fuse_adapters, tmp_path

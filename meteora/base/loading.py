@@ -28,7 +28,7 @@ from transformers.utils import logging as hf_logging
 
 from meteora.artifacts import MeteoraError
 from meteora.base import placement
-from meteora.base.config_checks import check_source, require_few_layers, require_tokens
+from meteora.base.config_checks import check_source, require_layers_of_text, require_tokens
 from meteora.base.placement import (
     explain_offloading,
     is_out_of_memory,
@@ -183,9 +183,7 @@ def load_config(source: Path) -> PretrainedConfig:
             " both directions, and writes none; take a decoder as the base"
         )
     try:
-        text = config.get_text_config()
-        _ = text.hidden_size, text.vocab_size
-        require_few_layers(text.num_hidden_layers)
+        require_layers_of_text(config)
     except (AttributeError, ValueError) as error:  # a model of bytes or of music
         raise SourceError(
             f"{source}: the config of a {config.model_type} does not describe one stack of layers"

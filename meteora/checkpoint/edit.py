@@ -54,13 +54,13 @@ def add_expert(folder: Path, adapter: Adapter, entry: ExpertEntry, out: Path) ->
     check_new_name(folder, manifest, entry.name)
     own = {module.path: module for module in adapter.spec.modules}
     none = (0,) * len(manifest.experts)
+    known = {
+        path: ModuleEntry(new.in_features, new.out_features, none, tuple(map(float, none)))
+        for path, new in own.items()
+    } | manifest.modules
     modules = {}
-    for path in sorted(manifest.modules.keys() | own.keys()):
+    for path, old in sorted(known.items()):
         new = own.get(path)
-        old = manifest.modules.get(path)
-        if old is None:
-            assert new is not None  # noqa: S101  (it is in one of the two)
-            old = ModuleEntry(new.in_features, new.out_features, none, tuple(map(float, none)))
         if new and (new.in_features, new.out_features) != (old.in_features, old.out_features):
             raise EditError(
                 f"{path}: {entry.name} takes {new.in_features} inputs and gives {new.out_features},"

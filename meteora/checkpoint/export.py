@@ -54,7 +54,11 @@ def export_expert(folder: Path, name: str, out: Path, base_model: str = "") -> b
     if name not in manifest.names:
         raise ExportError(unknown_expert_message(name, manifest.names, folder))
     e = manifest.names.index(name)
-    entry, tensors = manifest.experts[e], dict(_tensors(folder, manifest, e))
+    entry, tensors = manifest.experts[e], {}
+    with open_experts(folder, manifest) as stack:
+        for path, a, b in stack.of_expert(e):
+            tensors[f"{PREFIX}{path}.lora_A.weight"] = a.clone()
+            tensors[f"{PREFIX}{path}.lora_B.weight"] = b.contiguous().clone()
     config = adapter_config(manifest, e, base_model)
     with new_folder(out) as made:
         (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -118,13 +122,6 @@ def new_folder(out: Path) -> Generator[Path]:
 
 def _taken(out: Path) -> ExportError:
     return ExportError(f"{out} holds something already; give the name of a new folder")
-
-
-def _tensors(folder: Path, manifest: Manifest, e: int) -> Iterator[tuple[str, Tensor]]:
-    with open_experts(folder, manifest) as stack:
-        for path, a, b in stack.of_expert(e):
-            yield f"{PREFIX}{path}.lora_A.weight", a.clone()
-            yield f"{PREFIX}{path}.lora_B.weight", b.contiguous().clone()
 
 
 def _exact_casts(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

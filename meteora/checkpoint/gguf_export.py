@@ -13,7 +13,6 @@ from pathlib import Path
 import gguf
 import torch
 from gguf import MODEL_ARCH
-from torch import Tensor
 
 from meteora.artifacts import Fingerprint
 from meteora.base.shapes import shape_of
@@ -128,8 +127,9 @@ def _write(out: Path, stack: ExpertsFile, e: int, names: dict[str, str]) -> None
     for path, a, b in stack.of_expert(e):
         own = manifest.modules[path].scaling[e] * len(a)
         scaled = b if own == alpha else b.float() * (own / alpha)
-        if architecture in IN_PAIRS:
-            scaled = _interleaved(scaled, path, base)
+        heads = _heads(path, base) if architecture in IN_PAIRS else None
+        if heads is not None:  # in llama.cpp the two rows of a pair lie together
+            scaled = scaled.unflatten(0, (heads, 2, -1)).swapaxes(1, 2).flatten(0, 2)
         for tensor, kind in ((a, "lora_a"), (scaled, "lora_b")):
             exact = tensor if tensor.dtype == torch.float16 else tensor.float()
             writer.add_tensor(f"{names[path]}.{kind}", exact.contiguous().numpy())
@@ -137,13 +137,6 @@ def _write(out: Path, stack: ExpertsFile, e: int, names: dict[str, str]) -> None
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _interleaved(b: Tensor, path: str, base: Fingerprint) -> Tensor:
-    """B with the rows of each head of q and k in llama.cpp's order: the two of a pair together."""
-    if (heads := _heads(path, base)) is None:
-        return b
-    return b.unflatten(0, (heads, 2, -1)).swapaxes(1, 2).flatten(0, 2)
 
 
 def _heads(path: str, base: Fingerprint) -> int | None:

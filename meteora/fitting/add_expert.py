@@ -116,7 +116,6 @@ def grow(
         options,
         gates.template,
         fit,
-        leaves_out=True,
         offsets=offsets,
         progress=progress,
     )

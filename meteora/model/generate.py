@@ -151,16 +151,13 @@ def generate(
         EmptyPromptError: a prompt has no tokens.
         ConversationError: a prompt is no text, or no Unicode, or leaves no room for an answer.
     """
-    if not isinstance(prompt, str):
-        prompts = [encode_prompt(tokenizer, one) for one in prompt]
-        for number, one in enumerate(prompts, 1):
-            _require_tokens(one, f"prompt {number}")
-        answers = answer_all(model, tokenizer, prompts, max_new_tokens)
-        return [str(tokenizer.decode(one, skip_special_tokens=True)) for one in answers]
-    ids = batch_of(model, encode_prompt(tokenizer, prompt))
-    with torch.inference_mode():
-        out = generate_ids(model, tokenizer, ids, max_new_tokens)
-    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    is_one = isinstance(prompt, str)
+    prompts = [encode_prompt(tokenizer, one) for one in ([prompt] if is_one else prompt)]
+    for number, one in enumerate(prompts, 1):
+        _require_tokens(one, "the prompt" if is_one else f"prompt {number}")
+    answers = answer_all(model, tokenizer, prompts, max_new_tokens)
+    texts = [str(tokenizer.decode(one, skip_special_tokens=True)) for one in answers]
+    return texts[0] if is_one else texts
 
 
 def answer_all(

@@ -15,8 +15,8 @@ from meteora.checkpoint.manifest import (
     Manifest,
     ModuleEntry,
     check_name,
+    number_of,
     read_manifest,
-    unknown_expert_message,
 )
 from meteora.checkpoint.tensors import ExpertsFile, open_experts, write_experts
 
@@ -111,17 +111,16 @@ def drop_expert(
         dtype: of the new file; None: that of the stack
 
     Raises:
-        EditError: there is no such expert, or no other.
+        UnknownExpertError: there is no such expert.
+        EditError: there is no other.
     """
     manifest = read_manifest(folder)
-    if name not in manifest.names:
-        raise EditError(unknown_expert_message(name, manifest.names, folder))
+    gone = number_of(name, manifest.names, folder)
     if len(manifest.experts) == 1:
         raise EditError(
             f"{name!r} is the only expert of {folder}, and a checkpoint needs one; `meteora add` a"
             " second one first"
         )
-    gone = manifest.names.index(name)
     kept = [e for e in range(len(manifest.experts)) if e != gone]
     modules = {
         path: replace(

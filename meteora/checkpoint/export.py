@@ -23,7 +23,7 @@ from meteora.adapters.tensors import PREFIX
 from meteora.adapters.weights import DTYPES
 from meteora.artifacts import MeteoraError, file_sha256
 from meteora.base.temporary_folder import temporary_folder
-from meteora.checkpoint.manifest import ExpertEntry, Manifest, read_manifest, unknown_expert_message
+from meteora.checkpoint.manifest import ExpertEntry, Manifest, number_of, read_manifest
 from meteora.checkpoint.tensors import open_experts
 
 WORD = re.compile(r"[\w./-]+")
@@ -48,12 +48,11 @@ def export_expert(folder: Path, name: str, out: Path, base_model: str = "") -> b
         are the same, under PEFT's names.
 
     Raises:
-        ExportError: there is no such expert, or the folder is not empty.
+        UnknownExpertError: there is no such expert.
+        ExportError: the folder is not empty.
     """
     manifest = read_manifest(folder)
-    if name not in manifest.names:
-        raise ExportError(unknown_expert_message(name, manifest.names, folder))
-    e = manifest.names.index(name)
+    e = number_of(name, manifest.names, folder)
     entry, tensors = manifest.experts[e], {}
     with open_experts(folder, manifest) as stack:
         for path, a, b in stack.of_expert(e):

@@ -17,7 +17,7 @@ from gguf import MODEL_ARCH
 from meteora.artifacts import Fingerprint
 from meteora.base.shapes import shape_of
 from meteora.checkpoint.export import ExportError, new_folder
-from meteora.checkpoint.manifest import Manifest, read_manifest, unknown_expert_message
+from meteora.checkpoint.manifest import Manifest, number_of, read_manifest
 from meteora.checkpoint.sound_file import AGAIN
 from meteora.checkpoint.tensors import ExpertsFile, open_experts
 
@@ -61,14 +61,13 @@ def export_gguf(folder: Path, out: Path, name: str = "", base: Path | None = Non
         the paths of the files
 
     Raises:
-        ExportError: llama.cpp has no such base or module, there is no such expert, or the folder is
-            not empty.
+        UnknownExpertError: there is no such expert.
+        ExportError: llama.cpp has no such base or module, or the folder is not empty.
     """
     manifest = read_manifest(folder)
-    if name and name not in manifest.names:
-        raise ExportError(unknown_expert_message(name, manifest.names, folder))
+    every = range(len(manifest.experts))
+    asked = [number_of(name, manifest.names, folder)] if name else every
     names = _tensor_names(folder, manifest)
-    asked = [e for e, entry in enumerate(manifest.experts) if name in {"", entry.name}]
     heads = [
         path
         for path, own in names.items()

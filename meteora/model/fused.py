@@ -23,7 +23,7 @@ from meteora.base.placement import PlacementError, is_offloaded, placed, require
 from meteora.base.shapes import fingerprint, sizes_of
 from meteora.base.sources import PATH, weights_sha256
 from meteora.checkpoint import tensors
-from meteora.checkpoint.manifest import Manifest, ModuleEntry, read_manifest, unknown_expert_message
+from meteora.checkpoint.manifest import Manifest, ModuleEntry, number_of, read_manifest
 from meteora.checkpoint.resolve import base_download, find_checkpoint, load_base
 from meteora.kernels import onednn
 from meteora.kernels.addmm import experts_dtype, weight_of
@@ -49,10 +49,6 @@ CACHE = "meteora_expert_cache"
 
 class WrongBaseError(MeteoraError):
     """A checkpoint was made for another base model."""
-
-
-class UnknownExpertError(MeteoraError):
-    """No expert of the model has this name."""
 
 
 class NotFusedError(MeteoraError, AttributeError):
@@ -351,8 +347,7 @@ def _of_fused(model: PreTrainedModel, attribute: str) -> Any:  # noqa: ANN401  (
 
 def check_expert(name: str, names: Sequence[str]) -> None:
     """Raise an `UnknownExpertError` for a name that is not among a model's experts."""
-    if name not in names:
-        raise UnknownExpertError(unknown_expert_message(name, names, "this model"))
+    number_of(name, names, "this model")
 
 
 @contextmanager

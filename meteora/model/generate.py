@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers._typing import GenerativePreTrainedModel
 
+Texts = TypeVar("Texts", str, list[str])
+"""One text, or several."""
 PROMPTS_PER_BATCH = 16
 PLACED_WITH_PADDING = {
     "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp",
@@ -116,29 +118,13 @@ def generate_ids(
     )
 
 
-@overload
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: Texts,
     *,
     max_new_tokens: int = 256,
-) -> str: ...
-@overload
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: list[str],
-    *,
-    max_new_tokens: int = 256,
-) -> list[str]: ...
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str | list[str],
-    *,
-    max_new_tokens: int = 256,
-) -> str | list[str]:
+) -> Texts:
     """Answer a prompt, or each of several, greedily; returns the text of the answer or answers.
 
     Args:
@@ -157,7 +143,7 @@ def generate(
         _require_tokens(one, "the prompt" if is_one else f"prompt {number}")
     answers = answer_all(model, tokenizer, prompts, max_new_tokens)
     texts = [str(tokenizer.decode(one, skip_special_tokens=True)) for one in answers]
-    return texts[0] if is_one else texts
+    return cast("Texts", texts[0] if is_one else texts)
 
 
 def answer_all(

@@ -1,11 +1,4 @@
-"""Put gates into a model, and read them from it; which module follows which gate.
-
-share = module   every module has a gate (the paper's way)
-share = point    modules that read one input (q, k, v) follow the gate of the first
-share = layer    every module of a layer follows the gate of its first
-share = token    every module from a third of the depth on follows one gate
-share = turn     as `point`, and each gate decides once for a whole turn of a conversation
-"""
+"""Put gates into a model, and read them from it; which module follows which gate."""
 
 from __future__ import annotations
 
@@ -270,7 +263,11 @@ def gates_of(model: PreTrainedModel) -> Gates:
 
 
 class Sharing:
-    """Names, during a sweep, the gate that decides for the next modules."""
+    """Names, during a sweep, the gate that decides for the next modules: see `RouterOptions.share`.
+
+    With `token` one gate decides for all modules from a third of the depth on; those before it have
+    gates of their own.
+    """
 
     def __init__(self, share: str, num_layers: int) -> None:
         self.share = share

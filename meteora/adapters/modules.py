@@ -22,11 +22,7 @@ def read_modules(
     claim: Claim,
     found: Findings,
 ) -> tuple[AdapterModule, ...]:
-    """Return sizes, rank and scaling of each module whose factors multiply.
-
-    Args:
-        stripped: tensors that are left out
-    """
+    """Return sizes, rank and scaling of each module whose factors multiply."""
     budget = Budget()
     modules: list[AdapterModule] = []
     shapes = _shapes(pairs, tensors, found)

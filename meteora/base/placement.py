@@ -78,11 +78,7 @@ def placed(device_map: Any, **further: object) -> dict[str, Any]:  # noqa: ANN40
 
 
 def require_device(device: Any, argument: str, instead: str) -> None:  # noqa: ANN401
-    """Raise a `PlacementError`, which says what to give instead, for a device that is not there.
-
-    Args:
-        argument: that names the device
-    """
+    """Raise a `PlacementError`, which says what to give instead, for a device that is not there."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError):
@@ -151,10 +147,8 @@ def _explained(name: str, forward: Callable[..., Any], *args: object, **kwargs: 
 def layers_on_disk(model: PreTrainedModel, device: str) -> dict[str, str]:
     """Return a device map that reads numbered layers from disk for each call; all else stays.
 
-    The head is read for each call, too, if it has its own weights: only whole answers need it.
-
-    Args:
-        model: may have no weights
+    The head is read for each call, too, if it has its own weights: only whole answers need it. The
+    model may have no weights.
     """
     inside = Counter(p.stem for path, _ in model.named_modules() if (p := place_of(path)))
     ((layers, _),) = inside.most_common(1)

@@ -39,7 +39,6 @@ def add_expert(folder: Path, adapter: Adapter, entry: ExpertEntry, out: Path) ->
     Args:
         folder: the checkpoint; it stays as it is
         adapter: read, and fitted to the base of the checkpoint
-        entry: the entry for the manifest
         out: the file of experts to write
 
     Returns:

@@ -101,26 +101,21 @@ def new_folder(out: Path) -> Generator[Path]:
     Raises:
         ExportError: something is in `out`.
     """
-    there = out.exists()
-    if there and not out.is_dir():
-        raise _taken(out)
-    beside = out if there else out.parent
+    is_folder = out.is_dir()
+    beside = out if is_folder else out.parent
     beside.mkdir(parents=True, exist_ok=True)
     with temporary_folder(beside, ".export-") as scratch:
-        if there and any(path.name != scratch.name for path in out.iterdir()):
-            raise _taken(out)
+        is_empty = is_folder and [path.name for path in out.iterdir()] == [scratch.name]
+        if out.exists() and not is_empty:
+            raise ExportError(f"{out} holds something already; give the name of a new folder")
         made = scratch / "whole"
         made.mkdir()
         yield made
-        if there:
+        if is_folder:
             for path in made.iterdir():
                 path.rename(out / path.name)
         else:
             made.rename(out)
-
-
-def _taken(out: Path) -> ExportError:
-    return ExportError(f"{out} holds something already; give the name of a new folder")
 
 
 def _exact_casts(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

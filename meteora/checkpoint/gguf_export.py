@@ -48,7 +48,7 @@ IN_PAIRS = {MODEL_ARCH.LLAMA, MODEL_ARCH.GRANITE, MODEL_ARCH.SMOLLM3}
 
 
 def export_gguf(folder: Path, out: Path, name: str = "", base: Path | None = None) -> list[Path]:
-    """Write each expert as `NAME.gguf`.
+    """Write each expert as `NAME.gguf`; returns the paths of the files.
 
     Args:
         folder: the checkpoint; it stays as it is
@@ -56,9 +56,6 @@ def export_gguf(folder: Path, out: Path, name: str = "", base: Path | None = Non
         name: of one expert; empty: all experts
         base: the folder of the base, if it is at hand: its config says whether it has a head of
             its own
-
-    Returns:
-        the paths of the files
 
     Raises:
         UnknownExpertError: there is no such expert.

@@ -325,11 +325,7 @@ class Manifest:
 
 
 def read_router(body: Mapping[str, Any], names: Collection[str], found: Findings) -> RouterOptions:
-    """Read the routing options.
-
-    Args:
-        names: of the experts
-    """
+    """Read the routing options; `names` are those of the experts."""
     refuse_unknown(body, "router", {f.name for f in fields(RouterOptions)}, found)
     field = fields_of(body, found)
     stand_in = field("stand_in", "").one_of(STAND_INS)

@@ -91,10 +91,6 @@ def base_download(
     A stranger's checkpoint may name any base. So the token for a checkpoint on the Hub, given or
     saved, is sent for its base only if both have the same owner. For a checkpoint in a folder, only
     a token in `download` is sent.
-
-    Args:
-        name: of the checkpoint: a folder, or a Hub id
-        download: options for the checkpoint
     """
     options = dict(download or {})
     if Path(name).is_dir():

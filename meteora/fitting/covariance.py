@@ -280,9 +280,7 @@ def add_by_label(sums: Tensor, labels: Tensor, rows: Tensor, *, index: bool | No
     bytes; a product with one-hot labels does.
 
     Args:
-        sums: [E] or [E, IN]
-        labels: [T]
-        rows: [T] or [T, IN]
+        sums: [E] or [E, IN], of rows [T] or [T, IN] with labels [T]
         index: whether to use `index_add_`; None: on a CPU only
     """
     if index or (index is None and not sums.is_cuda):

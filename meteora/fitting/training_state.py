@@ -136,12 +136,7 @@ class FittedPoint:
     """G and c of each half of the sequences, if the sweep is crossed."""
 
     def write(self, folder: Path, path: str, asked_sha256: str) -> None:
-        """Write the point into a folder.
-
-        Args:
-            path: of its first module
-            asked_sha256: hashes everything that changes the result of the sweep
-        """
+        """Write the point into a folder; `asked_sha256` hashes all that changes the result."""
         tensors = {"weight": self.weight, "bias": self.bias} | vars(self.statistics)
         for half, (weight, bias) in enumerate(self.halves):
             tensors |= {f"{half}.weight": weight, f"{half}.bias": bias}

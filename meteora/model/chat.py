@@ -134,11 +134,7 @@ class Chat:
     """Answers conversations, one at a time; an expert is forced for all threads of a model."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Set up.
-
-        Args:
-            model: fused
-        """
+        """Take a fused model."""
         self.model, self.tokenizer = model, tokenizer
         self.routed = tuple(expert_names(model))
         """The choices of its routers."""

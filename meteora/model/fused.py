@@ -254,11 +254,7 @@ def _rename_tied(model: PreTrainedModel, before: str, now: str) -> None:
 
 
 def choices_of(ranks: Sequence[int], options: RouterOptions) -> list[Choice]:
-    """The choices of a module's router, in the order of `Manifest.choices`.
-
-    Args:
-        ranks: of each expert there
-    """
+    """The choices of a module's router, in the order of `Manifest.choices`, by experts' ranks."""
     choices = own_choices(ranks)
     if options.opening == "shared":
         choices.append(mean_of_all(ranks))

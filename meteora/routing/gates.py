@@ -174,11 +174,7 @@ def states_read_by(layers: nn.Module) -> list[PassState]:
 
 
 def as_in_this_pass(layers: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `run` for gradient checkpointing: later calls use the routes of the present pass.
-
-    Args:
-        run: calls the layers
-    """
+    """Wrap a call of layers for gradient checkpointing: it then always has this pass's routes."""
     known = [(one, dict(vars(one))) for one in states_read_by(layers)]
     calls = count()
 

@@ -9,7 +9,7 @@ For other code the model stays the same: `generate`, `pipeline` and lm-eval run 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -346,8 +346,7 @@ def check_expert(name: str, names: Sequence[str]) -> None:
     number_of(name, names, "this model")
 
 
-@contextmanager
-def force_expert(model: PreTrainedModel, name: str) -> Generator[None]:
+def force_expert(model: PreTrainedModel, name: str) -> AbstractContextManager[None]:
     """Send every token to one expert with weight 1, inside a `with` block.
 
     The output then equals PEFT's with this adapter alone. The routers come back at the end.
@@ -361,14 +360,11 @@ def force_expert(model: PreTrainedModel, name: str) -> Generator[None]:
     """
     names = expert_names(model)
     if name == NULL and NULL not in names:
-        with without_experts(model):
-            yield
-        return
+        return without_experts(model)
     check_expert(name, names if NULL in names else [*names, NULL])
     one = torch.zeros(len(names))
     one[names.index(name)] = 1.0
-    with routed_by(model, lambda layer: Fixed(one.to(layer.device))):
-        yield
+    return routed_by(model, lambda layer: Fixed(one.to(layer.device)))
 
 
 @contextmanager
@@ -382,8 +378,6 @@ def without_dropout(model: PreTrainedModel) -> Generator[None]:
         model.train(training)
 
 
-@contextmanager
-def without_experts(model: PreTrainedModel) -> Generator[None]:
+def without_experts(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Run the base alone, inside a `with` block; the routers come back at the end."""
-    with routed_by(model, lambda _: None):
-        yield
+    return routed_by(model, lambda _: None)

@@ -85,11 +85,7 @@ def check_stackable(adapters: Mapping[str, Adapter], memory_limit_bytes: int) ->
 def check_memory(
     num_experts: int, stacked_bytes: int, limit_bytes: int, found: Findings, *, advice: str
 ) -> None:
-    """Refuse a stack whose factors alone exceed the limit.
-
-    Args:
-        advice: what to do about it, for the message
-    """
+    """Refuse a stack whose factors alone exceed the limit; the message ends with the advice."""
     if stacked_bytes > limit_bytes:
         found.refuse(
             "memory",

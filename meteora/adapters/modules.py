@@ -22,19 +22,18 @@ def read_modules(
     claim: Claim,
     found: Findings,
 ) -> tuple[AdapterModule, ...]:
-    """Return sizes, rank and scaling of each module whose factors multiply.
-
-    Args:
-        stripped: tensors that are left out
-    """
+    """Return sizes, rank and scaling of each module whose factors multiply."""
     budget = Budget()
     modules: list[AdapterModule] = []
     shapes = _shapes(pairs, tensors, found)
     try:
         alphas = _table(claim.alpha_pattern, claim.lora_alpha, list(shapes), budget)
         for path, (in_features, out_features, r) in shapes.items():
-            lora_alpha = alphas[path] if claim.format == "peft" else claim.scale * r
-            scaling = _scaling(claim, lora_alpha, r)
+            if claim.format == "mlx":
+                lora_alpha, scaling = claim.scale * r, claim.scale
+            else:
+                lora_alpha = alphas[path]
+                scaling = lora_alpha / (math.sqrt(r) if claim.use_rslora else r)
             modules.append(AdapterModule(path, in_features, out_features, r, lora_alpha, scaling))
     except PatternError as error:
         found.refuse("pattern", f"a pattern in alpha_pattern cannot be matched: {error}")
@@ -53,12 +52,6 @@ def read_modules(
         found.warn("large_scaling", f"scaled by more than {MAX_SCALING}: {listed(large)}")
     _check_even(list(pairs), found)
     return tuple(modules)
-
-
-def _scaling(claim: Claim, lora_alpha: float, r: int) -> float:
-    if claim.format == "mlx":
-        return claim.scale
-    return lora_alpha / math.sqrt(r) if claim.use_rslora else lora_alpha / r
 
 
 def _shapes(

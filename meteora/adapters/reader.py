@@ -1,12 +1,5 @@
 """Read an adapter as it was published, or say why it cannot be an expert.
 
-    folder ─▶ files            config and weights, or another format
-              config           what the config claims
-              tensors          which tensors are A and B of which module
-              modules          ranks and scalings
-              finite           NaN, infinity, zeros     ─▶ Adapter, or the reasons why not
-              compatibility    on this base? with the others?
-
 The safetensors header is the truth, and the config is a claim about it. Nothing that came with an
 adapter is run, and importing this module loads no tensor library.
 """

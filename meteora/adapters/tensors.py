@@ -184,12 +184,14 @@ def _sort_rest(keys: list[str], claim: Claim, extras: OnExtras, found: Findings)
     embeddings = tuple(f"{k.partition(LORA_EMBEDDING)[0]}." for k in keys if LORA_EMBEDDING in k)
     for key in sorted(keys):
         variant = next(((code, why) for mark, code, why in VARIANT_KEYS if mark in key), None)
-        parts = WRAPPERS.sub("", key).split(".")
+        bare = WRAPPERS.sub("", key)
+        parts = bare.split(".")
         if variant is not None:
             kinds.setdefault(variant, []).append(key)
         elif (
             not WHOLE_MODULES.isdisjoint(parts)
-            or _is_saved_module(parts, claim)
+            # PEFT saves every module whose path ends so, as `input_layernorm` for `norm`
+            or any(f"{name}." in bare for name in claim.modules_to_save)
             or key.startswith(embeddings)  # beside a LoRA on one, whatever its name is
         ):
             strippable.append(key)
@@ -217,9 +219,3 @@ def _sort_rest(keys: list[str], claim: Claim, extras: OnExtras, found: Findings)
             f" {listed(strippable)}",
         )
     return tuple(strippable)
-
-
-def _is_saved_module(parts: list[str], claim: Claim) -> bool:
-    path = ".".join(parts)
-    # PEFT saves every module whose path ends so, as `input_layernorm` for `norm`
-    return any(f"{name}." in path for name in claim.modules_to_save)

@@ -3,8 +3,6 @@
 import math
 from collections.abc import Mapping
 
-from torch import Tensor
-
 from meteora.adapters.tensors import Adapter
 from meteora.adapters.weights import AdapterWeights
 from meteora.artifacts import Reason
@@ -23,8 +21,9 @@ def update_norms(adapter: Adapter) -> dict[str, float]:
     norms = {}
     with AdapterWeights(adapter) as file:
         for module in adapter.spec.modules:
-            a, b = file.factors(adapter.tensors[module.path])
-            norms[module.path] = abs(module.scaling) * _norm_of_product(b.double(), a.double())
+            a, b = (factor.double() for factor in file.factors(adapter.tensors[module.path]))
+            square = ((b.T @ b) * (a @ a.T)).sum().item()  # ‖B A‖² = tr(BᵀB · A Aᵀ)
+            norms[module.path] = abs(module.scaling) * math.sqrt(max(0.0, square))
     return norms
 
 
@@ -52,8 +51,3 @@ def check_proportion(adapter: Adapter, base_norms: Mapping[str, float]) -> tuple
             " trained adapters stay near 0.01; check its scaling and which base it was trained on",
         ),
     )
-
-
-def _norm_of_product(b: Tensor, a: Tensor) -> float:
-    """‖B A‖² = tr(BᵀB · A Aᵀ), for B [OUT, r] and A [r, IN]."""
-    return math.sqrt(max(0.0, ((b.T @ b) * (a @ a.T)).sum().item()))

@@ -32,11 +32,17 @@ def check_source(source: Path) -> None:
         _check_json(config)
 
 
-def require_few_layers(num_layers: object) -> None:
-    """Raise a ValueError for more layers than any model has, or for no number.
+def require_layers_of_text(config: Any) -> None:  # noqa: ANN401  (transformers is slow to import)
+    """Raise an error unless a loaded config describes one stack of layers that reads text.
 
-    Some configs do not state the number: it is the length of a list, or of a text.
+    Some do not state the number of layers: it is the length of a list, or of a text.
+
+    Raises:
+        AttributeError: it lacks a size.
+        ValueError: it has more layers than any model, or no number of them.
     """
+    text = config.get_text_config()
+    _, _, num_layers = text.hidden_size, text.vocab_size, text.num_hidden_layers
     if not (type(num_layers) is int and 0 <= num_layers <= MAX_LAYERS):
         raise ValueError(f"it has {shortened(num_layers)} layers; at most {MAX_LAYERS} are allowed")
 

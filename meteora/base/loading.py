@@ -8,8 +8,10 @@ from __future__ import annotations
 import functools
 import inspect
 import logging
+import tempfile
 import threading
 import weakref
+from collections import Counter
 from collections.abc import Generator, Mapping
 from contextlib import ExitStack, contextmanager
 from pathlib import Path
@@ -27,16 +29,17 @@ from transformers import (
 from transformers.utils import logging as hf_logging
 
 from meteora.artifacts import MeteoraError
+from meteora.artifacts.specs import place_of
 from meteora.base import placement
-from meteora.base.config_checks import check_source, require_few_layers, require_tokens
+from meteora.base.config_checks import check_source, require_layers_of_text, require_tokens
 from meteora.base.placement import (
     explain_offloading,
     is_out_of_memory,
     spreading,
-    written_weights,
 )
 from meteora.base.shared_block import SharedBlock
 from meteora.base.sources import SourceError
+from meteora.base.temporary_folder import temporary_folder
 from meteora.untrusted.findings import brief, shortened
 
 if TYPE_CHECKING:
@@ -46,6 +49,8 @@ if TYPE_CHECKING:
 CACHES = ("past_key_values", "cache_params", "state")
 """Names of the cache among a model's `forward` arguments: of most, of Mamba's kind, and of RWKV."""
 
+WRITTEN = "meteora-offload-"
+"""How the names of temporary folders with offloaded weights begin."""
 _PARSING = threading.Lock()
 
 
@@ -183,9 +188,7 @@ def load_config(source: Path) -> PretrainedConfig:
             " both directions, and writes none; take a decoder as the base"
         )
     try:
-        text = config.get_text_config()
-        _ = text.hidden_size, text.vocab_size
-        require_few_layers(text.num_hidden_layers)
+        require_layers_of_text(config)
     except (AttributeError, ValueError) as error:  # a model of bytes or of music
         raise SourceError(
             f"{source}: the config of a {config.model_type} does not describe one stack of layers"
@@ -218,8 +221,27 @@ def load_gguf(
 
 
 def layers_on_disk(folder: Path, device: str) -> dict[str, str]:
-    """A device map for `load_folder` that keeps one layer at a time on the device."""
-    return placement.layers_on_disk(without_weights(folder), device)
+    """A device map for `load_folder` that reads numbered layers from disk for each call.
+
+    The head is read for each call, too, if it has its own weights: only whole answers need it.
+    """
+    model = without_weights(folder)
+    inside = Counter(p.stem for path, _ in model.named_modules() if (p := place_of(path)))
+    ((layers, _),) = inside.most_common(1)
+    head = placement.own_head(model)
+    device_map: dict[str, str] = {}
+
+    def place(path: str, module: torch.nn.Module) -> None:
+        if path == layers or module is head:
+            device_map[path] = "disk"
+        elif layers.startswith(f"{path}.") or not path:
+            for name, child in module.named_children():
+                place(f"{path}.{name}".lstrip("."), child)
+        else:
+            device_map[path] = device
+
+    place("", model)
+    return device_map
 
 
 def without_weights(source: Path) -> PreTrainedModel:
@@ -308,7 +330,8 @@ def _load_model(source: Path, options: dict[str, Any]) -> PreTrainedModel:
     with ExitStack() as made, _reading(source, "the model cannot be loaded"):
         written = None
         if _may_offload(options.get("device_map")) and "offload_folder" not in options:
-            written = made.enter_context(written_weights())
+            parent = Path(tempfile.gettempdir())
+            written = made.enter_context(temporary_folder(parent, WRITTEN))
             options = {**options, "offload_folder": written}
         with spreading(options):
             loaded: Any = AutoModelForCausalLM.from_pretrained(

@@ -15,7 +15,7 @@ from typing import TYPE_CHECKING
 from transformers import AutoConfig
 
 from meteora.artifacts import MeteoraError
-from meteora.base.config_checks import check_source, require_few_layers
+from meteora.base.config_checks import check_source, require_layers_of_text
 from meteora.base.loading import load_tokenizer
 from meteora.base.shapes import fingerprint
 from meteora.untrusted.findings import Findings, brief, shortened
@@ -76,9 +76,7 @@ def _read(named: str, folder: Path) -> tuple[PretrainedConfig, PreTrainedTokeniz
     try:
         check_source(folder)
         config = AutoConfig.from_pretrained(folder, trust_remote_code=False)
-        text = config.get_text_config()
-        _ = text.hidden_size, text.vocab_size  # as every decoder has them
-        require_few_layers(text.num_hidden_layers)
+        require_layers_of_text(config)
     except Exception as error:  # an untrusted file: the library can raise anything
         raise UnreadableBaseError(
             f"the config of {shortened(named)} is not one that transformers reads: {brief(error)}"

@@ -9,13 +9,10 @@ them to the device for the time of one call.
 from __future__ import annotations
 
 import errno
-import tempfile
-from collections import Counter
 from collections.abc import Callable, Generator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager
 from functools import partial, update_wrapper
 from itertools import chain
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -23,8 +20,6 @@ from safetensors import SafetensorError
 from torch import nn
 
 from meteora.artifacts import MeteoraError
-from meteora.artifacts.specs import place_of
-from meteora.base.temporary_folder import temporary_folder
 from meteora.untrusted.findings import shortened
 
 if TYPE_CHECKING:
@@ -32,8 +27,6 @@ if TYPE_CHECKING:
 
 WHOLE = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of `device_map` from which Accelerate makes a map."""
-WRITTEN = "meteora-offload-"
-"""How the names of temporary folders with offloaded weights begin."""
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 """Part of torch's RuntimeError when CPU memory is not enough."""
 
@@ -78,11 +71,7 @@ def placed(device_map: Any, **further: object) -> dict[str, Any]:  # noqa: ANN40
 
 
 def require_device(device: Any, argument: str, instead: str) -> None:  # noqa: ANN401
-    """Raise a `PlacementError`, which says what to give instead, for a device that is not there.
-
-    Args:
-        argument: that names the device
-    """
+    """Raise a `PlacementError`, which says what to give instead, for a device that is not there."""
     try:
         torch.empty(0, device=device)
     except (RuntimeError, AssertionError, NotImplementedError, TypeError):
@@ -116,11 +105,6 @@ def spreading(options: Mapping[str, Any]) -> Generator[None]:
         ) from error
 
 
-def written_weights() -> AbstractContextManager[Path]:
-    """A temporary folder for offloaded weights."""
-    return temporary_folder(Path(tempfile.gettempdir()), WRITTEN)
-
-
 def explain_offloading(model: nn.Module) -> None:
     """Let a model that cannot be offloaded raise a `PlacementError` where it computes.
 
@@ -146,32 +130,6 @@ def _explained(name: str, forward: Callable[..., Any], *args: object, **kwargs: 
             " they are needed; take a device whose memory holds the base (a recipe then needs"
             " `gates: {by_layer: false}`), or another base"
         ) from error
-
-
-def layers_on_disk(model: PreTrainedModel, device: str) -> dict[str, str]:
-    """Return a device map that reads numbered layers from disk for each call; all else stays.
-
-    The head is read for each call, too, if it has its own weights: only whole answers need it.
-
-    Args:
-        model: may have no weights
-    """
-    inside = Counter(p.stem for path, _ in model.named_modules() if (p := place_of(path)))
-    ((layers, _),) = inside.most_common(1)
-    head = own_head(model)
-    device_map: dict[str, str] = {}
-
-    def place(path: str, module: nn.Module) -> None:
-        if path == layers or module is head:
-            device_map[path] = "disk"
-        elif layers.startswith(f"{path}.") or not path:
-            for name, child in module.named_children():
-                place(f"{path}.{name}".lstrip("."), child)
-        else:
-            device_map[path] = device
-
-    place("", model)
-    return device_map
 
 
 def own_head(model: PreTrainedModel) -> nn.Module | None:

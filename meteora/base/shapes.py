@@ -115,11 +115,7 @@ def shape_of(source: Path) -> Shape:
 
 
 def shape_of_model(model: PreTrainedModel, *, dequantised: bool = False) -> Shape:
-    """Read the sizes of a model, which may have no weights.
-
-    Args:
-        dequantised: whether its weights are float32, whatever its config says
-    """
+    """Read the sizes of a model, which may have no weights; dequantised ones are float32."""
     config = model.config
     text = config.get_text_config()
     width = sum(_key_width(layer) for layer in text.per_layer_config)

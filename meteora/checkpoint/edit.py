@@ -15,8 +15,8 @@ from meteora.checkpoint.manifest import (
     Manifest,
     ModuleEntry,
     check_name,
+    number_of,
     read_manifest,
-    unknown_expert_message,
 )
 from meteora.checkpoint.tensors import ExpertsFile, open_experts, write_experts
 
@@ -39,7 +39,6 @@ def add_expert(folder: Path, adapter: Adapter, entry: ExpertEntry, out: Path) ->
     Args:
         folder: the checkpoint; it stays as it is
         adapter: read, and fitted to the base of the checkpoint
-        entry: the entry for the manifest
         out: the file of experts to write
 
     Returns:
@@ -54,13 +53,13 @@ def add_expert(folder: Path, adapter: Adapter, entry: ExpertEntry, out: Path) ->
     check_new_name(folder, manifest, entry.name)
     own = {module.path: module for module in adapter.spec.modules}
     none = (0,) * len(manifest.experts)
+    known = {
+        path: ModuleEntry(new.in_features, new.out_features, none, tuple(map(float, none)))
+        for path, new in own.items()
+    } | manifest.modules
     modules = {}
-    for path in sorted(manifest.modules.keys() | own.keys()):
+    for path, old in sorted(known.items()):
         new = own.get(path)
-        old = manifest.modules.get(path)
-        if old is None:
-            assert new is not None  # noqa: S101  (it is in one of the two)
-            old = ModuleEntry(new.in_features, new.out_features, none, tuple(map(float, none)))
         if new and (new.in_features, new.out_features) != (old.in_features, old.out_features):
             raise EditError(
                 f"{path}: {entry.name} takes {new.in_features} inputs and gives {new.out_features},"
@@ -111,17 +110,16 @@ def drop_expert(
         dtype: of the new file; None: that of the stack
 
     Raises:
-        EditError: there is no such expert, or no other.
+        UnknownExpertError: there is no such expert.
+        EditError: there is no other.
     """
     manifest = read_manifest(folder)
-    if name not in manifest.names:
-        raise EditError(unknown_expert_message(name, manifest.names, folder))
+    gone = number_of(name, manifest.names, folder)
     if len(manifest.experts) == 1:
         raise EditError(
             f"{name!r} is the only expert of {folder}, and a checkpoint needs one; `meteora add` a"
             " second one first"
         )
-    gone = manifest.names.index(name)
     kept = [e for e in range(len(manifest.experts)) if e != gone]
     modules = {
         path: replace(

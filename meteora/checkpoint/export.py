@@ -23,7 +23,7 @@ from meteora.adapters.tensors import PREFIX
 from meteora.adapters.weights import DTYPES
 from meteora.artifacts import MeteoraError, file_sha256
 from meteora.base.temporary_folder import temporary_folder
-from meteora.checkpoint.manifest import ExpertEntry, Manifest, read_manifest, unknown_expert_message
+from meteora.checkpoint.manifest import ExpertEntry, Manifest, number_of, read_manifest
 from meteora.checkpoint.tensors import open_experts
 
 WORD = re.compile(r"[\w./-]+")
@@ -48,13 +48,16 @@ def export_expert(folder: Path, name: str, out: Path, base_model: str = "") -> b
         are the same, under PEFT's names.
 
     Raises:
-        ExportError: there is no such expert, or the folder is not empty.
+        UnknownExpertError: there is no such expert.
+        ExportError: the folder is not empty.
     """
     manifest = read_manifest(folder)
-    if name not in manifest.names:
-        raise ExportError(unknown_expert_message(name, manifest.names, folder))
-    e = manifest.names.index(name)
-    entry, tensors = manifest.experts[e], dict(_tensors(folder, manifest, e))
+    e = number_of(name, manifest.names, folder)
+    entry, tensors = manifest.experts[e], {}
+    with open_experts(folder, manifest) as stack:
+        for path, a, b in stack.of_expert(e):
+            tensors[f"{PREFIX}{path}.lora_A.weight"] = a.clone()
+            tensors[f"{PREFIX}{path}.lora_B.weight"] = b.contiguous().clone()
     config = adapter_config(manifest, e, base_model)
     with new_folder(out) as made:
         (made / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
@@ -98,33 +101,21 @@ def new_folder(out: Path) -> Generator[Path]:
     Raises:
         ExportError: something is in `out`.
     """
-    there = out.exists()
-    if there and not out.is_dir():
-        raise _taken(out)
-    beside = out if there else out.parent
+    is_folder = out.is_dir()
+    beside = out if is_folder else out.parent
     beside.mkdir(parents=True, exist_ok=True)
     with temporary_folder(beside, ".export-") as scratch:
-        if there and any(path.name != scratch.name for path in out.iterdir()):
-            raise _taken(out)
+        is_empty = is_folder and [path.name for path in out.iterdir()] == [scratch.name]
+        if out.exists() and not is_empty:
+            raise ExportError(f"{out} holds something already; give the name of a new folder")
         made = scratch / "whole"
         made.mkdir()
         yield made
-        if there:
+        if is_folder:
             for path in made.iterdir():
                 path.rename(out / path.name)
         else:
             made.rename(out)
-
-
-def _taken(out: Path) -> ExportError:
-    return ExportError(f"{out} holds something already; give the name of a new folder")
-
-
-def _tensors(folder: Path, manifest: Manifest, e: int) -> Iterator[tuple[str, Tensor]]:
-    with open_experts(folder, manifest) as stack:
-        for path, a, b in stack.of_expert(e):
-            yield f"{PREFIX}{path}.lora_A.weight", a.clone()
-            yield f"{PREFIX}{path}.lora_B.weight", b.contiguous().clone()
 
 
 def _exact_casts(tensors: Mapping[str, Tensor]) -> Iterator[dict[str, Tensor]]:

@@ -13,12 +13,11 @@ from pathlib import Path
 import gguf
 import torch
 from gguf import MODEL_ARCH
-from torch import Tensor
 
 from meteora.artifacts import Fingerprint
 from meteora.base.shapes import shape_of
 from meteora.checkpoint.export import ExportError, new_folder
-from meteora.checkpoint.manifest import Manifest, read_manifest, unknown_expert_message
+from meteora.checkpoint.manifest import Manifest, number_of, read_manifest
 from meteora.checkpoint.sound_file import AGAIN
 from meteora.checkpoint.tensors import ExpertsFile, open_experts
 
@@ -49,7 +48,7 @@ IN_PAIRS = {MODEL_ARCH.LLAMA, MODEL_ARCH.GRANITE, MODEL_ARCH.SMOLLM3}
 
 
 def export_gguf(folder: Path, out: Path, name: str = "", base: Path | None = None) -> list[Path]:
-    """Write each expert as `NAME.gguf`.
+    """Write each expert as `NAME.gguf`; returns the paths of the files.
 
     Args:
         folder: the checkpoint; it stays as it is
@@ -58,18 +57,14 @@ def export_gguf(folder: Path, out: Path, name: str = "", base: Path | None = Non
         base: the folder of the base, if it is at hand: its config says whether it has a head of
             its own
 
-    Returns:
-        the paths of the files
-
     Raises:
-        ExportError: llama.cpp has no such base or module, there is no such expert, or the folder is
-            not empty.
+        UnknownExpertError: there is no such expert.
+        ExportError: llama.cpp has no such base or module, or the folder is not empty.
     """
     manifest = read_manifest(folder)
-    if name and name not in manifest.names:
-        raise ExportError(unknown_expert_message(name, manifest.names, folder))
+    every = range(len(manifest.experts))
+    asked = [number_of(name, manifest.names, folder)] if name else every
     names = _tensor_names(folder, manifest)
-    asked = [e for e, entry in enumerate(manifest.experts) if name in {"", entry.name}]
     heads = [
         path
         for path, own in names.items()
@@ -128,8 +123,9 @@ def _write(out: Path, stack: ExpertsFile, e: int, names: dict[str, str]) -> None
     for path, a, b in stack.of_expert(e):
         own = manifest.modules[path].scaling[e] * len(a)
         scaled = b if own == alpha else b.float() * (own / alpha)
-        if architecture in IN_PAIRS:
-            scaled = _interleaved(scaled, path, base)
+        heads = _heads(path, base) if architecture in IN_PAIRS else None
+        if heads is not None:  # in llama.cpp the two rows of a pair lie together
+            scaled = scaled.unflatten(0, (heads, 2, -1)).swapaxes(1, 2).flatten(0, 2)
         for tensor, kind in ((a, "lora_a"), (scaled, "lora_b")):
             exact = tensor if tensor.dtype == torch.float16 else tensor.float()
             writer.add_tensor(f"{names[path]}.{kind}", exact.contiguous().numpy())
@@ -137,13 +133,6 @@ def _write(out: Path, stack: ExpertsFile, e: int, names: dict[str, str]) -> None
     writer.write_kv_data_to_file()
     writer.write_tensors_to_file()
     writer.close()
-
-
-def _interleaved(b: Tensor, path: str, base: Fingerprint) -> Tensor:
-    """B with the rows of each head of q and k in llama.cpp's order: the two of a pair together."""
-    if (heads := _heads(path, base)) is None:
-        return b
-    return b.unflatten(0, (heads, 2, -1)).swapaxes(1, 2).flatten(0, 2)
 
 
 def _heads(path: str, base: Fingerprint) -> int | None:

@@ -87,6 +87,10 @@ class CheckpointError(MeteoraError):
     """A folder is not a fused checkpoint that this version can read."""
 
 
+class UnknownExpertError(MeteoraError):
+    """No expert has this name."""
+
+
 def check_name(name: object) -> str:
     """Return the reason against the name of an expert; empty if there is none."""
     if (
@@ -321,11 +325,7 @@ class Manifest:
 
 
 def read_router(body: Mapping[str, Any], names: Collection[str], found: Findings) -> RouterOptions:
-    """Read the routing options.
-
-    Args:
-        names: of the experts
-    """
+    """Read the routing options; `names` are those of the experts."""
     refuse_unknown(body, "router", {f.name for f in fields(RouterOptions)}, found)
     field = fields_of(body, found)
     stand_in = field("stand_in", "").one_of(STAND_INS)
@@ -375,10 +375,16 @@ def _read_files(field: Field) -> dict[str, str]:
     return {name: fact(name, where=f"files[{shortened(name)}]").matching(SHA256) for name in files}
 
 
-def unknown_expert_message(name: str, names: Sequence[str], owner: object) -> str:
-    """Return the message that the owner of experts of these names has no other."""
-    similar, known = did_you_mean(name, names), listed([*names], MOST_NAMED)
-    return f"there is no expert {name!r}{similar}; {owner} has {known}"
+def number_of(name: str, names: Sequence[str], owner: object) -> int:
+    """The number of an expert among the names of all experts of an owner.
+
+    Raises:
+        UnknownExpertError: none has this name.
+    """
+    if name not in names:
+        similar, known = did_you_mean(name, names), listed([*names], MOST_NAMED)
+        raise UnknownExpertError(f"there is no expert {name!r}{similar}; {owner} has {known}")
+    return names.index(name)
 
 
 def _parse(data: bytes) -> dict[str, Any]:

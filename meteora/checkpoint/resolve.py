@@ -26,33 +26,12 @@ from meteora.checkpoint.manifest import (
     STATISTICS,
     CheckpointError,
     Manifest,
-    read_manifest,
 )
 from meteora.untrusted.findings import brief
 
 if TYPE_CHECKING:
     import torch
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
-
-
-def load_tokenizer(
-    checkpoint_folder: str | Path,
-    *,
-    base_folder: str | Path | None = None,
-    revision: str | None = None,
-    download: Mapping[str, Any] | None = None,
-    settings: Mapping[str, Any] | None = None,
-) -> PreTrainedTokenizerBase:
-    """Load the tokenizer of a fused model, which is that of its base; no tensors are read.
-
-    Args:
-        settings: options of the tokenizer, such as `padding_side`; for the others see `load`
-    """
-    folder = find_checkpoint(checkpoint_folder, revision, download=download, whole=False)
-    manifest = read_manifest(folder)
-    options = base_download(checkpoint_folder, manifest, download)
-    source = base_files(manifest, base_folder, options, weights=False)
-    return loading.load_tokenizer(source, options=settings)
 
 
 def find_checkpoint(
@@ -112,10 +91,6 @@ def base_download(
     A stranger's checkpoint may name any base. So the token for a checkpoint on the Hub, given or
     saved, is sent for its base only if both have the same owner. For a checkpoint in a folder, only
     a token in `download` is sent.
-
-    Args:
-        name: of the checkpoint: a folder, or a Hub id
-        download: options for the checkpoint
     """
     options = dict(download or {})
     if Path(name).is_dir():

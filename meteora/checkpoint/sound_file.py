@@ -45,10 +45,8 @@ def open_sound(
     try:
         with path.open("rb") as file:
             _check(file, path, manifest.files.get(name), dtypes)
-    except HeaderError as error:
+    except (HeaderError, EOFError) as error:
         raise CheckpointError(f"{path}: it is damaged: {error}; {AGAIN}") from None
-    except EOFError as error:
-        raise CheckpointError(f"{path}: {error}; {AGAIN}") from None
     try:
         with safe_open(path, framework="pt") as file:
             yield file

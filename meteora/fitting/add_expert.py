@@ -116,7 +116,6 @@ def grow(
         options,
         gates.template,
         fit,
-        leaves_out=True,
         offsets=offsets,
         progress=progress,
     )
@@ -256,11 +255,8 @@ def drop(
 ) -> tuple[Gates, dict[str, PointStatistics]]:
     """Gates and statistics without one expert; the rows of the others do not change.
 
-    If only one expert is left, its offsets become zero: the mean of all experts is itself.
-
-    Args:
-        expert: its number
-        modules: the modules that stay, by their paths
+    If only one expert is left, its offsets become zero: the mean of all experts is itself. Only
+    `modules` stay.
     """
     own = {
         path: (without(weight, expert), without(bias, expert))

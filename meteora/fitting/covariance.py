@@ -83,6 +83,16 @@ class Sums(ABC):
     shift: Tensor
     """[IN] subtracted from every x, so that a large common mean costs no digits"""
 
+    @classmethod
+    def empty(cls, num_experts: int, shift: Tensor, **further: Tensor) -> Self:
+        """Sums over no tokens; `shift` is [IN]."""
+        return cls(
+            mass=shift.new_zeros(num_experts, dtype=torch.float64),
+            sums=shift.new_zeros(num_experts, len(shift), dtype=torch.float64),
+            shift=shift,
+            **further,
+        )
+
     @property
     def means(self) -> Tensor:
         """[E, IN] of each expert's tokens, relative to the shift."""
@@ -124,15 +134,9 @@ class Scatter(Sums):
     """[IN, IN] Σ weight · x xᵀ over all tokens; only the upper triangle is valid"""
 
     @classmethod
-    def empty(cls, num_experts: int, shift: Tensor) -> Self:
-        """Sums over no tokens; `shift` is [IN]."""
-        num_inputs = len(shift)
-        return cls(
-            mass=shift.new_zeros(num_experts, dtype=torch.float64),
-            sums=shift.new_zeros(num_experts, num_inputs, dtype=torch.float64),
-            shift=shift,
-            moment=shift.new_zeros(num_inputs, num_inputs, dtype=torch.float64),
-        )
+    def empty(cls, num_experts: int, shift: Tensor, **further: Tensor) -> Self:
+        moment = shift.new_zeros(len(shift), len(shift), dtype=torch.float64)
+        return super().empty(num_experts, shift, moment=moment, **further)
 
     def add(
         self,
@@ -190,15 +194,6 @@ class RowScatter(Sums):
 
     parts: list[tuple[Tensor, Tensor, Tensor]] = field(default_factory=list)
     """(x [T, IN] less the shift, labels [T], weights [T]) of the tokens that are kept"""
-
-    @classmethod
-    def empty(cls, num_experts: int, shift: Tensor) -> Self:
-        """Sums over no tokens; `shift` is [IN]."""
-        return cls(
-            mass=shift.new_zeros(num_experts, dtype=torch.float64),
-            sums=shift.new_zeros(num_experts, len(shift), dtype=torch.float64),
-            shift=shift,
-        )
 
     def add(
         self, x: Tensor, labels: Tensor, weights: Tensor, stands_for: Tensor | None = None
@@ -285,9 +280,7 @@ def add_by_label(sums: Tensor, labels: Tensor, rows: Tensor, *, index: bool | No
     bytes; a product with one-hot labels does.
 
     Args:
-        sums: [E] or [E, IN]
-        labels: [T]
-        rows: [T] or [T, IN]
+        sums: [E] or [E, IN], of rows [T] or [T, IN] with labels [T]
         index: whether to use `index_add_`; None: on a CPU only
     """
     if index or (index is None and not sums.is_cuda):

@@ -79,7 +79,7 @@ def train_jointly(
 
     Under `accelerate launch` the processes share every batch, and the gates are those of a single
     process up to rounding. With FSDP each process holds only a part of the base, even at the start
-    if the layers are still on disk (`placement.layers_on_disk`).
+    if the layers are still on disk (`loading.layers_on_disk`).
 
     Args:
         model: with its experts inserted; routers that it has are replaced

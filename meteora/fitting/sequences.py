@@ -262,13 +262,9 @@ def num_of_kinds(batches: Sequence[Batch], num_experts: int) -> Tensor:
 
 
 def each_of_kind(counts: Tensor) -> Tensor:
-    """The weight of one token of each kind, if the tokens of an expert sum to 1.
+    """The weight of one token of each kind, [E, 2] float32, from their numbers [E, 2].
 
-    Args:
-        counts: [E, 2] the result of `num_of_kinds`
-
-    Returns:
-        [E, 2] float32
+    The weights of an expert's tokens sum to 1.
     """
     present = (counts > 0).float() * torch.tensor(
         [1 - ANSWER_START_SHARE, ANSWER_START_SHARE], device=counts.device

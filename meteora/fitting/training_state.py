@@ -136,18 +136,14 @@ class FittedPoint:
     """G and c of each half of the sequences, if the sweep is crossed."""
 
     def write(self, folder: Path, path: str, asked_sha256: str) -> None:
-        """Write the point into a folder.
-
-        Args:
-            path: of its first module
-            asked_sha256: hashes everything that changes the result of the sweep
-        """
+        """Write the point into a folder; `asked_sha256` hashes all that changes the result."""
         tensors = {"weight": self.weight, "bias": self.bias} | vars(self.statistics)
         for half, (weight, bias) in enumerate(self.halves):
             tensors |= {f"{half}.weight": weight, f"{half}.bias": bias}
         numbers = {"accuracy": self.accuracy, "wall_seconds": self.wall_seconds}
         about = {name: repr(number) for name, number in numbers.items()}
-        _write(_point_file(folder, path), tensors, about | {"asked_sha256": asked_sha256})
+        file = folder / f"{path}.safetensors"
+        _write(file, tensors, about | {"asked_sha256": asked_sha256})
 
     @classmethod
     def read(cls, folder: Path, path: str, asked_sha256: str) -> FittedPoint | None:
@@ -157,7 +153,7 @@ class FittedPoint:
         then fitted again.
         """
         try:
-            tensors, about = _read(_point_file(folder, path))
+            tensors, about = _read(folder / f"{path}.safetensors")
             if about["asked_sha256"] != asked_sha256:
                 return None
             weight, bias = tensors.pop("weight"), tensors.pop("bias")
@@ -170,10 +166,6 @@ class FittedPoint:
             return cls(weight, bias, PointStatistics(**tensors), accuracy, wall_seconds, halves)
         except (SafetensorError, OSError, KeyError, ValueError, TypeError):
             return None
-
-
-def _point_file(folder: Path, path: str) -> Path:
-    return folder / f"{path}.safetensors"
 
 
 def _write(path: Path, tensors: Mapping[str, Tensor], about: Mapping[str, str]) -> None:

@@ -1,10 +1,5 @@
 """Faster kernels than `reference.lora_delta_loop`; `dispatch` chooses among them.
 
-    dense     in `reference`: every rank for every token, two plain matmuls, static shapes
-    gather    only the chosen ranks of each token, without copying them
-    grouped   tokens sorted by choice, then two matmuls for each choice
-    gather_triton, grouped_triton   the same for GPUs, in `triton_launch`
-
 None copies A or B for each token, and none needs [T, IN] or [T, OUT] beside its result: with
 `add_to` they add to the projection's own output, a few rows at a time.
 """
@@ -20,7 +15,6 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from meteora.artifacts import MeteoraError
 from meteora.kernels import onednn, reference
 from meteora.kernels.stack import ExpertStack
 
@@ -39,33 +33,21 @@ SUM = 0
 """The mode of torch's embedding bags that adds rows up."""
 
 
-class MissingTritonError(MeteoraError):
-    """A kernel needs Triton, which is not installed."""
-
-
 @cache
 def has_triton() -> bool:
     """Whether Triton is installed; warns once if it is not."""
     if find_spec("triton") is not None:
         return True
-    warnings.warn(f"{_NO_TRITON} Until then every expert is computed.", stacklevel=2)
+    warnings.warn(
+        "Triton is not installed, so every expert is computed for every token; install it with"
+        " `pip install triton`",
+        stacklevel=2,
+    )
     return False
 
 
-_NO_TRITON = (
-    "Triton is not installed, and the kernels gather_triton and grouped_triton need it;"
-    " install it with `pip install triton`."
-)
-
-
 def triton_launch() -> ModuleType:
-    """The module `triton_launch`, imported when it is first needed.
-
-    Raises:
-        MissingTritonError: Triton is not installed.
-    """
-    if find_spec("triton") is None:
-        raise MissingTritonError(_NO_TRITON)
+    """The module `triton_launch`, imported when it is first needed."""
     from meteora.kernels import triton_launch as launch  # noqa: PLC0415  (Triton is optional, and slow to import)
 
     return launch

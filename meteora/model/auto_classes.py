@@ -99,26 +99,26 @@ class MeteoraTokenizer:
         base_folder: str | Path | None = None,
         **options: Any,  # noqa: ANN401
     ) -> PreTrainedTokenizerBase:
-        """Load it, with the arguments of transformers.
+        """Load it, with the arguments of transformers; no tensors are read.
 
         Raises:
             UnsupportedArgumentError: a subfolder is named.
         """
-        from meteora.checkpoint.resolve import load_tokenizer  # noqa: PLC0415
+        from meteora.base.loading import load_tokenizer  # noqa: PLC0415  (torch)
+        from meteora.checkpoint import manifest, resolve  # noqa: PLC0415
 
         _refuse_subfolder(name, options.pop("subfolder", None))
         download = {key: options.pop(key) for key in DOWNLOAD if key in options}
-        return load_tokenizer(
-            name,
-            base_folder=base_folder,
-            revision=revision,
-            download=download,
-            settings={
-                key: value
-                for key, value in options.items()
-                if not key.startswith("_") and key not in {*IDLE, *OURS}
-            },
-        )
+        folder = resolve.find_checkpoint(name, revision, download=download, whole=False)
+        found = manifest.read_manifest(folder)
+        of_base = resolve.base_download(name, found, download)
+        source = resolve.base_files(found, base_folder, of_base, weights=False)
+        settings = {
+            key: value
+            for key, value in options.items()
+            if not key.startswith("_") and key not in {*IDLE, *OURS}
+        }
+        return load_tokenizer(source, options=settings)
 
 
 def _refuse_subfolder(name: str | Path, subfolder: str | None) -> None:

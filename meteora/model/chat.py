@@ -134,11 +134,7 @@ class Chat:
     """Answers conversations, one at a time; an expert is forced for all threads of a model."""
 
     def __init__(self, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> None:
-        """Set up.
-
-        Args:
-            model: fused
-        """
+        """Take a fused model."""
         self.model, self.tokenizer = model, tokenizer
         self.routed = tuple(expert_names(model))
         """The choices of its routers."""
@@ -300,11 +296,10 @@ class Chat:
 @contextmanager
 def _seeded(sampling: Sampling, device: torch.device) -> Generator[None]:
     """A context that draws from the seed, if there is one; torch's own random state stays."""
-    if sampling.seed is None:
-        yield
-        return
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(sampling.seed)
+    devices, seed = [device] if device.type == "cuda" else [], sampling.seed
+    with torch.random.fork_rng(devices, enabled=seed is not None):
+        if seed is not None:
+            torch.manual_seed(seed)
         yield
 
 

@@ -9,7 +9,7 @@ For other code the model stays the same: `generate`, `pipeline` and lm-eval run 
 from __future__ import annotations
 
 from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -23,7 +23,7 @@ from meteora.base.placement import PlacementError, is_offloaded, placed, require
 from meteora.base.shapes import fingerprint, sizes_of
 from meteora.base.sources import PATH, weights_sha256
 from meteora.checkpoint import tensors
-from meteora.checkpoint.manifest import Manifest, ModuleEntry, read_manifest, unknown_expert_message
+from meteora.checkpoint.manifest import Manifest, ModuleEntry, number_of, read_manifest
 from meteora.checkpoint.resolve import base_download, find_checkpoint, load_base
 from meteora.kernels import onednn
 from meteora.kernels.addmm import experts_dtype, weight_of
@@ -49,10 +49,6 @@ CACHE = "meteora_expert_cache"
 
 class WrongBaseError(MeteoraError):
     """A checkpoint was made for another base model."""
-
-
-class UnknownExpertError(MeteoraError):
-    """No expert of the model has this name."""
 
 
 class NotFusedError(MeteoraError, AttributeError):
@@ -258,11 +254,7 @@ def _rename_tied(model: PreTrainedModel, before: str, now: str) -> None:
 
 
 def choices_of(ranks: Sequence[int], options: RouterOptions) -> list[Choice]:
-    """The choices of a module's router, in the order of `Manifest.choices`.
-
-    Args:
-        ranks: of each expert there
-    """
+    """The choices of a module's router, in the order of `Manifest.choices`, by experts' ranks."""
     choices = own_choices(ranks)
     if options.opening == "shared":
         choices.append(mean_of_all(ranks))
@@ -351,12 +343,10 @@ def _of_fused(model: PreTrainedModel, attribute: str) -> Any:  # noqa: ANN401  (
 
 def check_expert(name: str, names: Sequence[str]) -> None:
     """Raise an `UnknownExpertError` for a name that is not among a model's experts."""
-    if name not in names:
-        raise UnknownExpertError(unknown_expert_message(name, names, "this model"))
+    number_of(name, names, "this model")
 
 
-@contextmanager
-def force_expert(model: PreTrainedModel, name: str) -> Generator[None]:
+def force_expert(model: PreTrainedModel, name: str) -> AbstractContextManager[None]:
     """Send every token to one expert with weight 1, inside a `with` block.
 
     The output then equals PEFT's with this adapter alone. The routers come back at the end.
@@ -370,14 +360,11 @@ def force_expert(model: PreTrainedModel, name: str) -> Generator[None]:
     """
     names = expert_names(model)
     if name == NULL and NULL not in names:
-        with without_experts(model):
-            yield
-        return
+        return without_experts(model)
     check_expert(name, names if NULL in names else [*names, NULL])
     one = torch.zeros(len(names))
     one[names.index(name)] = 1.0
-    with routed_by(model, lambda layer: Fixed(one.to(layer.device))):
-        yield
+    return routed_by(model, lambda layer: Fixed(one.to(layer.device)))
 
 
 @contextmanager
@@ -391,8 +378,6 @@ def without_dropout(model: PreTrainedModel) -> Generator[None]:
         model.train(training)
 
 
-@contextmanager
-def without_experts(model: PreTrainedModel) -> Generator[None]:
+def without_experts(model: PreTrainedModel) -> AbstractContextManager[None]:
     """Run the base alone, inside a `with` block; the routers come back at the end."""
-    with routed_by(model, lambda _: None):
-        yield
+    return routed_by(model, lambda _: None)

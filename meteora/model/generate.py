@@ -5,7 +5,7 @@ from __future__ import annotations
 import sys
 from collections import deque
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any, cast, overload
+from typing import TYPE_CHECKING, Any, TypeVar, cast
 
 import torch
 from torch import Tensor
@@ -20,6 +20,8 @@ if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
     from transformers._typing import GenerativePreTrainedModel
 
+Texts = TypeVar("Texts", str, list[str])
+"""One text, or several."""
 PROMPTS_PER_BATCH = 16
 PLACED_WITH_PADDING = {
     "bart", "bigbird_pegasus", "blenderbot", "blenderbot-small", "marian", "mbart", "mvp",
@@ -116,29 +118,13 @@ def generate_ids(
     )
 
 
-@overload
 def generate(
     model: PreTrainedModel,
     tokenizer: PreTrainedTokenizerBase,
-    prompt: str,
+    prompt: Texts,
     *,
     max_new_tokens: int = 256,
-) -> str: ...
-@overload
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: list[str],
-    *,
-    max_new_tokens: int = 256,
-) -> list[str]: ...
-def generate(
-    model: PreTrainedModel,
-    tokenizer: PreTrainedTokenizerBase,
-    prompt: str | list[str],
-    *,
-    max_new_tokens: int = 256,
-) -> str | list[str]:
+) -> Texts:
     """Answer a prompt, or each of several, greedily; returns the text of the answer or answers.
 
     Args:
@@ -151,16 +137,13 @@ def generate(
         EmptyPromptError: a prompt has no tokens.
         ConversationError: a prompt is no text, or no Unicode, or leaves no room for an answer.
     """
-    if not isinstance(prompt, str):
-        prompts = [encode_prompt(tokenizer, one) for one in prompt]
-        for number, one in enumerate(prompts, 1):
-            _require_tokens(one, f"prompt {number}")
-        answers = answer_all(model, tokenizer, prompts, max_new_tokens)
-        return [str(tokenizer.decode(one, skip_special_tokens=True)) for one in answers]
-    ids = batch_of(model, encode_prompt(tokenizer, prompt))
-    with torch.inference_mode():
-        out = generate_ids(model, tokenizer, ids, max_new_tokens)
-    return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
+    is_one = isinstance(prompt, str)
+    prompts = [encode_prompt(tokenizer, one) for one in ([prompt] if is_one else prompt)]
+    for number, one in enumerate(prompts, 1):
+        _require_tokens(one, "the prompt" if is_one else f"prompt {number}")
+    answers = answer_all(model, tokenizer, prompts, max_new_tokens)
+    texts = [str(tokenizer.decode(one, skip_special_tokens=True)) for one in answers]
+    return cast("Texts", texts[0] if is_one else texts)
 
 
 def answer_all(

@@ -62,8 +62,6 @@ def insert_prompt_routers(
 class PromptReader(Watcher):
     """Reads each prompt with the base before it is routed, and decides for its sequence."""
 
-    reads_whole = True
-
     def __init__(self, template: Template, standard: Tensor, held: HeldChoice) -> None:
         self.template, self.standard, self.held = template, standard, held
         self.now = Present()

@@ -24,16 +24,13 @@ def install() -> None:
     """Register now, or as soon as transformers is loaded; a second call changes nothing."""
     waiting = False
     for name in LISTS:
-        if (module := sys.modules.get(name)) is not None and not _is_loading(module):
+        module = sys.modules.get(name)
+        if module is not None and not getattr(module.__spec__, "_initializing", False):
             _register(module)
         else:
             waiting = True
     if waiting and not any(isinstance(finder, _Waiting) for finder in sys.meta_path):
         sys.meta_path.insert(0, _Waiting())
-
-
-def _is_loading(module: ModuleType) -> bool:
-    return getattr(module.__spec__, "_initializing", False)
 
 
 def _register(module: ModuleType) -> None:

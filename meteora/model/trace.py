@@ -83,11 +83,7 @@ class Trace:
         return layers_of(self.modules)
 
     def shares(self, layer: int | None = None) -> Tensor:
-        """The mean weight over modules of each token and expert, [T, E].
-
-        Args:
-            layer: only over the modules of this layer; None: of all layers
-        """
+        """The mean weight of each token and expert, [T, E], over modules of one layer or of all."""
         modules = [m for m, own in enumerate(self.layers) if layer is None or own == layer]
         return mean_weights(self.weights[modules], self.chosen[modules], len(self.experts))
 
@@ -187,11 +183,7 @@ def trace(
 
 
 def read_last(model: PreTrainedModel, out: Any) -> None:  # noqa: ANN401  (of many kinds)
-    """Run the model on the last generated token, which `generate` itself does not read.
-
-    Args:
-        out: the output of `generate`, with its cache
-    """
+    """Run the model on the last generated token, which `generate` itself does not read."""
     model(input_ids=out.sequences[:, -1:], **{cache_name(model): out.past_key_values})
 
 

@@ -1,11 +1,4 @@
-"""Put gates into a model, and read them from it; which module follows which gate.
-
-share = module   every module has a gate (the paper's way)
-share = point    modules that read one input (q, k, v) follow the gate of the first
-share = layer    every module of a layer follows the gate of its first
-share = token    every module from a third of the depth on follows one gate
-share = turn     as `point`, and each gate decides once for a whole turn of a conversation
-"""
+"""Put gates into a model, and read them from it; which module follows which gate."""
 
 from __future__ import annotations
 
@@ -181,11 +174,7 @@ def states_read_by(layers: nn.Module) -> list[PassState]:
 
 
 def as_in_this_pass(layers: nn.Module, run: Callable[..., Any]) -> Callable[..., Any]:
-    """Wrap `run` for gradient checkpointing: later calls use the routes of the present pass.
-
-    Args:
-        run: calls the layers
-    """
+    """Wrap a call of layers for gradient checkpointing: it then always has this pass's routes."""
     known = [(one, dict(vars(one))) for one in states_read_by(layers)]
     calls = count()
 
@@ -270,7 +259,11 @@ def gates_of(model: PreTrainedModel) -> Gates:
 
 
 class Sharing:
-    """Names, during a sweep, the gate that decides for the next modules."""
+    """Names, during a sweep, the gate that decides for the next modules: see `RouterOptions.share`.
+
+    With `token` one gate decides for all modules from a third of the depth on; those before it have
+    gates of their own.
+    """
 
     def __init__(self, share: str, num_layers: int) -> None:
         self.share = share

@@ -10,9 +10,9 @@ from __future__ import annotations
 
 import sys
 from collections.abc import Callable, Generator
-from contextlib import ExitStack, contextmanager
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from threading import get_ident
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 import torch
 from torch import Tensor
@@ -30,46 +30,35 @@ if TYPE_CHECKING:
     """Weights and choices, both [T, K], of each layer in one pass, by module path."""
 
 
+Found = TypeVar("Found")
+
 _UNCOMPILED = SharedBlock(lambda: torch.compiler.set_stance("force_eager"))
 """No compiled code runs, in any thread: torch has one stance for all."""
 
 
-@contextmanager
-def recorded_logits(model: PreTrainedModel) -> Generator[dict[str, Tensor]]:
+def recorded_logits(model: PreTrainedModel) -> AbstractContextManager[dict[str, Tensor]]:
     """Collect each router's logits [T, C] of this thread's last forward pass, by module path."""
-    by_path: dict[str, Tensor] = {}
-
-    def keep(path: str, _router: Router, logits: Tensor) -> None:
-        by_path[path] = logits
-
-    with _watched(model, keep):
-        yield by_path
+    return _recorded(model, lambda _router, logits: logits)
 
 
-@contextmanager
-def recorded_routes(model: PreTrainedModel) -> Generator[Routes]:
+def recorded_routes(model: PreTrainedModel) -> AbstractContextManager[Routes]:
     """Collect each layer's weights and choices in this thread's last forward pass.
 
     They are those of `reference.route`, the strongest first. Experts that lack the layer are
     recorded too, though they add nothing there.
     """
-    routes: Routes = {}
-
-    def keep(path: str, router: Router, logits: Tensor) -> None:
-        routes[path] = router.route(logits)
-
-    with _watched(model, keep):
-        yield routes
+    return _recorded(model, lambda router, logits: router.route(logits))
 
 
 @contextmanager
-def _watched(
-    model: PreTrainedModel, keep: Callable[[str, Router, Tensor], None]
-) -> Generator[None]:
-    """Call `keep` with the logits of every router, on the device of the model's input.
+def _recorded(
+    model: PreTrainedModel, read: Callable[[Router, Tensor], Found]
+) -> Generator[dict[str, Found]]:
+    """Collect what `read` makes of each router's logits, on the device of the model's input.
 
     Other threads may call the model, too; their passes are not recorded.
     """
+    found: dict[str, Found] = {}
     device, thread = input_device(model), get_ident()
     with ExitStack() as hooks:
         if "torch._dynamo" in sys.modules:  # slow to import, and without it nothing is compiled
@@ -79,7 +68,7 @@ def _watched(
 
                 def hook(router: Router, _args: object, logits: Tensor, path: str = path) -> None:
                     if get_ident() == thread:
-                        keep(path, router, logits.to(device))
+                        found[path] = read(router, logits.to(device))
 
                 hooks.enter_context(layer.router.register_forward_hook(hook))
-        yield
+        yield found

@@ -208,11 +208,9 @@ class Watcher:
     """Sees each pass of a causal language model before it runs.
 
     Its `base_model` may be called alone, for hidden states, and some models do not call theirs,
-    such as OPT. So both are watched.
+    such as OPT. So both are watched. A prompt has to come in one pass, however long it is.
     """
 
-    reads_whole = False
-    """Whether a prompt has to come in one pass, however long it is."""
     _hooks: tuple[torch.utils.hooks.RemovableHandle, ...] = ()
     now: Present
 
@@ -331,11 +329,10 @@ def set_watcher(model: PreTrainedModel, watcher: Watcher | None) -> None:
     """Give a model this watcher, in place of the one before."""
     if (before := watcher_of(model)) is not None:
         before.stop()
-    if watcher is not None:
-        watcher.watch(model)
     setattr(model, WATCHER, watcher)
     vars(model).pop("generate", None)
-    if watcher is not None and watcher.reads_whole:
+    if watcher is not None:
+        watcher.watch(model)
         vars(model)["generate"] = partial(_generate_whole, model)
 
 

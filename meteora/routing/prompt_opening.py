@@ -33,8 +33,6 @@ class _Opening(Present):
 class PromptOpening(Watcher):
     """The opening of the prompt in the present pass; all gates of a model share one object."""
 
-    reads_whole = True
-
     def __init__(self, template: Template) -> None:
         self.template, self.now = template, _Opening()
 

@@ -7,7 +7,8 @@
 The model's own code calls the layers one by one and passes nothing of ours between them. So they
 share one `SharedMatmul`: the first layer computes for all, and each of the others takes its part,
 if it is called with the same input and decision (the same objects). No memory is doubled: each
-layer's A becomes a view of the joined one.
+layer's A becomes a view of the joined one. Up to 64 tokens this saves 1 to 6 % of the time of q, k
+and v with the kernel `gather`, and between -2 and 6 % with `dense`.
 """
 
 import threading

@@ -136,8 +136,6 @@ class _Turns(Present):
 class Turns(Watcher):
     """The turns of the present pass; all gates of a model share one object."""
 
-    reads_whole = True
-
     def __init__(self, template: Template) -> None:
         self.template, self.now = template, _Turns()
         self._num_gates = 0

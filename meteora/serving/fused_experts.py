@@ -135,11 +135,9 @@ class ServedExperts:
         return new_decisions(self._gates)
 
     def read_turns(self, num_requests: int, num_tokens: int) -> ServedTurns:
-        """Prepare gates that decide for whole turns; call it before the first `build`.
+        """Prepare gates that decide for whole turns, before the first `build`.
 
-        Args:
-            num_requests: most requests in one pass
-            num_tokens: most tokens in one pass
+        A pass has at most so many requests and tokens.
         """
         _, bias = next(iter(self._gates.own.values()))
         self.turns = ServedTurns(

@@ -230,7 +230,8 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
     Raises:
         GrowthError: the checkpoint has no gates of `calibrate`, or not their statistics.
         ForeignCheckpointError: it names the id of another one in the ledger.
-        EditError: there is no such expert, or it is the only one.
+        UnknownExpertError: there is no such expert.
+        EditError: it is the only one.
     """
     manifest = _read_editable(folder)
     is_ours = is_recorded(ledger, FoundCheckpoint(folder, None, {}), manifest)

@@ -24,11 +24,18 @@ from transformers.models.llama4.modeling_llama4 import Llama4Router
 from transformers.utils import logging as hf_logging
 
 from meteora.base.config_checks import MAX_LAYERS
-from meteora.base.loading import layers_on_disk, load_config, load_folder, load_gguf, load_tokenizer
-from meteora.base.placement import WRITTEN, PlacementError, own_head, written_weights
+from meteora.base.loading import (
+    WRITTEN,
+    layers_on_disk,
+    load_config,
+    load_folder,
+    load_gguf,
+    load_tokenizer,
+)
+from meteora.base.placement import PlacementError, own_head
 from meteora.base.shapes import fingerprint_of, linear_sizes, sizes_of
 from meteora.base.sources import SourceError
-from meteora.base.temporary_folder import HERE
+from meteora.base.temporary_folder import HERE, temporary_folder
 from meteora.checkpoint import resolve
 from meteora.checkpoint.manifest import CONFIG, CONFIG_TEXT
 from tests.clock import little_work
@@ -187,20 +194,17 @@ def test_a_mixture_is_read_from_the_disk_and_what_is_written_for_it_goes_with_it
     assert not any(tmp_path.glob("meteora-*"))
 
 
-def test_what_a_killed_process_left_is_removed_and_a_living_ones_stays(
-    monkeypatch: pytest.MonkeyPatch, tmp_path: Path
-) -> None:
-    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+def test_what_a_killed_process_left_is_removed_and_a_living_ones_stays(tmp_path: Path) -> None:
     begin = f"{WRITTEN}{HERE}"
     dead = tmp_path / f"{begin}dead"  # its lock went with its process
     dead.mkdir()
     (dead / "weights").touch()
     os.mkfifo(pipe := tmp_path / f"{begin}pipe")  # by anybody: opened as a file it never ends
-    with written_weights() as one:
+    with temporary_folder(tmp_path, WRITTEN) as one:
         pipe.unlink()
         assert not dead.exists()
         (one / "weights").touch()
-        with written_weights() as other:
+        with temporary_folder(tmp_path, WRITTEN) as other:
             assert (one / "weights").exists()
             assert other != one
     assert not any(tmp_path.iterdir())

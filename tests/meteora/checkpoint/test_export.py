@@ -17,6 +17,7 @@ from meteora.adapters import reader
 from meteora.adapters.files import CONFIG, PEFT_WEIGHTS
 from meteora.artifacts import file_sha256
 from meteora.checkpoint.export import ExportError, adapter_config, export_expert, new_folder
+from meteora.checkpoint.manifest import UnknownExpertError
 from tests.conftest import World
 
 
@@ -88,7 +89,7 @@ def test_an_alpha_near_zero_is_not_zero(world: World) -> None:
 
 
 def test_what_is_not_there_and_what_is_in_the_way_is_said(world: World, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match="all_seven, attention"):
+    with pytest.raises(UnknownExpertError, match="all_seven, attention"):
         export_expert(world.checkpoint, "no_such", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("mine")

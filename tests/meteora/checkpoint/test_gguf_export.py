@@ -16,7 +16,7 @@ from meteora.checkpoint import tensors as checkpoint_tensors
 from meteora.checkpoint.edit import drop_expert
 from meteora.checkpoint.export import ExportError, export_expert
 from meteora.checkpoint.gguf_export import export_gguf
-from meteora.checkpoint.manifest import EXPERTS, MANIFEST, CheckpointError
+from meteora.checkpoint.manifest import EXPERTS, MANIFEST, CheckpointError, UnknownExpertError
 
 if TYPE_CHECKING:
     from pathlib import Path
@@ -140,7 +140,7 @@ def test_all_experts_have_a_file_each_and_the_stack_is_checked_once(
 
 
 def test_what_llama_cpp_does_not_know_is_refused(world: World, tmp_path: Path) -> None:
-    with pytest.raises(ExportError, match=r"there is no expert 'no_such'.* has all_seven"):
+    with pytest.raises(UnknownExpertError, match=r"there is no expert 'no_such'.* has all_seven"):
         export_gguf(world.checkpoint, tmp_path / "out", "no_such")
     base = world.manifest.base
     (tmp_path / EXPERTS).symlink_to(world.checkpoint / EXPERTS)

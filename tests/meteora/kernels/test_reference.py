@@ -3,7 +3,6 @@
 import copy
 import json
 import pickle
-import re
 from pathlib import Path
 from statistics import fmean
 
@@ -260,28 +259,6 @@ def test_a_graph_is_left_only_if_that_saves_more_than_the_call_costs():
         asked = 64, 1, sizes, torch.float32, "cpu"
         assert dispatch.choose_kernel(*asked) == alone
         assert dispatch.choose_kernel(*asked, in_graph=True) == within
-
-
-def test_the_docstring_of_the_choice_stars_what_is_chosen_and_tells_what_was_measured():
-    """Every row of the table there: E × r, tokens, and three kernels in 32 bits and in 16."""
-    doc = dispatch.choose_kernel.__doc__
-    assert doc
-    row = re.compile(r"^ +(\d+) × (\d+) +(\d+)((?: +[\d.]+\*?){6})$", re.MULTILINE)
-    measured = {
-        (row["dtype"], row["experts"], row["r"], row["tokens"]): row
-        for row in map(json.loads, MEASURED.read_text().splitlines())
-        if row["hidden"] == 2048
-    }
-    told = row.findall(doc)
-    for num_experts, r, num_tokens, cells in told:
-        columns, sizes = cells.split(), Sizes(2048, 2048, int(num_experts), 0, int(r), int(r))
-        sizes = sizes._replace(num_ranks=sizes.num_choices * sizes.max_rank)
-        for dtype, found in (("float32", columns[:3]), ("bfloat16", columns[3:])):
-            costs = measured[dtype, int(num_experts), r, int(num_tokens)]
-            chosen = dispatch.choose_kernel(int(num_tokens), 2, sizes, getattr(torch, dtype), "cpu")
-            for kernel, cell in zip(("dense", "gather", "grouped"), found, strict=True):
-                assert cell == f"{costs[kernel]:.2f}" + "*" * (kernel == chosen)
-    assert len(told) == 10
 
 
 def test_tokens_of_one_task_are_grouped_where_others_are_not():

@@ -314,8 +314,6 @@ def test_they_compile_for_every_gpu_since_ampere_at_every_rank(architecture, mon
 
 def test_without_triton_one_sentence_says_what_to_do(monkeypatch):
     monkeypatch.setattr(gather_grouped, "find_spec", lambda _name: None)
-    with pytest.raises(gather_grouped.MissingTritonError, match="pip install triton"):
-        make(kernel="gather_triton")(torch.randn(3, 12))
     gather_grouped.has_triton.cache_clear()
     with pytest.warns(UserWarning, match="pip install triton"):
         assert not gather_grouped.has_triton()

@@ -11,9 +11,9 @@ import torch
 import meteora
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import ConversationError, Template, encode_messages
-from meteora.checkpoint.manifest import ModuleEntry
+from meteora.checkpoint.manifest import ModuleEntry, UnknownExpertError
 from meteora.model.chat import Chat, Sampling
-from meteora.model.fused import UnknownExpertError, force_expert, insert_layer, make_router
+from meteora.model.fused import force_expert, insert_layer, make_router
 from meteora.model.generate import EmptyPromptError
 from meteora.model.trace import trace
 from meteora.routing.layer import routed_by

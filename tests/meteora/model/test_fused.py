@@ -14,11 +14,10 @@ import meteora
 from meteora.artifacts import RouterOptions, Unfitted
 from meteora.base.sources import SourceError
 from meteora.checkpoint.manifest import EXPERTS as EXPERTS_FILE
-from meteora.checkpoint.manifest import MANIFEST
+from meteora.checkpoint.manifest import MANIFEST, UnknownExpertError
 from meteora.model.fused import (
     NotFusedError,
     RoutedAdaptersError,
-    UnknownExpertError,
     WrongBaseError,
     expert_names,
     force_expert,

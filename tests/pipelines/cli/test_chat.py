@@ -16,8 +16,8 @@ import pytest
 from rich.console import Console
 
 from meteora.artifacts import MeteoraError
+from meteora.checkpoint.manifest import UnknownExpertError
 from meteora.model.chat import Answer, Chat
-from meteora.model.fused import UnknownExpertError
 from meteora.model.trace import Token
 from pipelines.cli import chat as command
 from tests.pipelines.cli.command_line import Said, meteora

@@ -17,8 +17,8 @@ from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 from selenium.webdriver.support.ui import WebDriverWait
 
+from meteora.checkpoint.manifest import UnknownExpertError
 from meteora.model.chat import Answer
-from meteora.model.fused import UnknownExpertError
 from meteora.model.trace import LayerWinner, Token
 from pipelines.serving.page import chat_page
 from tests.pipelines.reports.html_reader import Elements, resize

@@ -1,7 +1,4 @@
-"""Experts: `meteora check` judges adapters, and `train` makes those that a recipe lacks.
-
-`add` and `drop` change a checkpoint by one expert.
-"""
+"""`meteora check` judges adapters, `train` makes missing ones, `add` and `drop` change a model."""
 
 import json
 import shlex
@@ -205,8 +202,6 @@ def _print_made(made: Path, what: str, before: Path, *, as_json: bool) -> Manife
 
 def _say_next(made: Path, manifest: Manifest, home: Path, base: str, rows: str = "") -> None:
     """Say how to measure a changed checkpoint, or to see its scores if it was measured before.
-
-    It is named by its id, or by its folder without a record.
 
     Args:
         base: the option for its base, if it needs one

@@ -46,11 +46,7 @@ BORDERS = 3
 def print_findings(
     found: Verification, bases: Sequence[Finding], again: Recomputed, *, as_json: bool = False
 ) -> int:
-    """Print all damaged files and scores that do not recompute; returns the number of findings.
-
-    Args:
-        bases: The findings on the bases of the home.
-    """
+    """Print all damaged files and scores that do not recompute; returns the number of findings."""
     every = (*found.findings, *bases, *again.findings)
     if as_json:
         counts = {

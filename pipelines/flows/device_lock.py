@@ -6,23 +6,19 @@ of the same server. To let more runs share the device, raise the limit on the se
 slot of a killed run is free again when its lease ends.
 """
 
-import logging
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 
-import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
-from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
-from prefect.exceptions import ObjectAlreadyExists, PrefectException
+from prefect.exceptions import ObjectAlreadyExists
 
+from pipelines.flows.run_page import if_it_answers
 from pipelines.workspace.console import say
 
-logger = logging.getLogger(__name__)
 LEASE_SECONDS = 60.0
 """The shortest lease that Prefect accepts; it is renewed while the run works."""
-FAULTS = (httpx.HTTPError, PrefectException, ConcurrencySlotAcquisitionError, OSError, RuntimeError)
 
 
 @contextmanager
@@ -37,31 +33,25 @@ def held(*slots: str) -> Generator[None]:
     holding = ExitStack()
     try:
         for slot in slots:
-            _take(slot, holding)
+            with if_it_answers(f"say whether {slot} is free"):
+                _take(slot, holding)
         yield
     finally:
-        try:
+        with if_it_answers(f"take back {', '.join(slots)}"):
             holding.close()
-        except FAULTS as error:
-            logger.warning(
-                "the Prefect server was not told that %s are free: %s", ", ".join(slots), error
-            )
 
 
 def _take(slot: str, holding: ExitStack) -> None:
-    try:
-        if not _make_limit(slot):
-            say(f"waiting for {slot}, which another run holds")
-        holding.enter_context(
-            concurrency(
-                slot,
-                strict=True,  # a missing limit would not block
-                lease_duration=LEASE_SECONDS,
-                raise_on_lease_renewal_failure=False,
-            )
+    if not _make_limit(slot):
+        say(f"waiting for {slot}, which another run holds")
+    holding.enter_context(
+        concurrency(
+            slot,
+            strict=True,  # a missing limit would not block
+            lease_duration=LEASE_SECONDS,
+            raise_on_lease_renewal_failure=False,
         )
-    except FAULTS as error:
-        logger.warning("the Prefect server does not say whether %s is free: %s", slot, error)
+    )
 
 
 def _make_limit(slot: str) -> bool:

@@ -60,7 +60,7 @@ def recording(
 
     Args:
         proportion: `update_norm.check_proportion`, or a call of it in the worker process.
-        memory_limit_bytes: The most memory for a stack.
+        memory_limit_bytes: for a stack
     """
     return Steps(
         look_up_on_hub(context, built.spec, context.base_folder(built.spec)),

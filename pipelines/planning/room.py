@@ -118,8 +118,6 @@ def check_examples(
     """Refuse an example that is longer than the base's context, if its config states one.
 
     Args:
-        examples: by expert
-        place: returns the place of an example, from its expert and its number
         tokenizer: as for the fit: without a chat template if the recipe asks in plain text
 
     Raises:
@@ -148,13 +146,9 @@ def without_too_long(
     room: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Sequence[Row]]:
-    """The examples, without those of a card's data set that are longer than the base's context.
+    """The examples, without those of cards' data sets that have more than `room` tokens.
 
     Nobody can shorten these. Those of a recipe are refused by `check_examples`.
-
-    Args:
-        of_cards: the experts whose examples are of such data sets
-        room: the base's context, in tokens
 
     Raises:
         ExamplesError: too few of an expert's are left for its gate.

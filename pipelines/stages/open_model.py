@@ -14,13 +14,7 @@ from meteora.artifacts import WITH_GATES, AdapterSpec, ArtifactId, BuiltBase, Fu
 from meteora.base import loading
 from meteora.base.placement import placed
 from meteora.base.shapes import fingerprint, shape_of
-from meteora.checkpoint.manifest import (
-    EXPERTS,
-    GATES,
-    BaseEntry,
-    ExpertEntry,
-    Manifest,
-)
+from meteora.checkpoint.manifest import EXPERTS, GATES, BaseEntry, ExpertEntry, Manifest
 from meteora.checkpoint.stack import module_entries
 from meteora.model.fused import check_base, insert_experts, insert_routers
 from meteora.routing.expert_cache import ExpertCache
@@ -186,11 +180,7 @@ def _num_bytes(work: RunContext, plan: Plan) -> float:
 def tokenizer_of_gates(
     tokenizer: PreTrainedTokenizerBase, template: str
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer for the prompts that gates are fitted to.
-
-    Args:
-        template: `plain` for a copy without the chat template
-    """
+    """The tokenizer for the prompts that gates are fitted to; `plain` for no chat template."""
     if template != "plain":
         return tokenizer
     plain = copy.copy(tokenizer)

@@ -380,7 +380,7 @@ def fit(
     """Train all parameters that require gradients, a step a batch; returns the loss of each step.
 
     Args:
-        peak: the highest learning rate, as in `Training`
+        peak: as in `Training`
         what: the name of the trained adapter in messages
 
     Raises:

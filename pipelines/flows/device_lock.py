@@ -1,9 +1,8 @@
-"""One run at a time on a GPU.
+"""One run at a time on a GPU: two trainings there run out of memory, or slow each other down.
 
-Two trainings on one GPU run out of memory, or slow each other down. So a run that computes on a GPU
-holds the only slot of a Prefect concurrency limit with the device's name. That holds for all runs
-of the same server. To let more runs share the device, raise the limit on the server's page. The
-slot of a killed run is free again when its lease ends.
+A run that computes on a GPU holds the only slot of a Prefect concurrency limit with the device's
+name, among all runs of one server. To let more runs share the device, raise the limit on the
+server's page. The slot of a killed run is free again when its lease ends.
 """
 
 from collections.abc import Generator
@@ -23,12 +22,9 @@ LEASE_SECONDS = 60.0
 
 @contextmanager
 def held(*slots: str) -> Generator[None]:
-    """Hold devices; wait while another run holds one of them.
+    """Hold devices, by names in an order that all runs share; wait for those that a run holds.
 
-    If the server does not answer, the run goes on without holding them.
-
-    Args:
-        slots: The devices' names, in an order that all runs share. A CPU is never held.
+    If the server does not answer, the run goes on without holding them. A CPU is never held.
     """
     holding = ExitStack()
     try:

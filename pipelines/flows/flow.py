@@ -59,11 +59,7 @@ def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
 
 
 def at_the_network(function: Callable[..., Any], name: str | None = None) -> Any:  # noqa: ANN401  (Prefect's decorator)
-    """A task that is tried again after passing faults of the network.
-
-    Args:
-        name: of its runs, with arguments in braces
-    """
+    """A task that is tried again after passing faults of the network; `name` is that of a run."""
     return task(
         task_run_name=name,
         retries=3,

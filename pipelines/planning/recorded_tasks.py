@@ -36,7 +36,6 @@ def recorded_tasks(
 
     Args:
         experts: The adapter of each expert, by name; its task has the same name.
-        router_id: Of the model; empty for a model without scores.
     """
     tasks = {}
     for name, adapter_id in experts.items():

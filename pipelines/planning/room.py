@@ -37,11 +37,7 @@ if TYPE_CHECKING:
 
 
 def check_names(tasks: Iterable[Task]) -> None:
-    """Refuse the first `lm_eval` task that lm-eval does not know.
-
-    Raises:
-        BenchmarkError: lm-eval has no such task.
-    """
+    """Refuse the first `lm_eval` task that lm-eval does not know, with a `BenchmarkError`."""
     for task in tasks:
         if task.lm_eval:
             # seconds, and few recipes need it
@@ -65,7 +61,6 @@ def check_rows(
     """Refuse rows that are too long for a base, or not possible in its chat template.
 
     Args:
-        folder: of the base
         examples: by expert; none, like `spans`, if no gates are to be fitted
         place: returns the place of an example, from its expert and its number
         plain: whether gates are fitted to prompts without the chat template
@@ -170,8 +165,7 @@ def without_too_long(
 def check_opening(options: RouterOptions, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse gates that store the opening of all prompts, if the template puts the date into it.
 
-    Raises:
-        ExamplesError: the opening of tomorrow's prompts would be another one.
+    The opening of tomorrow's prompts would be another one.
     """
     knows = options.opening == "prompt" and not options.by_turns
     if knows and "strftime_now" in str(tokenizer.chat_template or ""):

@@ -118,8 +118,7 @@ def opened(
 ) -> Generator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
     """The base with the plan's experts in it, and with its router if `gates` are given.
 
-    Args:
-        device_map: the device of each module; None for one device
+    Without a device map the model is on one device.
     """
     require_sound(work.ledger, plan.base)
     if device_map is None and plan.base.quantise:  # quantised weights are made on their device

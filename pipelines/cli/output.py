@@ -95,7 +95,7 @@ def print_served(
 
 
 def form_of(form: Format | None, *, as_json: bool) -> Format | None:
-    """The form that `--format` or `--json` asks for; None if neither is given, and never both."""
+    """The form that `--format` or `--json` asks for, if one does; `BadParameter` if they differ."""
     if as_json and form not in {None, "json"}:
         raise typer.BadParameter(f"--json and --format {form} contradict; give one of them")
     return "json" if as_json else form

@@ -1,7 +1,4 @@
-"""`meteora chat`: a conversation with a checkpoint, in the terminal or on a page.
-
-And `meteora chat-server`.
-"""
+"""`meteora chat`, a conversation in the terminal or on a page, and `meteora chat-server`."""
 
 from __future__ import annotations
 
@@ -191,11 +188,10 @@ class Conversation:
                     return
                 self.take(line)
             except Exception as error:  # such as a full disk, of a file that /trace writes
-                known = isinstance(error, MeteoraError)
-                sentence = str(error) if known else describe(error) or brief(error)
                 if not person:
                     raise
-                say(sentence, "error")
+                known = isinstance(error, MeteoraError)
+                say(str(error) if known else describe(error) or brief(error), "error")
 
     def take(self, line: str) -> None:
         """Answer a turn, or execute a command."""
@@ -276,13 +272,10 @@ class Conversation:
 
 
 def _lines(prompted: bool) -> Generator[str]:
-    """The lines of the input that are not empty.
+    """The lines of the input that are not empty; a `MeteoraError` if it is no text.
 
     Args:
         prompted: Whether to print the prompt `> `.
-
-    Raises:
-        MeteoraError: The input is no text.
     """
     if not sys.stdin.isatty():
         try:

@@ -7,16 +7,13 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from shlex import quote
-from typing import TYPE_CHECKING, Annotated, Literal
+from typing import Annotated, Literal
 
 import typer
 
 from meteora.untrusted.findings import counted, for_terminal
 from pipelines.cli import options
 from pipelines.workspace.console import say
-
-if TYPE_CHECKING:
-    from store.ledger import Ledger
 
 app = typer.Typer()
 
@@ -177,10 +174,12 @@ def report(
     from meteora.artifacts import ArtifactId
     from meteora.checkpoint.manifest import read_manifest
     from pipelines.admission import checkpoints
+    from pipelines.cli import score_table
     from pipelines.reports.examples import find_examples, trace_examples
     from pipelines.reports.html import check_writable, write_page
     from pipelines.reports.queries import run_queries
-    from pipelines.reports.report import report_page
+    from pipelines.reports.report import comparison_page, report_page
+    from pipelines.reports.side_by_side import compare_checkpoints
     from pipelines.stages.adopt import as_recorded
 
     output = output or Path("comparison.html" if other else "report.html")
@@ -190,11 +189,14 @@ def report(
         folders = [
             checkpoints.find_folder(name, home, token_for or ()) for name in (checkpoint, other)
         ]
-        both = [
-            as_recorded(ledger, checkpoints.find_base(one, home, base, is_loaded=False))
+        a, b = (
+            as_recorded(ledger, checkpoints.find_base(one, home, base, is_loaded=False)).folder
             for one in folders
-        ]
-        _compare(ledger, both[0].folder, both[1].folder, output, as_json=as_json)
+        )
+        compared = compare_checkpoints(ledger, a, b)
+        write_page(output, comparison_page(compared))
+        score_table.print_comparison(compared, output, as_json=as_json)
+        say("open it in a browser; the tests are paired, over the rows that both were asked")
         return
     found = checkpoints.find(checkpoint, home, base, token_for or (), device=device, dtype=dtype)
     found = as_recorded(ledger, found)
@@ -210,18 +212,6 @@ def report(
     else:
         print(output)
     say("open it in a browser; beside each result is the query that it comes from")
-
-
-def _compare(ledger: Ledger, a: Path, b: Path, output: Path, *, as_json: bool) -> None:
-    from pipelines.cli.score_table import print_comparison
-    from pipelines.reports.html import write_page
-    from pipelines.reports.report import comparison_page
-    from pipelines.reports.side_by_side import compare_checkpoints
-
-    found = compare_checkpoints(ledger, a, b)
-    write_page(output, comparison_page(found))
-    print_comparison(found, output, as_json=as_json)
-    say("open it in a browser; the tests are paired, over the rows that both were asked")
 
 
 @app.command()

@@ -1,7 +1,4 @@
-"""Experts: `meteora check` judges adapters, and `train` makes those that a recipe lacks.
-
-`add` and `drop` change a checkpoint by one expert.
-"""
+"""`meteora check` judges adapters, `train` makes missing ones, `add` and `drop` change a model."""
 
 import json
 import shlex
@@ -120,7 +117,6 @@ def add(
     from pipelines.planning.recorded_tasks import recorded_tasks
     from pipelines.stages import edit
     from pipelines.stages.benchmark import BenchmarkRequest
-    from pipelines.workspace.checkpoints import base_option
     from store.ledger import Ledger
 
     candidate = Candidate(
@@ -148,7 +144,7 @@ def add(
         newest = {name: ArtifactId(manifest.experts[-1].adapter_id)}
         asked = recorded_tasks(Ledger(home), manifest.base.spec.id, newest)
         rows = "" if asked else f" --tasks {name}=jsonl:FILE"
-        _say_next(made, manifest, home, base_option(manifest.base.repo_id, base), rows)
+        _say_next(made, manifest, home, base, rows)
 
 
 @app.command()
@@ -172,7 +168,6 @@ def drop(
     from pipelines.admission import checkpoints
     from pipelines.stages import edit
     from pipelines.stages.benchmark import BenchmarkRequest
-    from pipelines.workspace.checkpoints import base_option
     from store.ledger import Ledger
 
     folder = checkpoints.find_folder(checkpoint, home, token_for or (), statistics=True)
@@ -182,7 +177,7 @@ def drop(
         found = checkpoints.find(str(made), home, base, token_for or (), device=device, dtype=dtype)
         run_benchmark(found, home, BenchmarkRequest(), as_json=as_json)
     else:
-        _say_next(made, manifest, home, base_option(manifest.base.repo_id, base))
+        _say_next(made, manifest, home, base)
 
 
 def _print_made(made: Path, what: str, before: Path, *, as_json: bool) -> Manifest:
@@ -203,20 +198,20 @@ def _print_made(made: Path, what: str, before: Path, *, as_json: bool) -> Manife
     return manifest
 
 
-def _say_next(made: Path, manifest: Manifest, home: Path, base: str, rows: str = "") -> None:
+def _say_next(
+    made: Path, manifest: Manifest, home: Path, base: Path | None, rows: str = ""
+) -> None:
     """Say how to measure a changed checkpoint, or to see its scores if it was measured before.
 
-    It is named by its id, or by its folder without a record.
-
-    Args:
-        base: the option for its base, if it needs one
-        rows: the option for rows to measure it on, if none are recorded
+    `rows` is the option for rows to measure it on, if none are recorded.
     """
+    from pipelines.workspace.checkpoints import base_option
     from store.ledger import Ledger
 
+    where = base_option(manifest.base.repo_id, base)
     ledger, router_id = Ledger(home), ArtifactId(manifest.router_id)
     name = shlex.quote(str(made)) if ledger.built(router_id) is None else short(router_id)
     if ledger.scores(MEASURED.format(router_id)):
-        say(f"it was measured before; see its scores with `meteora report {name}{base}`")
+        say(f"it was measured before; see its scores with `meteora report {name}{where}`")
     else:
-        say(f"it has no scores yet; measure it with `meteora benchmark {name}{base}{rows}`")
+        say(f"it has no scores yet; measure it with `meteora benchmark {name}{where}{rows}`")

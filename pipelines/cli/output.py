@@ -46,11 +46,7 @@ BORDERS = 3
 def print_findings(
     found: Verification, bases: Sequence[Finding], again: Recomputed, *, as_json: bool = False
 ) -> int:
-    """Print all damaged files and scores that do not recompute; returns the number of findings.
-
-    Args:
-        bases: The findings on the bases of the home.
-    """
+    """Print all damaged files and scores that do not recompute; returns the number of findings."""
     every = (*found.findings, *bases, *again.findings)
     if as_json:
         counts = {
@@ -99,11 +95,7 @@ def print_served(
 
 
 def form_of(form: Format | None, *, as_json: bool) -> Format | None:
-    """The form that `--format` or `--json` asks for; None if neither is given.
-
-    Raises:
-        BadParameter: They ask for different forms.
-    """
+    """The form that `--format` or `--json` asks for, if one does; `BadParameter` if they differ."""
     if as_json and form not in {None, "json"}:
         raise typer.BadParameter(f"--json and --format {form} contradict; give one of them")
     return "json" if as_json else form

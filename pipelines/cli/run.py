@@ -71,7 +71,8 @@ def run(
             # an error that ends the command is told at once; of several recipes the others go on
             look_at = look if len(contexts) == 1 else look_or_reason
             looks = {context.key: look_at(context, until) for context in contexts}
-            failed = _run_all(contexts, looks, until, {"dask": dask, "ray": ray}, as_json=as_json)
+            workers = ("dask", dask) if dask else ("ray", ray)
+            failed = _run_all(contexts, looks, until, workers, as_json=as_json)
     except KeyboardInterrupt:
         say("interrupted; run the same command again to go on")
         raise typer.Exit(130) from None
@@ -148,18 +149,15 @@ def _run_all(
     contexts: Sequence[RunContext],
     looks: Mapping[str, Look],
     until: Stage,
-    workers: Mapping[str, str],
+    workers: tuple[str, str],
     *,
     as_json: bool,
 ) -> bool:
-    """Run unfinished recipes, one after the other or on workers, and show the scores.
+    """Run unfinished recipes, and show the scores; returns whether a run failed.
 
     Args:
         looks: The look at each recipe, by its key.
-        workers: Their number or address, by kind (Dask, Ray); at most one is not empty.
-
-    Returns:
-        Whether a run failed.
+        workers: Their kind (Dask, Ray), and their number or address; without it, runs are in turn.
     """
     # with a run that was killed after its last result: another run must record its end
     to_do = [
@@ -174,8 +172,8 @@ def _run_all(
     wrong: dict[str, str] = {}
     if to_do:
         _find_server(to_do[0].home)
-        if any(workers.values()):
-            wrong = _run_on_workers(to_do, until, workers)
+        if workers[1]:
+            wrong = _run_on_workers(to_do, until, *workers)
         else:
             # earlier runs make later looks out of date: only the first run starts from a look
             first = looks[to_do[0].key]
@@ -193,10 +191,9 @@ def _run_all(
 
 
 def _find_server(home: Path) -> Path | None:
-    """Use the user's Prefect server, or the home's own; call it before Prefect is imported.
+    """Use the user's Prefect server, or else the home's own, whose file with the secret it returns.
 
-    Returns:
-        The file with the secret of the home's own server; None for the user's server.
+    Call it before Prefect is imported.
     """
     if has_server():
         return None
@@ -215,7 +212,7 @@ def _run_in_turn(
 
     Args:
         first: The look at the first recipe.
-        alone: Whether there is no other recipe, so that an error ends the command.
+        alone: Whether an error ends the command, since there is no other recipe.
     """
     from pipelines.flows import flow, local_server
 
@@ -242,14 +239,13 @@ def _run_in_turn(
 
 
 def _run_on_workers(
-    contexts: Sequence[RunContext], until: Stage, workers: Mapping[str, str]
+    contexts: Sequence[RunContext], until: Stage, kind: str, where: str
 ) -> dict[str, str]:
     """Run recipes on Dask or Ray; returns each error by its recipe's key."""
-    from pipelines.flows.parallel import Workers, run_recipes
+    from pipelines.flows.parallel import run_recipes
 
-    (chosen,) = (Workers(kind, where) for kind, where in workers.items() if where)
     keys = {str(context.path.absolute()): context.key for context in contexts}
-    wrong = run_recipes(list(keys), str(contexts[0].home), until, chosen)
+    wrong = run_recipes(list(keys), str(contexts[0].home), until, kind, where)
     return {keys[path]: reason for path, reason in wrong.items()}
 
 

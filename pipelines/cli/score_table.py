@@ -57,10 +57,7 @@ def print_scores(
 
     Args:
         name: Of the recipe, or of the checkpoint if it is measured without one.
-        folder: Of the checkpoint.
         seconds: The time of each stage; empty if this command did not run it.
-        base: The folder of the base.
-        as_json: Print one JSON object on one line, for programs.
     """
     if as_json:
         print(json.dumps(_scores(name, folder, plan, summary, seconds)))
@@ -183,7 +180,7 @@ def _score_table(summary: Summary, *, interval: bool) -> Table:
     return table
 
 
-def print_comparison(found: SideBySide, page: Path, *, as_json: bool = False) -> None:
+def print_comparison(found: SideBySide, page: Path, *, as_json: bool) -> None:
     """Print the differences between two checkpoints, and the path of the page on them."""
     if as_json:
         print(json.dumps({"page": str(page), **found.to_dict()}, default=str))
@@ -270,12 +267,8 @@ def _shown(value: object) -> str:
     return "" if value is None else shortened(text, LONGEST)
 
 
-def print_trace(found: Trace, answer: str, *, as_json: bool = False) -> None:
-    """Print prompt and answer in the colours of their experts, and a legend.
-
-    Args:
-        answer: Its text, without special tokens.
-    """
+def print_trace(found: Trace, answer: str, *, as_json: bool) -> None:
+    """Print prompt and answer in the colours of their experts, and a legend."""
     if as_json:
         tokens = [
             {"text": token.text, "expert": found.experts[token.expert], "share": token.share}

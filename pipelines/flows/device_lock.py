@@ -1,67 +1,53 @@
-"""One run at a time on a GPU.
+"""One run at a time on a GPU: two trainings there run out of memory, or slow each other down.
 
-Two trainings on one GPU run out of memory, or slow each other down. So a run that computes on a GPU
-holds the only slot of a Prefect concurrency limit with the device's name. That holds for all runs
-of the same server. To let more runs share the device, raise the limit on the server's page. The
-slot of a killed run is free again when its lease ends.
+A run that computes on a GPU holds the only slot of a Prefect concurrency limit with the device's
+name, among all runs of one server. To let more runs share the device, raise the limit on the
+server's page. The slot of a killed run is free again when its lease ends.
 """
 
-import logging
 from collections.abc import Generator
 from contextlib import ExitStack, contextmanager
 
-import httpx
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.actions import GlobalConcurrencyLimitCreate
-from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.concurrency.sync import concurrency
-from prefect.exceptions import ObjectAlreadyExists, PrefectException
+from prefect.exceptions import ObjectAlreadyExists
 
+from pipelines.flows.run_page import if_it_answers
 from pipelines.workspace.console import say
 
-logger = logging.getLogger(__name__)
 LEASE_SECONDS = 60.0
 """The shortest lease that Prefect accepts; it is renewed while the run works."""
-FAULTS = (httpx.HTTPError, PrefectException, ConcurrencySlotAcquisitionError, OSError, RuntimeError)
 
 
 @contextmanager
 def held(*slots: str) -> Generator[None]:
-    """Hold devices; wait while another run holds one of them.
+    """Hold devices, by names in an order that all runs share; wait for those that a run holds.
 
-    If the server does not answer, the run goes on without holding them.
-
-    Args:
-        slots: The devices' names, in an order that all runs share. A CPU is never held.
+    If the server does not answer, the run goes on without holding them. A CPU is never held.
     """
     holding = ExitStack()
     try:
         for slot in slots:
-            _take(slot, holding)
+            with if_it_answers(f"say whether {slot} is free"):
+                _take(slot, holding)
         yield
     finally:
-        try:
+        with if_it_answers(f"take back {', '.join(slots)}"):
             holding.close()
-        except FAULTS as error:
-            logger.warning(
-                "the Prefect server was not told that %s are free: %s", ", ".join(slots), error
-            )
 
 
 def _take(slot: str, holding: ExitStack) -> None:
-    try:
-        if not _make_limit(slot):
-            say(f"waiting for {slot}, which another run holds")
-        holding.enter_context(
-            concurrency(
-                slot,
-                strict=True,  # a missing limit would not block
-                lease_duration=LEASE_SECONDS,
-                raise_on_lease_renewal_failure=False,
-            )
+    if not _make_limit(slot):
+        say(f"waiting for {slot}, which another run holds")
+    holding.enter_context(
+        concurrency(
+            slot,
+            strict=True,  # a missing limit would not block
+            lease_duration=LEASE_SECONDS,
+            raise_on_lease_renewal_failure=False,
         )
-    except FAULTS as error:
-        logger.warning("the Prefect server does not say whether %s is free: %s", slot, error)
+    )
 
 
 def _make_limit(slot: str) -> bool:

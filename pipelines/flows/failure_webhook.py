@@ -70,11 +70,7 @@ def _put(
     action: CallWebhook | ChangeFlowRunState,
     **events: Any,  # noqa: ANN401
 ) -> None:
-    """Create an automation, or replace the one of its name.
-
-    Args:
-        events: The events of a run that cause the action, as `EventTrigger` takes them.
-    """
+    """Create an automation for `events` of runs, or replace the one of its name."""
     trigger = EventTrigger(
         match=ANY_RUN, match_related=OURS, for_each={"prefect.resource.id"}, threshold=1, **events
     )

@@ -22,7 +22,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.context import TagsContext
 from prefect.states import Completed
 
-from meteora.artifacts import BaseSpec, BuiltBase, MeteoraError, RouterBuild
+from meteora.artifacts import BaseSpec, BuiltBase, MeteoraError
 from meteora.base.sources import PATH
 from meteora.untrusted.findings import counted
 from pipelines.admission import sources, verdicts
@@ -30,13 +30,7 @@ from pipelines.flows import device_lock, missed_runs, run_page
 from pipelines.flows.up_to_date import Look, look_or_reason
 from pipelines.hub.upload import hub_to_publish
 from pipelines.planning.resolve import Steps, complete, recording, resolve
-from pipelines.recipe.recipe import (
-    DeadlinesSection,
-    ExpertSection,
-    FoundExpert,
-    Recipe,
-    locate,
-)
+from pipelines.recipe.recipe import DeadlinesSection, ExpertSection, FoundExpert, Recipe, locate
 from pipelines.recipe.stage import Stage
 from pipelines.reports.summary import Summary, summarise
 from pipelines.scoring import regressions
@@ -65,11 +59,7 @@ def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
 
 
 def at_the_network(function: Callable[..., Any], name: str | None = None) -> Any:  # noqa: ANN401  (Prefect's decorator)
-    """A task that is tried again after passing faults of the network.
-
-    Args:
-        name: The name of its runs, with arguments in braces.
-    """
+    """A task that is tried again after passing faults of the network; `name` is that of a run."""
     return task(
         task_run_name=name,
         retries=3,
@@ -127,35 +117,26 @@ def build_base(run: Run, base: BaseSpec) -> BuiltBase:
 
 
 @task(cache_policy=NO_CACHE)
-def stack(run: Run, plan: Plan) -> None:
-    run.child.call("stack", plan, deadline_seconds=run.deadlines.stack)
-
-
-@task(cache_policy=NO_CACHE)
 def divide_pool(run: Run, plan: Plan) -> Plan:
     """Divide the pool's prompts among the experts; returns the final plan."""
     run.child.call("divide_pool", plan, deadline_seconds=run.deadlines.gates)
     return complete(run.context, plan)
 
 
-@task(cache_policy=NO_CACHE)
-def fit_gates(run: Run, plan: Plan) -> RouterBuild:
-    return run.child.call("fit_gates", plan, deadline_seconds=run.deadlines.gates)
+def in_child(stage: str, deadline: str) -> Any:  # noqa: ANN401  (Prefect's decorator)
+    """A task that runs a stage in the child process, within that deadline of the recipe."""
+
+    def call(run: Run, *arguments: object) -> Any:  # noqa: ANN401
+        return run.child.call(stage, *arguments, deadline_seconds=getattr(run.deadlines, deadline))
+
+    return task(name=stage, cache_policy=NO_CACHE)(call)
 
 
-@task(cache_policy=NO_CACHE)
-def measure(run: Run, plan: Plan, gates: RouterBuild) -> None:
-    run.child.call("measure", plan, gates, deadline_seconds=run.deadlines.benchmark)
-
-
-@task(cache_policy=NO_CACHE)
-def write_checkpoint(run: Run, plan: Plan, gates: RouterBuild) -> None:
-    run.child.call("write_checkpoint", plan, gates, deadline_seconds=run.deadlines.stack)
-
-
-@task(cache_policy=NO_CACHE)
-def publish(run: Run, plan: Plan) -> None:
-    run.child.call("publish", plan, deadline_seconds=run.deadlines.publish)
+stack = in_child("stack", "stack")
+fit_gates = in_child("fit_gates", "gates")
+measure = in_child("measure", "benchmark")
+write_checkpoint = in_child("write_checkpoint", "stack")
+publish = in_child("publish", "publish")
 
 
 @flow(name="meteora", persist_result=False)

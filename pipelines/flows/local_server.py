@@ -182,14 +182,9 @@ def _start(folder: Path, room_bytes: int = 0) -> subprocess.Popen[bytes] | None:
         with _listening(_last_port(folder)) as listener, _log_of(folder).open("ab") as log:
             port = listener.getsockname()[1]
             replace_text(folder / "address", f"http://{HOST}:{port}/api")
+            module, descriptor = "pipelines.flows.local_server", str(listener.fileno())
             return subprocess.Popen(  # noqa: S603  (our own module)
-                [
-                    sys.executable,
-                    "-m",
-                    "pipelines.flows.local_server",
-                    str(folder),
-                    str(listener.fileno()),
-                ],
+                [sys.executable, "-m", module, str(folder), descriptor],
                 stdin=subprocess.DEVNULL,
                 stdout=log,
                 stderr=log,

@@ -13,11 +13,7 @@ if TYPE_CHECKING:
 
 
 class OwnOriginOnly:
-    """An app that answers under one address and to its own pages only, websockets too.
-
-    Args:
-        host: Name and port, as in the header `Host`.
-    """
+    """An app that answers under one `Host` and to its own pages only, websockets too."""
 
     def __init__(self, app: ASGIApp, host: str) -> None:
         self._app = app

@@ -7,7 +7,7 @@ to the workers of a cluster. Locks work as for other runs: one run of a recipe, 
 import os
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any, NamedTuple
+from typing import Any
 
 from prefect import flow, task
 from prefect.cache_policies import NO_CACHE
@@ -28,15 +28,6 @@ RAY = {
 """Settings of a Ray that a command starts; the environment overrides them."""
 
 
-class Workers(NamedTuple):
-    """The workers that execute runs."""
-
-    kind: str
-    """`dask` or `ray`."""
-    where: str
-    """A number of processes on this machine, or the address of a cluster."""
-
-
 class NoWorkersError(MeteoraError):
     """Dask or Ray is asked for, and is not installed or takes no runs."""
 
@@ -54,38 +45,38 @@ def run_recipe(recipe: str, home: str, until: Stage) -> str:
 
 
 @flow(name="meteora-many", persist_result=False)
-def fuse_recipes(recipes: list[str], home: str, until: Stage = Stage.publish) -> dict[str, str]:
-    """Run every recipe, whether or not others fail.
-
-    Returns:
-        The error's text by recipe, for those that failed.
-    """
+def fuse_recipes(recipes: list[str], home: str, until: Stage) -> dict[str, str]:
+    """Run every recipe, whether or not others fail; returns as `run_recipes` does."""
     futures = {recipe: run_recipe.submit(recipe, home, until) for recipe in recipes}
     wrong = {recipe: _outcome(future) for recipe, future in futures.items()}
     return {recipe: reason for recipe, reason in wrong.items() if reason}
 
 
 def run_recipes(
-    recipes: Sequence[str], home: str, until: Stage, workers: Workers
+    recipes: Sequence[str], home: str, until: Stage, kind: str, where: str
 ) -> dict[str, str]:
-    """Run recipes on Dask or Ray.
+    """Run recipes on Dask or Ray; returns the error's text by recipe, for those that failed.
+
+    Args:
+        kind: `dask` or `ray`
+        where: a number of processes on this machine, or the address of a cluster
 
     Raises:
         NoWorkersError: The extra of that name is not installed, or the workers take no runs.
     """
-    on = fuse_recipes.with_options(task_runner=_task_runner(workers))
-    say(f"{len(recipes)} recipes on {workers.kind.title()}: {workers.where}")
+    on = fuse_recipes.with_options(task_runner=_task_runner(kind, where))
+    say(f"{len(recipes)} recipes on {kind.title()}: {where}")
     try:
         return on(list(recipes), home, until)
     except Exception as error:  # `_outcome` handles errors of runs, so here no run has begun
         if not local_server.answers():
             raise
         local_server.raise_if_it_failed(error)
-        local = workers.where.isdecimal()
+        local = where.isdecimal()
         advice = "run again when this machine has less to do" if local else "check the address"
         reason = str(error).strip().partition("\n")[0].rstrip(".") or type(error).__name__
         raise NoWorkersError(
-            f"{workers.kind.title()} at {workers.where} takes no runs ({reason}); {advice}"
+            f"{kind.title()} at {where} takes no runs ({reason}); {advice}"
         ) from error
 
 
@@ -96,14 +87,12 @@ def _outcome(future: Any) -> str:  # noqa: ANN401  (each task runner has futures
         return f"{type(error).__name__}: {error}"
 
 
-def _task_runner(workers: Workers) -> TaskRunner[Any]:
-    make = {"dask": _dask, "ray": _ray}[workers.kind]
+def _task_runner(kind: str, where: str) -> TaskRunner[Any]:
     try:
-        return make(workers.where)
+        return _dask(where) if kind == "dask" else _ray(where)
     except ImportError:
         raise NoWorkersError(
-            f"{workers.kind.title()} is not installed; run"
-            f" `pip install 'meteora-pipelines[{workers.kind}]'`"
+            f"{kind.title()} is not installed; run `pip install 'meteora-pipelines[{kind}]'`"
         ) from None
 
 

@@ -21,6 +21,7 @@ from prefect.artifacts import (
 from prefect.client.orchestration import get_client
 from prefect.client.schemas.filters import FlowRunFilter, TaskRunFilter
 from prefect.client.schemas.objects import StateType
+from prefect.concurrency.asyncio import ConcurrencySlotAcquisitionError
 from prefect.exceptions import MissingContextError, PrefectException
 from prefect.logging import get_run_logger
 from prefect.runtime import flow_run
@@ -44,12 +45,16 @@ FROM adapters WHERE run_id = '{}'
 """
 
 
+FAULTS = (httpx.HTTPError, PrefectException, ConcurrencySlotAcquisitionError, OSError, RuntimeError)
+
+
 @contextmanager
-def _if_it_answers() -> Generator[None]:
+def if_it_answers(request: str = "show a part of the run's page") -> Generator[None]:
+    """Go on if the server does not do what is asked of it, with a warning in the log."""
     try:
         yield
-    except (httpx.HTTPError, PrefectException, OSError, RuntimeError) as error:
-        logger.warning("the Prefect server did not show a part of the run's page: %s", error)
+    except FAULTS as error:
+        logger.warning("the Prefect server did not %s: %s", request, error)
 
 
 def tags_of(context: RunContext) -> list[str]:
@@ -67,7 +72,7 @@ def _lock_tag(context: RunContext) -> str:
 def introduce(context: RunContext) -> None:
     """Give the flow run its name in the ledger, and its tags."""
     tags = {*flow_run.get_tags(), *tags_of(context)}
-    with _if_it_answers(), get_client(sync_client=True) as client:
+    with if_it_answers(), get_client(sync_client=True) as client:
         client.update_flow_run(
             UUID(flow_run.get_id()), name=f"{context.name} {context.run_id}", tags=sorted(tags)
         )
@@ -93,7 +98,7 @@ def close_killed(context: RunContext) -> None:
     runs = FlowRunFilter.model_validate(with_tag)
     tasks = TaskRunFilter.model_validate({"state": begun})
     state = Crashed(message="its process was killed")
-    with _if_it_answers(), get_client(sync_client=True) as client:
+    with if_it_answers(), get_client(sync_client=True) as client:
         for run in client.read_flow_runs(flow_run_filter=runs):
             # a deployment's run is pending while its process starts
             waits = run.state_type is StateType.PENDING and run.deployment_id is not None
@@ -112,7 +117,7 @@ class Progress:
         self._stages = until.and_before()
         self._at = 0
         self._artifact: UUID | None = None
-        with _if_it_answers():
+        with if_it_answers():
             key = f"progress-{_slug(context)}"
             self._artifact = create_progress_artifact(0.0, key=key)  # ty: ignore[invalid-assignment]  (no coroutine, outside a loop)
 
@@ -132,7 +137,7 @@ class Progress:
             percent = 100.0 * (self._at + share) / len(self._stages)
             # a lost server is not called again: Prefect's client would retry for a minute
             artifact, self._artifact = self._artifact, None
-            with _if_it_answers():
+            with if_it_answers():
                 update_progress_artifact(artifact, percent, description=text)
                 self._artifact = artifact
 
@@ -140,10 +145,7 @@ class Progress:
 def show_results(
     context: RunContext, plan: Plan, summary: Summary, since_last: Sequence[Change]
 ) -> None:
-    """Show verdicts, scores, the card and links on the run's page.
-
-    The links are to base, adapters and publications on the Hub.
-    """
+    """Show verdicts, scores, the card, and links to the Hub on the run's page."""
     before = {(one.task, one.metric): one for one in since_last}
     rows = [_row(task, row, summary.systems, before) for task, row in summary.scores.items()]
     worse = [f"**{one.describe()}**" for one in since_last if one.worse]
@@ -159,7 +161,7 @@ def show_results(
         ]
     adapters = context.ledger.query(LOOKED_AT.format(context.run_id)).dicts
     slug = _slug(context)
-    with _if_it_answers():
+    with if_it_answers():
         create_table_artifact(
             adapters, key=f"adapters-{slug}", description=f"{context.name}: adapters looked at"
         )

@@ -39,10 +39,8 @@ class Look:
 def look(context: RunContext, until: Stage = Stage.publish) -> Look:
     """Resolve a recipe from the files on this disk, and look up its results in the ledger.
 
-    A passing fault of the network is no error: the flow tries again, and waits in between.
-
-    Args:
-        until: Stages after this one count as done.
+    A passing fault of the network is no error: the flow tries again, and waits in between. Stages
+    after `until` count as done.
 
     Raises:
         MeteoraError: The recipe cannot be resolved, and another try would not help.
@@ -112,10 +110,7 @@ def _is_written(context: RunContext, plan: Plan, summary: Summary) -> bool:
 
 
 def _is_published(context: RunContext, plan: Plan) -> bool:
-    """Whether the present checkpoint was last published as the recipe asks for it now.
-
-    Also True if the recipe does not publish.
-    """
+    """Whether the checkpoint was last published as the recipe asks now; True if it does not ask."""
     to = context.recipe.publish
     if to is None:
         return True

@@ -44,12 +44,7 @@ def print_steps(
 ) -> bool:
     """Print the steps of a run, with estimates if the base's config is on this disk.
 
-    Args:
-        base: The resolved base; None if the Hub did not answer.
-        built: None if the base is not on this disk yet.
-        reason: Why there is no `base`.
-        until: The last stage of the run.
-        plan: None if it cannot be made without a download.
+    `base`, `built`, `reason` and `plan` are those of a `Look`.
 
     Returns:
         Whether the run would reach its end, as far as can be known without a download.
@@ -103,8 +98,7 @@ def _look_at_adapters(
 ) -> list[Outcome]:
     """Every adapter of the recipe, read if its files are on this disk.
 
-    Args:
-        away: Takes the names of adapters for which the Hub was not reached.
+    The names of those for which the Hub was not reached are added to `away`.
     """
     unpinned = BaseSpec(context.recipe.base, "")  # nothing is compared with it
     steps = replace(
@@ -225,11 +219,7 @@ def _begins_with(sentence: str, name: str) -> bool:
 
 
 def _or_missing(step: Callable[..., Any], away: list[str]) -> Callable[..., Any]:
-    """The step, but a source that cannot be found now is `NotHereError`: missing, not refused.
-
-    Args:
-        away: As in `_look_at_adapters`.
-    """
+    """The step, but a source that cannot be found now is `NotHereError`: missing, not refused."""
 
     def step_or_missing(context: RunContext, expert: ExpertSection, *arguments: object) -> object:
         try:

@@ -134,11 +134,7 @@ def find_pool(
     writers: Mapping[str, str],
     token_of: Callable[[str], str | None],
 ) -> tuple[PoolSpec | None, tuple[str, ...]]:
-    """The pool, if any expert needs it, and its prompts; none if experts will write them.
-
-    Args:
-        writers: Experts that write their prompts, if the recipe names no pool.
-    """
+    """The pool, if any expert needs it, and its prompts; none if experts will write them."""
     recipe = context.recipe
     source, limit = recipe.gates.pool, recipe.gates.examples_per_expert
     if recipe.router.kind != "gate" or set(fused.names) <= examples.keys():
@@ -194,9 +190,6 @@ def with_claims(
 ) -> dict[str, list[Row]]:
     """The examples by expert, for experts without any those that they claim in the pool.
 
-    Args:
-        writers: Experts that wrote the pool's prompts, each with the reason.
-
     Raises:
         ExamplesError: An expert claims too few, and the recipe has no other way to route to it.
     """
@@ -233,8 +226,8 @@ def refuse_too_few(
     With composites one example is enough for a gate: it occurs in several of them.
 
     Args:
-        whole: Whether these are the examples of all experts. If not, composites are not looked at:
-            the fewer experts there are, the more examples of each they take.
+        whole: Whether these are the examples of all experts. Composites of fewer experts take more
+            examples of each, and are not looked at.
 
     Raises:
         ExamplesError: There are too few.

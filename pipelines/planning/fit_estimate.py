@@ -57,9 +57,7 @@ BACKGROUND_TOKENS = 3_000
 def reads_by_layer(recipe: Recipe, num_bytes: float, memory_bytes: float) -> bool:
     """Whether gates are fitted with one layer of the base in memory at a time.
 
-    Args:
-        num_bytes: of the base, and of the experts on the device
-        memory_bytes: of the device
+    `num_bytes` are those of the base, and of the experts on the device.
     """
     if not isinstance(recipe.gates, CalibrateSection) or recipe.quantise:
         return False
@@ -104,9 +102,7 @@ def _widths(inputs: Mapping[str, int], share: str) -> list[int]:
 def bytes_of_gates(inputs: Mapping[str, int], num_experts: int, share: str) -> tuple[float, float]:
     """The largest file sizes of gates, and of the statistics that they are fitted to, in bytes.
 
-    Args:
-        inputs: the width of the input of each routed module, by its path
-        share: the modules that share a gate, as in `RouterOptions`
+    `share` is as in `RouterOptions`.
     """
     points = _widths(inputs, share)
     kept = (2 * min(n, MAX_WRITTEN) * n + 4 * (num_experts + 1) * n for n in points)
@@ -138,10 +134,8 @@ def fit_need(
     """The needs of a fit of gates, without those of dividing a pool.
 
     Args:
-        opening_tokens: of the chat template, before the first question of each sequence
         loaded: bytes of the program, the base, its experts on the device, and the gates
         held: bytes of the experts on the device
-        expert_bytes: of all experts
     """
     shape, machine, share = pace.shape, pace.machine, recipe.router.share
     work = _fitting_work(recipe, examples, opening_tokens)

@@ -128,8 +128,7 @@ def _all_rows(
 ) -> tuple[dict[str, Rows], dict[str, Rows], Rows | None]:
     """The examples by expert, the tests by task, and the pool, if there is one.
 
-    Args:
-        turn_tokens: of the chat template, around each question and its answer
+    `turn_tokens` are those of the chat template around each question and its answer.
     """
     recipe, settings = context.recipe, context.recipe.benchmark
 
@@ -190,8 +189,7 @@ def shape_at_hand(
 ) -> tuple[Shape, PreTrainedTokenizerBase | None] | None:
     """The base's shape and tokenizer; None for files that are not on this disk.
 
-    Args:
-        base: None if the Hub did not answer; then a commit in the recipe is enough.
+    Without a `base`, as the Hub did not answer, a commit in the recipe is enough.
     """
     source = context.recipe.base
     repo_id, _, revision = source.partition("@")

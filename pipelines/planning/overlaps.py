@@ -89,8 +89,7 @@ def check_overlaps(
 ) -> None:
     """Refuse test rows that gates would be fitted to; an `ExamplesError` names the place of both.
 
-    Args:
-        prompts: The prompts of the recipe's pool.
+    `prompts` are those of the recipe's pool.
     """
     recipe = context.recipe
     sources = {section.name: section.test for section in recipe.experts}

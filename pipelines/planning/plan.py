@@ -111,9 +111,6 @@ class Plan(Subjects):
 def make_plan(context: RunContext, base: BaseSpec, experts: Sequence[Expert]) -> Plan:
     """Every spec of a run.
 
-    Args:
-        experts: In the order of the stack.
-
     Raises:
         ExamplesError: rows are missing or malformed, a test row is also an example, or an expert
             has too few examples.

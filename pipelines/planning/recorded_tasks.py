@@ -30,15 +30,12 @@ More rows come first, so a quick trial does not decide."""
 def recorded_tasks(
     ledger: Ledger, base_id: ArtifactId, experts: Mapping[str, ArtifactId], router_id: str = ""
 ) -> dict[str, Task]:
-    """The own task of each expert as this model answered it, or one that it has grown from.
-
-    Else it is that with the most rows.
+    """The own task of each expert, of the score that `OWN_TASK` puts first.
 
     Tasks without a score are left out. Of equal scores the last one counts.
 
     Args:
         experts: The adapter of each expert, by name; its task has the same name.
-        router_id: Of the model; empty for a model without scores.
     """
     tasks = {}
     for name, adapter_id in experts.items():
@@ -52,11 +49,7 @@ def recorded_tasks(
 
 
 def _task(ledger: Ledger, scores: Sequence[Score]) -> Task | None:
-    """The task of the first score whose rows can be read, with all metrics of these rows.
-
-    Args:
-        scores: of one task, the preferred score first
-    """
+    """The task of the first score whose rows can be read, with all metrics of these rows."""
     for score in scores:
         spec = score.spec
         if score.outputs_sha256 not in ledger.blobs:

@@ -60,7 +60,7 @@ def recording(
 
     Args:
         proportion: `update_norm.check_proportion`, or a call of it in the worker process.
-        memory_limit_bytes: The most memory for a stack.
+        memory_limit_bytes: for a stack
     """
     return Steps(
         look_up_on_hub(context, built.spec, context.base_folder(built.spec)),
@@ -75,8 +75,7 @@ def resolve(context: RunContext, built: BuiltBase, steps: Steps, made: Plan | No
     """The plan of a recipe.
 
     Args:
-        made: The plan that a look has just made of the same recipe. It is used again if the
-            experts are the same.
+        made: The plan of a look at this recipe, which is used again if the experts are the same.
 
     Raises:
         AdapterError: An adapter is refused, and the recipe does not leave refused ones out.
@@ -130,8 +129,7 @@ def read_adapters(
 
     Args:
         context: Its recipe includes the adapters that `discover` found.
-        base: None if no file of the base is on this disk: then adapters are compared with no base.
-        sizes: (in_features, out_features) of each linear layer of the base, by path.
+        base, sizes: As in `Requirements`.
 
     Raises:
         HubError: A fault of the Hub itself; this is no verdict on the adapter.

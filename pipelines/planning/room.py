@@ -37,11 +37,7 @@ if TYPE_CHECKING:
 
 
 def check_names(tasks: Iterable[Task]) -> None:
-    """Refuse the first `lm_eval` task that lm-eval does not know.
-
-    Raises:
-        BenchmarkError: lm-eval has no such task.
-    """
+    """Refuse the first `lm_eval` task that lm-eval does not know, with a `BenchmarkError`."""
     for task in tasks:
         if task.lm_eval:
             # seconds, and few recipes need it
@@ -65,7 +61,6 @@ def check_rows(
     """Refuse rows that are too long for a base, or not possible in its chat template.
 
     Args:
-        folder: of the base
         examples: by expert; none, like `spans`, if no gates are to be fitted
         place: returns the place of an example, from its expert and its number
         plain: whether gates are fitted to prompts without the chat template
@@ -118,8 +113,6 @@ def check_examples(
     """Refuse an example that is longer than the base's context, if its config states one.
 
     Args:
-        examples: by expert
-        place: returns the place of an example, from its expert and its number
         tokenizer: as for the fit: without a chat template if the recipe asks in plain text
 
     Raises:
@@ -148,13 +141,9 @@ def without_too_long(
     room: int,
     tokenizer: PreTrainedTokenizerBase,
 ) -> dict[str, Sequence[Row]]:
-    """The examples, without those of a card's data set that are longer than the base's context.
+    """The examples, without those of cards' data sets that have more than `room` tokens.
 
     Nobody can shorten these. Those of a recipe are refused by `check_examples`.
-
-    Args:
-        of_cards: the experts whose examples are of such data sets
-        room: the base's context, in tokens
 
     Raises:
         ExamplesError: too few of an expert's are left for its gate.
@@ -176,8 +165,7 @@ def without_too_long(
 def check_opening(options: RouterOptions, tokenizer: PreTrainedTokenizerBase) -> None:
     """Refuse gates that store the opening of all prompts, if the template puts the date into it.
 
-    Raises:
-        ExamplesError: the opening of tomorrow's prompts would be another one.
+    The opening of tomorrow's prompts would be another one.
     """
     knows = options.opening == "prompt" and not options.by_turns
     if knows and "strftime_now" in str(tokenizer.chat_template or ""):

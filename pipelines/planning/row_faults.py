@@ -30,8 +30,7 @@ def is_at_hand(source: str | None) -> bool:
 def faults_of_rows(context: RunContext, base: BaseSpec | None, read: Read) -> list[str]:
     """Why a run would refuse the rows that are on this disk; empty if it would not.
 
-    Args:
-        base: The lengths of rows are checked if its tokenizer is on this disk.
+    Their lengths are checked if the base's tokenizer is on this disk, too.
     """
     recipe, folder, settings = context.recipe, context.folder, context.recipe.benchmark
     gates, routed = recipe.gates, recipe.router.kind == "gate"

@@ -3,7 +3,6 @@
 from collections.abc import Sequence
 
 from meteora.artifacts import RouterBuild, Score, short
-from meteora.artifacts.scores import Abstention
 from meteora.base.sources import GGUF, PATH
 from meteora.checkpoint.manifest import Manifest
 from meteora.untrusted.findings import MOST_NAMED, counted, listed
@@ -22,11 +21,7 @@ PAPER = "[MeteoRA](https://arxiv.org/abs/2405.13053)"
 
 
 def write_card(manifest: Manifest, summary: Summary | None, name: str) -> str:
-    """The README.md of a checkpoint, with the metadata that the Hub understands.
-
-    Args:
-        summary: None for a checkpoint that was not measured
-    """
+    """The README.md of a checkpoint, with the metadata that the Hub understands."""
     parts = [
         f"---\n{card_metadata(manifest, summary, name)}\n---",
         f"# {name}",
@@ -59,13 +54,9 @@ def write_card(manifest: Manifest, summary: Summary | None, name: str) -> str:
 
 
 def usage_lines(manifest: Manifest, summary: Summary | None) -> list[str]:
-    """A few lines of Python that load the model and generate an answer.
-
-    `meteora.generate` uses the chat template of the base, if there is one.
-    """
-    base_folder = (
-        ', base_folder="FOLDER_OF_THE_BASE"' if manifest.base.repo_id.startswith(PATH) else ""
-    )
+    """A few lines of Python that load the model and generate an answer."""
+    is_local = manifest.base.repo_id.startswith(PATH)
+    base_folder = ', base_folder="FOLDER_OF_THE_BASE"' if is_local else ""
     lines = [
         "import meteora",
         "",
@@ -255,38 +246,32 @@ def _has_answers(score: Score) -> bool:
     return score.mean_prompt_tokens is not None and not (metric and metric.of_choices)
 
 
-def _missed_line(summary: Summary, missed: Sequence[str]) -> str:
-    """The advice for experts whose tokens go to others."""
-    kind = summary.gates.spec.options.kind
-    more = "Give more examples" if kind == "gate" else "Give examples to a router of kind gate"
-    return (
-        f"Most tokens of {listed([*missed], MOST_NAMED)} go to other experts: the router cannot"
-        f" tell them apart. {more}, or leave out one of two adapters for one task."
-    )
-
-
 def routing_lines(summary: Summary) -> list[str]:
     """Sentences on the routing accuracy and on missed experts; empty if not measured."""
     if summary.routing is None:
         return []
     routing = summary.routing
     worst = min(routing.by_expert, key=lambda share: share.accuracy)
-    missed = [share.expert for share in routing.by_expert if share.accuracy < MISSED]
-    return [
+    lines = [
         f"Routing accuracy {routing.accuracy:.3f} over {routing.num_tokens:,} tokens of held-out"
         " rows, after the template's opening, in every routed layer; lowest for"
-        f" {worst.expert} ({worst.accuracy:.3f}).",
-        *([] if routing.abstention is None else [_abstention_line(routing.abstention)]),
-        *([_missed_line(summary, missed)] if missed else []),
+        f" {worst.expert} ({worst.accuracy:.3f})."
     ]
-
-
-def _abstention_line(found: Abstention) -> str:
-    return (
-        f"The base's probability tells the {found.num_nobodys} prompts of tasks without an expert"
-        f" from the experts' own {found.num_own} with an AUROC of {found.auroc:.3f}; its mean is"
-        f" {found.nobodys_share:.2f} on the former, {found.own_share:.2f} on the latter."
-    )
+    if found := routing.abstention:
+        lines.append(
+            f"The base's probability tells the {found.num_nobodys} prompts of tasks without an"
+            f" expert from the experts' own {found.num_own} with an AUROC of {found.auroc:.3f};"
+            f" its mean is {found.nobodys_share:.2f} on the former,"
+            f" {found.own_share:.2f} on the latter."
+        )
+    if missed := [share.expert for share in routing.by_expert if share.accuracy < MISSED]:
+        is_gate = summary.gates.spec.options.kind == "gate"
+        more = "Give more examples" if is_gate else "Give examples to a router of kind gate"
+        lines.append(
+            f"Most tokens of {listed(missed, MOST_NAMED)} go to other experts: the router cannot"
+            f" tell them apart. {more}, or leave out one of two adapters for one task."
+        )
+    return lines
 
 
 def example_lines(gates: RouterBuild) -> list[str]:
@@ -311,12 +296,7 @@ def example_lines(gates: RouterBuild) -> list[str]:
 
 
 def stand_in_lines(names: Sequence[str], stand_in: str) -> list[str]:
-    """One sentence that names the experts without examples; empty if all had some.
-
-    Args:
-        names: of the experts without examples
-        stand_in: how their gates were made: `arrow` or `norm`
-    """
+    """One sentence that names the experts without examples, whose gates `stand_in` made, if any."""
     if not names:
         return []
     return [

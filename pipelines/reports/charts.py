@@ -54,12 +54,6 @@ OTHERS = [Mark(SOFT, shape, 5.5, filled=False) for shape in "^vsPX<>*"]
 """Marks of the other systems, in their order."""
 
 
-def system_marks(systems: Sequence[str]) -> dict[str, Mark]:
-    """The mark of each system, by its name."""
-    others = iter(OTHERS * len(systems))
-    return {system: MARKS.get(system) or next(others) for system in systems}
-
-
 def name_in_chart(name: str, most: int = LONGEST) -> str:
     """A name cut in the middle to `most` characters: long names often differ at their end."""
     plain = shortened(name, len(name))
@@ -79,7 +73,8 @@ def forest_plot(
     systems = list(dict.fromkeys(score["system"] for score in scores))
     tasks = list(dict.fromkeys(score["task"] for score in scores))
     names = [name_in_chart(task) for task in tasks]
-    drawn = system_marks(systems)
+    others = iter(OTHERS * len(systems))
+    drawn = {system: MARKS.get(system) or next(others) for system in systems}
     gap, line = 1.6, 13.0 if len(systems) <= FEW else 9.5
     height = len(tasks) * (len(systems) + gap) * line
 

@@ -39,7 +39,6 @@ class Example:
     templated: bool
     """Whether it was put into the tokenizer's chat template, if there is one."""
     max_new_tokens: int
-    """The limit of each answer."""
     dialogue: Dialogue | None = None
     """For a conversation, its questions; the prompt is then the last of them."""
     value: float | None = None
@@ -65,8 +64,7 @@ class Example:
 def find_examples(ledger: Ledger, outputs: QueryResult, count: int) -> list[Example]:
     """The first row of each of `count` tasks: one conversation, then composites, then the others.
 
-    Args:
-        outputs: the result of the query `outputs`
+    `outputs` is the result of the query of that name.
     """
     conversations = [row for row in outputs.rows if row["is_conversation"]]
     others = [row for row in outputs.rows if not row["is_conversation"]]

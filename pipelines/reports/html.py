@@ -34,11 +34,7 @@ def render(template: str, context: Mapping[str, object]) -> str:
 
 
 def check_writable(path: Path) -> None:
-    """Refuse a path where no file can be written, before the page is made.
-
-    Raises:
-        PageError: the path is a folder, or its folder is missing or read-only.
-    """
+    """Refuse a path where no file can be written (`PageError`), before the page is made."""
     if path.is_dir():
         raise PageError(f"{path} is a folder; give the name of a file, which may be in it")
     if not os.access(path.parent, os.W_OK):
@@ -46,11 +42,7 @@ def check_writable(path: Path) -> None:
 
 
 def write_notebook(path: Path, home: Path) -> None:
-    """Write the notebook over the ledger of a home; an existing file is not replaced.
-
-    Raises:
-        PageError: there is a file already, or none can be written.
-    """
+    """Write the notebook over the ledger of a home; an existing file is a `PageError`."""
     check_writable(path)
     if path.exists():
         raise PageError(f"{path} is there already, perhaps with your changes; give another name")
@@ -60,11 +52,7 @@ def write_notebook(path: Path, home: Path) -> None:
 
 
 def write_page(path: Path, html: str) -> None:
-    """Replace the file at `path` in one step; on an error its old content stays.
-
-    Raises:
-        PageError: the file cannot be written.
-    """
+    """Replace the file at `path` in one step; on a `PageError` its old content stays."""
     try:
         replace_text(path, html)
     except OSError as error:

@@ -3,9 +3,7 @@
 The card's metadata is YAML on top of `README.md`; its `model-index` lists every score. The Hub's
 leaderboards read `.eval_results/*.yaml`, where each entry names a dataset that the Hub keeps as a
 benchmark and a task of its `eval.yaml`. Only the author of a recipe can say that a task is such a
-benchmark, asked in the same way: the recipe says so task by task (`leaderboard:`), and nothing is
-guessed from the source of the rows. Entries have no field for the number of rows or the interval;
-both are in the notes.
+benchmark, asked in the same way (`leaderboard:`); nothing is guessed from the source of the rows.
 """
 
 import re
@@ -13,12 +11,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import yaml
-from huggingface_hub import (
-    EvalResult,
-    EvalResultEntry,
-    ModelCardData,
-    eval_result_entries_to_yaml,
-)
+from huggingface_hub import EvalResult, EvalResultEntry, ModelCardData, eval_result_entries_to_yaml
 
 from meteora.artifacts import REPO_ID
 from meteora.checkpoint.manifest import Manifest
@@ -47,11 +40,7 @@ NAME_OF_LICENCE = re.compile(r"[a-z0-9.-]+")
 
 
 def card_metadata(manifest: Manifest, summary: Summary | None, name: str) -> str:
-    """The YAML on top of a card, checked by huggingface_hub's own class.
-
-    Args:
-        summary: None for a checkpoint that was not measured
-    """
+    """The YAML on top of a card, checked by huggingface_hub's own class."""
     results = [
         EvalResult(
             task_type="text-generation",

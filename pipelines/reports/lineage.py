@@ -20,15 +20,7 @@ from matplotlib.path import Path
 
 from meteora.untrusted.findings import counted, shortened
 from pipelines.reports.queries import QueryResult, base_name
-from pipelines.reports.svg import (
-    ACCENT,
-    INK,
-    NARROW,
-    RULE,
-    SOFT,
-    draw_wide_and_narrow,
-    new_axes,
-)
+from pipelines.reports.svg import ACCENT, INK, NARROW, RULE, SOFT, draw_wide_and_narrow, new_axes
 
 MOST = 14
 """The most lines for adapters; if there are more, the last line has the number of the others."""

@@ -69,7 +69,7 @@ def run_queries(ledger: Ledger, router_id: ArtifactId, called: str = "") -> dict
     """The result of every query, by its name.
 
     Args:
-        called: The person's name for the checkpoint, for the error message.
+        called: the person's name for the checkpoint, for messages
 
     Raises:
         ReportError: the id is not a router's, or the ledger has no scores of this router.
@@ -111,11 +111,7 @@ def base_name(results: Mapping[str, QueryResult]) -> str:
 
 
 def compare_systems(differences: Sequence[Mapping[str, Any]]) -> list[Comparison]:
-    """The results of the paired tests, one for each other system.
-
-    Args:
-        differences: rows of the query `differences`
-    """
+    """The results of the paired tests, one for each other system: rows of `differences`."""
     found = []
     for other in dict.fromkeys(row["other"] for row in differences):
         rows = [row for row in differences if row["other"] == other]

@@ -136,15 +136,13 @@ FROM routing_counts WHERE router_id = $router
 GROUP BY GROUPING SETS ((layer, module_kind), (layer)) ORDER BY layer, module_kind;
 
 -- load: How tokens are spread over the experts
-SELECT coalesce(mine.expert, theirs.expert) AS expert, own, sent
+SELECT expert, fed / sum(fed) OVER () AS own, received / sum(received) OVER () AS sent
 FROM (
-    SELECT truth AS expert, sum(num_tokens) / sum(sum(num_tokens)) OVER () AS own
-    FROM routing_counts WHERE router_id = $router GROUP BY truth
-) AS mine
-FULL JOIN (
-    SELECT chosen AS expert, sum(num_tokens) / sum(sum(num_tokens)) OVER () AS sent
-    FROM routing_counts WHERE router_id = $router GROUP BY chosen
-) AS theirs USING (expert)
+    SELECT expert, sum(num_tokens) FILTER (expert = truth) AS fed,
+           sum(num_tokens) FILTER (expert = chosen) AS received
+    FROM routing_counts, unnest(list_distinct([truth, chosen])) AS of_a_token(expert)
+    WHERE router_id = $router GROUP BY expert
+)
 ORDER BY expert;
 
 -- entropy: How evenly tokens are spread over the experts, in bits
@@ -152,17 +150,14 @@ WITH choices AS (  -- all experts, and their mean and the base where tokens go t
     SELECT name FROM experts JOIN routers USING (fused_id) WHERE routers.id = $router
     UNION
     SELECT chosen FROM routing_counts WHERE router_id = $router
+), tokens AS (
+    SELECT name, sum(num_tokens) FILTER (name = truth) AS fed,
+           sum(num_tokens) FILTER (name = chosen) AS received
+    FROM routing_counts, unnest(list_distinct([truth, chosen])) AS of_a_token(name)
+    WHERE router_id = $router GROUP BY name
 ), shares AS (
     SELECT fed / sum(fed) OVER () AS own, received / sum(received) OVER () AS sent
-    FROM choices
-    LEFT JOIN (
-        SELECT truth AS name, sum(num_tokens) AS fed
-        FROM routing_counts WHERE router_id = $router GROUP BY truth
-    ) USING (name)
-    LEFT JOIN (
-        SELECT chosen AS name, sum(num_tokens) AS received
-        FROM routing_counts WHERE router_id = $router GROUP BY chosen
-    ) USING (name)
+    FROM choices LEFT JOIN tokens USING (name)
 )
 SELECT -sum(own * log2(nullif(own, 0))) AS own_bits, -sum(sent * log2(nullif(sent, 0))) AS sent_bits,
        log2(count(*)) AS most_bits, count(*) AS num_choices

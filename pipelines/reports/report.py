@@ -37,11 +37,7 @@ ALL_MODULES = "all modules"
 def report_page(
     results: Mapping[str, QueryResult], traces: Sequence[Mapping[str, Any]] = ()
 ) -> str:
-    """One self-contained HTML page.
-
-    Args:
-        traces: the results of `trace_figure`, shown as examples
-    """
+    """One self-contained HTML page, with the results of `trace_figure` as examples."""
     experts = results["experts"].rows
     num_experts = len(experts)
     choices = [counted(num_experts, "expert"), *(BESIDE[name] for name in beside(results))]
@@ -229,11 +225,7 @@ def turn_charts(conversations: Sequence[Mapping[str, Any]], strong: str) -> Mark
 
 
 def forests(rows: Sequence[Mapping[str, Any]], name: str, *, signed: bool = False) -> Markup:
-    """One chart for each metric, since their units differ.
-
-    Args:
-        rows: task, system, metric, value, low and high of each score
-    """
+    """One chart for each metric, since their units differ; rows are as `forest_plot` takes them."""
     by_metric: dict[str, list[Mapping[str, Any]]] = {}
     for row in rows:
         if row["metric"] != ATTEMPTED:  # shown in a table, beside the shares that are right

@@ -49,11 +49,7 @@ def expert_styles(num_experts: int) -> list[tuple[str, str]]:
 
 
 def tint(expert: int, weight: float) -> str:
-    """An expert's colour mixed with white, light enough for dark text on it.
-
-    Args:
-        weight: 0 to 1; the larger, the deeper the colour
-    """
+    """An expert's colour mixed with white for dark text on it, deeper with more weight (0 to 1)."""
     depth = 0.15 + 0.6 * weight
     value = int(COLOURS[expert % len(COLOURS)][1:], 16)
     mixed = (round(255 + depth * ((value >> shift & 255) - 255)) for shift in (16, 8, 0))
@@ -74,11 +70,7 @@ def terminal_style(expert: int, share: float, colours: str | None) -> str:
 
 
 def terminal_texts(trace: Trace, colours: str | None) -> list[Text]:
-    """Prompt, answer and legend, with a number at each change of the expert.
-
-    Args:
-        colours: as `terminal_style` takes them
-    """
+    """Prompt, answer and legend, with a number at each change of the expert."""
     tokens = trace.tokens()
     parts = tokens[: trace.num_prompt], tokens[trace.num_prompt :]
     texts = [_coloured(part, colours) for part in parts if part]
@@ -119,8 +111,7 @@ def legend(experts: Sequence[str], tokens: Sequence[Token], colours: str | None)
 def trace_figure(trace: Trace, name: str, caption: str = "") -> dict[str, Any]:
     """What `trace_figure.html` needs: the tokens over all layers, and the data of each layer.
 
-    Args:
-        name: an HTML id, unique on its page
+    `name` is an HTML id.
     """
     tokens = trace.tokens()
     won = Counter(token.expert for token in tokens)
@@ -151,11 +142,7 @@ def _packed(numbers: Tensor) -> str:
 
 
 def trace_page(trace: Trace, title: str) -> str:
-    """One self-contained HTML page with one trace.
-
-    Args:
-        title: such as the prompt, of which its beginning is shown: the trace has it whole
-    """
+    """One self-contained HTML page with one trace, under the beginning of a title."""
     from pipelines.reports.html import render  # noqa: PLC0415  (jinja2, which a terminal never needs)
 
     context = {

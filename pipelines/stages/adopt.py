@@ -240,10 +240,7 @@ def _verdict(entry: ExpertEntry) -> AdapterVerdict:
 
 
 def _files(folder: Path, manifest: Manifest) -> dict[str, str]:
-    """The SHA-256 of each file of tensors: the manifest's, or else computed from the bytes.
-
-    Empty for a missing file.
-    """
+    """The SHA-256 of each file of tensors, by manifest or bytes; empty for a missing one."""
     names = [EXPERTS, *([GATES] if manifest.router.kind in WITH_GATES else [])]
     names += [STATISTICS] if (folder / STATISTICS).is_file() else []
     paths = {name: folder / name for name in names}

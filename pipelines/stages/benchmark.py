@@ -126,8 +126,7 @@ def _measure(
 ) -> FoundCheckpoint:
     """Take the missing measurements, as a run of its own; one run at a time for a checkpoint.
 
-    Returns:
-        The measured checkpoint: the copy under the home if it was adopted.
+    Returns the measured checkpoint: the copy under the home if it was adopted.
     """
     name = f"benchmark of {short(plan.router.id)}"
     sha256 = canonical_sha256([one.spec.id for one in plan.measurements])

@@ -18,13 +18,7 @@ from typing import TYPE_CHECKING
 import torch
 
 from meteora.adapters.compatibility import stack_bytes
-from meteora.artifacts import (
-    NULL,
-    BuiltBase,
-    LinearSize,
-    MeteoraError,
-    RouterBuild,
-)
+from meteora.artifacts import NULL, BuiltBase, LinearSize, MeteoraError, RouterBuild
 from meteora.base import loading
 from meteora.base.chat_template import Template
 from meteora.base.shapes import fingerprint_of, linear_sizes, weight_norms
@@ -291,10 +285,7 @@ def _fit_together(work: RunContext, plan: Plan, out: Path) -> Fit:
 def _labelled(
     work: RunContext, plan: Plan, model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase
 ) -> tuple[list[LabelledSequence], Template | None]:
-    """The sequences to fit the gates to, and the template around their prompts.
-
-    The template is None unless the router looks ahead (`opening: prompt`).
-    """
+    """The sequences to fit the gates to, and the template of a router that looks ahead."""
     router = plan.router
     silent_experts.probe(work, plan.experts, model, tokenizer)
     tokenizer = tokenizer_of_gates(tokenizer, router.template)
@@ -367,12 +358,9 @@ def _say_unknown(
 
 
 def _conversations(plan: Plan, tokenizer: PreTrainedTokenizerBase, room: int) -> list[Conversation]:
-    """The examples as conversations with system prompts, if the base's chat template takes them.
+    """The examples as conversations of at most `room` tokens, with system prompts.
 
-    Empty if the router asks for neither conversations nor system prompts.
-
-    Args:
-        room: the most tokens of a conversation
+    Empty if the router asks for neither; the base's chat template may take only one of the two.
     """
     lengths, systems = plan.router.conversations, plan.router.system_prompts
     if not (lengths or systems):

@@ -31,9 +31,8 @@ def write_texts(
     """Write manifest, config, card and lineage into a folder that has the manifest's files.
 
     Args:
-        title: The heading of the card.
-        summary: The scores that the card shows; None if nothing was measured.
-        recipe_sha256: Of the recipe that made the checkpoint; empty if there is none.
+        title: of the card
+        recipe_sha256: of the recipe that made the checkpoint; empty if there is none
     """
     texts = {
         MANIFEST: manifest.to_json(),
@@ -56,10 +55,9 @@ def stays_as_signed(folder: Path) -> bool:
 def place_checkpoint(
     work: RunContext, manifest: Manifest, title: str, summary: Summary | None = None
 ) -> Path:
-    """Make a checkpoint's folder, whole or not at all; its tensors are links where possible.
+    """Make a checkpoint's folder of blobs of the ledger, whole or not at all, linked if possible.
 
-    Args:
-        manifest: Its files are among the ledger's blobs. The other arguments are `write_texts`'s.
+    Arguments are those of `write_texts`.
     """
     results = write_eval_results(work.recipe.benchmark.tasks, summary) if summary else ""
     folder = work.checkpoint_folder(ArtifactId(manifest.router_id))

@@ -57,12 +57,7 @@ from pipelines.planning.room import check_examples, with_room
 from pipelines.recipe.gates import Composites, MixedSection, numbers_of, refuse_test_rows
 from pipelines.recipe.recipe import Recipe, refuse_name
 from pipelines.stages.adopt import is_recorded
-from pipelines.stages.checkpoint import (
-    record_router,
-    record_stack,
-    replace_checkpoint,
-    write_texts,
-)
+from pipelines.stages.checkpoint import record_router, record_stack, replace_checkpoint, write_texts
 from pipelines.stages.open_model import entry_of, stack_in, tokenizer_of_gates
 from pipelines.workspace.checkpoints import is_whole
 from pipelines.workspace.console import bar, say
@@ -312,9 +307,7 @@ def _read_editable(folder: Path) -> Manifest:
 def _scratch(work: RunContext, manifest: Manifest, what: str, device: str) -> Generator[Path]:
     """A temporary folder on the store's disk, for a run of its own; `gc` does not run meanwhile.
 
-    Args:
-        what: the change of the checkpoint, such as `drop sums from`
-        device: the device's name, as people read it
+    `what` is the change of the checkpoint, such as `drop sums from`.
     """
     name, stage = f"{what} {short(manifest.router_id)}", what.partition(" ")[0]
     with one_stage(work, name, canonical_sha256(name), device, stage):

@@ -345,9 +345,6 @@ def _switches(
     """How soon routing follows a change of subject; nothing where a base cannot tell.
 
     Nobody asked for it, so it ends no run.
-
-    Args:
-        own: test rows, by expert
     """
     if not (composites := routing_stats.composites_of(own)):
         return ()

@@ -14,13 +14,7 @@ from meteora.artifacts import WITH_GATES, AdapterSpec, ArtifactId, BuiltBase, Fu
 from meteora.base import loading
 from meteora.base.placement import placed
 from meteora.base.shapes import fingerprint, shape_of
-from meteora.checkpoint.manifest import (
-    EXPERTS,
-    GATES,
-    BaseEntry,
-    ExpertEntry,
-    Manifest,
-)
+from meteora.checkpoint.manifest import EXPERTS, GATES, BaseEntry, ExpertEntry, Manifest
 from meteora.checkpoint.stack import module_entries
 from meteora.model.fused import check_base, insert_experts, insert_routers
 from meteora.routing.expert_cache import ExpertCache
@@ -124,8 +118,7 @@ def opened(
 ) -> Generator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
     """The base with the plan's experts in it, and with its router if `gates` are given.
 
-    Args:
-        device_map: the device of each module; None for one device
+    Without a device map the model is on one device.
     """
     require_sound(work.ledger, plan.base)
     if device_map is None and plan.base.quantise:  # quantised weights are made on their device
@@ -186,11 +179,7 @@ def _num_bytes(work: RunContext, plan: Plan) -> float:
 def tokenizer_of_gates(
     tokenizer: PreTrainedTokenizerBase, template: str
 ) -> PreTrainedTokenizerBase:
-    """The tokenizer for the prompts that gates are fitted to.
-
-    Args:
-        template: `plain` for a copy without the chat template
-    """
+    """The tokenizer for the prompts that gates are fitted to; `plain` for no chat template."""
     if template != "plain":
         return tokenizer
     plain = copy.copy(tokenizer)

@@ -124,11 +124,7 @@ def train(work: RunContext, settings: Training, only: Collection[str] = ()) -> I
 
 
 def _missing(work: RunContext, only: Collection[str]) -> list[ExpertSection]:
-    """The experts to train: those of the recipe whose folders do not exist.
-
-    Raises:
-        AdapterTrainingError: one of them cannot be trained.
-    """
+    """The experts to train: those of the recipe whose folders do not exist."""
     known = {expert.name: expert for expert in work.recipe.experts}
     for name in only:
         if name not in known:
@@ -163,11 +159,7 @@ def _missing(work: RunContext, only: Collection[str]) -> list[ExpertSection]:
 
 
 def _refuse_one_folder(work: RunContext, experts: Sequence[ExpertSection]) -> None:
-    """Refuse two experts that would be written to one folder; only the first would be trained.
-
-    Raises:
-        AdapterTrainingError: two of them are.
-    """
+    """Refuse two experts that would be written to one folder; only the first would be trained."""
     names: dict[Path, str] = {}
     for expert in experts:
         folder = local_folder(work, expert)
@@ -380,7 +372,7 @@ def fit(
     """Train all parameters that require gradients, a step a batch; returns the loss of each step.
 
     Args:
-        peak: the highest learning rate, as in `Training`
+        peak: as in `Training`
         what: the name of the trained adapter in messages
 
     Raises:

@@ -22,8 +22,7 @@ class StageProcess(ChildProcess):
     """A process that waits for stages to run.
 
     Args:
-        on_progress: Called every few seconds with the name of the work, the steps done, and all
-            its steps.
+        on_progress: Called every few seconds with the name of the work, its steps done, and all.
         on_message: Called with each line that the process printed.
     """
 

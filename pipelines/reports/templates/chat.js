@@ -1,4 +1,4 @@
-"use strict";
+{% include "tip.js" %}
 // A conversation with one or more of the models of this page's server, which answer side by side.
 // `state` is all that the page knows; a downloaded page has it with the turns, and draws them again.
 const form = document.querySelector("#ask"), dock = document.querySelector("#dock"), turns = document.querySelector("#turns");
@@ -10,17 +10,7 @@ const state = JSON.parse(form.dataset.state);
 const KEY = JSON.stringify([state.model, state.experts]);
 let running = null, at = null;
 
-function element(name, text, parent, className = "") {
-  const made = document.createElement(name);
-  made.textContent = text;
-  made.className = className;
-  parent.append(made);
-  return made;
-}
-
-const tip = element("div", "", document.body, "tip");
-tip.hidden = true;
-tip.setAttribute("role", "status");
+const tip = newTip(document.body);
 
 // ---- a tab that is loaded again, as phones do by themselves, still has its conversation
 
@@ -290,11 +280,7 @@ function show(span) {
     item.append((numbers.length > 1 || runs[0].to > runs[0].from ? " layers " : " layer ") + numbers.join(", "));
   }
   tip.hidden = false;
-  const box = span.getClientRects()[0] ?? span.getBoundingClientRect();
-  const top = box.bottom + 6 + tip.offsetHeight < floor() ? box.bottom + 6 : box.top - 6 - tip.offsetHeight;
-  tip.style.left = Math.max(8, Math.min(box.left, innerWidth - tip.offsetWidth - 16)) + scrollX + "px";
-  // whole on the screen, over the token where there is no room beside it
-  tip.style.top = Math.max(0, Math.min(top, innerHeight - tip.offsetHeight)) + scrollY + "px";
+  placeTip(tip, span, floor());
 }
 
 function hide() {

@@ -1,15 +1,8 @@
-"use strict";
+{% include "tip.js" %}
 document.documentElement.classList.add("scripted");
 
 function unpack(text, type) {
   return new type(Uint8Array.from(atob(text), (c) => c.charCodeAt(0)).buffer);
-}
-
-function element(name, text, parent) {
-  const made = document.createElement(name);
-  made.textContent = text;
-  parent.append(made);
-  return made;
 }
 
 for (const figure of document.querySelectorAll("figure.trace")) {
@@ -21,10 +14,7 @@ for (const figure of document.querySelectorAll("figure.trace")) {
   const legend = [...figure.querySelectorAll(".legend li")];
   const numAsked = figure.querySelector(".text").children.length;
   let kept = [], winners = [], at = -1;
-  const tip = element("div", "", figure.parentElement);
-  tip.className = "tip";
-  tip.hidden = true;
-  tip.setAttribute("role", "status");
+  const tip = newTip(figure.parentElement);
 
   // the mean weight of each expert over the modules that are kept
   function shares(t) {
@@ -77,10 +67,7 @@ for (const figure of document.querySelectorAll("figure.trace")) {
         }
       }
     }
-    const box = spans[t].getClientRects()[0] || spans[t].getBoundingClientRect();
-    const top = box.bottom + 6 + tip.offsetHeight < innerHeight ? box.bottom + 6 : box.top - 6 - tip.offsetHeight;
-    tip.style.left = Math.max(8, Math.min(box.left, innerWidth - tip.offsetWidth - 16)) + scrollX + "px";
-    tip.style.top = Math.max(0, top) + scrollY + "px";
+    placeTip(tip, spans[t], innerHeight);
   }
 
   function row(table, name, share) {

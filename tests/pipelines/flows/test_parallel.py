@@ -142,7 +142,7 @@ def test_without_them_a_sentence_says_what_to_install(
     with pytest.raises(
         parallel.NoWorkersError, match=rf"pip install 'meteora-pipelines\[{kind}\]'"
     ):
-        parallel._task_runner(parallel.Workers(kind, "2"))
+        parallel._task_runner(kind, "2")
 
 
 @pytest.mark.parametrize(
@@ -162,7 +162,7 @@ def test_workers_that_do_not_start_are_one_sentence(
 
     monkeypatch.setattr(parallel, "_ray", lambda _where: Slow())
     with pytest.raises(parallel.NoWorkersError) as raised:
-        parallel.run_recipes(["a", "b"], "nowhere", Stage.gates, parallel.Workers("ray", where))
+        parallel.run_recipes(["a", "b"], "nowhere", Stage.gates, "ray", where)
     assert str(raised.value) == (
         f"Ray at {where} takes no runs (The current node timed out during startup. This could"
         f" happen); {ends}"

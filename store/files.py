@@ -9,19 +9,23 @@ need a local disk: several network file systems ignore them.
 """
 
 import fcntl
+import json
 import os
 import random
 import secrets
 import shutil
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from functools import cache
 from glob import escape
 from itertools import chain
 from pathlib import Path
+from typing import Any, TypeVar
 
 from store.errors import BusyError, StoreError
+
+T = TypeVar("T")
 
 READ_ONLY = 0o444
 FICLONE = 0x40049409  # linux/fs.h: share the extents of another file, copy on write
@@ -73,10 +77,7 @@ def write_whole(path: Path, data: bytes, *, root: Path) -> None:
 def replace_text(path: Path, text: str, *, mode: int = 0o666) -> None:
     """Write a file of text whole, in place of any older one; several writers may do so at once.
 
-    On an error the older one stays.
-
-    Args:
-        mode: of the new file, less the bits of the process's umask
+    On an error the older one stays. The mode is that of the new file, less the process's umask.
     """
     for left in leftovers(path.parent, [f".{escape(path.name)}.{HEX_DIGIT * 16}.partial"]):
         with suppress(OSError):
@@ -89,6 +90,13 @@ def replace_text(path: Path, text: str, *, mode: int = 0o666) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_note(path: Path, read: Callable[[Any], T]) -> T | None:
+    """What a small file of JSON holds; None if it is not there, damaged, or of another form."""
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        return read(json.loads(path.read_bytes()))
+    return None
 
 
 def settle(partial: Path, path: Path, *, root: Path) -> None:

@@ -99,14 +99,7 @@ class Composite(Noun):
         return ids, [*owners, *([last] * (len(ids) - len(owners)))]
 
     def prompt_owners(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[str | None]:
-        """The task of each token of the prompt; None for tokens of no task.
-
-        Args:
-            text: the prompt in its template, with all special tokens
-
-        Raises:
-            ExamplesError: as `encode`.
-        """
+        """The task of each token of a prompt in its template, or None; raises as `encode`."""
         return _owners(tokenizer, text, self.prompt_spans, shift=self._start(tokenizer, text))
 
     def _start(self, tokenizer: PreTrainedTokenizerBase, text: str) -> int:
@@ -230,11 +223,7 @@ def _other(task: str, rows: Iterator[Row], used: Collection[str]) -> Row:
 
 
 def number_questions(questions: Sequence[Question], solved: Sequence[Composite] = ()) -> Composite:
-    """The questions as one prompt, in this order, and their answers.
-
-    Args:
-        solved: composites to show before them, with their answers
-    """
+    """The questions as one prompt, in this order, behind solved composites, and their answers."""
     own, response = _numbered_questions(questions), _numbered_answers(questions)
     prompt: list[_Piece] = [(None, f"{OPENING}\n\n")]
     for one in solved:

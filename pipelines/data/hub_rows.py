@@ -99,8 +99,7 @@ def text_in(item: Mapping[str, Any], names: str, source: str, *, may_miss: bool)
 def exchange_in(item: Mapping[str, Any], columns: str) -> tuple[str, str]:
     """The first question of a conversation and its answer; both are empty if there are none.
 
-    Args:
-        columns: `a`, or `a,b` for a conversation that goes on in a second column
+    With the columns `a,b` the conversation goes on in a second column.
     """
     values = [item.get(name) or [] for name in columns.split(",")]
     turns = [turn for value in values if isinstance(value, list) for turn in value]

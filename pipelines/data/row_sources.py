@@ -126,10 +126,6 @@ def data_set_of(source: str) -> tuple[str, str]:
 def pin_source(source: str, token_of: Callable[[str], str | None]) -> str:
     """A source of rows with its commit, if it is a data set of the Hub; else empty.
 
-    Args:
-        source: as in this module's docstring
-        token_of: the token that is sent for a repository of the Hub
-
     Raises:
         ExamplesError: the Hub has no such data set or revision, or does not answer.
     """
@@ -153,11 +149,7 @@ def _jsonl(request: Request) -> Iterator[Row]:
 
 
 def row_place(source: str, folder: Path, number: int) -> str:
-    """The place of a row in its source, for a message.
-
-    Args:
-        number: of the row, from 0
-    """
+    """The place of a row, by its number from 0, in its source, for a message."""
     kind, _, name = source.partition(":")
     if kind != "jsonl":
         return f"{source}, row {number + 1}"
@@ -452,8 +444,7 @@ def _hub_rows(request: Request, token: str | None) -> Iterator[Row]:
 def _hub_texts(item: Mapping[str, Any], request: Request, *, skips: bool) -> list[str]:
     """The prompt of an item, and its answer if the request asks for one.
 
-    Args:
-        skips: whether a missing text is empty; else it is an error
+    With `skips` a missing text is empty; else it is an error.
     """
     options, names = request.options, ("prompt", "response")[: 1 + request.answered]
     if turns := options.get("turns"):

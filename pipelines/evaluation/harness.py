@@ -62,7 +62,8 @@ def is_templated(
     """Whether prompts are put into the chat template; arguments as of `Harness`.
 
     Raises:
-        BenchmarkError: see `Harness`.
+        BenchmarkError: the template is `chat`, and the tokenizer has none; or it takes no system
+            prompt, and one is given.
     """
     if template == "chat" and not tokenizer.chat_template:
         raise BenchmarkError(
@@ -111,9 +112,7 @@ def refuse_too_long(
 ) -> None:
     """Refuse a task with a prompt that, with its answer, is longer than the model's context.
 
-    Args:
-        lengths: of the prompts, in tokens
-        context_length: of the model, in tokens
+    All lengths are in tokens.
 
     Raises:
         BenchmarkError: the longest prompt does not fit.
@@ -211,11 +210,10 @@ class Harness(MaskedModel):
             template: `chat`, `plain`, or `auto`: the chat template if the tokenizer has one
             system_prompt: before every prompt; None is the chat template's default, and an empty
                 text is an empty system prompt
-            advance: called with the number of prompts, or pairs of prompt and choice, just done
+            advance: as of `evaluate_task`
 
         Raises:
-            BenchmarkError: the template is `chat`, and the tokenizer has none; or it takes no
-                system prompt, and one is given.
+            BenchmarkError: as `is_templated`.
         """
         self.templated = is_templated(tokenizer, template, system_prompt)
         self.system_prompt, self.seed, self.advance = system_prompt, seed, advance

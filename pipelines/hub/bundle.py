@@ -30,11 +30,7 @@ class Bundle:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def missing(self, there: Mapping[str, ListedFile]) -> list[str]:
-        """Paths that a commit lacks, or has with other bytes.
-
-        Args:
-            there: The files of the commit, by path.
-        """
+        """Paths that a commit lacks, by its files, or has with other bytes."""
         return [path for path, file in self.files.items() if not same(there.get(path), file)]
 
     def stale(self, there: Mapping[str, ListedFile]) -> list[str]:

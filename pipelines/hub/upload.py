@@ -44,7 +44,6 @@ LOOK_SECONDS = 20.0
 """Time of an answer that a dry run tells, and does not need."""
 
 PAUSES = (2.0, 10.0, 60.0)
-"""Average seconds before each new attempt after a transient error."""
 RESULTS = ".eval_results"
 """The only folder of a publication, for the Hub's leaderboards."""
 NEUTRAL = {".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"}
@@ -53,15 +52,12 @@ NEUTRAL = {".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md",
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository on the Hub to publish to; transient errors are retried.
-
-    Args:
-        pauses: Seconds before each new attempt; none is made after the last.
-    """
+    """A repository on the Hub to publish to; transient errors are retried."""
 
     repo_id: str
     hub: Hub
     pauses: Sequence[float] = PAUSES
+    """Average seconds before each new attempt after a transient error."""
     _trees: dict[str, dict[str, ListedFile]] = field(default_factory=dict, init=False, repr=False)
     """The files of each commit, which never change."""
 

@@ -69,10 +69,9 @@ KINDS = (
 
 
 def refs(api: HfApi, repo_id: str, *, pull_requests: bool = False) -> dict[str, str]:
-    """The commit of each branch and tag; a branch comes before a tag of its name, as in the Hub.
+    """The commit of each branch, tag, and, if asked for, pull request, as `refs/pr/<number>`.
 
-    Args:
-        pull_requests: Also the commit of each pull request, by its name `refs/pr/<number>`.
+    A branch comes before a tag of its name, as in the Hub.
     """
     found = api.list_repo_refs(repo_id, include_pull_requests=pull_requests)
     named = [(ref.name, ref.target_commit) for ref in [*found.tags, *found.branches]]

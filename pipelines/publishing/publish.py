@@ -211,8 +211,7 @@ def _check_reload(
 ) -> None:
     """Download a commit into an empty cache, and compare its bytes and its logits with ours.
 
-    Args:
-        home: The cache is inside it, so the store removes the files of a killed process.
+    The cache is in the home, so the store removes the files of a killed process.
     """
     with partial_file(home) as cache:
         cache.mkdir()

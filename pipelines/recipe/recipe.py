@@ -138,11 +138,9 @@ class RouterSection(Section):
     kind of router does."""
 
     def options(self, stand_ins: tuple[str, ...], *, fitted: bool) -> RouterOptions:
-        """The routing options of the model.
+        """The routing options of a model with or without fitted gates.
 
-        Args:
-            stand_ins: the experts without examples
-            fitted: whether gates are fitted
+        The stand-ins are the experts without examples.
         """
         options = RouterOptions(**self.model_dump(exclude={"without_examples"}))
         if not fitted:
@@ -380,10 +378,7 @@ class Recipe(Section):
 
     @classmethod
     def parse(cls, text: bytes, path: Path) -> Self:
-        """Check a recipe.
-
-        Args:
-            path: Its file, for error messages.
+        """Check a recipe; its path is for messages.
 
         Raises:
             RecipeError: It cannot be read, or has faults; the message names each with its place.

@@ -100,14 +100,11 @@ def _values(rows: Sequence[Mapping[str, Any]], metric: str) -> RowValues:
 
 
 def compute_composite_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, RowValues]:
-    """The shares of each composite's questions with a right answer, and with any answer.
+    """The shares of questions with a right answer, `RIGHT`, and with any answer, `ATTEMPTED`.
 
     Args:
         rows: with the columns `asked` (JSON of a `Composite`), `judged_by` (JSON of the metric of
             each task) and `output`
-
-    Returns:
-        by metric, `RIGHT` and `ATTEMPTED`
     """
     right: list[float] = []
     attempted: list[float] = []
@@ -140,9 +137,6 @@ def compute_conversation_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, 
     Args:
         rows: with the columns `asked` (JSON of a `Dialogue`), `judged_by` (JSON of the metric of
             each task) and `turns` (JSON of each turn's answer and `COSTS`)
-
-    Returns:
-        by metric, `TURNS_RIGHT`
     """
     by_task: dict[str, list[tuple[float, bool]]] = {}
     turns = [json.loads(row["turns"]) for row in rows]
@@ -166,8 +160,7 @@ def _judge(
 ) -> list[float]:
     """The value of the answer to each question of a row.
 
-    Args:
-        by_task: filled with each value, and whether there is an answer, by the question's task
+    `by_task` is filled with it, and with whether there is an answer, by the question's task.
     """
     judged_by, values = json.loads(row["judged_by"]), []
     asked = json.loads(row["asked"])["questions"]

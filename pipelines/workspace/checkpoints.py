@@ -57,8 +57,7 @@ def _resolved(ledger: Ledger, name: str) -> ArtifactId:
 def files_to_free(ledger: Ledger, names: Iterable[str]) -> list[Removable]:
     """The files of models that no other checkpoint in the home needs: folders and blobs.
 
-    Args:
-        names: Ids of routers, or folders of checkpoints in this home.
+    The models are named by ids of routers, or folders of checkpoints in this home.
 
     Raises:
         UnknownError: The ledger has no such router, or the folder is not in the home.
@@ -146,9 +145,6 @@ def base_option(base_model: str, folder: Path | None) -> str:
     """The `--base` option for a next command; empty unless the base is a local folder.
 
     A checkpoint does not name the folder of its base, so the user must.
-
-    Args:
-        base_model: As the checkpoint names it.
     """
     if not base_model.startswith(PATH):
         return ""

@@ -181,13 +181,16 @@ def sweep(root: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, *, deadline_seconds: float, shared: bool = False) -> Generator[None]:
+def locked(
+    path: Path, *, deadline_seconds: float, shared: bool = False, message: str = ""
+) -> Generator[None]:
     """Hold the lock file `path`.
 
     The kernel frees the lock when the process ends, however it ends: there are no stale locks.
 
     Args:
         shared: other shared locks may be held at the same time, but no exclusive one
+        message: the beginning of the `BusyError`
 
     Raises:
         BusyError: the lock is not free within the deadline.
@@ -202,7 +205,13 @@ def locked(path: Path, *, deadline_seconds: float, shared: bool = False) -> Gene
             f"{path} cannot be opened ({error.strerror}), so the files beside it cannot be used"
         ) from error
     try:
-        _wait(descriptor, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, deadline_seconds)
+        if not _waited(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, deadline_seconds):
+            holder = os.pread(descriptor, 32, 0).decode() or "unknown"
+            why = (
+                f"{path.name} is held by another process (last seen: process id {holder}); try"
+                " again when it is done"
+            )
+            raise BusyError(f"{message} ({why})" if message else why)
         if not shared:
             with suppress(OSError):  # only a hint for others: a full disk may refuse it
                 os.ftruncate(descriptor, 0)
@@ -212,18 +221,15 @@ def locked(path: Path, *, deadline_seconds: float, shared: bool = False) -> Gene
         os.close(descriptor)
 
 
-def _wait(descriptor: int, path: Path, operation: int, deadline_seconds: float) -> None:
+def _waited(descriptor: int, operation: int, deadline_seconds: float) -> bool:
+    """Wait for a lock; whether it is held then."""
     deadline = time.monotonic() + deadline_seconds
     while True:
         try:
             fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= deadline:
-                holder = os.pread(descriptor, 32, 0).decode() or "unknown"
-                raise BusyError(
-                    f"{path.name} is held by another process (last seen: process id {holder}); try"
-                    " again when it is done"
-                ) from None
+                return False
             time.sleep(random.uniform(0.005, 0.02))  # noqa: S311  (a pause, no secret)
         else:
-            return
+            return True

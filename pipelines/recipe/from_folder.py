@@ -263,11 +263,7 @@ def _name(text: str, taken: set[str]) -> str:
 
 def _text(value: str) -> str:
     """A string in YAML: bare if that is safe, else in quotes, with escapes."""
-    is_safe = re.fullmatch(r"[A-Za-z][A-Za-z0-9_./:@-]*[A-Za-z0-9_/]", value)
-    if is_safe and yaml.safe_load(value) == value:  # `no`, such as for Norwegian, is a boolean
-        return value
-    quoted = yaml.dump(value, Dumper=yaml.SafeDumper, default_style='"', width=math.inf)
-    return quoted.strip()
+    return yaml.safe_dump(value, width=math.inf).removesuffix("...\n").strip()
 
 
 def _line(text: str) -> str:

@@ -12,7 +12,6 @@ from meteora.checkpoint.manifest import (
     CONFIG,
     EXPERTS,
     LINEAGE,
-    MANIFEST,
     CheckpointError,
     read_manifest,
 )
@@ -131,8 +130,6 @@ def base_at_hand(folder: Path, home: Path) -> Path | None:
     Raises:
         DamagedBaseError: The bytes of this base have changed since it was made.
     """
-    if not (folder / MANIFEST).is_file():
-        return None
     spec = read_manifest(folder).base.spec
     base = base_at(home, spec.stored.id)
     if not base.is_dir():

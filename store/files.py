@@ -146,11 +146,7 @@ def size_of(path: Path, *, follow_symlinks: bool = True) -> int:
 
 
 def discard(path: Path) -> None:
-    """Remove a file, or a folder and all in it, if it is there.
-
-    Raises:
-        StoreError: it cannot be removed.
-    """
+    """Remove a file, or a folder and all in it, if it is there; `StoreError` if it cannot be."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)

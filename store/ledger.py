@@ -67,10 +67,9 @@ class Ledger(Recording):
         return replace(outcome, reason=outcome.reason or unshared)
 
     def rebuild(self) -> Ingest:
-        """Make the index again from the records alone; the old one is set aside.
+        """Make the index again from the records alone, and set the old one aside.
 
-        Raises:
-            StoreError: no index can be made now; the old one stays.
+        It stays if none can be made now, which is a `StoreError`.
         """
         return self.index.rebuild(deadline_seconds=WRITE_DEADLINE_SECONDS)
 
@@ -201,11 +200,7 @@ class Ledger(Recording):
             self._forget_freed()
 
     def close_killed(self) -> None:
-        """Record the ends of all runs of this home that were killed.
-
-        Raises:
-            BusyError: a run is going on.
-        """
+        """Record the ends of all killed runs of this home; `BusyError` if a run is going on."""
         with locked(self.home / "runs.lock", deadline_seconds=0, message=IS_RUNNING):
             for run in self.unended_runs():
                 if run.home == self.name:

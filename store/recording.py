@@ -73,11 +73,7 @@ class Recording:
         return spec.id
 
     def record_adapters(self, specs: Iterable[AdapterSpec], *, run_id: str) -> None:
-        """Record the adapters of a run; one lookup for all of them.
-
-        Raises:
-            ConflictError: one is already recorded with other weights.
-        """
+        """Record the adapters of a run, with one lookup for all; raises as `record_artifact`."""
         records = [_record_of(spec, spec.weights_sha256, run_id) for spec in specs]
         self._record_once(records, ("weights_sha256",))
 

@@ -59,11 +59,7 @@ class Setting:
 
     @classmethod
     def load(cls, home: Path) -> Self:
-        """Read the file; without one, the home does not share.
-
-        Raises:
-            StoreError: the file is damaged.
-        """
+        """Read the file, which may not be damaged; without one, the home does not share."""
         path = home / SETTING
         try:
             fields = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -175,11 +175,7 @@ def compose(
 
 
 def mixable(examples: Mapping[str, Sequence[Row]]) -> dict[str, Sequence[Row]]:
-    """The experts with examples that can be in a composite, for the fit of gates.
-
-    Raises:
-        ExamplesError: there is no such expert.
-    """
+    """The experts with examples that can be in a composite; `ExamplesError` if there is none."""
     fit = {name: rows for name, rows in examples.items() if any(map(fits, rows))}
     if not fit:
         raise ExamplesError(
@@ -348,10 +344,9 @@ def require_places(tokenizer: PreTrainedTokenizerBase) -> None:
 def with_places(
     tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False
 ) -> BatchEncoding:
-    """The tokens of a text, with their places in it and a mask of the special ones.
+    """The tokens of a text, their places in it, and a mask of the special ones.
 
-    Raises:
-        ExamplesError: the tokenizer is one in Python, which gives no places.
+    Raises as `require_places`.
     """
     require_places(tokenizer)
     return tokenizer(

@@ -102,11 +102,7 @@ def read_rows(
 
 
 def _split(source: str) -> tuple[str, str, dict[str, str]]:
-    """Kind, name and options of a source.
-
-    Raises:
-        ExamplesError: an option is given twice.
-    """
+    """Kind, name and options of a source; `ExamplesError` if an option is given twice."""
     kind, _, rest = source.partition(":")
     if kind == "jsonl":  # it takes no options, and a path may hold a `?`
         return kind, rest, {}
@@ -262,11 +258,7 @@ def check_row(row: Row, place: str) -> Row:
 
 
 def refuse_half_characters(text: str, place: str) -> None:
-    """Refuse text that cannot be tokenized or hashed.
-
-    Raises:
-        ExamplesError: it has half of a surrogate pair, from an escape in JSON.
-    """
+    """Raise `ExamplesError` for half of a surrogate pair, which can be neither token nor hash."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

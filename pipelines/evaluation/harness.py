@@ -82,11 +82,7 @@ def is_templated(
 def refuse_conversations(
     task: str, dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, *, templated: bool
 ) -> None:
-    """Refuse conversations without a chat template, or with one that does not take them.
-
-    Raises:
-        BenchmarkError: one or the other.
-    """
+    """Raise `BenchmarkError` for conversations without a chat template that takes them."""
     if dialogues and not templated:
         raise BenchmarkError(
             f"task {task}: conversations need the roles of a chat template, and prompts are"
@@ -110,13 +106,7 @@ def room_of(config: PretrainedConfig) -> int:
 def refuse_too_long(
     task: str, lengths: Sequence[int], max_new_tokens: int, context_length: int
 ) -> None:
-    """Refuse a task with a prompt that, with its answer, is longer than the model's context.
-
-    All lengths are in tokens.
-
-    Raises:
-        BenchmarkError: the longest prompt does not fit.
-    """
+    """Raise `BenchmarkError` if a prompt with its answer has more tokens than the context."""
     room = context_length - max_new_tokens
     if too_long := [length for length in lengths if length > room]:
         raise BenchmarkError(

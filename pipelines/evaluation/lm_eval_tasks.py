@@ -25,11 +25,7 @@ def _own_tasks() -> TaskManager:
 
 
 def find_lm_eval_task(task: Task) -> TaskManager:
-    """Find a task of lm-eval by its name; its rows are not read.
-
-    Raises:
-        BenchmarkError: there is no such task, or no such folder of tasks.
-    """
+    """Find a task of lm-eval, without its rows; `BenchmarkError` if there is none of this name."""
     name, folder = task.lm_eval, task.folder
     if folder is None:
         manager = _own_tasks()

@@ -68,11 +68,7 @@ class Subjects:
     """Merges to compare with, by method."""
 
     def id_of(self, system: str) -> ArtifactId:
-        """The id of a system's artifact.
-
-        Raises:
-            KeyError: the system is an expert alone, or is not compared.
-        """
+        """The id of a compared system's artifact; `KeyError` for an expert alone."""
         fixed = {FUSED: self.router.id, BASE: self.base.id}
         return fixed.get(system) or {**self.others, **self.merges}[system].id
 

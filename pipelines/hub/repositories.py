@@ -119,10 +119,7 @@ def download_base(spec: BaseSpec, out: Path, *, hub: Hub = DEFAULT) -> None:
     """Download a base's config, tokenizer and safetensors, at its commit, into the folder `out`.
 
     Complete files of an earlier attempt stay, since a base can take hours; all others in the folder
-    are removed.
-
-    Raises:
-        HubError: One of the errors of `adapter.download`.
+    are removed. The errors are those of `adapter.download`.
     """
     ref = AdapterRef(spec.base_model, spec.base_revision)
     files = _base_files(hub, ref)

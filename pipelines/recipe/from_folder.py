@@ -100,11 +100,7 @@ def write_recipe(
 
 
 def _refuse_taken(path: Path) -> None:
-    """Refuse to write over what is there.
-
-    Raises:
-        ImportingError: There is a file, or a folder; or a file in place of a folder around it.
-    """
+    """Raise `ImportingError` if something is there, or a file in place of a folder around it."""
     if path.exists():
         raise ImportingError(f"{path} is there already; give another name with -o")
     around = next(one for one in path.parents if one.exists())

@@ -398,11 +398,7 @@ class Recipe(Section):
 
 
 def read_recipe(path: Path) -> bytes:
-    """The text of a recipe.
-
-    Raises:
-        RecipeError: There is no such file, or it is too large.
-    """
+    """The text of a recipe; `RecipeError` if there is no such file, or it is too large."""
     if not path.is_file():
         is_folder = " (it is a folder; give the file in it)"
         guess = is_folder if path.is_dir() else did_you_mean(str(path), shipped())
@@ -428,11 +424,7 @@ def shipped() -> dict[str, Path]:
 
 
 def find_shipped(name: str) -> Path:
-    """The file of a shipped recipe.
-
-    Raises:
-        RecipeError: There is none of this name.
-    """
+    """The file of a shipped recipe; `RecipeError` if there is none of this name."""
     recipes = shipped()
     if name not in recipes:
         raise RecipeError(

@@ -58,11 +58,7 @@ def write_outputs(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def read_outputs(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of a file, with all columns or some.
-
-    Raises:
-        OutputsError: it is not a Parquet file, or a damaged one.
-    """
+    """The rows of a Parquet file, with all columns or some; `OutputsError` if it is none."""
     try:
         # not read_table, which takes the names of a blob's folders for partitions
         table = pq.ParquetFile(path).read(columns=None if columns is None else list(columns))

@@ -125,11 +125,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def base_at_hand(folder: Path, home: Path) -> Path | None:
-    """The base of a checkpoint, if this home has it as safetensors already.
-
-    Raises:
-        DamagedBaseError: The bytes of this base have changed since it was made.
-    """
+    """The base of a checkpoint, if this home has it as safetensors; raises as `require_sound`."""
     spec = read_manifest(folder).base.spec
     base = base_at(home, spec.stored.id)
     if not base.is_dir():

@@ -143,11 +143,7 @@ class ChildProcess:
             deadline.cancel()
 
     def send(self, request: object) -> None:
-        """Send a request whose answer `answers` waits for.
-
-        Raises:
-            ChildDiedError: The child has ended.
-        """
+        """Send a request, for whose answer `answers` waits; `ChildDiedError` if it has ended."""
         try:
             self.channel.send("request", request)
         except OSError:

@@ -52,9 +52,7 @@ class Ledger(Recording):
         """Exchange records with the shared storage, if any, and bring the index up to date.
 
         Never raises: the next ingest tries again. The result has the reason if one did not work.
-
-        Args:
-            restore: also upload the blobs of this home that the storage has lost
+        With `restore` it also uploads the blobs of this home that the storage has lost.
         """
         unshared = ""
         try:

@@ -166,13 +166,7 @@ def commit(
     copy: Sequence[str] = (),
     copy_from: str = "",
 ) -> None:
-    """Commit once to a branch that is still at `parent`.
-
-    Args:
-        delete: Paths to remove.
-        add: The local file, by path in the repository.
-        copy: Paths to copy from the commit `copy_from`.
-    """
+    """Commit once to a branch that is still at `parent`; files to add are named by their paths."""
     operations = [
         *(CommitOperationAdd(path, file) for path, file in (add or {}).items()),
         *(CommitOperationCopy(path, path, src_revision=copy_from) for path in copy),

@@ -70,8 +70,7 @@ def make_app(thread: ModelThread, name: str, *, names: Collection[str], page: st
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        found = [_model(one) for one in models]
-        return {"object": "list", "data": found}
+        return {"object": "list", "data": [_model(one) for one in models]}
 
     @app.get("/v1/models/{model:path}")
     async def find_model(model: str) -> dict[str, Any]:

@@ -77,7 +77,7 @@ class Recording:
         records = [_record_of(spec, spec.weights_sha256, run_id) for spec in specs]
         self._record_once(records, ("weights_sha256",))
 
-    def record_score(self, score: Score, *, run_id: str) -> ArtifactId:
+    def record_score(self, score: Score, *, run_id: str) -> None:
         """Record a measurement; its subject and base have to be recorded first.
 
         Raises:
@@ -91,7 +91,6 @@ class Recording:
             [Record("score", score.spec.id, body, run_id, now(), (score.outputs_sha256,))],
             ("value", "num_samples"),
         )
-        return score.spec.id
 
     def record_routing(self, scores: Sequence[RoutingScore], *, run_id: str) -> None:
         """Record all routing counts of one router, in one call; only the latest ones count.

@@ -31,14 +31,13 @@ from meteora.base.padding import padding_token
 from meteora.base.placement import input_device
 from meteora.model.generate import end_tokens, generate_ids
 from meteora.model.shared_prefix import rotates_by_length, whole_layers
-from meteora.routing.passes import conversation_of
+from meteora.routing.passes import Conversation, conversation_of
 from pipelines.evaluation.measurements import ALORA, ONE_EXPERT, ORACLE, SINGLE, SWAP
 from pipelines.evaluation.oracle_routing import send_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from meteora.routing.passes import Conversation
     from pipelines.data.dialogues import Dialogue
 
 

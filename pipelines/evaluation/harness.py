@@ -28,7 +28,7 @@ from meteora.model.generate import end_tokens, prompts_at_once
 from meteora.model.shared_prefix import share_prefix
 from meteora.routing.passes import watcher_of
 from pipelines.data.conversations import takes
-from pipelines.data.rows import ExamplesError
+from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
     from transformers import (
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     )
 
     from pipelines.data.dialogues import Dialogue
-    from pipelines.data.rows import Row
 
 HARNESS = f"lm-eval {version('lm-eval')}"
 """The harness that scores record."""

@@ -59,7 +59,7 @@ class Setting:
 
     @classmethod
     def load(cls, home: Path) -> Self:
-        """Read the file, which may not be damaged; without one, the home does not share."""
+        """Read the file; without one, the home does not share; a damaged one is a `StoreError`."""
         path = home / SETTING
         try:
             fields = tomllib.loads(path.read_text(encoding="utf-8"))

@@ -258,7 +258,7 @@ def check_row(row: Row, place: str) -> Row:
 
 
 def refuse_half_characters(text: str, place: str) -> None:
-    """Raise `ExamplesError` for half of a surrogate pair, which can be neither token nor hash."""
+    """Raise `ExamplesError` for half of a surrogate pair: it cannot be tokenized or hashed."""
     try:
         text.encode()
     except UnicodeEncodeError as error:

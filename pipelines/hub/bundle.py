@@ -28,7 +28,7 @@ class Bundle:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def missing(self, there: Mapping[str, ListedFile]) -> list[str]:
-        """Paths that a commit lacks, by its files, or has with other bytes."""
+        """Paths that a commit lacks, or has with other bytes, by the files that are there."""
         return [path for path, file in self.files.items() if not same(there.get(path), file)]
 
     def stale(self, there: Mapping[str, ListedFile]) -> list[str]:

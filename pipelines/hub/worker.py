@@ -166,7 +166,10 @@ def commit(
     copy: Sequence[str] = (),
     copy_from: str = "",
 ) -> None:
-    """Commit once to a branch that is still at `parent`; files to add are named by their paths."""
+    """Commit once to a branch that is still at `parent`.
+
+    Files to add are named by their paths in the repository; copies come from commit `copy_from`.
+    """
     operations = [
         *(CommitOperationAdd(path, file) for path, file in (add or {}).items()),
         *(CommitOperationCopy(path, path, src_revision=copy_from) for path in copy),

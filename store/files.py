@@ -9,19 +9,23 @@ need a local disk: several network file systems ignore them.
 """
 
 import fcntl
+import json
 import os
 import random
 import secrets
 import shutil
 import time
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import contextmanager, suppress
 from functools import cache
 from glob import escape
 from itertools import chain
 from pathlib import Path
+from typing import Any, TypeVar
 
 from store.errors import BusyError, StoreError
+
+T = TypeVar("T")
 
 READ_ONLY = 0o444
 FICLONE = 0x40049409  # linux/fs.h: share the extents of another file, copy on write
@@ -73,10 +77,7 @@ def write_whole(path: Path, data: bytes, *, root: Path) -> None:
 def replace_text(path: Path, text: str, *, mode: int = 0o666) -> None:
     """Write a file of text whole, in place of any older one; several writers may do so at once.
 
-    On an error the older one stays.
-
-    Args:
-        mode: of the new file, less the bits of the process's umask
+    On an error the older one stays. The mode is that of the new file, less the process's umask.
     """
     for left in leftovers(path.parent, [f".{escape(path.name)}.{HEX_DIGIT * 16}.partial"]):
         with suppress(OSError):
@@ -89,6 +90,13 @@ def replace_text(path: Path, text: str, *, mode: int = 0o666) -> None:
         partial.replace(path)
     finally:
         partial.unlink(missing_ok=True)
+
+
+def read_note(path: Path, read: Callable[[Any], T]) -> T | None:
+    """What a small file of JSON holds; None if it is not there, damaged, or of another form."""
+    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
+        return read(json.loads(path.read_bytes()))
+    return None
 
 
 def settle(partial: Path, path: Path, *, root: Path) -> None:
@@ -138,11 +146,7 @@ def size_of(path: Path, *, follow_symlinks: bool = True) -> int:
 
 
 def discard(path: Path) -> None:
-    """Remove a file, or a folder and all in it, if it is there.
-
-    Raises:
-        StoreError: it cannot be removed.
-    """
+    """Remove a file, or a folder and all in it, if it is there; `StoreError` if it cannot be."""
     try:
         if path.is_dir() and not path.is_symlink():
             shutil.rmtree(path)
@@ -173,13 +177,16 @@ def sweep(root: Path) -> None:
 
 
 @contextmanager
-def locked(path: Path, *, deadline_seconds: float, shared: bool = False) -> Generator[None]:
+def locked(
+    path: Path, *, deadline_seconds: float, shared: bool = False, message: str = ""
+) -> Generator[None]:
     """Hold the lock file `path`.
 
     The kernel frees the lock when the process ends, however it ends: there are no stale locks.
 
     Args:
         shared: other shared locks may be held at the same time, but no exclusive one
+        message: the beginning of the `BusyError`
 
     Raises:
         BusyError: the lock is not free within the deadline.
@@ -194,7 +201,13 @@ def locked(path: Path, *, deadline_seconds: float, shared: bool = False) -> Gene
             f"{path} cannot be opened ({error.strerror}), so the files beside it cannot be used"
         ) from error
     try:
-        _wait(descriptor, path, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, deadline_seconds)
+        if not _waited(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, deadline_seconds):
+            holder = os.pread(descriptor, 32, 0).decode() or "unknown"
+            why = (
+                f"{path.name} is held by another process (last seen: process id {holder}); try"
+                " again when it is done"
+            )
+            raise BusyError(f"{message} ({why})" if message else why)
         if not shared:
             with suppress(OSError):  # only a hint for others: a full disk may refuse it
                 os.ftruncate(descriptor, 0)
@@ -204,18 +217,15 @@ def locked(path: Path, *, deadline_seconds: float, shared: bool = False) -> Gene
         os.close(descriptor)
 
 
-def _wait(descriptor: int, path: Path, operation: int, deadline_seconds: float) -> None:
+def _waited(descriptor: int, operation: int, deadline_seconds: float) -> bool:
+    """Wait for a lock; whether it is held then."""
     deadline = time.monotonic() + deadline_seconds
     while True:
         try:
             fcntl.flock(descriptor, operation | fcntl.LOCK_NB)
         except BlockingIOError:
             if time.monotonic() >= deadline:
-                holder = os.pread(descriptor, 32, 0).decode() or "unknown"
-                raise BusyError(
-                    f"{path.name} is held by another process (last seen: process id {holder}); try"
-                    " again when it is done"
-                ) from None
+                return False
             time.sleep(random.uniform(0.005, 0.02))  # noqa: S311  (a pause, no secret)
         else:
-            return
+            return True

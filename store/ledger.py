@@ -11,16 +11,15 @@
 
 import logging
 from collections.abc import Callable, Generator, Sequence
-from contextlib import ExitStack, contextmanager, suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
-from pathlib import Path
 
 import duckdb
 
 from meteora.artifacts import SHA256, ArtifactId, Score, canonical_sha256
 from store import check
 from store.check import Verification
-from store.errors import BusyError, DamagedError, StoreError
+from store.errors import DamagedError, StoreError
 from store.events import RunEnded, RunStarted
 from store.files import discard, locked, sweep
 from store.garbage import Removable, find_garbage, note_freed
@@ -36,6 +35,7 @@ INGEST_DEADLINE_SECONDS = 10.0
 CLOCK_SECONDS = 60
 """Between two machines' clocks such a difference is not mentioned."""
 KILLED = "its process ended without a word"
+IS_RUNNING = "a run is going on; try again when it is done"
 PACK_RECORDS = 20_000
 """If there are so many loose records, the next run packs them before it begins."""
 
@@ -52,9 +52,7 @@ class Ledger(Recording):
         """Exchange records with the shared storage, if any, and bring the index up to date.
 
         Never raises: the next ingest tries again. The result has the reason if one did not work.
-
-        Args:
-            restore: also upload the blobs of this home that the storage has lost
+        With `restore` it also uploads the blobs of this home that the storage has lost.
         """
         unshared = ""
         try:
@@ -67,10 +65,9 @@ class Ledger(Recording):
         return replace(outcome, reason=outcome.reason or unshared)
 
     def rebuild(self) -> Ingest:
-        """Make the index again from the records alone; the old one is set aside.
+        """Make the index again from the records alone, and set the old one aside.
 
-        Raises:
-            StoreError: no index can be made now; the old one stays.
+        It stays if none can be made now, which is a `StoreError`.
         """
         return self.index.rebuild(deadline_seconds=WRITE_DEADLINE_SECONDS)
 
@@ -166,8 +163,8 @@ class Ledger(Recording):
     @contextmanager
     def _alone(self) -> Generator[None]:
         """Hold the locks with which no run goes on, and nobody records."""
-        alone = _no_wait(self.home / "runs.lock", "a run is going on; try again when it is done")
-        with alone, locked(self.home / "records.lock", deadline_seconds=WRITE_DEADLINE_SECONDS):
+        records = locked(self.home / "records.lock", deadline_seconds=WRITE_DEADLINE_SECONDS)
+        with locked(self.home / "runs.lock", deadline_seconds=0, message=IS_RUNNING), records:
             yield
 
     @contextmanager
@@ -180,9 +177,10 @@ class Ledger(Recording):
             BusyError: another process is running the recipe.
         """
         digest = canonical_sha256(recipe_name)[:16]
-        alone = _no_wait(
+        alone = locked(
             self.home / "locks" / f"recipe-{digest}.lock",
-            f"{recipe_name} is being run by another process; wait for it, or stop it",
+            deadline_seconds=0,
+            message=f"{recipe_name} is being run by another process; wait for it, or stop it",
         )
         together = locked(
             self.home / "runs.lock", deadline_seconds=WRITE_DEADLINE_SECONDS, shared=True
@@ -200,13 +198,8 @@ class Ledger(Recording):
             self._forget_freed()
 
     def close_killed(self) -> None:
-        """Record the ends of all runs of this home that were killed.
-
-        Raises:
-            BusyError: a run is going on.
-        """
-        message = "a run is going on; try again when it is done"
-        with _no_wait(self.home / "runs.lock", message):
+        """Record the ends of all killed runs of this home; `BusyError` if a run is going on."""
+        with locked(self.home / "runs.lock", deadline_seconds=0, message=IS_RUNNING):
             for run in self.unended_runs():
                 if run.home == self.name:
                     self.record_run(RunEnded(run.run_id, "killed", KILLED))
@@ -254,14 +247,3 @@ class Ledger(Recording):
         """Forget which blobs were freed, of those that a run has made again."""
         with suppress(OSError):
             note_freed(self.home, self.blobs)
-
-
-@contextmanager
-def _no_wait(path: Path, sentence: str) -> Generator[None]:
-    """Hold a lock without waiting; if it is taken, raise `BusyError` with this sentence."""
-    with ExitStack() as held:
-        try:
-            held.enter_context(locked(path, deadline_seconds=0))
-        except BusyError as error:
-            raise BusyError(f"{sentence} ({error})") from None
-        yield

@@ -73,15 +73,11 @@ class Recording:
         return spec.id
 
     def record_adapters(self, specs: Iterable[AdapterSpec], *, run_id: str) -> None:
-        """Record the adapters of a run; one lookup for all of them.
-
-        Raises:
-            ConflictError: one is already recorded with other weights.
-        """
+        """Record the adapters of a run, with one lookup for all; raises as `record_artifact`."""
         records = [_record_of(spec, spec.weights_sha256, run_id) for spec in specs]
         self._record_once(records, ("weights_sha256",))
 
-    def record_score(self, score: Score, *, run_id: str) -> ArtifactId:
+    def record_score(self, score: Score, *, run_id: str) -> None:
         """Record a measurement; its subject and base have to be recorded first.
 
         Raises:
@@ -95,7 +91,6 @@ class Recording:
             [Record("score", score.spec.id, body, run_id, now(), (score.outputs_sha256,))],
             ("value", "num_samples"),
         )
-        return score.spec.id
 
     def record_routing(self, scores: Sequence[RoutingScore], *, run_id: str) -> None:
         """Record all routing counts of one router, in one call; only the latest ones count.

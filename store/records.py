@@ -54,11 +54,7 @@ class Record:
     """Of the shape of `body`, per kind."""
 
     def to_bytes(self) -> bytes:
-        """The bytes of its file: canonical JSON in UTF-8.
-
-        Raises:
-            StoreError: it holds something that JSON cannot, such as NaN.
-        """
+        """Its file: canonical JSON in UTF-8; `StoreError` for what JSON cannot hold, as NaN."""
         try:
             return canonical_json(asdict(self)).encode()
         except (TypeError, ValueError) as error:  # NaN, a lone surrogate, no JSON
@@ -112,11 +108,7 @@ class Records:
         return Record.from_bytes(self.read_bytes(sha256))
 
     def read_bytes(self, sha256: str) -> bytes:
-        """The bytes of the record with this SHA-256, checked.
-
-        Raises:
-            DamagedError: its bytes have another hash, or it is missing.
-        """
+        """The bytes of a record; `DamagedError` if they have another hash, or it is missing."""
         texts, errors = self.read_all([sha256])
         if sha256 in errors:
             raise errors[sha256]

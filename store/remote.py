@@ -120,11 +120,7 @@ class Remote:
                 self._obstore.put(self._store, name, path, mode="create", use_multipart=False)
 
     def fetch(self, name: str, sha256: str, root: Path) -> bool:
-        """Download an object to its place, below the folder `root` of a home.
-
-        Returns:
-            False if it is damaged, or not there.
-        """
+        """Download an object to its place below `root` in a home; False if damaged or not there."""
         with partial_file(root) as partial:
             downloaded_sha256 = self.get(name, partial)
             if downloaded_sha256 == sha256:

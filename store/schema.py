@@ -7,6 +7,9 @@ import duckdb
 
 from store.errors import DamagedError, NewerLedgerError
 
+EXPLAINED = ("leaderboard", "standings", "changes", "lineage")
+"""Where the columns of views are explained that have no comment of their own, by their names."""
+
 
 def sources() -> dict[int, tuple[str, str]]:
     """The files that make tables and views: (name, SQL) by number; `views.sql` has 0."""
@@ -48,6 +51,7 @@ def migrate(connection: duckdb.DuckDBPyConnection) -> None:
         connection.execute("BEGIN")
         for number in new:
             _apply(connection, number, *known[number])
+        _explain(connection)
         # this release may understand records that were rejected
         connection.execute("DELETE FROM read_files WHERE EXISTS (FROM rejected)")
         connection.execute("DELETE FROM rejected")
@@ -68,6 +72,25 @@ def _apply(connection: duckdb.DuckDBPyConnection, number: int, name: str, sql: s
     connection.execute(sql)
     connection.execute("DELETE FROM migrations WHERE number = ?", [number])
     connection.execute("INSERT INTO migrations VALUES (?, ?, ?)", [number, name, _sha256(sql)])
+
+
+def _explain(connection: duckdb.DuckDBPyConnection) -> None:
+    """Give columns of views without a comment the first one of their name in `EXPLAINED`."""
+    found = connection.execute(
+        """
+        SELECT bare.table_name, column_name,
+               arg_min(said.comment, list_position($1, said.table_name))
+        FROM duckdb_columns() AS bare JOIN duckdb_columns() AS said
+             USING (database_name, column_name)
+        WHERE database_name = current_database() AND bare.comment IS NULL
+          AND said.comment IS NOT NULL AND list_contains($1, said.table_name)
+        GROUP BY ALL
+        """,
+        [EXPLAINED],
+    ).fetchall()
+    for view, column, comment in found:
+        text = comment.replace("'", "''")
+        connection.execute(f"COMMENT ON COLUMN {view}.{column} IS '{text}'")
 
 
 def _sha256(text: str) -> str:

@@ -43,11 +43,7 @@ class Segments:
         return self.root / name
 
     def check(self, name: str) -> None:
-        """Compare a segment with its name.
-
-        Raises:
-            DamagedError: its bytes hash to another name, or it is missing.
-        """
+        """Raise `DamagedError` if a segment is missing, or its bytes hash to another name."""
         path = self.path_of(name)
         try:
             whole = file_sha256(path) + SUFFIX == name
@@ -125,20 +121,12 @@ class Segments:
         return _checked(self._select(sql, [kind, *(subjects or ())], names))
 
     def blobs(self, name: str) -> set[str]:
-        """The SHA-256s of all blobs that the records of a segment refer to.
-
-        Raises:
-            StoreError: it cannot be read now, for example with too little memory.
-        """
+        """The SHA-256s of all blobs that the records of a segment refer to; raises as `_select`."""
         sql = "SELECT DISTINCT unnest((text->'blobs')::VARCHAR[]) FROM {}"
         return {sha256 for (sha256,) in self._select(sql, None, [name], all_of_them=True)}
 
     def mentioned(self, sha256s: Collection[str]) -> set[str]:
-        """The hashes among these that occur anywhere in the text of a packed record.
-
-        Raises:
-            StoreError: a segment cannot be read now, for example with too little memory.
-        """
+        """The hashes among these in the text of any packed record; raises as `_select`."""
         rows = self._select(
             "SELECT DISTINCT mention FROM"
             " (SELECT unnest(regexp_extract_all(text, '[0-9a-f]{{64}}')) AS mention FROM {})"

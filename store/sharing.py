@@ -59,11 +59,7 @@ class Setting:
 
     @classmethod
     def load(cls, home: Path) -> Self:
-        """Read the file; without one, the home does not share.
-
-        Raises:
-            StoreError: the file is damaged.
-        """
+        """Read the file; without one, the home does not share; a damaged one is a `StoreError`."""
         path = home / SETTING
         try:
             fields = tomllib.loads(path.read_text(encoding="utf-8"))
@@ -146,17 +142,15 @@ class Sharing:
         self._away_until = 0.0
 
     def _exchange(self) -> None:
-        # loose records first, so that a record that is being packed is in one of the two lists
-        loose = {"".join(name.groups()) for name in map(RECORD.fullmatch, self._names()) if name}
-        segments = {name[1] for name in map(SEGMENT.fullmatch, self._names("/packed")) if name}
+        loose, segments = self._listed()
         for name in sorted(segments - self._records.segments.names()):
             self._pull_segment(name)
-        missing = loose - self._records.loose()
+        missing = loose.keys() - self._records.loose()
         missing -= self._records.segments.holding(missing)
         with ThreadPoolExecutor(AT_ONCE) as pool:
             for _ in pool.map(self._pull_record, sorted(missing)):
                 pass
-            waiting = self._records.loose() - loose
+            waiting = self._records.loose() - loose.keys()
             for _ in pool.map(self._push_record, sorted(waiting)):
                 pass
         for name in sorted(self._records.segments.names() - segments):
@@ -188,15 +182,21 @@ class Sharing:
 
     def prune(self) -> None:
         """Remove loose records from the storage if its segments hold them, too."""
-        names = {f"{m[1]}{m[2]}": m[0] for m in map(RECORD.fullmatch, self._names()) if m}
-        segments = {name[1] for name in map(SEGMENT.fullmatch, self._names("/packed")) if name}
+        loose, segments = self._listed()
         for segment in sorted(segments & self._records.segments.names()):
-            if packed := self._records.segments.holding(names, [segment]):
+            if packed := self._records.segments.holding(loose, [segment]):
                 self._records.segments.check(segment)
-                self.remote.remove([names[sha256] for sha256 in packed])
+                self.remote.remove([loose[sha256] for sha256 in packed])
 
-    def _names(self, folder: str = "") -> set[str]:
-        return self.remote.names(f"records{folder}")
+    def _listed(self) -> tuple[dict[str, str], set[str]]:
+        """The objects of loose records on the storage by SHA-256, and the names of segments there.
+
+        Loose records are listed first, so that a record that is being packed is in one of the two.
+        """
+        found = map(RECORD.fullmatch, self.remote.names("records"))
+        loose = {one[1] + one[2]: one[0] for one in found if one}
+        found = map(SEGMENT.fullmatch, self.remote.names("records/packed"))
+        return loose, {one[1] for one in found if one}
 
     def _pull_segment(self, name: str) -> None:
         sha256, root = name.removesuffix(SUFFIX), self._records.root

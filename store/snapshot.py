@@ -54,11 +54,7 @@ class SnapshotReader:
 
     @contextmanager
     def reading(self, limits: Limits = LIMITS) -> Generator[duckdb.DuckDBPyConnection]:
-        """A read-only, hardened connection to the snapshot as it is now.
-
-        Raises:
-            duckdb.Error: the file is not there, or cannot be read.
-        """
+        """A read-only, hardened connection to the snapshot; `duckdb.Error` if it cannot be read."""
         with self._connect(limits.memory_bytes) as connection:
             try:
                 connection.execute("USE ledger")

@@ -1,4 +1,5 @@
--- The questions that people ask, one view each. Made again whenever this file changes.
+-- The questions that people ask, one view each. Made again whenever this file changes. A column without
+-- a comment means what its name means in leaderboard, standings, changes or lineage (`store/schema.py`).
 
 CREATE OR REPLACE MACRO short(id) AS split_part(id, ':', 1) || ':' || split_part(id, ':', 2)[:12];
 
@@ -82,7 +83,6 @@ QUALIFY row_number() OVER (  -- means of different tasks say nothing about each 
 ) = 1
 ORDER BY value DESC, subject_id;
 COMMENT ON VIEW means IS 'Mean of each routed model over its tasks, beside those of the base and of the right adapters alone on the same tasks. Of a task with several metrics it takes the one that comparisons tests, else their mean; composites and conversations are left out';
-COMMENT ON COLUMN means.subject_id IS 'Artifact id of the router';
 COMMENT ON COLUMN means.router IS 'As in leaderboard';
 COMMENT ON COLUMN means.num_tasks IS 'Number of tasks that the means are over: all on which a larger value is better and the base and the adapters were measured, too; if there are none, all on which one of them was, and else all';
 COMMENT ON COLUMN means.value IS 'Mean of the model''s scores, in the metrics'' unit';
@@ -128,29 +128,13 @@ JOIN scores AS theirs ON theirs.rowid = number
 ORDER BY router_id, theirs.task, theirs.metric, system, expert;
 COMMENT ON VIEW standings IS 'Each routed model, and all other systems that answered the same rows in the same way';
 COMMENT ON COLUMN standings.router_id IS 'Artifact id of the routed model';
-COMMENT ON COLUMN standings.task IS 'Name of the task';
-COMMENT ON COLUMN standings.metric IS 'Name of the metric, as the harness calls it';
-COMMENT ON COLUMN standings.num_fewshot IS 'Number of solved examples in each prompt';
 COMMENT ON COLUMN standings.system IS 'fused (the routed model itself), base, oracle (the task''s own adapter alone), alone (another adapter), the kind of another router, or the method of a merge';
 COMMENT ON COLUMN standings.expert IS 'Name of the adapter that was alone; empty for other systems';
-COMMENT ON COLUMN standings.value IS 'The score, in the metric''s unit';
-COMMENT ON COLUMN standings.low IS 'Lower end of its 95 % interval, in the metric''s unit';
-COMMENT ON COLUMN standings.high IS 'Upper end of its 95 % interval, in the metric''s unit';
 COMMENT ON COLUMN standings.stderr IS 'Its standard error, in the metric''s unit';
-COMMENT ON COLUMN standings.num_samples IS 'Number of rows that were asked';
-COMMENT ON COLUMN standings.num_empty IS 'Number of empty answers; they count as wrong';
-COMMENT ON COLUMN standings.num_truncated IS 'Number of answers that were cut at max_new_tokens';
-COMMENT ON COLUMN standings.higher_is_better IS 'Whether a larger value is a better one';
 COMMENT ON COLUMN standings.interval_method IS 'How the interval was found: wilson or bootstrap';
-COMMENT ON COLUMN standings.harness IS 'Name and version of the harness';
 COMMENT ON COLUMN standings.wall_seconds IS 'Time that the measurement took, in seconds';
 COMMENT ON COLUMN standings.outputs_sha256 IS 'SHA-256 of the blob with each row''s output, 64 hex digits';
 COMMENT ON COLUMN standings.score_id IS 'Benchmark id of the score';
-COMMENT ON COLUMN standings.recorded_at IS 'When it was recorded, UTC';
-COMMENT ON COLUMN standings.run_id IS 'The run that measured it';
-COMMENT ON COLUMN standings.rows_sha256 IS 'SHA-256 of the rows that were asked, 64 hex digits';
-COMMENT ON COLUMN standings.max_new_tokens IS 'Length at which an answer is cut, in tokens';
-COMMENT ON COLUMN standings.template IS 'chat, plain, or auto: the chat template where the tokenizer has one';
 
 CREATE OR REPLACE VIEW latest_standings AS
 WITH askings AS (
@@ -167,21 +151,7 @@ QUALIFY asking = arg_max(asking, (recorded_at, score_id)) FILTER (system = 'fuse
         ) = 1
 ORDER BY router_id, task, metric, system, expert;
 COMMENT ON VIEW latest_standings IS 'Standings with the rows, solved examples, length and template of the routed model''s last recorded score on each task. Measuring the same again records nothing new';
-COMMENT ON COLUMN latest_standings.router_id IS 'Artifact id of the routed model';
-COMMENT ON COLUMN latest_standings.task IS 'Name of the task';
-COMMENT ON COLUMN latest_standings.metric IS 'Name of the metric, as the harness calls it';
-COMMENT ON COLUMN latest_standings.num_fewshot IS 'Number of solved examples in each prompt';
 COMMENT ON COLUMN latest_standings.system IS 'As in standings';
-COMMENT ON COLUMN latest_standings.expert IS 'Name of the adapter that was alone; empty for other systems';
-COMMENT ON COLUMN latest_standings.value IS 'The score, in the metric''s unit';
-COMMENT ON COLUMN latest_standings.low IS 'Lower end of its 95 % interval, in the metric''s unit';
-COMMENT ON COLUMN latest_standings.high IS 'Upper end of its 95 % interval, in the metric''s unit';
-COMMENT ON COLUMN latest_standings.num_samples IS 'Number of rows that were asked';
-COMMENT ON COLUMN latest_standings.num_empty IS 'Number of empty answers; they count as wrong';
-COMMENT ON COLUMN latest_standings.num_truncated IS 'Number of answers that were cut at max_new_tokens';
-COMMENT ON COLUMN latest_standings.higher_is_better IS 'Whether a larger value is a better one';
-COMMENT ON COLUMN latest_standings.score_id IS 'Benchmark id of the score';
-COMMENT ON COLUMN latest_standings.recorded_at IS 'When it was recorded, UTC';
 
 CREATE OR REPLACE VIEW latest_comparisons AS
 WITH families AS (
@@ -206,20 +176,14 @@ COMMENT ON VIEW latest_comparisons IS 'One comparison of each routed model with 
 COMMENT ON COLUMN latest_comparisons.subject_id IS 'Artifact id of the routed model';
 COMMENT ON COLUMN latest_comparisons.system IS 'As in comparisons';
 COMMENT ON COLUMN latest_comparisons.other IS 'As in comparisons';
-COMMENT ON COLUMN latest_comparisons.task IS 'Name of the task';
-COMMENT ON COLUMN latest_comparisons.metric IS 'Name of the metric, as the harness calls it';
 COMMENT ON COLUMN latest_comparisons.difference IS 'Score of the model minus that of the other system, in the metric''s unit';
-COMMENT ON COLUMN latest_comparisons.low IS 'Lower end of its 95 % interval, in the metric''s unit';
-COMMENT ON COLUMN latest_comparisons.high IS 'Upper end of its 95 % interval, in the metric''s unit';
 COMMENT ON COLUMN latest_comparisons.p_value IS 'As in comparisons';
 COMMENT ON COLUMN latest_comparisons.p_holm IS 'As in comparisons';
 COMMENT ON COLUMN latest_comparisons.test IS 'As in comparisons';
 COMMENT ON COLUMN latest_comparisons.num_samples IS 'Number of rows that both answered';
-COMMENT ON COLUMN latest_comparisons.higher_is_better IS 'Whether a larger value is a better one';
 COMMENT ON COLUMN latest_comparisons.score_id IS 'Benchmark id of the model''s score';
 COMMENT ON COLUMN latest_comparisons.other_score_id IS 'Benchmark id of the other system''s score';
 COMMENT ON COLUMN latest_comparisons.comparison_id IS 'Artifact id of the comparison, whose tasks p_holm is corrected over';
-COMMENT ON COLUMN latest_comparisons.recorded_at IS 'When it was recorded, UTC';
 COMMENT ON COLUMN latest_comparisons.run_id IS 'The run that tested it';
 
 CREATE OR REPLACE VIEW latest_routing AS
@@ -237,8 +201,6 @@ SELECT router_id, task, system, turn, score_turns.value, num_samples AS num_conv
 FROM standings JOIN score_turns USING (score_id)
 ORDER BY router_id, task, system, turn;
 COMMENT ON VIEW conversation_turns IS 'Score and cost of each routed model and its controls, at each turn of conversations';
-COMMENT ON COLUMN conversation_turns.router_id IS 'Artifact id of the routed model';
-COMMENT ON COLUMN conversation_turns.task IS 'Name of the task';
 COMMENT ON COLUMN conversation_turns.system IS 'fused (the routed model itself), base, the kind of another router or control, or the method of a merge';
 COMMENT ON COLUMN conversation_turns.turn IS 'Number of the turn, from 1';
 COMMENT ON COLUMN conversation_turns.value IS 'The score on this turn, in the metric''s unit';
@@ -247,9 +209,7 @@ COMMENT ON COLUMN conversation_turns.prompt_tokens IS 'Mean length of the prompt
 COMMENT ON COLUMN conversation_turns.computed_tokens IS 'Mean number of its tokens that were computed at this turn; the others were in a cache';
 COMMENT ON COLUMN conversation_turns.new_tokens IS 'Mean length of the answer, in tokens';
 COMMENT ON COLUMN conversation_turns.seconds IS 'Mean time of the turn, in seconds: the time of a batch divided by its number of conversations';
-COMMENT ON COLUMN conversation_turns.score_id IS 'Benchmark id of the score';
 COMMENT ON COLUMN conversation_turns.rows_sha256 IS 'SHA-256 of the conversations that were asked, 64 hex digits; another number of them, or another system prompt, has another one';
-COMMENT ON COLUMN conversation_turns.recorded_at IS 'When it was recorded, UTC';
 
 CREATE OR REPLACE VIEW lineage AS
 WITH relatives AS (
@@ -327,36 +287,17 @@ JOIN scores AS now ON now.rowid = number
 JOIN (SELECT rowid AS previous, subject_id FROM scores) AS earlier USING (previous);
 COMMENT ON VIEW changes IS 'Scores beside those of the previous checkpoint of the same recipe on the same rows';
 COMMENT ON COLUMN changes.recipe_name IS 'Name of the recipe; of a file of yours with 8 digits of its path''s hash, since a copy elsewhere is another recipe';
-COMMENT ON COLUMN changes.router IS 'gate, prompt, arrow, norm, fixed, uniform or random';
-COMMENT ON COLUMN changes.task IS 'Name of the task';
-COMMENT ON COLUMN changes.metric IS 'Name of the metric, as the harness calls it';
-COMMENT ON COLUMN changes.value IS 'The score, in the metric''s unit';
 COMMENT ON COLUMN changes.previous_value IS 'Score of the previous checkpoint, in the metric''s unit';
 COMMENT ON COLUMN changes.change IS 'Score minus previous score, in the metric''s unit';
 COMMENT ON COLUMN changes.change_stderr IS 'Standard error of the change, in the metric''s unit';
 COMMENT ON COLUMN changes.worse IS 'Whether it is significantly worse: 0 is outside Newcombe''s 95 % interval of the change';
-COMMENT ON COLUMN changes.subject_id IS 'Artifact id of the router';
 COMMENT ON COLUMN changes.previous_id IS 'Artifact id of the previous router';
-COMMENT ON COLUMN changes.recorded_at IS 'When it was recorded, UTC';
-COMMENT ON COLUMN changes.run_id IS 'The run that measured it';
 
 CREATE OR REPLACE VIEW regressions AS
 SELECT recipe_name, router, task, metric, value, previous_value, change, change_stderr, subject_id,
        previous_id, recorded_at, run_id
 FROM regression_rows;
 COMMENT ON VIEW regressions IS 'Scores significantly worse than the previous checkpoint of the same recipe on the same rows';
-COMMENT ON COLUMN regressions.recipe_name IS 'Name of the recipe; of a file of yours with 8 digits of its path''s hash, since a copy elsewhere is another recipe';
-COMMENT ON COLUMN regressions.router IS 'gate, prompt, arrow, norm, fixed, uniform or random';
-COMMENT ON COLUMN regressions.task IS 'Name of the task';
-COMMENT ON COLUMN regressions.metric IS 'Name of the metric, as the harness calls it';
-COMMENT ON COLUMN regressions.value IS 'The score, in the metric''s unit';
-COMMENT ON COLUMN regressions.previous_value IS 'Score of the previous checkpoint, in the metric''s unit';
-COMMENT ON COLUMN regressions.change IS 'Score minus previous score, in the metric''s unit';
-COMMENT ON COLUMN regressions.change_stderr IS 'Standard error of the change, in the metric''s unit';
-COMMENT ON COLUMN regressions.subject_id IS 'Artifact id of the router';
-COMMENT ON COLUMN regressions.previous_id IS 'Artifact id of the previous router';
-COMMENT ON COLUMN regressions.recorded_at IS 'When it was recorded, UTC';
-COMMENT ON COLUMN regressions.run_id IS 'The run that measured it';
 
 CREATE OR REPLACE VIEW adapters AS
 WITH latest AS (
@@ -387,12 +328,10 @@ ORDER BY latest.name, repo_id, revision, subfolder;
 COMMENT ON VIEW adapters IS 'Every adapter that was seen, the latest verdict on it, and where it is used';
 COMMENT ON COLUMN adapters.name IS 'Name of the adapter in the recipe that saw it last';
 COMMENT ON COLUMN adapters.repo_id IS 'owner/name on the Hub, or path:<folder name>';
-COMMENT ON COLUMN adapters.revision IS 'Commit of 40 hex digits, or sha256: and the hash of its weights';
 COMMENT ON COLUMN adapters.subfolder IS 'Folder inside the repository; empty for its root';
 COMMENT ON COLUMN adapters.verdict IS 'accept, warn or refuse';
 COMMENT ON COLUMN adapters.codes IS 'Codes of the reasons, in order';
 COMMENT ON COLUMN adapters.messages IS 'The reasons as sentences, in the same order';
-COMMENT ON COLUMN adapters.licence IS 'Licence that its card claims; empty where it claims none';
 COMMENT ON COLUMN adapters.author IS 'Who published it; empty where not known';
 COMMENT ON COLUMN adapters.base_model IS 'Base that its config names, unchecked; NULL if its tensors could not be read';
 COMMENT ON COLUMN adapters.base_models IS 'Bases that its card names, unchecked; empty if it names none or is not on the Hub';
@@ -488,9 +427,7 @@ UNION ALL
 SELECT NULL, NULL, NULL, 'ingest', sha256, 'rejected', reason FROM rejected
 ORDER BY recorded_at DESC, subject;
 COMMENT ON VIEW failures IS 'What was refused or went wrong, latest first';
-COMMENT ON COLUMN failures.recorded_at IS 'When it was recorded, UTC';
 COMMENT ON COLUMN failures.run_id IS 'The run that it happened in';
-COMMENT ON COLUMN failures.recipe_name IS 'Name of the recipe; of a file of yours with 8 digits of its path''s hash, since a copy elsewhere is another recipe';
 COMMENT ON COLUMN failures.stage IS 'Name of the stage; run for a whole run, ingest for a record that could not be read';
 COMMENT ON COLUMN failures.subject IS 'What it happened to: an artifact id, an adapter''s source, a task, a recipe, a record';
 COMMENT ON COLUMN failures.error IS 'Class of the exception, a code, or how the run ended';

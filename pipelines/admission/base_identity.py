@@ -9,7 +9,6 @@ a request to the Hub.
 from __future__ import annotations
 
 import functools
-import json
 import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -27,6 +26,7 @@ from pipelines.hub.errors import HubError
 from pipelines.hub.snapshot import write_note
 from pipelines.workspace.console import say
 from pipelines.workspace.processes import ChildError, ChildProcess
+from store.files import read_note
 
 if TYPE_CHECKING:
     from meteora.adapters.tensors import Adapter
@@ -129,10 +129,8 @@ def _compare_names(named: str, base: BaseSpec) -> tuple[Reason, ...]:
 def look_up_on_hub(context: RunContext, base: BaseSpec, ours: Path) -> LookUp:
     """A function that compares a named base on the Hub with ours, and saves its verdict.
 
-    Each base is looked up once. The next run tries an unreachable one again.
-
-    Args:
-        ours: The folder with config and tokenizer of `base`.
+    Each base is looked up once. The next run tries an unreachable one again. Config and tokenizer
+    of our base are in the folder `ours`.
     """
 
     @functools.cache
@@ -149,13 +147,8 @@ def look_up_on_hub(context: RunContext, base: BaseSpec, ours: Path) -> LookUp:
 
 def saved_verdict(context: RunContext, base: BaseSpec, named: str) -> BaseVerdict:
     """The saved verdict of an earlier run, without the Hub; `unreachable` if there is none."""
-    file = _verdict_file(context, base, named)
-    try:
-        return BaseVerdict.from_dict(json.loads(file.read_text(encoding="utf-8")))
-    except FileNotFoundError:
-        return BaseVerdict("it was not looked up yet")
-    except (ValueError, TypeError, KeyError):  # cut by a crash
-        return BaseVerdict("its note is damaged")
+    saved = read_note(_verdict_file(context, base, named), BaseVerdict.from_dict)
+    return saved or BaseVerdict("it was not looked up yet")
 
 
 def _compare(named: str, ours: Path, hub: Hub) -> BaseVerdict:

@@ -64,11 +64,7 @@ class Candidate:
         )
 
     def find_folder(self) -> Path | None:
-        """The folder that it names; None for a repository.
-
-        Raises:
-            SourceError: There is no such folder.
-        """
+        """The folder that it names; None for a repository, `SourceError` if there is none."""
         if not names_path(self.adapter):
             return None
         return require_folder(path_from(Path(), self.adapter.removeprefix(PATH)) / self.subfolder)

@@ -103,12 +103,9 @@ def read_card_examples(
 def licences_of_data_sets(
     sources: Iterable[str], token_of: Callable[[str], str | None]
 ) -> dict[str, str]:
-    """The licences that data sets of the Hub state at their commits, by `owner/name`.
+    """The licences that data sets of the Hub state at the commits of `sources`, by `owner/name`.
 
     Those that the Hub does not tell are left out; if it fails, no more are asked for.
-
-    Args:
-        sources: of rows, with their commits
     """
     licences = {}
     for name, commit in dict.fromkeys(map(data_set_of, sources)):
@@ -212,12 +209,9 @@ def _fault(name: str, error: Exception) -> ExamplesError:
 
 
 def columns_of(items: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:
-    """The columns with a prompt and its answer, as options of `hf:`; None in doubt.
+    """The columns with a prompt and its answer in some rows, as options of `hf:`; None in doubt.
 
     Upper and lower case are the same, unless that makes two columns one.
-
-    Args:
-        items: the first rows of a data set
     """
     lower = Counter(name.lower() for name in items[0])
     names = {name.lower(): name for name in items[0] if lower[name.lower()] == 1}

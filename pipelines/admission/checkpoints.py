@@ -148,8 +148,7 @@ def find_base(
 ) -> FoundCheckpoint:
     """Find the base of a checkpoint in a folder; arguments and errors are those of `find`.
 
-    Args:
-        is_loaded: Whether the base will be loaded; otherwise the Hub is not asked for it.
+    Unless the base will be loaded, the Hub is not asked for it.
     """
     named = read_manifest(folder).base
     at_hand = base or base_at_hand(folder, home)

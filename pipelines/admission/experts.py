@@ -81,11 +81,7 @@ Outcome = Expert | Refusal | Missing
 def read_expert(
     name: str, source: str, ref: AdapterRef, folder: Path, requirements: Requirements
 ) -> Expert:
-    """Read the adapter in a folder, and check it against the requirements.
-
-    Raises:
-        AdapterError: The adapter does not meet them.
-    """
+    """Read the adapter in a folder; `AdapterError` if it does not meet the requirements."""
     policy = requirements.policy
     adapter = reader.read(folder, modules_to_save=policy.modules_to_save)
     reasons: tuple[Reason, ...] = ()

@@ -39,9 +39,6 @@ def token_of_rows(
     """A function from a data set's `owner/name` to its token, by the rule of `hub_of`.
 
     Rows come from the Hub of the environment; a recipe's `hub.endpoint` does not apply to them.
-
-    Args:
-        token_for: Owners, or `owner/name`, to whom the saved token is sent.
     """
 
     def token_of(repo_id: str) -> str | None:

@@ -23,8 +23,7 @@ def accept(
 ) -> Expert:
     """Record that an adapter is accepted; returns the expert with all its warnings.
 
-    Args:
-        base_norms: The norm of each linear layer of the base, by its path.
+    The norms are those of the base's linear layers, by path.
     """
     reasons = proportion(expert.adapter, base_norms)
     expert = with_warnings(with_hub_facts(context, expert), reasons)

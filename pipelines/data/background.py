@@ -18,8 +18,5 @@ TEXTS = Path(__file__).with_name("background.jsonl")
 
 def background_rows() -> list[Row]:
     """Questions with an empty answer, and plain texts as answers to an empty prompt."""
-    rows = []
-    for line in TEXTS.read_text(encoding="utf-8").splitlines():
-        body = json.loads(line)
-        rows.append(Row(body.get("prompt", ""), body.get("text", "")))
-    return rows
+    bodies = map(json.loads, TEXTS.read_text(encoding="utf-8").splitlines())
+    return [Row(body.get("prompt", ""), body.get("text", "")) for body in bodies]

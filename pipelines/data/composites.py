@@ -99,14 +99,7 @@ class Composite(Noun):
         return ids, [*owners, *([last] * (len(ids) - len(owners)))]
 
     def prompt_owners(self, tokenizer: PreTrainedTokenizerBase, text: str) -> list[str | None]:
-        """The task of each token of the prompt; None for tokens of no task.
-
-        Args:
-            text: the prompt in its template, with all special tokens
-
-        Raises:
-            ExamplesError: as `encode`.
-        """
+        """The task of each token of a prompt in its template, or None; raises as `encode`."""
         return _owners(tokenizer, text, self.prompt_spans, shift=self._start(tokenizer, text))
 
     def _start(self, tokenizer: PreTrainedTokenizerBase, text: str) -> int:
@@ -182,11 +175,7 @@ def compose(
 
 
 def mixable(examples: Mapping[str, Sequence[Row]]) -> dict[str, Sequence[Row]]:
-    """The experts with examples that can be in a composite, for the fit of gates.
-
-    Raises:
-        ExamplesError: there is no such expert.
-    """
+    """The experts with examples that can be in a composite; `ExamplesError` if there is none."""
     fit = {name: rows for name, rows in examples.items() if any(map(fits, rows))}
     if not fit:
         raise ExamplesError(
@@ -230,11 +219,7 @@ def _other(task: str, rows: Iterator[Row], used: Collection[str]) -> Row:
 
 
 def number_questions(questions: Sequence[Question], solved: Sequence[Composite] = ()) -> Composite:
-    """The questions as one prompt, in this order, and their answers.
-
-    Args:
-        solved: composites to show before them, with their answers
-    """
+    """The questions as one prompt, in this order, behind solved composites, and their answers."""
     own, response = _numbered_questions(questions), _numbered_answers(questions)
     prompt: list[_Piece] = [(None, f"{OPENING}\n\n")]
     for one in solved:
@@ -359,10 +344,9 @@ def require_places(tokenizer: PreTrainedTokenizerBase) -> None:
 def with_places(
     tokenizer: PreTrainedTokenizerBase, text: str, *, special: bool = False
 ) -> BatchEncoding:
-    """The tokens of a text, with their places in it and a mask of the special ones.
+    """The tokens of a text, their places in it, and a mask of the special ones.
 
-    Raises:
-        ExamplesError: the tokenizer is one in Python, which gives no places.
+    Raises as `require_places`.
     """
     require_places(tokenizer)
     return tokenizer(

@@ -170,13 +170,12 @@ def converse(
     """Make conversations in which every example is one turn.
 
     The length of each conversation and the expert of each turn are drawn. Every second conversation
-    has one of the system prompts, the others have the chat template's own.
+    has one of the system prompts, if there are any; the others have the chat template's own.
 
     Args:
         examples: by expert
         names: of the experts that take part
         lengths: the possible numbers of turns
-        system_prompts: if empty, all conversations have the chat template's own
     """
     rng = random.Random(f"{seed}/{sorted(lengths)}")  # noqa: S311  (no secret)
     left = {
@@ -200,12 +199,7 @@ def converse(
 
 
 def default_system_prompts(num_examples: int, lengths: Sequence[int]) -> tuple[str, ...]:
-    """The system prompts of `converse` if a recipe names none.
-
-    Args:
-        num_examples: of all experts
-        lengths: the possible numbers of turns; empty: one
-    """
+    """The system prompts of `converse` for so many examples in all, if a recipe names none."""
     taken = num_examples / fmean(lengths or (1,)) / 2  # every second conversation takes one
     return SYSTEM_PROMPTS if taken >= len(SYSTEM_PROMPTS) else LONG_EARLY
 

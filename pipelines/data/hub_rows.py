@@ -67,6 +67,12 @@ def unreadable(name: str, error: Exception) -> UnreadableError:
     )
 
 
+def no_column(source: str, name: str, item: Mapping[str, Any], advice: str) -> ExamplesError:
+    """The error for a column that a data set does not have."""
+    columns = listed(list(item), 20)
+    return ExamplesError(f"hf:{source} has no column {name!r}, it has {columns}; {advice}")
+
+
 def text_in(item: Mapping[str, Any], names: str, source: str, *, may_miss: bool) -> str:
     """The text of a column, or of several joined with an empty line, as far as they have any.
 
@@ -83,10 +89,8 @@ def text_in(item: Mapping[str, Any], names: str, source: str, *, may_miss: bool)
                 value = value[int(step)]
                 continue
             if not isinstance(value, dict) or step not in value:
-                raise ExamplesError(
-                    f"hf:{source} has no column {name!r}, it has {listed(list(item), 20)}; name the"
-                    " columns with ?prompt=…&response=…"
-                )
+                advice = "name the columns with ?prompt=…&response=…"
+                raise no_column(source, name, item, advice)
             value = value[step]
         if not isinstance(value, str | None):
             raise ExamplesError(f"hf:{source}: its column {name!r} is not text")
@@ -99,8 +103,7 @@ def text_in(item: Mapping[str, Any], names: str, source: str, *, may_miss: bool)
 def exchange_in(item: Mapping[str, Any], columns: str) -> tuple[str, str]:
     """The first question of a conversation and its answer; both are empty if there are none.
 
-    Args:
-        columns: `a`, or `a,b` for a conversation that goes on in a second column
+    With the columns `a,b` the conversation goes on in a second column.
     """
     values = [item.get(name) or [] for name in columns.split(",")]
     turns = [turn for value in values if isinstance(value, list) for turn in value]

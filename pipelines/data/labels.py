@@ -36,11 +36,7 @@ class Labeller:
     """The label of tokens that belong to no expert."""
 
     def examples(self, examples: Mapping[str, Sequence[Row]]) -> list[LabelledSequence]:
-        """Every example with the label of its expert; the template's opening has `nobody`.
-
-        Args:
-            examples: by expert
-        """
+        """Every example, by expert, with that label; the template's opening has `nobody`."""
         return [
             sequence
             for e, name in enumerate(self.names)
@@ -85,12 +81,8 @@ class Labeller:
     ) -> list[LabelledSequence]:
         """Several rows of one expert in one prompt, to show how its answers begin in composites.
 
-        Args:
-            kinds: as for `composites`; with too few rows, fewer solved prompts are shown
-            digits: as for `composites`
-
-        Returns:
-            An empty list if no row fits into composites.
+        Arguments are as for `composites`. With too few rows, fewer solved prompts are shown; the
+        list is empty if no row fits into composites.
         """
         if not (num_prompts := len({row.key for row in rows if fits(row)})):
             return []
@@ -118,13 +110,7 @@ class Labeller:
         choice: int,
         advance: Callable[[int], None] = lambda _rows: None,
     ) -> list[LabelledSequence]:
-        """Background rows with the label `choice`; the base answers the questions itself.
-
-        Args:
-            rows: from `background_rows`
-            choice: the label of the base
-            advance: called with the number of rows just done
-        """
+        """Background rows with the label of the base, `choice`; it answers the questions itself."""
         opening = self._num_opening()
         prompts = [encode_prompt(self.tokenizer, row.prompt) for row in rows if row.prompt]
         with without_experts(model):

@@ -21,7 +21,7 @@ from huggingface_hub import HfApi, constants
 
 from meteora.artifacts import COMMIT, canonical_sha256
 from meteora.untrusted.findings import shortened
-from store.files import replace_text
+from store.files import read_note, replace_text
 
 T = TypeVar("T")
 
@@ -77,8 +77,9 @@ def cached_entries(
     """
     folder = Path(constants.HF_HOME) / "meteora"
     path = folder / f"{canonical_sha256([constants.ENDPOINT, asked])}.json"
-    with suppress(OSError, ValueError, TypeError, KeyError, AttributeError):
-        return [read(entry) for entry in json.loads(path.read_bytes())]
+    known = read_note(path, lambda entries: [read(entry) for entry in entries])
+    if known is not None:
+        return known
     entries = _in_time(make, seconds or READ_SECONDS)
     with suppress(OSError):  # a cache that cannot be written is left out
         folder.mkdir(parents=True, exist_ok=True)

@@ -128,15 +128,7 @@ def known_shares(
     """The share of an expert's first prompts that are of clusters on which its updates stand out.
 
     An expert stands out from the others. Where half of them have learnt one task, none of these
-    stands out on it.
-
-    Args:
-        model: with its experts
-        examples: prompts, by expert; of each only the beginning is read
-        names: of all experts, in order
-
-    Returns:
-        The shares by expert, in the order of `examples`.
+    stands out on it. Of each example, by expert, only the beginning is read.
     """
     first = {name: [*dict.fromkeys(prompts)][:CHECKED] for name, prompts in examples.items()}
     place = {
@@ -165,11 +157,9 @@ def least_scores(scores: NDArray[np.float64]) -> NDArray[np.float64]:
 
 
 def clusters_of(points: NDArray[np.float32], count: int) -> NDArray[np.int64]:
-    """The cluster of each point, from 0: Ward's method on the directions from the mean.
+    """The cluster of each of the points [N, H], from 0, and at most `count` of them.
 
-    Args:
-        points: [N, H]
-        count: the most clusters
+    It is Ward's method on the directions from the mean.
     """
     from scipy.cluster.hierarchy import fcluster, linkage  # noqa: PLC0415  (slow to import; only pools need it)
 

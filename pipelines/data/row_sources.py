@@ -15,7 +15,7 @@ if there is one; `choices=<column>` names another one, and `choices=` none.
 """
 
 import json
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import lru_cache, partial
 from itertools import chain, islice, zip_longest
@@ -26,7 +26,7 @@ from urllib.parse import parse_qsl, urlencode
 from meteora.base.sources import path_from
 from meteora.untrusted.findings import listed, not_utf8, shortened
 from meteora.untrusted.strict_json import StrictJSONError, unique_keys
-from pipelines.data.hub_rows import exchange_in, hub_items, text_in, unreadable
+from pipelines.data.hub_rows import exchange_in, hub_items, no_column, text_in, unreadable
 from pipelines.data.pinned import cached_entries, pin
 from pipelines.data.rows import ExamplesError, Row
 
@@ -38,7 +38,7 @@ TEST_SHARE = 5
 """One row in five is for tests, by the hash of its prompt, if a source has no test split."""
 PARTS = ("all", "train", "test")
 INCOMPLETE = ("refuse", "skip")
-"""What becomes of a row of the Hub without a prompt or an answer."""
+"""What becomes of a row of the Hub without a prompt or an answer; the first is the default."""
 
 
 def no_token(_repo_id: str) -> str | None:
@@ -102,11 +102,7 @@ def read_rows(
 
 
 def _split(source: str) -> tuple[str, str, dict[str, str]]:
-    """Kind, name and options of a source.
-
-    Raises:
-        ExamplesError: an option is given twice.
-    """
+    """Kind, name and options of a source; `ExamplesError` if an option is given twice."""
     kind, _, rest = source.partition(":")
     if kind == "jsonl":  # it takes no options, and a path may hold a `?`
         return kind, rest, {}
@@ -125,10 +121,6 @@ def data_set_of(source: str) -> tuple[str, str]:
 
 def pin_source(source: str, token_of: Callable[[str], str | None]) -> str:
     """A source of rows with its commit, if it is a data set of the Hub; else empty.
-
-    Args:
-        source: as in this module's docstring
-        token_of: the token that is sent for a repository of the Hub
 
     Raises:
         ExamplesError: the Hub has no such data set or revision, or does not answer.
@@ -153,11 +145,7 @@ def _jsonl(request: Request) -> Iterator[Row]:
 
 
 def row_place(source: str, folder: Path, number: int) -> str:
-    """The place of a row in its source, for a message.
-
-    Args:
-        number: of the row, from 0
-    """
+    """The place of a row, by its number from 0, in its source, for a message."""
     kind, _, name = source.partition(":")
     if kind != "jsonl":
         return f"{source}, row {number + 1}"
@@ -270,11 +258,7 @@ def check_row(row: Row, place: str) -> Row:
 
 
 def refuse_half_characters(text: str, place: str) -> None:
-    """Refuse text that cannot be tokenized or hashed.
-
-    Raises:
-        ExamplesError: it has half of a surrogate pair, from an escape in JSON.
-    """
+    """Raise `ExamplesError` for half of a surrogate pair: it cannot be tokenized or hashed."""
     try:
         text.encode()
     except UnicodeEncodeError as error:
@@ -284,15 +268,24 @@ def refuse_half_characters(text: str, place: str) -> None:
 
 
 def _bigbench(request: Request) -> Iterator[Row]:
-    split = _part(request.options, "split", f"bigbench:{request.name}")
+    split = _choice(request, "split", PARTS, f"bigbench:{request.name}")
     return (row for row in _bigbench_rows(request.path) if _belongs(row, split))
 
 
-def _part(options: Mapping[str, str], key: str, source: str) -> str:
-    part = options.get(key, "all")
-    if part not in PARTS:
-        raise ExamplesError(f"{source}: the {key} {part!r} is none of {', '.join(PARTS)}")
-    return part
+def _choice(request: Request, key: str, allowed: Sequence[str], source: str) -> str:
+    """The value of an option; the first allowed one if it is not given."""
+    value = request.options.get(key, allowed[0])
+    if value not in allowed:
+        raise ExamplesError(f"{source}: {key}={value!r} is none of {', '.join(allowed)}")
+    return value
+
+
+def _digits(request: Request, key: str, default: int, source: str) -> str:
+    """The value of an option that is a number, as it is written."""
+    value = request.options.get(key, str(default))
+    if not value.isdecimal() or len(value) > 9:
+        raise ExamplesError(f"{source}: {key}={value!r} is not a number of at most nine digits")
+    return value
 
 
 def _belongs(row: Row, part: str) -> bool:
@@ -351,15 +344,13 @@ def _bigbench_row(task: Mapping[str, Any], example: Any, place: str) -> Row:  # 
         else:
             target = example["target"]
             right = list(target) if isinstance(target, list) else [target]
-        listed = ""
-        if scores and task.get("append_choices_to_input", True):
-            prefix = task.get("choice_prefix", "\n  choice: ")
-            listed = "".join(f"{prefix}{choice}" for choice in scores)
+        shown = scores if task.get("append_choices_to_input", True) else ()
+        prefix = task.get("choice_prefix", "\n  choice: ")
         prompt = (
             task.get("task_prefix", "")
             + task.get("example_input_prefix", "\nQ: ")
             + example["input"]
-            + listed
+            + "".join(f"{prefix}{choice}" for choice in shown)
             + task.get("example_output_prefix", "\nA: ")
         )
         row = Row(prompt.strip(), right[0], tuple(scores), tuple(dict.fromkeys(right[1:])))
@@ -371,16 +362,13 @@ def _bigbench_row(task: Mapping[str, Any], example: Any, place: str) -> Row:  # 
 
 
 def _reasoning_gym(request: Request) -> Iterator[Row]:
-    name, seed = request.name, request.options.get("seed", "0")
-    if not seed.isdecimal() or len(seed) > 9:
-        raise ExamplesError(
-            f"reasoning_gym:{name}: the seed {seed!r} is not a number of at most nine digits"
-        )
-    task = reasoning_task(name, int(seed), request.limit)
+    source = f"reasoning_gym:{request.name}"
+    seed = _digits(request, "seed", 0, source)
+    task = reasoning_task(request.name, int(seed), request.limit)
     for number in range(request.limit):
         entry = task[number]
-        place = f"reasoning_gym:{name}, entry {number}"
-        checker = f"reasoning_gym:{name}@{seed}#{number}"
+        place = f"{source}, entry {number}"
+        checker = f"{source}@{seed}#{number}"
         yield check_row(Row(str(entry["question"]), str(entry["answer"]), checker=checker), place)
 
 
@@ -420,30 +408,24 @@ def _hub(request: Request) -> Iterable[Row]:
 
 
 def _hub_rows(request: Request, token: str | None) -> Iterator[Row]:
-    name, options = request.name, request.options
-    part = _part(options, "part", f"hf:{name}")
-    longest = options.get("longest", str(MAX_ROW_BYTES))
-    if not longest.isdecimal() or len(longest) > 9:
-        raise ExamplesError(f"hf:{name}: longest={longest!r} is not a number of characters")
-    if (incomplete := options.get("incomplete", "refuse")) not in INCOMPLETE:
-        raise ExamplesError(
-            f"hf:{name}: incomplete={incomplete!r} is none of {', '.join(INCOMPLETE)}"
-        )
-    skips = incomplete == "skip"
+    source, options = f"hf:{request.name}", request.options
+    part = _choice(request, "part", PARTS, source)
+    longest = int(_digits(request, "longest", MAX_ROW_BYTES, source))
+    skips = _choice(request, "incomplete", INCOMPLETE, source) == "skip"
     if "turns" in options and (also := options.keys() & {"prompt", "response"}):
         raise ExamplesError(
-            f"hf:{name}: turns={options['turns']!r} has question and answer, so take"
+            f"{source}: turns={options['turns']!r} has question and answer, so take"
             f" {' and '.join(sorted(also))} out"
         )
-    for number, item in enumerate(hub_items(name, options, token)):
+    for number, item in enumerate(hub_items(request.name, options, token)):
         texts = _hub_texts(item, request, skips=skips)
         if skips and not all(text.strip() for text in texts):
             continue
         prompt, response = (options.get("ask", "") + texts[0], *texts[1:], "")[:2]
         choices = _choices(item, request) if request.answered else ()
-        if len(prompt) > int(longest) or not _belongs(row := Row(prompt, response, choices), part):
+        if len(prompt) > longest or not _belongs(row := Row(prompt, response, choices), part):
             continue
-        place = f"hf:{name}, row {number}"
+        place = f"{source}, row {number}"
         if len(response) + sum(map(len, choices)) > MAX_ROW_BYTES:
             raise ExamplesError(f"{place}: its answer has more than {MAX_ROW_BYTES:,} characters")
         yield check_row(row, place)
@@ -452,16 +434,13 @@ def _hub_rows(request: Request, token: str | None) -> Iterator[Row]:
 def _hub_texts(item: Mapping[str, Any], request: Request, *, skips: bool) -> list[str]:
     """The prompt of an item, and its answer if the request asks for one.
 
-    Args:
-        skips: whether a missing text is empty; else it is an error
+    With `skips` a missing text is empty; else it is an error.
     """
     options, names = request.options, ("prompt", "response")[: 1 + request.answered]
     if turns := options.get("turns"):
         if missing := [column for column in turns.split(",") if column not in item]:
-            raise ExamplesError(
-                f"hf:{request.name} has no column {missing[0]!r}, it has {listed(list(item), 20)};"
-                " name the column of the turns with ?turns=…"
-            )
+            advice = "name the column of the turns with ?turns=…"
+            raise no_column(request.name, missing[0], item, advice)
         texts = exchange_in(item, turns)[: len(names)]
         if not skips and not all(text.strip() for text in texts):
             raise ExamplesError(
@@ -475,10 +454,8 @@ def _hub_texts(item: Mapping[str, Any], request: Request, *, skips: bool) -> lis
 def _choices(item: Mapping[str, Any], request: Request) -> tuple[str, ...]:
     column = request.options.get("choices", "choices")
     if column and "choices" in request.options and column not in item:
-        raise ExamplesError(
-            f"hf:{request.name} has no column {column!r}, it has {listed(list(item), 20)}; name the"
-            " column of the choices with ?choices=…"
-        )
+        advice = "name the column of the choices with ?choices=…"
+        raise no_column(request.name, column, item, advice)
     texts = item.get(column)
     # ARC has a table of texts and their labels
     texts = texts.get("text", texts) if isinstance(texts, dict) else texts

@@ -75,7 +75,6 @@ def refuse_overlap(
         tests: by task
         example_place: the place of an example, from its expert and its number, for the message
         test_place: the same for a task and one of its rows
-        advice: the advice in the message
         kind: a description of the examples in the message
 
     Raises:

@@ -31,14 +31,13 @@ from meteora.base.padding import padding_token
 from meteora.base.placement import input_device
 from meteora.model.generate import end_tokens, generate_ids
 from meteora.model.shared_prefix import rotates_by_length, whole_layers
-from meteora.routing.passes import conversation_of
+from meteora.routing.passes import Conversation, conversation_of
 from pipelines.evaluation.measurements import ALORA, ONE_EXPERT, ORACLE, SINGLE, SWAP
 from pipelines.evaluation.oracle_routing import send_to
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
-    from meteora.routing.passes import Conversation
     from pipelines.data.dialogues import Dialogue
 
 
@@ -99,9 +98,7 @@ class TurnCache:
     def keep(self, cache: object, ids: list[list[int]], slots: list[list[int]]) -> None:
         """Keep the cache after a turn, unless it forgets tokens.
 
-        Args:
-            ids: the tokens of each conversation that may be used again
-            slots: the index of each of them in the cache
+        `ids` are the tokens of each conversation that may be used again, `slots` their indices.
         """
         layers = whole_layers(cache)
         if layers is not None:

@@ -89,7 +89,7 @@ def evaluate_task(
     Args:
         control: for conversations, the control that the model acts as; see `conversations`
         log: the answers of the same measurement before it was stopped; new ones are added
-        advance: called with the number of prompts, or pairs of prompt and choice, just done
+        advance: called with the number of prompts, or pairs of prompt and choice, that are done
 
     Raises:
         BenchmarkError: lm-eval does not have the task, or cannot score it; or a conversation with
@@ -130,11 +130,7 @@ def evaluate_task(
 def _ask_rows(
     harness: Harness, task: Task, answer: Callable[..., list[Any]]
 ) -> list[dict[str, Any]]:
-    """The outputs of a task with rows or composites, without values.
-
-    Args:
-        answer: `answer_in_portions` with a log and a batch size
-    """
+    """The outputs of a task with rows or composites, by `answer_in_portions`, without values."""
     items = task.composites or task.rows
     prompts = [one.prompt for one in items]
     lengths = harness.prompt_tokens(prompts)

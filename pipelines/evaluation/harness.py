@@ -28,7 +28,7 @@ from meteora.model.generate import end_tokens, prompts_at_once
 from meteora.model.shared_prefix import share_prefix
 from meteora.routing.passes import watcher_of
 from pipelines.data.conversations import takes
-from pipelines.data.rows import ExamplesError
+from pipelines.data.rows import ExamplesError, Row
 
 if TYPE_CHECKING:
     from transformers import (
@@ -39,7 +39,6 @@ if TYPE_CHECKING:
     )
 
     from pipelines.data.dialogues import Dialogue
-    from pipelines.data.rows import Row
 
 HARNESS = f"lm-eval {version('lm-eval')}"
 """The harness that scores record."""
@@ -62,7 +61,8 @@ def is_templated(
     """Whether prompts are put into the chat template; arguments as of `Harness`.
 
     Raises:
-        BenchmarkError: see `Harness`.
+        BenchmarkError: the template is `chat`, and the tokenizer has none; or it takes no system
+            prompt, and one is given.
     """
     if template == "chat" and not tokenizer.chat_template:
         raise BenchmarkError(
@@ -81,11 +81,7 @@ def is_templated(
 def refuse_conversations(
     task: str, dialogues: Sequence[Dialogue], tokenizer: PreTrainedTokenizerBase, *, templated: bool
 ) -> None:
-    """Refuse conversations without a chat template, or with one that does not take them.
-
-    Raises:
-        BenchmarkError: one or the other.
-    """
+    """Raise `BenchmarkError` for conversations without a chat template that takes them."""
     if dialogues and not templated:
         raise BenchmarkError(
             f"task {task}: conversations need the roles of a chat template, and prompts are"
@@ -109,15 +105,7 @@ def room_of(config: PretrainedConfig) -> int:
 def refuse_too_long(
     task: str, lengths: Sequence[int], max_new_tokens: int, context_length: int
 ) -> None:
-    """Refuse a task with a prompt that, with its answer, is longer than the model's context.
-
-    Args:
-        lengths: of the prompts, in tokens
-        context_length: of the model, in tokens
-
-    Raises:
-        BenchmarkError: the longest prompt does not fit.
-    """
+    """Raise `BenchmarkError` if a prompt with its answer has more tokens than the context."""
     room = context_length - max_new_tokens
     if too_long := [length for length in lengths if length > room]:
         raise BenchmarkError(
@@ -211,11 +199,10 @@ class Harness(MaskedModel):
             template: `chat`, `plain`, or `auto`: the chat template if the tokenizer has one
             system_prompt: before every prompt; None is the chat template's default, and an empty
                 text is an empty system prompt
-            advance: called with the number of prompts, or pairs of prompt and choice, just done
+            advance: as of `evaluate_task`
 
         Raises:
-            BenchmarkError: the template is `chat`, and the tokenizer has none; or it takes no
-                system prompt, and one is given.
+            BenchmarkError: as `is_templated`.
         """
         self.templated = is_templated(tokenizer, template, system_prompt)
         self.system_prompt, self.seed, self.advance = system_prompt, seed, advance

@@ -25,11 +25,7 @@ def _own_tasks() -> TaskManager:
 
 
 def find_lm_eval_task(task: Task) -> TaskManager:
-    """Find a task of lm-eval by its name; its rows are not read.
-
-    Raises:
-        BenchmarkError: there is no such task, or no such folder of tasks.
-    """
+    """Find a task of lm-eval, without its rows; `BenchmarkError` if there is none of this name."""
     name, folder = task.lm_eval, task.folder
     if folder is None:
         manager = _own_tasks()
@@ -121,7 +117,11 @@ def _evaluate(harness: Harness, task: Task, manager: TaskManager) -> Any:  # noq
     for lm_eval_task in loaded["tasks"].values():
         _check_metrics(task, lm_eval_task.aggregation())
         if task.own_length is not None and lm_eval_task.OUTPUT_TYPE == "generate_until":
-            _check_length(task, harness.max_length)
+            if task.own_length >= harness.max_length:
+                raise BenchmarkError(
+                    f"task {task.name}: `max_new_tokens` is {task.own_length}, and the base has"
+                    f" room for {harness.max_length} tokens with the prompt; lower it"
+                )
             length = {"max_gen_toks": task.own_length}
             lm_eval_task.set_config("generation_kwargs", length, update=True)
         lm_eval_task.set_config("num_fewshot", task.num_fewshot)
@@ -134,15 +134,6 @@ def _evaluate(harness: Harness, task: Task, manager: TaskManager) -> Any:  # noq
         system_instruction=harness.system_prompt or None,
         bootstrap_iters=0,
     )
-
-
-def _check_length(task: Task, context_length: int) -> None:
-    """Refuse a greatest length of the answer that leaves no token for the prompt."""
-    if task.own_length is not None and task.own_length >= context_length:
-        raise BenchmarkError(
-            f"task {task.name}: `max_new_tokens` is {task.own_length}, and the base has room for"
-            f" {context_length} tokens with the prompt; lower it"
-        )
 
 
 def _check_metrics(task: Task, aggregations: Mapping[str, Any]) -> None:

@@ -17,11 +17,10 @@ from meteora.artifacts import (
     ScorePair,
     SpeedSpec,
 )
-from pipelines.recipe.benchmark import OF_CONVERSATIONS
+from pipelines.recipe.benchmark import OF_CONVERSATIONS, BenchmarkSection
 
 if TYPE_CHECKING:
     from pipelines.evaluation.tasks import Task
-    from pipelines.recipe.benchmark import BenchmarkSection
 
 FUSED, BASE, ORACLE, EXPERTS = "fused", "base", "oracle", "experts"
 """Systems, by their names in a recipe; `experts` is each adapter alone, on every task."""
@@ -68,11 +67,7 @@ class Subjects:
     """Merges to compare with, by method."""
 
     def id_of(self, system: str) -> ArtifactId:
-        """The id of a system's artifact.
-
-        Raises:
-            KeyError: the system is an expert alone, or is not compared.
-        """
+        """The id of a compared system's artifact; `KeyError` for an expert alone."""
         fixed = {FUSED: self.router.id, BASE: self.base.id}
         return fixed.get(system) or {**self.others, **self.merges}[system].id
 
@@ -114,10 +109,20 @@ def find_measurements(
         ):
             adapter = task.expert if system == ORACLE else system.partition(":")[2]
             subject_id = alone[adapter] if adapter else subjects.id_of(system)
-            measurements += [
-                Measurement(system, adapter, spec)
-                for spec in _specs(task, subject_id, subjects.base.id)
-            ]
+            for metric in task.metrics:
+                spec = BenchmarkSpec(
+                    subject_id=subject_id,
+                    task=task.name,
+                    rows_sha256=task.rows_sha256,
+                    metric=metric,
+                    num_fewshot=task.num_fewshot,
+                    max_new_tokens=task.max_new_tokens,
+                    seed=0,
+                    base_id=subjects.base.id,
+                    template=task.template,
+                    system_prompt=task.system_prompt,
+                )
+                measurements.append(Measurement(system, adapter, spec))
     return tuple(measurements)
 
 
@@ -148,22 +153,6 @@ def systems_of(
                 yield system
         elif own and system == ORACLE:
             yield system
-
-
-def _specs(task: Task, subject_id: ArtifactId, base_id: ArtifactId) -> Iterator[BenchmarkSpec]:
-    for metric in task.metrics:
-        yield BenchmarkSpec(
-            subject_id=subject_id,
-            task=task.name,
-            rows_sha256=task.rows_sha256,
-            metric=metric,
-            num_fewshot=task.num_fewshot,
-            max_new_tokens=task.max_new_tokens,
-            seed=0,
-            base_id=base_id,
-            template=task.template,
-            system_prompt=task.system_prompt,
-        )
 
 
 def find_comparisons(

@@ -103,11 +103,7 @@ class OracleRouting:
         return self._prompt_experts([(row, sum(is_there)) for row, is_there in rows])
 
     def _prompt_experts(self, rows: list[tuple[list[int], int]]) -> list[list[str]]:
-        """The expert of every token of each prompt.
-
-        Args:
-            rows: each prompt's ids, padded on the left, and its length without padding
-        """
+        """The experts of prompts: ids, padded on the left, and their number without padding."""
         self._batch, self._answers = [], [[] for _ in rows]
         experts = []
         for row, length in rows:
@@ -152,10 +148,6 @@ def use_oracle(
     composites: Sequence[Composite],
     system: str,
 ) -> AbstractContextManager[None]:
-    """The model as `oracle` or `one_expert`, until the context ends.
-
-    Args:
-        composites: the only possible prompts in this context
-    """
+    """The model as `oracle` or `one_expert` for prompts of these composites, in a context."""
     routing = OracleRouting(tokenizer, composites, switches=system == ORACLE)
     return send_to(model, routing.experts_of)

@@ -77,9 +77,6 @@ def measure_routing(
     The model reads each prompt with its reference answer. Tokens of the template's opening do not
     count: they are the same in every prompt, so no router can tell the expert from them. Tokens
     beyond the base's context length do not count either.
-
-    Args:
-        advance: called with the number of rows just done
     """
     opening, room = len(Template.of(tokenizer).opening), room_of(model.config)
     total: dict[str, RoutingSums] = {}
@@ -96,12 +93,7 @@ def measure_routing(
 
 
 def _sums(model: PreTrainedModel, batch: dict[str, Any], counted: Tensor) -> dict[str, RoutingSums]:
-    """The sums of one forward pass.
-
-    Args:
-        batch: the arguments of the pass, ids [B, L] among them
-        counted: whether each token counts, [B × L]
-    """
+    """The sums of one forward pass over a batch [B, L], of tokens that are `counted`, [B × L]."""
     with (
         torch.inference_mode(),
         recorded_logits(model) as logits,
@@ -162,9 +154,6 @@ def measure_switches(
     Routing has switched at the first token whose largest mean weight over all modules is that of
     the task's own expert; `delay` is None if there is no such token. Composites longer than the
     base's context do not count.
-
-    Args:
-        advance: called with the number of composites just done
     """
     names, room = expert_names(model), room_of(model.config)
     counts: Counter[tuple[str, bool, int | None]] = Counter()
@@ -199,13 +188,7 @@ def measure_abstention(
     *,
     advance: Callable[[int], None] = lambda _prompts: None,
 ) -> Abstention:
-    """How well the base's probability separates prompts that belong to no expert from the others.
-
-    Args:
-        own: rows of the experts' own tasks
-        rows_without_expert: rows of tasks without an expert
-        advance: called with the number of prompts just done
-    """
+    """How well the base's probability separates prompts of no expert from the experts' own."""
     from scipy.stats import mannwhitneyu  # noqa: PLC0415  (slow to import; only this needs it)
 
     place, template = expert_names(model).index(NULL), Template.of(tokenizer)

@@ -40,11 +40,8 @@ def time_model(
     """Time the routed model and its base in turns; each is first in every other round.
 
     Both run on the same random tokens, so neither stops early. An extra first round warms up and
-    does not count. Each round has one ratio of two times; the result is their median.
-
-    Args:
-        stored_bytes: size of experts and gates on disk
-        advance: called with the number of rounds just done
+    does not count. Each round has one ratio of two times; the result is their median. Experts and
+    gates have `stored_bytes` on the disk.
     """
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(0)
@@ -82,11 +79,7 @@ def time_model(
 
 
 def _one_round(model: PreTrainedModel, ids: Tensor, prompt_tokens: int) -> tuple[float, float]:
-    """Seconds for the prefill, and for decoding the other tokens one at a time.
-
-    Args:
-        ids: [B, prompt_tokens + new_tokens]
-    """
+    """Seconds to prefill ids [B, L] up to `prompt_tokens`, and to decode the others one by one."""
     cache = cache_name(model)
     with torch.inference_mode():
         begun = _now(input_device(model))
@@ -137,11 +130,7 @@ def _weights(model: PreTrainedModel) -> tuple[int, int]:
 
 
 def working_bytes(model: PreTrainedModel, prompt: Tensor) -> int:
-    """The peak of memory that a prefill allocates beyond what is allocated before it, in bytes.
-
-    Args:
-        prompt: ids [B, L]
-    """
+    """The peak of bytes that a prefill of ids [B, L] allocates beyond what is allocated before."""
     with torch.inference_mode():
         if prompt.is_cuda:
             torch.cuda.reset_peak_memory_stats(prompt.device)

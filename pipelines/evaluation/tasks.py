@@ -159,11 +159,7 @@ def make_tasks(
 
 
 def check_rows(task: Task) -> None:
-    """Refuse rows that a metric of the task cannot score.
-
-    Raises:
-        ExamplesError: a row lacks the choices, or the scorer, that a metric needs.
-    """
+    """Raise `ExamplesError` for a row without the choices, number or scorer that a metric needs."""
     for row in task.rows:
         if task.weighs and not row.choices:
             raise ExamplesError(

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -11,6 +10,7 @@ from meteora.untrusted.findings import shortened
 from pipelines.hub.client import DEFAULT, Hub
 from pipelines.hub.errors import HubError
 from pipelines.hub.snapshot import write_note
+from store.files import read_note
 
 MAX_TEXT = 200
 """The characters of each text to keep."""
@@ -39,10 +39,7 @@ def facts_of(ref: AdapterRef, cache_dir: Path, *, hub: Hub = DEFAULT) -> HubSour
     try:
         about = hub.ask("about", ref.repo_id, revision=ref.revision)
     except HubError:
-        try:
-            return HubSource.from_dict(json.loads(saved.read_text(encoding="utf-8")))
-        except (OSError, ValueError, TypeError, KeyError):  # no answer, or cut short by a crash
-            return None
+        return read_note(saved, HubSource.from_dict)
     source = HubSource(
         shortened(about["author"], MAX_TEXT),
         shortened(about["licence"], MAX_TEXT),

@@ -17,11 +17,11 @@ from typing import TYPE_CHECKING
 
 from meteora.adapters import reader
 from meteora.adapters.files import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, pickled_weights
-from meteora.untrusted.findings import AdapterError
+from meteora.untrusted.findings import AdapterError, listed
 from pipelines.hub.card import MAX_CARD_BYTES
 from pipelines.hub.client import DEFAULT, Hub
 from pipelines.hub.errors import HubDamageError, HubFilesError, HubSizeError
-from pipelines.hub.listing import check_sizes, fetch_files, list_folder, some_names, where
+from pipelines.hub.listing import check_sizes, fetch_files, list_folder, where
 from pipelines.hub.snapshot import fault_of, locked, put_in_place, read_manifest, staging
 
 if TYPE_CHECKING:
@@ -158,6 +158,6 @@ def _no_adapter(ref: AdapterRef, entries: Sequence[ListedFile]) -> str:
             f"{needed}. Its weights are a pickle, which can run code when it is opened and is never"
             " downloaded; ask its owner for safetensors"
         )
-    if folders := [file.path for file in entries if file.size < 0]:
-        return f"{needed}; say which of its folders is meant with subfolder: {some_names(folders)}"
-    return f"{needed}; it holds {some_names([file.path for file in entries])}"
+    if folders := sorted(file.path for file in entries if file.size < 0):
+        return f"{needed}; say which of its folders is meant with subfolder: {listed(folders, 8)}"
+    return f"{needed}; it holds {listed(sorted(file.path for file in entries), 8) or 'nothing'}"

@@ -20,8 +20,6 @@ class Bundle:
     """By path, with both hashes: the Hub lists large files by SHA-256, small ones by git SHA-1."""
     names: Collection[str]
     """Possible paths of a publication; those that this one lacks are removed from the Hub."""
-    mark: str
-    """A file that every publication has; it shows that a repository holds an earlier one."""
 
     @property
     def digest(self) -> str:
@@ -30,11 +28,7 @@ class Bundle:
         return hashlib.sha256("".join(lines).encode()).hexdigest()
 
     def missing(self, there: Mapping[str, ListedFile]) -> list[str]:
-        """Paths that a commit lacks, or has with other bytes.
-
-        Args:
-            there: The files of the commit, by path.
-        """
+        """Paths that a commit lacks, or has with other bytes, by the files that are there."""
         return [path for path, file in self.files.items() if not same(there.get(path), file)]
 
     def stale(self, there: Mapping[str, ListedFile]) -> list[str]:
@@ -42,10 +36,10 @@ class Bundle:
         return [path for path in there if path in self.names and path not in self.files]
 
 
-def make_bundle(folder: Path, names: Collection[str], mark: str) -> Bundle:
+def make_bundle(folder: Path, names: Collection[str]) -> Bundle:
     """Hash the named files of a folder; other files in it are not published."""
     files = {name: _hashed(folder, name) for name in sorted(names) if (folder / name).is_file()}
-    return Bundle(folder, files, frozenset(names), mark)
+    return Bundle(folder, files, frozenset(names))
 
 
 def same(listed: ListedFile | None, here: ListedFile) -> bool:

@@ -158,11 +158,9 @@ _SENTENCES: dict[str, tuple[type[HubError], str]] = {
 
 
 def hub_error(what: str, error: dict[str, Any], endpoint: str) -> HubError:
-    """The error to raise for an error that the worker describes.
+    """The error to raise for the result of `worker.describe`.
 
-    Args:
-        what: The thing asked for, such as `owner/name at 1a2b3c`; the sentence begins with it.
-        error: The result of `worker.describe`.
+    Its sentence begins with the thing asked for, such as `owner/name at 1a2b3c`.
     """
     status = error["status"]
     of_status = {401: "auth", 403: "access", 404: "repository", 409: "conflict"}

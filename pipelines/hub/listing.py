@@ -82,9 +82,3 @@ def _bytes_in(folder: Path) -> int:
         with suppress(OSError):
             num_bytes += path.stat().st_size if path.is_file() else 0
     return num_bytes
-
-
-def some_names(names: Sequence[str] | set[str]) -> str:
-    """The first eight names that can be printed, for a message."""
-    shown = [name for name in sorted(names) if name.isprintable()][:8]
-    return ", ".join(shown) + (", …" if len(names) > len(shown) else "") or "nothing"

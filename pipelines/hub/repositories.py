@@ -16,6 +16,7 @@ from huggingface_hub.file_download import repo_folder_name
 
 from meteora.artifacts import COMMIT, REPO_ID, AdapterRef, BaseSpec
 from meteora.base.sources import INDEX, SHARD, TEXTS
+from meteora.untrusted.findings import listed
 from pipelines.hub.client import DEFAULT, Hub, is_offline
 from pipelines.hub.errors import (
     HubConnectionError,
@@ -25,14 +26,7 @@ from pipelines.hub.errors import (
     HubReferenceError,
     HubRevisionError,
 )
-from pipelines.hub.listing import (
-    check_room,
-    check_sizes,
-    fetch_files,
-    list_folder,
-    some_names,
-    where,
-)
+from pipelines.hub.listing import check_room, check_sizes, fetch_files, list_folder, where
 from pipelines.hub.snapshot import ListedFile, has_size, keep_whole, staging
 
 REVISION = re.compile(r"[A-Za-z0-9][A-Za-z0-9_.\-/]{0,254}")
@@ -99,7 +93,7 @@ def resolve(
             " hex digits is named after the @"
         ) from error
     if wanted not in refs:
-        some = ", ".join(sorted(refs)[:10]) or "none"
+        some = listed(sorted(refs), 10) or "none"
         raise HubRevisionError(f"{repo_id} has no branch or tag {wanted!r}; it has: {some}")
     if not COMMIT.fullmatch(refs[wanted]):
         raise HubProtocolError(f"{text}: {hub.url()} gave no commit for it: {refs[wanted][:60]!r}")
@@ -119,10 +113,7 @@ def download_base(spec: BaseSpec, out: Path, *, hub: Hub = DEFAULT) -> None:
     """Download a base's config, tokenizer and safetensors, at its commit, into the folder `out`.
 
     Complete files of an earlier attempt stay, since a base can take hours; all others in the folder
-    are removed.
-
-    Raises:
-        HubError: One of the errors of `adapter.download`.
+    are removed. The errors are those of `adapter.download`.
     """
     ref = AdapterRef(spec.base_model, spec.base_revision)
     files = _base_files(hub, ref)
@@ -179,7 +170,7 @@ def _base_files(hub: Hub, ref: AdapterRef) -> list[ListedFile]:
     if "config.json" not in names or not any(name.endswith(".safetensors") for name in names):
         raise HubFilesError(
             f"{where(ref)} holds no model of transformers in safetensors (config.json,"
-            f" model*.safetensors); it holds {some_names(names)}"
+            f" model*.safetensors); it holds {listed(sorted(names), 8) or 'nothing'}"
         )
     check_sizes(ref, files, MAX_BASE_BYTES)
     return files

@@ -16,7 +16,7 @@ from meteora.artifacts import file_sha256
 from pipelines.hub.errors import HubTimeoutError
 from store.errors import BusyError
 from store.files import locked as hold
-from store.files import replace_text, sync
+from store.files import read_note, replace_text, sync
 
 
 @dataclass(frozen=True)
@@ -32,8 +32,7 @@ class ListedFile:
 def cached(repo_id: str, name: str, revision: str | None = None) -> Path | None:
     """A file in the cache of the Hub's own client, or None; without the network.
 
-    Args:
-        revision: None for the branch `main`, as of the last download.
+    Without a revision it is that of `main`, as of the last download.
     """
     found = try_to_load_from_cache(repo_id, name, revision=revision)
     return Path(found) if isinstance(found, str) else None
@@ -91,13 +90,10 @@ def locked(folder: Path, timeout_seconds: float) -> Generator[None]:
 
 def read_manifest(folder: Path) -> list[ListedFile] | None:
     """The files of a snapshot's folder, by its note; None without a folder or a readable note."""
-    manifest = folder.with_name(f"{folder.name}.json")
     if not folder.is_dir():
         return None
-    try:
-        return [ListedFile(**entry) for entry in json.loads(manifest.read_text(encoding="utf-8"))]
-    except (FileNotFoundError, ValueError, TypeError):
-        return None
+    manifest = folder.with_name(f"{folder.name}.json")
+    return read_note(manifest, lambda entries: [ListedFile(**entry) for entry in entries])
 
 
 @contextmanager

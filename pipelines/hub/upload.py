@@ -44,7 +44,6 @@ LOOK_SECONDS = 20.0
 """Time of an answer that a dry run tells, and does not need."""
 
 PAUSES = (2.0, 10.0, 60.0)
-"""Average seconds before each new attempt after a transient error."""
 RESULTS = ".eval_results"
 """The only folder of a publication, for the Hub's leaderboards."""
 NEUTRAL = {".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md", "LICENSE.txt"}
@@ -53,15 +52,12 @@ NEUTRAL = {".gitattributes", ".gitignore", "README.md", "LICENSE", "LICENSE.md",
 
 @dataclass(frozen=True)
 class Repository:
-    """A repository on the Hub to publish to; transient errors are retried.
-
-    Args:
-        pauses: Seconds before each new attempt; none is made after the last.
-    """
+    """A repository on the Hub to publish to; transient errors are retried."""
 
     repo_id: str
     hub: Hub
     pauses: Sequence[float] = PAUSES
+    """Average seconds before each new attempt after a transient error."""
     _trees: dict[str, dict[str, ListedFile]] = field(default_factory=dict, init=False, repr=False)
     """The files of each commit, which never change."""
 
@@ -109,7 +105,7 @@ class Repository:
             self._delete_branches({branch} & set(refs))
             return head
         self._refuse_foreign_files(bundle, there, head, onto, known)
-        if bundle.mark in there and head not in {onto, *known}:
+        if MANIFEST in there and head not in {onto, *known}:
             say(f"{self.repo_id}: this {_replaces(head, known)}", "note")
         staged = self._stage(bundle, branch, head)
         check(staged)
@@ -119,14 +115,14 @@ class Repository:
         self._delete_branches({branch, *(name for name in refs if name.startswith(STAGING))})
         return live
 
-    def shows(self, mark: str) -> str:
-        """The commit on main, if it is a publication with the file `mark`; else empty.
+    def shows(self) -> str:
+        """The commit on main, if it is a publication; else empty.
 
         Raises:
             HubError: The Hub does not answer, or has no such repository.
         """
         head = self._refs().get(MAIN, "")
-        return head if head and mark in self._files(head) else ""
+        return head if head and MANIFEST in self._files(head) else ""
 
     def _ensure_exists(self, *, private: bool) -> None:
         """Create the repository unless it exists; refuse one of the other visibility."""
@@ -155,7 +151,7 @@ class Repository:
         known: Collection[str],
     ) -> None:
         others = set(there) - NEUTRAL
-        if bundle.mark not in there and others:
+        if MANIFEST not in there and others:
             some = ", ".join(sorted(others - set(bundle.names) or there)[:5])
             raise HubConflictError(
                 f"{self.repo_id} holds something else than a fused checkpoint ({some}), which would"
@@ -327,7 +323,7 @@ def describe_destination(context: RunContext) -> str:
     hub = hub_to_publish(context.recipe, section.repo)
     with suppress(HubError):  # such as that there is no such repository yet
         brief = replace(hub, timeout_seconds=LOOK_SECONDS)
-        if head := Repository(section.repo, brief).shows(MANIFEST):
+        if head := Repository(section.repo, brief).shows():
             known = {one.revision for one in context.ledger.publications(section.repo)}
             text += f"; {_replaces(head, known)}"
     return text

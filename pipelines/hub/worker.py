@@ -69,10 +69,9 @@ KINDS = (
 
 
 def refs(api: HfApi, repo_id: str, *, pull_requests: bool = False) -> dict[str, str]:
-    """The commit of each branch and tag; a branch comes before a tag of its name, as in the Hub.
+    """The commit of each branch, tag, and, if asked for, pull request, as `refs/pr/<number>`.
 
-    Args:
-        pull_requests: Also the commit of each pull request, by its name `refs/pr/<number>`.
+    A branch comes before a tag of its name, as in the Hub.
     """
     found = api.list_repo_refs(repo_id, include_pull_requests=pull_requests)
     named = [(ref.name, ref.target_commit) for ref in [*found.tags, *found.branches]]
@@ -169,10 +168,7 @@ def commit(
 ) -> None:
     """Commit once to a branch that is still at `parent`.
 
-    Args:
-        delete: Paths to remove.
-        add: The local file, by path in the repository.
-        copy: Paths to copy from the commit `copy_from`.
+    Files to add are named by their paths in the repository; copies come from commit `copy_from`.
     """
     operations = [
         *(CommitOperationAdd(path, file) for path, file in (add or {}).items()),

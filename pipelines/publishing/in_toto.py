@@ -51,8 +51,7 @@ class DataSet(NamedTuple):
 def write_lineage(manifest: Manifest, recipe_sha256: str) -> str:
     """The statement on a checkpoint: its files, its base and experts, and what it has grown from.
 
-    Args:
-        recipe_sha256: Of the recipe that made the checkpoint; empty if there is none.
+    The recipe is that which made it; its hash is empty if there is none.
     """
     base = manifest.base
     experts = [
@@ -85,11 +84,7 @@ def write_lineage(manifest: Manifest, recipe_sha256: str) -> str:
 
 
 def data_sets(made: Mapping[str, Any]) -> list[DataSet]:
-    """The data sets of the Hub that gates were fitted to.
-
-    Args:
-        made: a `RouterBuild` as a table, or what a manifest states on its gates
-    """
+    """The data sets that gates were fitted to, by a `RouterBuild` as a table, or by a manifest."""
 
     def stated_as(key: str) -> Sequence[object]:
         """What a stranger's manifest may have as anything."""
@@ -182,11 +177,8 @@ def _statement(
 ) -> str:
     """The statement as JSON.
 
-    Args:
-        subject: SHA-256 by name.
-        external: The person's input: the recipe.
-        internal: The ids and settings that follow from it.
-        run: `invocationId`, `startedOn`, `finishedOn`, as far as they are known.
+    The subject has SHA-256 by name. The recipe is external; what follows from it is internal. The
+    run has `invocationId`, `startedOn` and `finishedOn`, as far as they are known.
     """
     details: dict[str, Any] = {"builder": {"id": BUILDER, "version": {BUILDER: __version__}}}
     if run:

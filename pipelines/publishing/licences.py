@@ -30,10 +30,8 @@ class LicenceError(MeteoraError):
 def refuse_forbidden(manifest: Manifest, allowed: Collection[str] = ()) -> None:
     """Refuse to publish adapters of the Hub whose licence forbids it, or that state none.
 
-    A local folder without a licence counts as the user's own.
-
-    Args:
-        allowed: Licences to accept all the same; `none` for adapters that state none.
+    A local folder without a licence counts as the user's own. Licences in `allowed` are accepted
+    all the same; there `none` is for adapters that state none.
 
     Raises:
         LicenceError: Some adapters may not be published, each with its licence.

@@ -62,16 +62,15 @@ EVERYTHING = Limits(rows=100_000_000, memory_bytes=4 << 30, seconds=600.0)
 
 
 def events(ledger: Ledger, run_id: str = "") -> Iterator[dict[str, Any]]:
-    """Two events for each run that has ended, one for each that has not; earliest run first.
+    """Two events for each run that has ended, one for each other; earliest run first.
 
-    Args:
-        run_id: The only run to describe; all runs if empty.
+    With an id they are those of one run.
     """
     only = "run_id = '{}'".format(run_id.replace("'", "''")) if run_id else "true"
     goes_in: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     comes_out: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)
     for run, into, *dataset in ledger.query(USED.format(only), limits=EVERYTHING).rows:
-        (goes_in if into else comes_out)[run].append(_dataset(*dataset))
+        (goes_in if into else comes_out)[run].append(_artifact(*dataset))
         if not into and dataset[1] == "router":
             goes_in[run] += map(_data_set, data_sets(ledger.built(dataset[0]) or {}))
     for row in ledger.query(RUNS.format(only), limits=EVERYTHING).rows:
@@ -117,7 +116,7 @@ def _event(
     }
 
 
-def _dataset(
+def _artifact(
     artifact_id: str,
     kind: str,
     source: str | None,
@@ -125,30 +124,29 @@ def _dataset(
     licence: str | None,
     weights_sha256: str,
 ) -> dict[str, Any]:
-    type_of = {"datasetType": "MODEL", "subType": kind}
-    facets = {"datasetType": _facet("DatasetTypeDatasetFacet", type_of)}
     version = revision or (f"sha256:{weights_sha256}" if weights_sha256 else "")
-    if version:
-        facets["version"] = _facet("DatasetVersionDatasetFacet", {"datasetVersion": version})
+    facets = _facets("MODEL", kind, version, licence)
     if source:
         namespace = "file" if ":" in source else "hf"
         identifier = {"namespace": namespace, "name": source, "type": "MODEL"}
         facets["symlinks"] = _facet("SymlinksDatasetFacet", {"identifiers": [identifier]})
-    if licence:
-        facets["tags"] = _tags("TagsDatasetFacet", {"licence": licence})
     return {"namespace": NAMESPACE, "name": artifact_id, "facets": facets}
 
 
 def _data_set(of: DataSet) -> dict[str, Any]:
     """A data set of the Hub, under its name there."""
-    type_of = {"datasetType": "TABLE", "subType": "examples"}
-    facets = {
-        "datasetType": _facet("DatasetTypeDatasetFacet", type_of),
-        "version": _facet("DatasetVersionDatasetFacet", {"datasetVersion": of.commit}),
-    }
-    if of.licence:
-        facets["tags"] = _tags("TagsDatasetFacet", {"licence": of.licence})
+    facets = _facets("TABLE", "examples", of.commit, of.licence)
     return {"namespace": "hf", "name": of.source, "facets": facets}
+
+
+def _facets(what: str, kind: str, version: str, licence: str | None) -> dict[str, Any]:
+    type_of = {"datasetType": what, "subType": kind}
+    facets = {"datasetType": _facet("DatasetTypeDatasetFacet", type_of)}
+    if version:
+        facets["version"] = _facet("DatasetVersionDatasetFacet", {"datasetVersion": version})
+    if licence:
+        facets["tags"] = _tags("TagsDatasetFacet", {"licence": licence})
+    return facets
 
 
 def _tags(schema: str, tags: dict[str, str]) -> dict[str, Any]:

@@ -22,7 +22,6 @@ from meteora.checkpoint.manifest import (
     CARD,
     EVAL_RESULTS,
     FILES,
-    MANIFEST,
     SIGNATURE,
     read_manifest,
 )
@@ -163,7 +162,7 @@ def _bundle(folder: Path, repo_id: str, scratch: Path) -> Bundle:
             (scratch / name).write_text(named, encoding="utf-8")
         elif (folder / name).is_file():
             (scratch / name).symlink_to((folder / name).resolve())
-    return make_bundle(scratch, names, MANIFEST)
+    return make_bundle(scratch, names)
 
 
 def _refuse_link(path: Path) -> None:
@@ -211,8 +210,7 @@ def _check_reload(
 ) -> None:
     """Download a commit into an empty cache, and compare its bytes and its logits with ours.
 
-    Args:
-        home: The cache is inside it, so the store removes the files of a killed process.
+    The cache is in the home, so the store removes the files of a killed process.
     """
     with partial_file(home) as cache:
         cache.mkdir()

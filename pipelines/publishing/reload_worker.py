@@ -46,11 +46,8 @@ def compare(
 ) -> dict[str, Any]:
     """The folder of the download, and the largest difference of any logit.
 
-    Args:
-        names: The files of the publication; a load needs some of them, and all are downloaded.
-        download: Options for the download of a base on the Hub.
-        device: The device for both, as `FoundCheckpoint` takes it.
-        dtype: The dtype of the base for both.
+    Of the publication's files, `names`, a load needs some, and all are downloaded. The arguments
+    after `cache_dir` are those of `FoundCheckpoint` for both.
     """
     token = os.environ.get("HF_TOKEN") or False  # of the publisher, for this repository
     there = find_checkpoint(repo_id, revision, download={"cache_dir": cache_dir, "token": token})

@@ -229,11 +229,7 @@ def metric_names(metric: str | tuple[str, ...]) -> tuple[str, ...]:
 
 
 def known_metrics(metric: str | tuple[str, ...]) -> None:
-    """Refuse metrics that do not exist.
-
-    Raises:
-        ValueError: A metric does not exist.
-    """
+    """Raise `ValueError` if one of the metrics does not exist."""
     if unknown := [one for one in metric_names(metric) if one not in get_args(MetricName)]:
         raise ValueError(
             f"there is no metric {unknown[0]!r}; there are {', '.join(get_args(MetricName))}"

@@ -23,11 +23,7 @@ MOST_FAULTS = 20
 
 
 def explain(error: ValidationError, section: type[BaseModel]) -> str:
-    """Each fault with its place, on one line.
-
-    Args:
-        section: what was read, such as a whole recipe
-    """
+    """Each fault of a section, such as a whole recipe, with its place, on one line."""
     faults = error.errors()
     keys = {key.path: key for key in keys_of(section)}
     names = {name for path in keys for name in path.split(".")}

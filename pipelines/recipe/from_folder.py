@@ -100,11 +100,7 @@ def write_recipe(
 
 
 def _refuse_taken(path: Path) -> None:
-    """Refuse to write over what is there.
-
-    Raises:
-        ImportingError: There is a file, or a folder; or a file in place of a folder around it.
-    """
+    """Raise `ImportingError` if something is there, or a file in place of a folder around it."""
     if path.exists():
         raise ImportingError(f"{path} is there already; give another name with -o")
     around = next(one for one in path.parents if one.exists())
@@ -263,11 +259,7 @@ def _name(text: str, taken: set[str]) -> str:
 
 def _text(value: str) -> str:
     """A string in YAML: bare if that is safe, else in quotes, with escapes."""
-    is_safe = re.fullmatch(r"[A-Za-z][A-Za-z0-9_./:@-]*[A-Za-z0-9_/]", value)
-    if is_safe and yaml.safe_load(value) == value:  # `no`, such as for Norwegian, is a boolean
-        return value
-    quoted = yaml.dump(value, Dumper=yaml.SafeDumper, default_style='"', width=math.inf)
-    return quoted.strip()
+    return yaml.safe_dump(value, width=math.inf).removesuffix("...\n").strip()
 
 
 def _line(text: str) -> str:

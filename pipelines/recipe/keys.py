@@ -61,12 +61,7 @@ def keys_of(section: type[BaseModel]) -> list[Key]:
 
 
 def suggest(path: str, known: Sequence[str]) -> str:
-    """A clause with a similar key, for an error message; empty if there is none.
-
-    Args:
-        path: an unknown key, as in `Key.path`
-        known: the paths of all keys
-    """
+    """A clause with a key like an unknown path, for an error message; empty if there is none."""
     above, _, name = path.rpartition(".")
     here = {key.rpartition(".")[2]: key for key in known if key.rpartition(".")[0] == above}
     similar = [here[one] for one in get_close_matches(name, list(here), n=1)]

@@ -138,11 +138,9 @@ class RouterSection(Section):
     kind of router does."""
 
     def options(self, stand_ins: tuple[str, ...], *, fitted: bool) -> RouterOptions:
-        """The routing options of the model.
+        """The routing options of a model with or without fitted gates.
 
-        Args:
-            stand_ins: the experts without examples
-            fitted: whether gates are fitted
+        The stand-ins are the experts without examples.
         """
         options = RouterOptions(**self.model_dump(exclude={"without_examples"}))
         if not fitted:
@@ -380,10 +378,7 @@ class Recipe(Section):
 
     @classmethod
     def parse(cls, text: bytes, path: Path) -> Self:
-        """Check a recipe.
-
-        Args:
-            path: Its file, for error messages.
+        """Check a recipe; its path is for messages.
 
         Raises:
             RecipeError: It cannot be read, or has faults; the message names each with its place.
@@ -403,11 +398,7 @@ class Recipe(Section):
 
 
 def read_recipe(path: Path) -> bytes:
-    """The text of a recipe.
-
-    Raises:
-        RecipeError: There is no such file, or it is too large.
-    """
+    """The text of a recipe; `RecipeError` if there is no such file, or it is too large."""
     if not path.is_file():
         is_folder = " (it is a folder; give the file in it)"
         guess = is_folder if path.is_dir() else did_you_mean(str(path), shipped())
@@ -433,11 +424,7 @@ def shipped() -> dict[str, Path]:
 
 
 def find_shipped(name: str) -> Path:
-    """The file of a shipped recipe.
-
-    Raises:
-        RecipeError: There is none of this name.
-    """
+    """The file of a shipped recipe; `RecipeError` if there is none of this name."""
     recipes = shipped()
     if name not in recipes:
         raise RecipeError(

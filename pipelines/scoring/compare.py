@@ -86,9 +86,7 @@ def scores_in_common(
     """The scores of two subjects on the same rows with the same settings, by task.
 
     A pair for each metric that both have; if a task was measured several times, the last pairs.
-
-    Args:
-        other_base_id: the other subject's base, which may be another one
+    The other subject may have another base.
     """
     ours = recorded_scores(ledger, subject_id)
     twins = [replace(one.spec, subject_id=other_id, base_id=other_base_id).id for one in ours]

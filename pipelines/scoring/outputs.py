@@ -58,11 +58,7 @@ def write_outputs(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 
 def read_outputs(path: Path, columns: Sequence[str] | None = None) -> list[dict[str, Any]]:
-    """The rows of a file, with all columns or some.
-
-    Raises:
-        OutputsError: it is not a Parquet file, or a damaged one.
-    """
+    """The rows of a Parquet file, with all columns or some; `OutputsError` if it is none."""
     try:
         # not read_table, which takes the names of a blob's folders for partitions
         table = pq.ParquetFile(path).read(columns=None if columns is None else list(columns))
@@ -100,14 +96,11 @@ def _values(rows: Sequence[Mapping[str, Any]], metric: str) -> RowValues:
 
 
 def compute_composite_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, RowValues]:
-    """The shares of each composite's questions with a right answer, and with any answer.
+    """The shares of questions with a right answer, `RIGHT`, and with any answer, `ATTEMPTED`.
 
     Args:
         rows: with the columns `asked` (JSON of a `Composite`), `judged_by` (JSON of the metric of
             each task) and `output`
-
-    Returns:
-        by metric, `RIGHT` and `ATTEMPTED`
     """
     right: list[float] = []
     attempted: list[float] = []
@@ -140,9 +133,6 @@ def compute_conversation_values(rows: Sequence[Mapping[str, Any]]) -> dict[str, 
     Args:
         rows: with the columns `asked` (JSON of a `Dialogue`), `judged_by` (JSON of the metric of
             each task) and `turns` (JSON of each turn's answer and `COSTS`)
-
-    Returns:
-        by metric, `TURNS_RIGHT`
     """
     by_task: dict[str, list[tuple[float, bool]]] = {}
     turns = [json.loads(row["turns"]) for row in rows]
@@ -166,8 +156,7 @@ def _judge(
 ) -> list[float]:
     """The value of the answer to each question of a row.
 
-    Args:
-        by_task: filled with each value, and whether there is an answer, by the question's task
+    `by_task` is filled with it, and with whether there is an answer, by the question's task.
     """
     judged_by, values = json.loads(row["judged_by"]), []
     asked = json.loads(row["asked"])["questions"]

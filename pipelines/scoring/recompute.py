@@ -27,12 +27,9 @@ class Recomputed:
 
 
 def recompute_scores(ledger: Ledger, count: int) -> Recomputed:
-    """Compute a sample of the scores again from the outputs that they were made from.
+    """Compute up to `count` scores, others each time, again from their outputs.
 
     Outputs that are missing or damaged are left out here: the check of blobs reports them.
-
-    Args:
-        count: scores in the sample, another one each time; all of them if there are fewer
     """
     if not ledger.records.parts():
         return Recomputed(0, ())  # a query would create the index in an empty home

@@ -52,12 +52,9 @@ class RecordedAnswer:
 
 
 def recorded_answers(ledger: Ledger, router_id: ArtifactId, count: int) -> list[RecordedAnswer]:
-    """A sample of a fused model's answers, drawn over all its tasks; always the same one.
+    """Up to `count` of a fused model's answers, drawn over all its tasks; always the same ones.
 
     Conversations are left out: their later answers depend on earlier ones.
-
-    Args:
-        count: answers in the sample; all of them if there are fewer
 
     Raises:
         MeteoraError: the ledger has none.

@@ -48,9 +48,9 @@ class Reply(ABC):
         }
         return {**self._head(self.whole_kind, [choice]), "usage": _usage(answer)}
 
-    @abstractmethod
     def first(self) -> str:
         """The event that begins a stream; empty for none."""
+        return ""
 
     def token(self, token: Token) -> str:
         """The event of one token."""
@@ -116,9 +116,6 @@ class TextReply(Reply):
 
     id_prefix = "cmpl"
     whole_kind = part_kind = "text_completion"
-
-    def first(self) -> str:
-        return ""
 
     def _text(self, text: str) -> dict[str, Any]:
         return {"text": text, "logprobs": None}

@@ -50,20 +50,12 @@ class _Outbox:
         self.request = None
 
     def look(self, *_: object) -> None:
-        """Return while the client waits.
-
-        Raises:
-            ClientLeftError: it has left.
-        """
+        """Return while the client waits; raise `ClientLeftError` when it has left."""
         if self.closed.is_set():
             raise ClientLeftError
 
     def put(self, item: Item) -> None:
-        """Pass on an item; called in the model's thread.
-
-        Raises:
-            ClientLeftError: the client has left, so the computation can stop.
-        """
+        """Pass on an item, in the model's thread; raises as `look`, so the computation can stop."""
         self.look()
         self._loop.call_soon_threadsafe(self.items.put_nowait, item)
 

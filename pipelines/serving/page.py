@@ -36,7 +36,6 @@ def chat_page(model: str, experts: Sequence[str], *, expert: str, max_new_tokens
         model: the model's name in requests
         experts: the experts, and the base, that can answer alone, in the order of their colours
         expert: the one that answers at first; empty for the fused model
-        max_new_tokens: of each answer
 
     Raises:
         UnknownExpertError: `expert` is none of the experts.

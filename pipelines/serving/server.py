@@ -55,7 +55,7 @@ def make_app(thread: ModelThread, name: str, *, names: Collection[str], page: st
 
     Args:
         name: of the model; each of its experts is a model `name:expert`, too, and so is its base
-        names: the accepted host names, besides its addresses
+        names: the accepted host names, besides its addresses, from `names_of`
         page: the HTML of `chat_page`; empty for none
     """
     app = FastAPI(title="MeteoRA", docs_url=None, redoc_url=None, openapi_url=None)
@@ -70,8 +70,7 @@ def make_app(thread: ModelThread, name: str, *, names: Collection[str], page: st
 
     @app.get("/v1/models")
     async def list_models() -> dict[str, Any]:
-        found = [_model(one) for one in models]
-        return {"object": "list", "data": found}
+        return {"object": "list", "data": [_model(one) for one in models]}
 
     @app.get("/v1/models/{model:path}")
     async def find_model(model: str) -> dict[str, Any]:
@@ -170,11 +169,7 @@ async def _refuse_fields(_request: Request, error: Exception) -> JSONResponse:
 
 
 def _sentence(found: Mapping[str, Any], others: Sequence[Mapping[str, Any]]) -> str:
-    """What a wrong field has, and what is needed.
-
-    Args:
-        others: the errors of the other types that the field may have
-    """
+    """What a wrong field has, and what is needed; `others` are errors of further allowed types."""
     if found["type"] == "missing":
         return "it is needed, and it is not there"
     if found["type"] == "extra_forbidden":
@@ -252,13 +247,7 @@ def listen(host: str, port: int) -> socket.socket:
 
 
 def make_server(chat: Chat, name: str, names: Collection[str], page: str = "") -> uvicorn.Server:
-    """The server; it runs on the socket of `listen`.
-
-    Args:
-        name: of the model in requests
-        names: the accepted host names, from `names_of`
-        page: the HTML of `chat_page`, shown at `/`; empty for none
-    """
+    """The server; it runs on the socket of `listen`. Arguments as of `make_app`."""
     thread = ModelThread(chat)
     config = uvicorn.Config(
         make_app(thread, name, names=names, page=page),

@@ -16,7 +16,7 @@ from meteora.artifacts import SHA256, ArtifactId, BaseSpec, MeteoraError, Noun, 
 from meteora.base.sources import combined_sha256
 from store.check import Finding
 from store.errors import StoreError
-from store.files import READ_ONLY, write_whole
+from store.files import READ_ONLY, read_note, write_whole
 from store.ledger import Ledger
 
 NOTE = ".sealed.json"
@@ -136,11 +136,9 @@ def _made_from(ledger: Ledger, base_id: ArtifactId) -> list[str]:
 def _problems(
     noted: Sequence[SealedFile] | None, files: Sequence[SealedFile], weights: str | None
 ) -> list[str]:
-    """The faults of a base, each as a clause.
+    """The faults of a base, each as a clause, by its note and by the ledger's hash of its weights.
 
-    Args:
-        noted: None if there is no note, as in homes of earlier versions.
-        weights: The hash of the weights in the ledger; None if it is not recorded.
+    There is no note in homes of earlier versions.
     """
     problems = []
     if noted is not None:
@@ -169,11 +167,7 @@ def _weights(files: Sequence[SealedFile]) -> str:
 
 def _read_note(folder: Path) -> list[SealedFile] | None:
     """The files of the note; None if there is no readable one."""
-    try:
-        files = [SealedFile.from_dict(one) for one in json.loads((folder / NOTE).read_bytes())]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
-    return files or None
+    return read_note(folder / NOTE, lambda files: [*map(SealedFile.from_dict, files)]) or None
 
 
 def _write_note(folder: Path, home: Path, files: Sequence[SealedFile]) -> None:

@@ -12,7 +12,6 @@ from meteora.checkpoint.manifest import (
     CONFIG,
     EXPERTS,
     LINEAGE,
-    MANIFEST,
     CheckpointError,
     read_manifest,
 )
@@ -57,8 +56,7 @@ def _resolved(ledger: Ledger, name: str) -> ArtifactId:
 def files_to_free(ledger: Ledger, names: Iterable[str]) -> list[Removable]:
     """The files of models that no other checkpoint in the home needs: folders and blobs.
 
-    Args:
-        names: Ids of routers, or folders of checkpoints in this home.
+    The models are named by ids of routers, or folders of checkpoints in this home.
 
     Raises:
         UnknownError: The ledger has no such router, or the folder is not in the home.
@@ -127,13 +125,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def base_at_hand(folder: Path, home: Path) -> Path | None:
-    """The base of a checkpoint, if this home has it as safetensors already.
-
-    Raises:
-        DamagedBaseError: The bytes of this base have changed since it was made.
-    """
-    if not (folder / MANIFEST).is_file():
-        return None
+    """The base of a checkpoint, if this home has it as safetensors; raises as `require_sound`."""
     spec = read_manifest(folder).base.spec
     base = base_at(home, spec.stored.id)
     if not base.is_dir():
@@ -146,9 +138,6 @@ def base_option(base_model: str, folder: Path | None) -> str:
     """The `--base` option for a next command; empty unless the base is a local folder.
 
     A checkpoint does not name the folder of its base, so the user must.
-
-    Args:
-        base_model: As the checkpoint names it.
     """
     if not base_model.startswith(PATH):
         return ""

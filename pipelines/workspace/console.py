@@ -96,11 +96,7 @@ class Console:
             self._on_message, self._on_progress = before
 
     def say(self, text: str, label: str = "") -> None:
-        """Print a line without control characters; brackets are text, and no markup.
-
-        Args:
-            label: One of `LABELS`, before the text and in its colour.
-        """
+        """Print a line without control characters, behind one of `LABELS`; brackets are text."""
         before = [(f"{label}: ", LABELS[label])] if label else []
         line = Text.assemble(*before, for_terminal(text))
         said = line.plain
@@ -145,9 +141,7 @@ class Console:
     def growing(self, what: str, num_bytes: int, measure: Callable[[], int]) -> Generator[None]:
         """A bar over something that grows by itself, such as a download, if it takes a while.
 
-        Args:
-            num_bytes: The final size.
-            measure: Returns the present size in bytes.
+        At last it has `num_bytes`; `measure` returns how many it has now.
         """
         ended = threading.Event()
 

@@ -89,10 +89,9 @@ class RunContext:
         return self.home / "training" / router_id.partition(":")[2][:16]
 
     def answers_file(self, sha256: str) -> Path:
-        """The answers to a task that is not finished; the next run continues from them.
+        """The answers to an unfinished task, by the hash of everything that they depend on.
 
-        Args:
-            sha256: The hash of everything that the answers depend on.
+        The next run continues from them.
         """
         return self.home / "answers" / f"{sha256[:32]}.jsonl"
 
@@ -110,10 +109,8 @@ def checkpoint_at(home: Path, router_id: ArtifactId) -> Path:
 def put_in_place(made: Path, folder: Path) -> None:
     """Rename a finished folder to `folder`, in place of any older one.
 
-    Its bytes are written to the disk first: a folder with this name counts as complete.
-
-    Args:
-        made: On the same disk, in a temporary folder; the older folder moves there, too.
+    Its bytes are written to the disk first: a folder with this name counts as complete. It is on
+    the same disk, in a temporary folder, to which the older folder moves.
     """
     folder.parent.mkdir(parents=True, exist_ok=True)
     for path in (*made.rglob("*"), made):

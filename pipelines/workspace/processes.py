@@ -143,11 +143,7 @@ class ChildProcess:
             deadline.cancel()
 
     def send(self, request: object) -> None:
-        """Send a request whose answer `answers` waits for.
-
-        Raises:
-            ChildDiedError: The child has ended.
-        """
+        """Send a request, for whose answer `answers` waits; `ChildDiedError` if it has ended."""
         try:
             self.channel.send("request", request)
         except OSError:
@@ -212,11 +208,7 @@ def answers(children: Sequence[ChildProcess], listeners: Listeners | None = None
 
 
 def connect_to_parent(*, pickled: bool = False) -> Channel:
-    """The child's end of its channel. From now on this process ends when its parent does.
-
-    Args:
-        pickled: The same as for `ChildProcess`.
-    """
+    """The child's end of its channel. From now on this process ends when its parent does."""
     threading.Thread(target=_end_with_parent, daemon=True).start()
     return Channel(Connection(int(sys.argv[1])), pickled=pickled)
 

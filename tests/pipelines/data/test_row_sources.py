@@ -256,7 +256,7 @@ def test_unknown_parts_of_a_source_are_named(tmp_path: Path) -> None:
     (tmp_path / "empty").mkdir()
     with pytest.raises(ExamplesError, match="unknown option 'half'; bigbench takes split"):
         read_rows("bigbench:task.json?half=1", tmp_path, 1)
-    with pytest.raises(ExamplesError, match="the split 'dev' is none of"):
+    with pytest.raises(ExamplesError, match="split='dev' is none of"):
         read_rows("bigbench:task.json?split=dev", tmp_path, 1)
     with pytest.raises(ExamplesError, match=r"there is no task\.json"):
         read_rows("bigbench:.", tmp_path / "empty", 1)
@@ -340,7 +340,7 @@ def test_a_hub_dataset_is_asked_as_its_options_say(
             "no column 'said.fr', it has id, said, more",
         ),
         (("prompt=id", "response=said.en"), "column 'id' is not text"),
-        ((*columns, "part=dev"), "the part 'dev' is none of all, train, test"),
+        ((*columns, "part=dev"), "part='dev' is none of all, train, test"),
         ((*columns, "longest=x"), "longest='x' is not a number"),
     ):
         with pytest.raises(ExamplesError, match=said):

@@ -67,7 +67,7 @@ def folder(tmp_path: Path) -> Path:
 def publish(server: HubServer, folder: Path, by: str = "writer", **asked: Any) -> str:
     repository = Repository(NAME, HubHere(server.endpoint, by), (0.0, 0.0, 0.0))
     settings: dict[str, Any] = {"private": True, "tag": "t1", "check": lambda _commit: None} | asked
-    return repository.publish(make_bundle(folder, NAMES, "meteora.json"), **settings)
+    return repository.publish(make_bundle(folder, NAMES), **settings)
 
 
 def visible(folder: Path) -> dict[str, bytes]:
@@ -129,11 +129,7 @@ def test_new_gates_leave_the_experts_where_they_are(server: HubServer, folder: P
 def test_a_lost_reply_hides_what_was_done_and_it_is_not_done_again(
     server: HubServer, folder: Path, kind: str, path: str, status: int
 ) -> None:
-    path = (
-        path
-        if path != "-"
-        else f"{STAGING}{make_bundle(folder, NAMES, 'meteora.json').digest[:16]}"
-    )
+    path = path if path != "-" else f"{STAGING}{make_bundle(folder, NAMES).digest[:16]}"
     server.faults[kind] = fault = Fault(status=status, applied=True, times=1, path=path)
     commit = publish(server, folder)
     assert fault.times == 0
@@ -153,11 +149,7 @@ def test_what_passes_is_tried_again(
     status: int,
     capsys: pytest.CaptureFixture[str],
 ) -> None:
-    path = (
-        path
-        if path != "-"
-        else f"{STAGING}{make_bundle(folder, NAMES, 'meteora.json').digest[:16]}"
-    )
+    path = path if path != "-" else f"{STAGING}{make_bundle(folder, NAMES).digest[:16]}"
     server.faults[kind] = fault = Fault(status=status, times=2, path=path)
     commit = publish(server, folder)
     assert fault.times == 0
@@ -367,16 +359,16 @@ def test_it_works_through_the_processes_that_can_be_killed(server: HubServer, fo
     limit = 3 + 3 * (time.monotonic() - began)  # on a busy machine a process takes long to start
     server.faults["commit"] = Fault(hang=True, applied=True, times=1, path="main")
     repository = Repository(NAME, replace(hub, timeout_seconds=limit), (0.0,))
-    bundle = make_bundle(folder, NAMES, "meteora.json")
+    bundle = make_bundle(folder, NAMES)
     commit = repository.publish(bundle, private=True, tag="t1", check=lambda _commit: None)
     assert repo_of(server).tags == {"t1": commit}
     assert whole_or_absent(repo_of(server), folder) == 1
 
 
 def test_a_bundle_knows_its_content(folder: Path) -> None:
-    one = make_bundle(folder, NAMES, "meteora.json")
+    one = make_bundle(folder, NAMES)
     (folder / "notes.txt").write_text("not mine")
-    assert make_bundle(folder, NAMES, "meteora.json").digest == one.digest
+    assert make_bundle(folder, NAMES).digest == one.digest
     (folder / "README.md").write_text("other")
-    assert make_bundle(folder, NAMES, "meteora.json").digest != one.digest
+    assert make_bundle(folder, NAMES).digest != one.digest
     assert same(None, one.files["README.md"]) is False

@@ -116,6 +116,7 @@ def grow(
         options,
         gates.template,
         fit,
+        leaves_out=True,
         offsets=offsets,
         progress=progress,
     )

@@ -342,6 +342,7 @@ def sweep_gates(
     fit: Callable[[Sequence[str], Iterator[Tensor]], tuple[Tensor, Tensor] | None],
     *,
     stand_in_of: Callable[[MoELoRALinear], StandIn | None] = lambda _layer: None,
+    leaves_out: bool = False,
     offsets: Mapping[str, Tensor],
     halves: _Halves | None = None,
     scratch: Path | None = None,
@@ -354,6 +355,7 @@ def sweep_gates(
             batch by batch; returns G [E, IN] and c [E], or None: the modules then use the decision
             of the gate before them
         stand_in_of: of a layer that gets a gate
+        leaves_out: whether `fit` may return None; decisions are then kept for the layers above
         offsets: by module path, as `find_offsets` returns them
         halves: routes each half of the sequences by the other half's gates until a layer is done
     """
@@ -371,10 +373,7 @@ def sweep_gates(
                 point = [layers[path] for path in paths]
                 decided = sharing.decided(index)
                 if decided is None:
-                    try:
-                        gate = fit(paths, sweep.inputs(index, paths[0]))
-                    except SingularError as error:
-                        raise TrainingError(f"{paths[0]}: {error}") from error
+                    gate = _fit_point(fit, paths, sweep.inputs(index, paths[0]))
                     if gate is None:
                         decided = sharing.last(paths[0])
                     else:
@@ -382,7 +381,8 @@ def sweep_gates(
                         alone = options.share == "module" or bool(options.stand_in)
                         leaders = point if alone else point[:1]
                         decided = sharing.new(index)
-                        sweep.follow(decided)
+                        if options.share == "token" or leaves_out:
+                            sweep.follow(decided)
                         for layer in leaders:
                             own = weight.clone(), bias.clone()
                             beside = watcher, decided, stand_in_of(layer)
@@ -411,6 +411,18 @@ def _refuse_readers_of_the_cache(paths: Iterable[str], options: RouterOptions) -
             f"{again} gets all tokens of the cache with each new one, so it cannot follow a"
             f" decision that is made once (`share: {options.share}`); choose `share: point`"
         )
+
+
+def _fit_point(
+    fit: Callable[[Sequence[str], Iterator[Tensor]], tuple[Tensor, Tensor] | None],
+    paths: Sequence[str],
+    inputs: Iterator[Tensor],
+) -> tuple[Tensor, Tensor] | None:
+    """Call `fit`; an error names the first module of the point."""
+    try:
+        return fit(paths, inputs)
+    except SingularError as error:
+        raise TrainingError(f"{paths[0]}: {error}") from error
 
 
 @contextmanager

@@ -1,5 +1,9 @@
 """Faster kernels than `reference.lora_delta_loop`; `dispatch` chooses among them.
 
+    gather    only the chosen ranks of each token, without copying them
+    grouped   tokens sorted by choice, then two matmuls for each choice
+    gather_triton, grouped_triton   the same for GPUs, in `triton_launch`
+
 None copies A or B for each token, and none needs [T, IN] or [T, OUT] beside its result: with
 `add_to` they add to the projection's own output, a few rows at a time.
 """

@@ -22,7 +22,7 @@ from prefect.cache_policies import NO_CACHE
 from prefect.context import TagsContext
 from prefect.states import Completed
 
-from meteora.artifacts import BaseSpec, BuiltBase, MeteoraError
+from meteora.artifacts import BaseSpec, BuiltBase, MeteoraError, RouterBuild
 from meteora.base.sources import PATH
 from meteora.untrusted.findings import counted
 from pipelines.admission import sources, verdicts
@@ -117,26 +117,35 @@ def build_base(run: Run, base: BaseSpec) -> BuiltBase:
 
 
 @task(cache_policy=NO_CACHE)
+def stack(run: Run, plan: Plan) -> None:
+    run.child.call("stack", plan, deadline_seconds=run.deadlines.stack)
+
+
+@task(cache_policy=NO_CACHE)
 def divide_pool(run: Run, plan: Plan) -> Plan:
     """Divide the pool's prompts among the experts; returns the final plan."""
     run.child.call("divide_pool", plan, deadline_seconds=run.deadlines.gates)
     return complete(run.context, plan)
 
 
-def in_child(stage: str, deadline: str) -> Any:  # noqa: ANN401  (Prefect's decorator)
-    """A task that runs a stage in the child process, within that deadline of the recipe."""
-
-    def call(run: Run, *arguments: object) -> Any:  # noqa: ANN401
-        return run.child.call(stage, *arguments, deadline_seconds=getattr(run.deadlines, deadline))
-
-    return task(name=stage, cache_policy=NO_CACHE)(call)
+@task(cache_policy=NO_CACHE)
+def fit_gates(run: Run, plan: Plan) -> RouterBuild:
+    return run.child.call("fit_gates", plan, deadline_seconds=run.deadlines.gates)
 
 
-stack = in_child("stack", "stack")
-fit_gates = in_child("fit_gates", "gates")
-measure = in_child("measure", "benchmark")
-write_checkpoint = in_child("write_checkpoint", "stack")
-publish = in_child("publish", "publish")
+@task(cache_policy=NO_CACHE)
+def measure(run: Run, plan: Plan, gates: RouterBuild) -> None:
+    run.child.call("measure", plan, gates, deadline_seconds=run.deadlines.benchmark)
+
+
+@task(cache_policy=NO_CACHE)
+def write_checkpoint(run: Run, plan: Plan, gates: RouterBuild) -> None:
+    run.child.call("write_checkpoint", plan, gates, deadline_seconds=run.deadlines.stack)
+
+
+@task(cache_policy=NO_CACHE)
+def publish(run: Run, plan: Plan) -> None:
+    run.child.call("publish", plan, deadline_seconds=run.deadlines.publish)
 
 
 @flow(name="meteora", persist_result=False)

@@ -28,7 +28,6 @@ from meteora.fitting.lda import SHARE_LOST_TO_BASE, SingularError, solve_gate
 from meteora.fitting.logistic import Tokens, scaled
 from meteora.fitting.sequences import (
     MAX_ROWS,
-    UNLABELLED,
     TrainingError,
     batched,
     by_kind,
@@ -49,6 +48,8 @@ if TYPE_CHECKING:
 
 SHARE_LOST = 0.01
 """The share of a new expert's own tokens that goes to others, so that they keep theirs."""
+OWN, OF_OPENING = 0, 1
+"""Labels of the new expert's tokens, and of those that go to the mean of all experts."""
 DRAWN = 512
 """Most tokens of each other expert that are drawn at a point; of all together `MAX_ROWS`."""
 
@@ -85,7 +86,9 @@ def grow(
     null = names[-1] == NULL
     alone = [renumbered(sequence, [expert]) for sequence in sequences]
     heldout = hold_out(alone, [names[expert]], seed=0)
-    batches = list(batched(alone, heldout, input_device(model)))
+    owners = [expert, *(place for place, name in enumerate(names) if name == SHARED)]
+    labelled = [renumbered(sequence, owners) for sequence in sequences]
+    batches = list(batched(labelled, heldout, input_device(model)))
     grown: dict[str, PointStatistics] = {}
     accuracies: list[float] = []
 
@@ -93,7 +96,7 @@ def grow(
         before = next((path for path in paths if path in statistics), None)
         if before is None:  # a new point: it follows the gate of an earlier one
             return None
-        fitted, checked = _tokens_by_kind(inputs, batches)
+        fitted, checked, opening = _tokens_by_kind(inputs, batches)
         known = statistics[before].to(input_device(model))
         kinds = [(share, x[:: -(-len(x) // MAX_ROWS)]) for share, x in fitted]
         point, covariance = known.grown(kinds, expert)
@@ -101,7 +104,7 @@ def grow(
         own = gates.own[before]
         others = own[0].to(input_device(model)), own[1].to(input_device(model))
         gate = _with_one_more(others, known, point, covariance, kinds, expert, null=null)
-        _keep_to_its_own(*gate, [x for _, x in checked], expert)
+        _keep_to_its_own(*gate, [x for _, x in checked], opening, expert)
         if not all(part.isfinite().all() for part in (*gate, *vars(point).values())):
             raise SingularError("the gate or the statistics of this point hold numbers too large")
         right = [((x @ gate[0].T + gate[1]).argmax(-1) == expert).float() for _, x in checked]
@@ -121,7 +124,7 @@ def grow(
         progress=progress,
     )
     return Fit(
-        num_tokens=sum(int((batch.labels != UNLABELLED).sum()) for batch in batches),
+        num_tokens=sum(int((batch.labels == OWN).sum()) for batch in batches),
         heldout_accuracy=sum(accuracies) / len(accuracies),
         wall_seconds=time.perf_counter() - started,
         statistics=grown,
@@ -195,7 +198,9 @@ def _with_one_more(
     return weight, bias
 
 
-def _keep_to_its_own(weight: Tensor, bias: Tensor, heldout: Sequence[Tensor], expert: int) -> None:
+def _keep_to_its_own(
+    weight: Tensor, bias: Tensor, heldout: Sequence[Tensor], opening: Tensor, expert: int
+) -> None:
     """Lower the new row's bias, in place, as far as held-out tokens of each kind allow.
 
     `SHARE_LOST` of these go to other choices then, and at least one; where more do, the bias stays.
@@ -203,29 +208,45 @@ def _keep_to_its_own(weight: Tensor, bias: Tensor, heldout: Sequence[Tensor], ex
     the layers above read its update in that token and in those after it, and take them for the new
     expert's own, which have more of it.
 
+    The opening's tokens stand before all prompts of the others, too. At most `SHARE_LOST` of them go
+    to the new expert, even if it gets none of its own tokens at this point. A limit to what it gives
+    up was tried: the others lost more, and it had no more (`tests/benchmarks/results/gates.md`).
+
     Args:
         heldout: tokens [T, IN] of each kind
+        opening: tokens [T, IN]; may be empty
     """
-    leads = []
-    for x in heldout:
+
+    def lead(x: Tensor) -> Tensor:
         logits = x @ weight.T + bias
         own = logits[:, expert].clone()
         logits[:, expert] = -torch.inf
-        leads.append((own - logits.max(1).values).quantile(SHARE_LOST))
-    bias[expert] -= torch.stack(leads).min().clamp_min(0)
+        return own - logits.max(1).values
+
+    less = torch.stack([lead(x).quantile(SHARE_LOST) for x in heldout]).min()
+    if len(opening):
+        less = less.maximum(lead(opening).quantile(1 - SHARE_LOST))
+    bias[expert] -= less.clamp_min(0)
 
 
 def _tokens_by_kind(
     inputs: Iterator[Tensor], batches: Sequence[Batch]
-) -> tuple[list[tuple[float, Tensor]], list[tuple[float, Tensor]]]:
-    """The labelled tokens of the sequences to fit, and of the held-out ones, each by kind."""
+) -> tuple[list[tuple[float, Tensor]], list[tuple[float, Tensor]], Tensor]:
+    """The new expert's tokens to fit, and those held out, each by kind; and the opening's.
+
+    The opening is the same in all sequences, so that of the first batch is enough. One of a single
+    token, as without a chat template, is left out: the first token of a text is unlike all others.
+    """
     halves: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
+    opening = torch.empty(0)
     for x, batch in zip(inputs, batches, strict=True):
+        if batch is batches[0] and (batch.labels[:, 1:] == OF_OPENING).any():
+            opening = x[batch.labels == OF_OPENING].float()
         for held in (False, True):
-            chosen = (batch.labels != UNLABELLED) & (batch.heldout == held)
+            chosen = (batch.labels == OWN) & (batch.heldout == held)
             halves[held].append((x[chosen].float(), batch.answer_starts[chosen]))
     fitted, checked = (by_kind(*map(torch.cat, zip(*half, strict=True))) for half in halves)
-    return fitted, checked
+    return fitted, checked, opening
 
 
 def _new_expert(

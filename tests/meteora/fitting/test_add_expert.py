@@ -14,6 +14,7 @@ from meteora.checkpoint.tensors import Gates
 from meteora.fitting import sequences as dealing
 from meteora.fitting.add_expert import (
     SHARE_LOST,
+    _keep_to_its_own,
     _tokens_by_kind,
     _with_one_more,
     drop,
@@ -239,9 +240,9 @@ def test_a_new_row_claims_no_more_than_the_held_out_tokens_of_its_expert_need(
     leads = []
 
     def watch(inputs, batches):
-        fitted, checked = _tokens_by_kind(inputs, batches)
-        leads.append(checked[0][1])
-        return fitted, checked
+        found = _tokens_by_kind(inputs, batches)
+        leads.append(found[1][0][1])
+        return found
 
     monkeypatch.setattr("meteora.fitting.add_expert._tokens_by_kind", watch)
     before, model = three.load(), world.load()
@@ -253,6 +254,48 @@ def test_a_new_row_claims_no_more_than_the_held_out_tokens_of_its_expert_need(
         logits = x @ weight.T + bias
         lead = logits[:, 3] - logits[:, :3].max(1).values
         assert lead.quantile(SHARE_LOST) < 1e-3
+
+
+@pytest.mark.parametrize(
+    ("leads_of_opening", "lost"),
+    [
+        ((), 0.01),
+        ((-3.0, -2.0), 0.01),
+        ((4.5, -2.0), 0.045),
+        ((90.0, 90.0), 0.9),
+        ((200.0, 200.0), 1.0),
+    ],
+)
+def test_of_its_own_a_new_expert_gives_up_more_where_the_opening_would_go_to_it(
+    leads_of_opening, lost
+):
+    weight, bias = torch.tensor([[0.0], [1.0]]), torch.zeros(2)
+    own = torch.arange(0.05, 100, 0.1)[:, None]  # the lead of each is its number
+    _keep_to_its_own(weight, bias, [own], torch.tensor(leads_of_opening)[:, None], 1)
+    assert ((own @ weight.T + bias).argmax(1) == 0).float().mean().item() == pytest.approx(
+        lost, abs=0.002
+    )
+
+
+def test_the_opening_is_looked_at_where_one_joins(world, three, monkeypatch):
+    before, model = with_opening(three), with_opening(world)
+    fitted = calibrate(
+        before, [replaced(s, {UNLABELLED: 3}) for s in examples(6, experts=range(3))]
+    )
+    seen = []
+    monkeypatch.setattr(
+        "meteora.fitting.add_expert._keep_to_its_own",
+        lambda _weight, _bias, _own, opening, _expert: seen.append(len(opening)),
+    )
+    own = examples(6, experts=[3])
+    behind = [replaced(s, {UNLABELLED: 4}) for s in own]
+    found = grow(model, behind, gates_of(before), fitted.statistics, ENTRY)
+    assert set(seen) == {2 * len(own)}
+    begun = [replaced(s, {UNLABELLED: 4}) for s in examples(6, experts=[3], opening=1)]
+    seen.clear()
+    grow(with_opening(world), begun, gates_of(before), fitted.statistics, ENTRY)
+    assert set(seen) == {0}
+    assert found.num_tokens == sum(sequence.experts.count(3) for sequence in own)
 
 
 def test_what_only_a_new_experts_answers_begin_with_is_known_as_its_own(world, three):

@@ -208,9 +208,9 @@ def _keep_to_its_own(
     the layers above read its update in that token and in those after it, and take them for the new
     expert's own, which have more of it.
 
-    The opening's tokens stand before all prompts of the others, too. At most `SHARE_LOST` of them go
-    to the new expert, even if it gets none of its own tokens at this point. A limit to what it gives
-    up was tried: the others lost more, and it had no more (`tests/benchmarks/results/gates.md`).
+    The opening's tokens stand before all prompts of the others, too. At most `SHARE_LOST` of them
+    go to the new expert, even if it gets none of its own at this point. With a limit to what it
+    gives up, the others lose more (`tests/benchmarks/results/gates.md`).
 
     Args:
         heldout: tokens [T, IN] of each kind

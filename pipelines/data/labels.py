@@ -36,7 +36,7 @@ class Labeller:
     """The label of tokens that belong to no expert."""
 
     def examples(self, examples: Mapping[str, Sequence[Row]]) -> list[LabelledSequence]:
-        """Every example, by expert, with that label; the template's opening has `nobody`."""
+        """Every example with the label of its expert; the template's opening has `nobody`."""
         return [
             sequence
             for e, name in enumerate(self.names)

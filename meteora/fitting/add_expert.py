@@ -69,7 +69,7 @@ def grow(
         model: with all experts inserted, the new one included
         sequences: two or more, of the new expert alone; with lists of its examples if the others
             were fitted to prompts of several tasks. Tokens before those that show its task may be
-            labelled with the mean of all experts, if that is a choice
+            labelled with the mean of all experts, if that is a choice; they stay with it
         gates: without the new expert
         statistics: of these gates, by module path
         options: how the gates route; the same as before
@@ -210,7 +210,8 @@ def _keep_to_its_own(
 
     The opening's tokens stand before all prompts of the others, too. At most `SHARE_LOST` of them
     go to the new expert, even if it gets none of its own at this point. With a limit to what it
-    gives up, the others lose more (`tests/benchmarks/results/gates.md`).
+    gives up, the others of six adapters lost more in the mean
+    (`tests/benchmarks/results/gates.md`).
 
     Args:
         heldout: tokens [T, IN] of each kind

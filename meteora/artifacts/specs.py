@@ -1,6 +1,7 @@
 """Bases, adapters and what is wrong with them, stacks of adapters, merges, and pools of prompts."""
 
 import re
+from collections.abc import Iterable
 from dataclasses import dataclass, fields, replace
 from typing import ClassVar, NamedTuple, Self
 
@@ -112,6 +113,11 @@ class AdapterRef(Noun):
 
 HEADS = {"lm_head", "embed_out"}
 """Names of the layer that gives the logits."""
+
+
+def heads_in(paths: Iterable[str]) -> list[str]:
+    """The modules of these that give the logits."""
+    return [path for path in paths if path.rpartition(".")[2] in HEADS]
 
 
 class Place(NamedTuple):

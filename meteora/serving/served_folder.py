@@ -18,7 +18,7 @@ from typing import Any
 from meteora.adapters import files as adapter_files
 from meteora.artifacts import MeteoraError
 from meteora.artifacts.routers import SERVABLE
-from meteora.artifacts.specs import HEADS
+from meteora.artifacts.specs import heads_in
 from meteora.base import loading
 from meteora.base.download import download_base
 from meteora.base.shapes import fingerprint_of
@@ -140,7 +140,7 @@ def _check_servable(folder: Path, manifest: Manifest) -> None:
     Those depend on chance, on a further pass of the base, or on later tokens.
     """
     router = manifest.router
-    if heads := [path for path in manifest.modules if path.rpartition(".")[2] in HEADS]:
+    if heads := heads_in(manifest.modules):
         raise ExportError(
             f"{folder}: experts change the head {heads[0]}, and vLLM's head takes none; leave them"
             " out, or serve the checkpoint with `meteora chat-server`"

@@ -3,6 +3,7 @@
 from collections.abc import Sequence
 
 from meteora.artifacts import RouterBuild, Score, short
+from meteora.artifacts.specs import heads_in
 from meteora.base.sources import GGUF, PATH
 from meteora.checkpoint.manifest import Manifest
 from meteora.untrusted.findings import MOST_NAMED, counted, listed
@@ -119,12 +120,22 @@ def _limits(manifest: Manifest) -> list[str]:
         else "A prompt that is like no expert's task still goes to some expert.",
         "The faults of the base and the adapters, and the terms of their licences, apply here too.",
         "It runs in transformers, with this package.",
-        "vLLM serves what `meteora export --for vllm` makes of it; other servers with model code of"
-        " their own cannot load it."
-        if router.is_servable
-        else "Servers with their own model code, such as vLLM, cannot load it: its router needs"
-        " whole prompts.",
+        _servers(manifest),
     ]
+
+
+def _servers(manifest: Manifest) -> str:
+    """Which servers load the model, as `export_for_vllm` decides."""
+    if not manifest.router.is_servable:
+        why = "its router needs whole prompts"
+    elif heads := heads_in(manifest.modules):
+        why = f"experts change its head {_code(heads[0])}"
+    else:
+        return (
+            "vLLM serves what `meteora export --for vllm` makes of it; other servers with model"
+            " code of their own cannot load it."
+        )
+    return f"Servers with their own model code, such as vLLM, cannot load it: {why}."
 
 
 def _measured(summary: Summary | None) -> list[str]:

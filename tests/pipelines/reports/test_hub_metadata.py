@@ -10,11 +10,12 @@ import pytest
 import yaml
 from huggingface_hub import parse_eval_result_entries
 
-from meteora.artifacts import ArtifactId, BenchmarkSpec, Score, ScoreTurn
+from meteora.artifacts import ArtifactId, BenchmarkSpec, RouterOptions, Score, ScoreTurn
+from meteora.artifacts.routers import POINT_GATES
 from meteora.checkpoint.manifest import EVAL_RESULTS
 from pipelines.recipe.benchmark import TaskSection
 from pipelines.recipe.recipe import Recipe, RecipeError
-from pipelines.reports.card import method_lines, score_table, usage_lines
+from pipelines.reports.card import method_lines, score_table, usage_lines, write_card
 from pipelines.reports.hub_metadata import write_eval_results
 from pipelines.reports.summary import Summary, summarise
 from pipelines.workspace.context import RunContext
@@ -79,6 +80,21 @@ def test_a_card_asks_in_the_chat_template_unless_the_model_is_for_plain_text(
     plain = replace(world.manifest, gates={"method": "calibrate", "template": "plain"})
     for manifest, code in ((world.manifest, "meteora.generate("), (plain, "model.generate(")):
         assert code in usage_lines(manifest, None)[-1]
+
+
+def test_a_card_names_vllm_only_if_vllm_is_given_the_model(world: World) -> None:
+    """`meteora export --for vllm` refuses the other two."""
+    head = {"lm_head": next(iter(world.manifest.modules.values()))}
+    whole = RouterOptions("gate", top_k=1, temperature=1.0, opening="prompt")
+    for manifest, said in (
+        (replace(world.manifest, router=POINT_GATES), "vLLM serves what `meteora export"),
+        (replace(world.manifest, router=whole), "cannot load it: its router needs whole prompts"),
+        (
+            replace(world.manifest, router=POINT_GATES, modules=head),
+            "cannot load it: experts change its head `lm_head`",
+        ),
+    ):
+        assert said in write_card(manifest, None, "a model")
 
 
 def test_answers_are_counted_once_for_all_metrics_of_a_task_and_a_turn_is_one() -> None:

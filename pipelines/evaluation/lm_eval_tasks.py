@@ -8,6 +8,7 @@ from typing import Any
 
 from accelerate.utils import set_seed
 from lm_eval.api.metrics import mean
+from lm_eval.api.registry import DEFAULT_METRIC_REGISTRY, get_metric_aggregation
 from lm_eval.evaluator import evaluate
 from lm_eval.tasks import TaskManager
 
@@ -25,7 +26,11 @@ def _own_tasks() -> TaskManager:
 
 
 def find_lm_eval_task(task: Task) -> TaskManager:
-    """Find a task of lm-eval, without its rows; `BenchmarkError` if there is none of this name."""
+    """Find a task of lm-eval, without its rows, and run none of its code.
+
+    Raises:
+        BenchmarkError: there is none of this name, or its YAML does not have the metrics.
+    """
     name, folder = task.lm_eval, task.folder
     if folder is None:
         manager = _own_tasks()
@@ -47,7 +52,25 @@ def find_lm_eval_task(task: Task) -> TaskManager:
         those = listed(manager.all_subtasks, 8) or "none that lm-eval can read"
         there = f"it has {those}" if folder else "`lm-eval ls tasks` lists them"
         raise BenchmarkError(f"there is no task {name!r} {where}{meant}; {there}")
+    if (aggregations := _declared(manager.task_index[name].cfg or {})) is not None:
+        _check_metrics(task, aggregations)
     return manager
+
+
+def _declared(config: Mapping[str, Any]) -> dict[str, Any] | None:
+    """The aggregation of each metric that a task's YAML names; None if its code decides that."""
+    default = DEFAULT_METRIC_REGISTRY.get(config.get("output_type", ""), ())
+    entries = config.get("metric_list") or [{"metric": name} for name in default]
+    aggregations = {}
+    for entry in entries:
+        metric = entry.get("metric", "/")
+        if "/" in metric:  # the file of a function, whose name is the metric's
+            return None
+        if "aggregation" in entry:
+            aggregations[metric] = mean if entry["aggregation"] == "mean" else None
+        else:
+            aggregations[metric] = get_metric_aggregation(metric)
+    return aggregations or None
 
 
 def ask_lm_eval_task(

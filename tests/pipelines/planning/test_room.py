@@ -305,6 +305,28 @@ def test_a_name_that_lm_eval_does_not_know_is_refused_before_any_work(tmp_path: 
         check_names([replace(mine, folder=tmp_path / "none")])
 
 
+def test_a_metric_that_a_task_of_lm_eval_lacks_is_refused_before_any_work(tmp_path: Path) -> None:
+    """By the YAML alone: the function is in no file, and the rows are nowhere."""
+    metrics = """[{metric: exact_match}, {metric: f1, aggregation: !function mine.f1}]"""
+    texts = {
+        "sums": f"output_type: generate_until\nmetric_list: {metrics}\n",
+        "choices": "output_type: multiple_choice\n",
+        "own": "metric_list: [{metric: !function mine.acc}]\n",
+    }
+    for name, text in texts.items():
+        (tmp_path / f"{name}.yaml").write_text(f"task: {name}\n{text}")
+    sums, choices, own = (
+        Task(name, ("acc",), "auto", 8, lm_eval=name, folder=tmp_path) for name in texts
+    )
+    check_names([replace(sums, metrics=("exact_match",)), choices, own])
+    with pytest.raises(BenchmarkError, match=r"acc is none of its metrics .*: exact_match$"):
+        check_names([sums])
+    with pytest.raises(BenchmarkError, match=r"f1 is no mean over rows .*: exact_match$"):
+        check_names([replace(sums, metrics=("exact_match", "f1"))])
+    with pytest.raises(BenchmarkError, match=r"bleu is none of its metrics .*: acc, acc_norm$"):
+        check_names([replace(choices, metrics=("bleu",))])
+
+
 def test_a_template_with_the_date_has_no_opening_that_gates_can_know(
     workplace: Callable[..., RunContext], chat_base: Path, recipe_folder: Path
 ) -> None:

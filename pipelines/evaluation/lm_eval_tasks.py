@@ -63,8 +63,8 @@ def _declared(config: Mapping[str, Any]) -> dict[str, Any] | None:
     entries = config.get("metric_list") or [{"metric": name} for name in default]
     aggregations = {}
     for entry in entries:
-        metric = entry.get("metric", "/")
-        if "/" in metric:  # the file of a function, whose name is the metric's
+        metric = entry.get("metric") if isinstance(entry, dict) else None
+        if not isinstance(metric, str) or "/" in metric:  # a function's file, or not lm-eval's form
             return None
         if "aggregation" in entry:
             aggregations[metric] = mean if entry["aggregation"] == "mean" else None

@@ -312,13 +312,14 @@ def test_a_metric_that_a_task_of_lm_eval_lacks_is_refused_before_any_work(tmp_pa
         "sums": f"output_type: generate_until\nmetric_list: {metrics}\n",
         "choices": "output_type: multiple_choice\n",
         "own": "metric_list: [{metric: !function mine.acc}]\n",
+        "malformed": "metric_list: acc\n",
     }
     for name, text in texts.items():
         (tmp_path / f"{name}.yaml").write_text(f"task: {name}\n{text}")
-    sums, choices, own = (
+    sums, choices, *others = (
         Task(name, ("acc",), "auto", 8, lm_eval=name, folder=tmp_path) for name in texts
     )
-    check_names([replace(sums, metrics=("exact_match",)), choices, own])
+    check_names([replace(sums, metrics=("exact_match",)), choices, *others])
     with pytest.raises(BenchmarkError, match=r"acc is none of its metrics .*: exact_match$"):
         check_names([sums])
     with pytest.raises(BenchmarkError, match=r"f1 is no mean over rows .*: exact_match$"):

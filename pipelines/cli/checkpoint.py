@@ -117,7 +117,7 @@ def publish(
     ledger = Ledger(home)
     folder = checkpoint_folder(checkpoint, home)
     # a publication of another one would be recorded under this id
-    is_recorded(ledger, FoundCheckpoint(folder, None, {}), read_manifest(folder))
+    is_recorded(ledger, FoundCheckpoint(folder), read_manifest(folder))
     found = find_base(folder, home, base, token_for or ())
     found = replace(found, device=device, dtype=dtype)
     to = Destination(

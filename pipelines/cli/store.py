@@ -147,7 +147,7 @@ def _serves(folder: Path, home: Path, url: str, count: int, model: str, *, as_js
     from pipelines.stages.adopt import as_recorded
 
     ledger = options.open_ledger(home)
-    folder = as_recorded(ledger, FoundCheckpoint(folder, None, {})).folder
+    folder = as_recorded(ledger, FoundCheckpoint(folder)).folder
     asked = recorded_answers(ledger, ArtifactId(read_manifest(folder).router_id), count)
     server = Server(url, model, os.environ.get(KEY, ""))
     found = server.answers(asked)

@@ -229,7 +229,7 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
         EditError: it is the only one.
     """
     manifest = _read_editable(folder)
-    is_ours = is_recorded(ledger, FoundCheckpoint(folder, None, {}), manifest)
+    is_ours = is_recorded(ledger, FoundCheckpoint(folder), manifest)
     gates = tensors.read_gates(folder, manifest)
     work = RunContext(ledger, Recipe.model_construct(), folder / MANIFEST, new_run_id())
     with _scratch(work, manifest, f"drop {name} from", "cpu") as scratch:

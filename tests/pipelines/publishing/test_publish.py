@@ -95,7 +95,7 @@ def folder(world: World, tmp_path: Path) -> Path:
 def put(server: HubServer, world: World, folder: Path, **asked: Any) -> Publication:
     token, dtype = asked.pop("token", "writer"), asked.pop("dtype", "auto")
     to = Destination(NAME, HubHere(server.endpoint, token), **asked)
-    found = FoundCheckpoint(folder, world.base, {}, dtype=dtype)
+    found = FoundCheckpoint(folder, world.base, dtype=dtype)
     made, recorded = publish(Ledger(folder.parent / "home"), found, to, "a-run")
     assert not recorded  # this home did not make it
     return made
@@ -222,7 +222,7 @@ def test_what_is_for_nobody_else_stays_here(
         with pytest.raises(HubTokenError):
             put(server, world, folder, token="")
     monkeypatch.chdir(folder.parent)
-    to, found = Destination(NAME, HubHere()), FoundCheckpoint(folder, world.base, {})
+    to, found = Destination(NAME, HubHere()), FoundCheckpoint(folder, world.base)
     with pytest.raises(HubTokenError):  # `.` is in every text
         publish(Ledger(Path()), found, to, "a-run")
     (folder / CARD).write_text(f"{text}{folder}")
@@ -309,7 +309,7 @@ def test_a_recipe_publishes_what_it_made_and_only_what_is_new(
     folder = work.checkpoint_folder(planned.router.id)
     to = Destination(NAME, HubHere(server.endpoint, "writer"))
     server.requests.clear()
-    found = FoundCheckpoint(folder, world.base, {})
+    found = FoundCheckpoint(folder, world.base)
     publish(work.ledger, found, to, work.run_id)
     assert not {kind for kind, _, _ in server.requests} & {"commit", "put", "tag", "get"}
     assert len(work.ledger.publications(NAME)) == 1
@@ -332,7 +332,7 @@ def _what_is_asked_anew_is_done_once(
     assert planned is not None
     assert work.recipe.publish is not None
     folder, commit = work.checkpoint_folder(planned.router.id), repo.branches["main"]
-    found = FoundCheckpoint(folder, world.base, {})
+    found = FoundCheckpoint(folder, world.base)
     for private, tag in ((False, ""), (True, ""), (True, "v1"), (True, "v2")):
         repo.private = private
         section = work.recipe.publish.model_copy(update={"private": private, "tag": tag})

@@ -120,7 +120,7 @@ def test_an_expert_is_added_to_a_quantised_base_and_dropped_again(
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"prompt": "{i}{i}123", "response": "45{i}"}}\n' for i in range(8)))
     asked = Candidate("more", str(adapter))
-    found = FoundCheckpoint(folder, base, {}, "cpu")
+    found = FoundCheckpoint(folder, base, device="cpu")
     larger = edit.add(work.ledger, found, asked, f"jsonl:{rows}")
     manifest = read_manifest(larger)
     assert manifest.base == read_manifest(folder).base

@@ -216,9 +216,15 @@ def _record(work: RunContext, adoption: Adoption) -> None:
             ledger.record_adapter(_verdict(entry), run_id=run_id)
         ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=run_id)
     record_stack(work, adoption.fused, experts)
-    gates, statistics = manifest.files.get(GATES, experts), manifest.files.get(STATISTICS, "")
-    num_tokens = manifest.gates.get("num_tokens", 0)
-    made = RouterBuild(adoption.router, gates, num_tokens, None, 0.0, "", statistics)
+    made = RouterBuild(
+        adoption.router,
+        manifest.files.get(GATES, experts),
+        num_tokens=manifest.gates.get("num_tokens", 0),
+        heldout_accuracy=None,
+        wall_seconds=0.0,
+        device="",
+        statistics_sha256=manifest.files.get(STATISTICS, ""),
+    )
     record_router(work, made)
 
 

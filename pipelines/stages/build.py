@@ -56,6 +56,7 @@ from pipelines.stages.checkpoint import (
     record_router,
     record_stack,
     stays_as_signed,
+    without_gates,
 )
 from pipelines.stages.open_model import (
     describe,
@@ -79,6 +80,7 @@ if TYPE_CHECKING:
     from meteora.fitting.statistics import Fit
     from pipelines.data.rows import Row
     from pipelines.planning.plan import Plan
+    from pipelines.recipe.recipe import Recipe
 
 
 LEAST_KNOWN = 0.5
@@ -176,8 +178,7 @@ def _recorded_gates(work: RunContext, plan: Plan, folder: Path) -> RouterBuild:
     elif plan.router.router == "gate":
         made = _make_gates(work, plan)
     else:
-        experts = str(work.ledger.weights_of(plan.fused.id))
-        made = RouterBuild(plan.router, experts, 0, None, 0.0, "")
+        made = without_gates(work, plan.router)
     record_router(work, made)
     shutil.rmtree(folder, ignore_errors=True)
     return made
@@ -218,8 +219,8 @@ def _make_gates(work: RunContext, plan: Plan) -> RouterBuild:
 def _compare_with_background(work: RunContext, plan: Plan) -> RouterBuild:
     """Fit a router of whole prompts, to texts that belong to no expert; it needs no examples."""
     started, router = time.perf_counter(), plan.router
-    model_of = opened(work, plan, None, map_to_fit(work, plan))
-    with model_of as (model, tokenizer), work.scratch() as scratch:
+    device_map = map_to_fit(work, plan)
+    with opened(work, plan, device_map) as (model, tokenizer), work.scratch() as scratch:
         silent_experts.probe(work, plan.experts, model, tokenizer)
         encoding = tokenizer_of_gates(tokenizer, router.template)
         texts = background_ids(encoding)
@@ -255,8 +256,8 @@ def _bytes_of_fit(plan: Plan) -> float:
 
 def _fit_here(work: RunContext, plan: Plan, out: Path) -> Fit:
     router = plan.router
-    model_of = opened(work, plan, None, map_to_fit(work, plan))
-    with model_of as (model, tokenizer), work.scratch() as scratch:
+    device_map = map_to_fit(work, plan)
+    with opened(work, plan, device_map) as (model, tokenizer), work.scratch() as scratch:
         sequences, template = _labelled(work, plan, model, tokenizer)
         if router.joint is None:
             found = _calibrate(work, router, model, sequences, template, scratch)
@@ -273,7 +274,7 @@ def _fit_together(work: RunContext, plan: Plan, out: Path) -> Fit:
     """Label with one model, release it, and train in processes with a model each."""
 
     def labelled() -> tuple[list[LabelledSequence], Template | None]:
-        with opened(work, plan, None, map_to_divide(work, plan)) as (model, tokenizer):
+        with opened(work, plan, map_to_divide(work, plan)) as (model, tokenizer):
             return _labelled(work, plan, model, tokenizer)
 
     sequences, template = labelled()
@@ -305,15 +306,8 @@ def _labelled(
     names = plan.fused.names
     shared = router.opening == "shared"
     nobody = len(names) if shared else UNLABELLED
-    asked = work.recipe.gates.conversations or work.recipe.gates.system_prompts
-    lacking = "" if tokenizer.is_fast else "the base's tokenizer gives no places of its tokens"
-    if not tokenizer.chat_template:
-        lacking = "the base has no chat template"
-    if asked and lacking:
-        without = "fitted without conversations and system prompts"
-        say(f"{lacking}: gates are {without}", "note")
-    talks = [] if lacking else _conversations(plan, tokenizer, room)
     labeller = Labeller(tokenizer, names, nobody)
+    talks = _conversations(work.recipe, plan, tokenizer, room)
     sequences = labeller.spans(talks) or labeller.examples(plan.examples)
     mixed = labeller.composites(
         plan.examples, router.mixed_prompts, seed=router.seed, digits=not router.crossed
@@ -357,13 +351,23 @@ def _say_unknown(
             )
 
 
-def _conversations(plan: Plan, tokenizer: PreTrainedTokenizerBase, room: int) -> list[Conversation]:
+def _conversations(
+    recipe: Recipe, plan: Plan, tokenizer: PreTrainedTokenizerBase, room: int
+) -> list[Conversation]:
     """The examples as conversations of at most `room` tokens, with system prompts.
 
-    Empty if the router asks for neither; the base's chat template may take only one of the two.
+    Empty if the router asks for neither, or the base can have neither. Its chat template may take
+    only one of the two.
     """
     lengths, systems = plan.router.conversations, plan.router.system_prompts
     if not (lengths or systems):
+        return []
+    lacking = "" if tokenizer.is_fast else "the base's tokenizer gives no places of its tokens"
+    if not tokenizer.chat_template:
+        lacking = "the base has no chat template"
+    if lacking:
+        if recipe.gates.conversations or recipe.gates.system_prompts:  # not only by default
+            say(f"{lacking}: gates are fitted without conversations and system prompts", "note")
         return []
     if systems and not takes(tokenizer, system="Be brief."):
         say("the base's chat template takes no system prompt: gates are fitted without", "note")

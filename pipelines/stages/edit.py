@@ -249,7 +249,9 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
             return out
         tensors.write_gates(scratch / GATES, kept)
         write_statistics(scratch / STATISTICS, statistics)
-        router = RouterBuild(spec, "", 0, None, 0.0, "cpu")
+        router = RouterBuild(
+            spec, "", num_tokens=0, heldout_accuracy=None, wall_seconds=0.0, device="cpu"
+        )
         edited = EditedCheckpoint(scratch, smaller, router)
         return _finish(work, manifest, edited, is_ours=is_ours)
 
@@ -307,7 +309,8 @@ def _read_editable(folder: Path) -> Manifest:
 def _scratch(work: RunContext, manifest: Manifest, what: str, device: str) -> Generator[Path]:
     """A temporary folder on the store's disk, for a run of its own; `gc` does not run meanwhile.
 
-    `what` is the change of the checkpoint, such as `drop sums from`.
+    Args:
+        what: the change of the checkpoint, such as `drop sums from`
     """
     name, stage = f"{what} {short(manifest.router_id)}", what.partition(" ")[0]
     with one_stage(work, name, canonical_sha256(name), device, stage):

@@ -161,7 +161,7 @@ def main() -> None:
 
     try:
         spread = map_to_divide(work, plan)
-        with opened(work, plan, None, spread) as (model, _), work.scratch() as scratch:
+        with opened(work, plan, spread) as (model, _), work.scratch() as scratch:
             made = train(work, plan.router, model, sequences, template, scratch, report)
     except MeteoraError as error:
         stage.send("error", error)

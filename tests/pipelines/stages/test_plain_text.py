@@ -42,7 +42,7 @@ def test_gates_are_fitted_to_plain_text_where_a_benchmark_asks_it(
     assert gates.heldout_accuracy == pytest.approx(bare.heldout_accuracy)
     assert plain.router == replace(chat.router, template="plain")
     assert plain.router.id != chat.router.id
-    with opened(work, plain, None) as (model, tokenizer):
+    with opened(work, plain) as (model, tokenizer):
         sequences, template = build._labelled(work, plain, model, tokenizer)
         assert tokenizer.chat_template  # it is left alone
     row = plain.examples["q_and_v"][0]

@@ -99,7 +99,7 @@ def test_a_quantised_base_is_another_base_in_every_id_and_is_loaded_so_again(
         assert {layer.weight.dtype for layer in routed_layers(model).values()} == {STORED[quantise]}
         with torch.inference_mode():
             logits.append(model(ids_in).logits)
-    with open_model.opened(work, planned, gates) as (model, _), torch.inference_mode():
+    with open_model.opened(work, planned, gates=gates) as (model, _), torch.inference_mode():
         assert torch.equal(model(ids_in).logits, logits[0])
     assert torch.equal(*logits)
     if quantise == "4bit":  # another way that is asked for goes before

@@ -129,8 +129,10 @@ def _compare_names(named: str, base: BaseSpec) -> tuple[Reason, ...]:
 def look_up_on_hub(context: RunContext, base: BaseSpec, ours: Path) -> LookUp:
     """A function that compares a named base on the Hub with ours, and saves its verdict.
 
-    Each base is looked up once. The next run tries an unreachable one again. Config and tokenizer
-    of our base are in the folder `ours`.
+    Each base is looked up once. The next run tries an unreachable one again.
+
+    Args:
+        ours: the folder with config and tokenizer of our base
     """
 
     @functools.cache

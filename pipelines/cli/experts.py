@@ -203,7 +203,8 @@ def _say_next(
 ) -> None:
     """Say how to measure a changed checkpoint, or to see its scores if it was measured before.
 
-    `rows` is the option for rows to measure it on, if none are recorded.
+    Args:
+        rows: the option for rows to measure it on; empty if some are recorded
     """
     from pipelines.workspace.checkpoints import base_option
     from store.ledger import Ledger

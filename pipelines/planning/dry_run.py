@@ -44,7 +44,9 @@ def print_steps(
 ) -> bool:
     """Print the steps of a run, with estimates if the base's config is on this disk.
 
-    `base`, `built`, `reason` and `plan` are those of a `Look`.
+    Args:
+        base, built, reason, plan: as in `Look`
+        until: the last stage of the run
 
     Returns:
         Whether the run would reach its end, as far as can be known without a download.

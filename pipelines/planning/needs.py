@@ -128,7 +128,8 @@ def _all_rows(
 ) -> tuple[dict[str, Rows], dict[str, Rows], Rows | None]:
     """The examples by expert, the tests by task, and the pool, if there is one.
 
-    `turn_tokens` are those of the chat template around each question and its answer.
+    Args:
+        turn_tokens: of the chat template, around each question and its answer
     """
     recipe, settings = context.recipe, context.recipe.benchmark
 

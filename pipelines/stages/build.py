@@ -94,9 +94,9 @@ LEAST_EXPERTS = 3
 def build_base(work: RunContext, spec: BaseSpec) -> BuiltBase:
     """Provide the base as safetensors: a local folder, a download, or a dequantised GGUF file."""
     folder = work.base_folder(spec)
-    known = work.ledger.built(spec.id)
+    known = work.ledger.built_as(BuiltBase, spec.id)
     if known is not None and folder.is_dir():
-        return BuiltBase.from_dict(known)
+        return known
     if spec.quantise:  # its files are those of the full base
         built = replace(build_base(work, spec.stored), spec=spec)
         loading.refuse_quantised(folder)
@@ -171,8 +171,9 @@ def fit_gates(work: RunContext, plan: Plan) -> RouterBuild:
 
 
 def _recorded_gates(work: RunContext, plan: Plan, folder: Path) -> RouterBuild:
-    if work.holds(plan.router.id):
-        return RouterBuild.from_dict(work.ledger.built(plan.router.id) or {})
+    known = work.ledger.built_as(RouterBuild, plan.router.id)
+    if known is not None and work.holds(plan.router.id):
+        return known
     if plan.router.router == "prompt":
         made = _compare_with_background(work, plan)
     elif plan.router.router == "gate":

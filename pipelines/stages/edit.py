@@ -393,8 +393,7 @@ def _given_again(ledger: Ledger, spec: RouterSpec, scratch: Path) -> RouterBuild
 
     Fitted again, on another device or by other threads, they would have other bytes.
     """
-    made = ledger.built(spec.id)
-    router = None if made is None else RouterBuild.from_dict(made)
+    router = ledger.built_as(RouterBuild, spec.id)
     if router is None or not all(sha256 in ledger.blobs for sha256 in router.blobs):
         return None
     for name, sha256 in zip((GATES, STATISTICS), router.blobs, strict=True):

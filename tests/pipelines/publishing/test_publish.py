@@ -15,11 +15,9 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
-import torch
 from huggingface_hub import ModelCard
 
-from meteora.artifacts import Publication, RouterOptions
-from meteora.checkpoint import tensors
+from meteora.artifacts import Publication
 from meteora.checkpoint.manifest import (
     CARD,
     CONFIG,
@@ -49,10 +47,11 @@ from pipelines.workspace.context import RunContext
 from pipelines.workspace.environment import SETTINGS
 from store.ledger import Ledger
 from tests.conftest import World
-from tests.pipelines.conftest import finished, run
+from tests.pipelines.conftest import finished, result_of, run
 from tests.pipelines.hub.hub_here import HubHere
 from tests.pipelines.hub.hub_server import Fault, HubServer
 from tests.pipelines.hub.hub_uploads import NAME, GitRepo, repo_of, running_upload_hub
+from tests.pipelines.publishing.publish_yard import with_gates
 from tests.pipelines.publishing.reload_here import ReloadHere
 
 # huggingface_hub 2.4 hands httpx2 a file as `data`, which that one asks to be called `content`
@@ -113,14 +112,7 @@ def test_it_is_private_and_whole_and_new_gates_leave_the_experts_where_they_are(
     assert repo.tags == {made.tag: made.revision}
     assert card.NAME_PLACEHOLDER in (folder / CARD).read_text()
 
-    manifest = read_manifest(folder)
-    entry = RouterOptions("gate", 1, 1.0)
-    (folder / MANIFEST).write_text(dataclasses.replace(manifest, router=entry).to_json())
-    own = {
-        path: (torch.randn(len(manifest.experts), module.in_features), torch.zeros(4))
-        for path, module in manifest.modules.items()
-    }
-    tensors.write_gates(folder / GATES, tensors.Gates(own))
+    (folder / MANIFEST).write_text(with_gates(folder, read_manifest(folder)).to_json())
     server.requests.clear()
     put(server, world, folder)
     assert server.count("put") == 1
@@ -304,8 +296,7 @@ def test_a_recipe_publishes_what_it_made_and_only_what_is_new(
     answer = work.ledger.query("SELECT repo_id, revision, kind FROM publications")
     assert answer.rows == [(NAME, repo.branches["main"], "router")]
 
-    planned = finished(work)
-    assert planned is not None
+    planned, _ = result_of(work)
     folder = work.checkpoint_folder(planned.router.id)
     to = Destination(NAME, HubHere(server.endpoint, "writer"))
     server.requests.clear()
@@ -328,8 +319,7 @@ def _what_is_asked_anew_is_done_once(
     work: RunContext, repo: GitRepo, to: Destination, world: World
 ) -> None:
     """Another visibility, a tag, a file that is not published: then nothing is left to do."""
-    planned = finished(work)
-    assert planned is not None
+    planned, _ = result_of(work)
     assert work.recipe.publish is not None
     folder, commit = work.checkpoint_folder(planned.router.id), repo.branches["main"]
     found = FoundCheckpoint(folder, world.base)

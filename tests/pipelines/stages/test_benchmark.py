@@ -30,7 +30,7 @@ from pipelines.stages.benchmark import (
 from store.events import RunStarted
 from store.ledger import Ledger
 from tests.pipelines.cli.command_line import ask
-from tests.pipelines.conftest import finished, letters, run
+from tests.pipelines.conftest import letters, result_of, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,8 +60,7 @@ def dropped(workplace: Callable[..., RunContext], kept: Path) -> tuple[RunContex
         shutil.copytree(kept, work.home, dirs_exist_ok=True)
     else:
         run(work)
-        plan = finished(work)
-        assert plan is not None
+        plan, _ = result_of(work)
         folder = work.checkpoint_folder(plan.router.id)
         said = ask("drop", folder, "attention", "--home", work.home)
         assert said.returncode == 0, said.stderr

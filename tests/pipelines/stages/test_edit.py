@@ -51,7 +51,7 @@ from tests.pipelines.admission.test_base_identity import profile_of
 from tests.pipelines.admission.test_discover import adapter_repo
 from tests.pipelines.admission.test_verdicts import altered
 from tests.pipelines.cli.command_line import ask
-from tests.pipelines.conftest import finished, letters, run
+from tests.pipelines.conftest import letters, result_of, run
 from tests.pipelines.hub.hub_server import HubServer, Main, Repo, running_hub
 from tests.pipelines.stages.test_spread import fit
 
@@ -72,8 +72,7 @@ def made(workplace: Callable[..., RunContext], kept: Path) -> tuple[RunContext, 
     else:
         run(work)
         shutil.copytree(work.home, kept)
-    planned = finished(work)
-    assert planned is not None
+    planned, _ = result_of(work)
     return work, work.checkpoint_folder(planned.router.id)
 
 

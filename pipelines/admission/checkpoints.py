@@ -141,7 +141,7 @@ def find(
 def find_base(
     folder: Path,
     home: Path,
-    base: Path | None = None,
+    base: Path | None,
     token_for: Collection[str] = (),
     *,
     is_loaded: bool = True,

@@ -124,7 +124,7 @@ def add(
     )
     candidate.find_folder()  # if there is none, that is told before rows and checkpoint are read
     if test:
-        here, token_of = Path.cwd(), token_of_rows(token_for)
+        here, token_of = Path.cwd(), token_of_rows(candidate.recipe.hub)
         refuse_overlap(
             {name: read_rows(examples, here, edit.EXAMPLES, token_of)},
             {name: read_rows(test, here, MOST_TESTS, token_of)},

@@ -38,9 +38,9 @@ def print_steps(
     context: RunContext,
     base: BaseSpec | None,
     built: BuiltBase | None,
-    reason: str = "",
-    until: Stage = Stage.publish,
-    plan: Plan | None = None,
+    reason: str,
+    until: Stage,
+    plan: Plan | None,
 ) -> bool:
     """Print the steps of a run, with estimates if the base's config is on this disk.
 

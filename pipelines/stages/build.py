@@ -197,10 +197,9 @@ def _make_gates(work: RunContext, plan: Plan) -> RouterBuild:
         if found.statistics:
             write_statistics(scratch / STATISTICS, found.statistics)
             statistics_sha256 = work.ledger.blobs.put(scratch / STATISTICS, move=True)
-        hub = work.recipe.hub
         licences = licences_of_data_sets(
             [*plan.card_examples.values(), *plan.hub_examples.values()],
-            token_of_rows(hub.token_for, allow_http=hub.allow_http),
+            token_of_rows(work.recipe.hub),
         )
         return RouterBuild(
             spec=plan.router,

@@ -205,7 +205,7 @@ def _check_texts(name: str, examples: str) -> None:
 
 def _read_examples(examples: str, candidate: Candidate) -> tuple[list[Row], str]:
     """The rows, and their source with its commit if it is a data set of the Hub; else empty."""
-    token_of = token_of_rows(candidate.token_for)
+    token_of = token_of_rows(candidate.recipe.hub)
     of_hub = pin_source(examples, token_of)
     return read_rows(of_hub or examples, Path.cwd(), EXAMPLES, token_of), of_hub
 
@@ -214,7 +214,7 @@ def _data_set(of_hub: str, candidate: Candidate) -> dict[str, Any]:
     """What a `RouterBuild` notes on the new expert's data set of the Hub, if there is one."""
     if not of_hub:
         return {}
-    licences = licences_of_data_sets([of_hub], token_of_rows(candidate.token_for))
+    licences = licences_of_data_sets([of_hub], token_of_rows(candidate.recipe.hub))
     stated = tuple(f"{name}: {licence}" for name, licence in licences.items())
     return {"hub_examples": (f"{candidate.name}: {of_hub}",), "example_licences": stated}
 

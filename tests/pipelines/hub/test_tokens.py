@@ -103,13 +103,13 @@ def test_data_sets_get_it_where_the_recipe_names_their_owner(
     recipe = Recipe.load(recipe_folder / "recipe.yaml")
     named = recipe.model_copy(update={"hub": recipe.hub.model_copy(update={"token_for": ("me",)})})
     for name in ("me/mine", "you/yours"):
-        assert read_rows(f"hf:{name}", tmp_path, 1, token_of_rows(named.hub.token_for))
+        assert read_rows(f"hf:{name}", tmp_path, 1, token_of_rows(named.hub))
     assert sent == {"me/mine": "hf_saved", "you/yours": False}
     assert read_rows("hf:me/mine", tmp_path, 1)
     assert sent["me/mine"] is False
     monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example")
     with pytest.raises(InsecureEndpointError):
-        read_rows("hf:me/mine", tmp_path, 1, token_of_rows(named.hub.token_for))
+        read_rows("hf:me/mine", tmp_path, 1, token_of_rows(named.hub))
 
 
 def test_a_recipe_alone_sends_it_to_no_server(

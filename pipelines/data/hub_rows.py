@@ -85,7 +85,7 @@ def text_in(item: Mapping[str, Any], names: str, source: str, *, may_miss: bool)
     for name in names.split(","):
         value: Any = item
         for step in [name] if name in item else name.split("."):
-            if isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+            if isinstance(value, list) and step in map(str, range(len(value))):
                 value = value[int(step)]
                 continue
             if not isinstance(value, dict) or step not in value:

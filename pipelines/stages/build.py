@@ -9,8 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -67,7 +66,7 @@ from pipelines.stages.open_model import (
 )
 from pipelines.workspace.bases import require_sound, seal, unfinished
 from pipelines.workspace.checkpoints import is_whole
-from pipelines.workspace.console import bar, say
+from pipelines.workspace.console import bar, progress_bar, say
 from pipelines.workspace.context import RunContext, put_in_place
 from pipelines.workspace.faults import require_space
 from pipelines.workspace.machine import choose_device
@@ -225,14 +224,14 @@ def _compare_with_background(work: RunContext, plan: Plan) -> RouterBuild:
         encoding = tokenizer_of_gates(tokenizer, router.template)
         texts = background_ids(encoding)
         layers = model.config.get_text_config().num_hidden_layers
-        with bar("reading background texts", layers, "layers") as advance:
+        with progress_bar("reading background texts", layers, "layers") as show:
             gates = fit_to_background(
                 model,
                 texts,
                 router.options,
                 Template.of(encoding),
                 scratch=scratch,
-                progress=lambda _done, _total: advance(1),
+                progress=show,
             )
         tensors.write_prompt_gates(scratch / GATES, gates)
         sha256 = work.ledger.blobs.put(scratch / GATES, move=True)
@@ -262,7 +261,7 @@ def _fit_here(work: RunContext, plan: Plan, out: Path) -> Fit:
         if router.joint is None:
             found = _calibrate(work, router, model, sequences, template, scratch)
         else:
-            with _steps(router) as show:
+            with progress_bar("training the gates", router.joint.steps, "steps") as show:
                 found = train_processes.train(
                     work, router, model, sequences, template, scratch, show
                 )
@@ -277,9 +276,10 @@ def _fit_together(work: RunContext, plan: Plan, out: Path) -> Fit:
         with opened(work, plan, map_to_divide(work, plan)) as (model, tokenizer):
             return _labelled(work, plan, model, tokenizer)
 
+    assert plan.router.joint is not None  # noqa: S101  (no other gates take several processes)
     sequences, template = labelled()
     torch.cuda.empty_cache()
-    with _steps(plan.router) as show:
+    with progress_bar("training the gates", plan.router.joint.steps, "steps") as show:
         return train_processes.train_together(work, plan, sequences, template, out, show)
 
 
@@ -388,20 +388,6 @@ def _conversations(
     return deal((1,))  # else an expert has all its examples in one conversation
 
 
-@contextmanager
-def _steps(router: RouterSpec) -> Generator[Callable[[int, int], None]]:
-    """A bar over the steps of a training, which may continue an earlier one."""
-    shown, steps = 0, router.joint.steps if router.joint else 0
-    with bar("training the gates", steps, "steps") as advance:
-
-        def show(done: int, _total: int) -> None:
-            nonlocal shown
-            advance(done - shown)
-            shown = done
-
-        yield show
-
-
 def _calibrate(
     work: RunContext,
     router: RouterSpec,
@@ -411,7 +397,7 @@ def _calibrate(
     scratch: Path,
 ) -> Fit:
     layers = model.config.get_text_config().num_hidden_layers
-    with bar("fitting the gates", layers, "layers") as advance:
+    with progress_bar("fitting the gates", layers, "layers") as show:
         found = calibrate.calibrate(
             model,
             sequences,
@@ -423,7 +409,7 @@ def _calibrate(
             seed=router.seed,
             scratch=scratch,
             folder=work.training_folder(router.id),
-            progress=lambda _done, _total: advance(1),
+            progress=show,
         )
     if found.not_crossed:
         names = listed(found.not_crossed, MOST_NAMED)

@@ -60,7 +60,7 @@ from pipelines.stages.adopt import is_recorded
 from pipelines.stages.checkpoint import record_router, record_stack, replace_checkpoint, write_texts
 from pipelines.stages.open_model import entry_of, stack_in, tokenizer_of_gates
 from pipelines.workspace.checkpoints import is_whole
-from pipelines.workspace.console import bar, say
+from pipelines.workspace.console import progress_bar, say
 from pipelines.workspace.context import RunContext, new_run_id
 from pipelines.workspace.machine import choose_device, device_name, is_too_large, memory_bytes
 from pipelines.workspace.recorded_run import one_stage
@@ -161,14 +161,14 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         lists = labeller.lists(rows, place, kinds, digits=not crossed)
         sequences += with_room(room_of(model.config), lists)
         layers = model.config.get_text_config().num_hidden_layers
-        with bar("fitting the gates", layers, "layers") as advance:
+        with progress_bar("fitting the gates", layers, "layers") as show:
             growth = add_expert.grow(
                 model,
                 sequences,
                 gates,
                 read_statistics(folder, manifest, gates),
                 larger.router,
-                progress=lambda _done, _total: advance(1),
+                progress=show,
             )
         tensors.write_gates(scratch / GATES, gates_of(model))
         write_statistics(scratch / STATISTICS, growth.statistics)

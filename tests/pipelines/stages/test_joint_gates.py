@@ -41,16 +41,14 @@ class KilledError(BaseException):
 
 
 @contextmanager
-def killed_after_three(_what: str, _total: int, _unit: str) -> Generator[Callable[[int], None]]:
-    left = 3
-
-    def advance(count: int) -> None:
-        nonlocal left
-        left -= count
-        if left == 0:
+def killed_after_three(
+    _what: str, _total: int, _unit: str
+) -> Generator[Callable[[int, int], None]]:
+    def show(done: int, _all: int) -> None:
+        if done == 3:
             raise KilledError
 
-    yield advance
+    yield show
 
 
 def test_a_killed_training_goes_on_and_ends_in_the_same_gates(
@@ -89,7 +87,7 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_gates(
     build.stack(stopped, planned)
     folder = stopped.training_folder(planned.router.id)
     with monkeypatch.context() as patch:
-        patch.setattr(build, "bar", killed_after_three)
+        patch.setattr(build, "progress_bar", killed_after_three)
         with pytest.raises(KilledError):
             build.fit_gates(stopped, planned)
     assert [path.name for path in folder.iterdir()] == ["training.safetensors"]

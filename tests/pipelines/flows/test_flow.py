@@ -280,16 +280,16 @@ def test_a_run_that_is_killed_after_its_last_result_is_closed_by_the_next(
     workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though nothing is left to do."""
-    from tests.pipelines.cli.command_line import meteora  # noqa: PLC0415
+    from tests.pipelines.cli.command_line import done  # noqa: PLC0415
 
     monkeypatch.setattr("pipelines.flows.flow.StageProcess", Here)
     work = workplace(benchmark=QUICK)
     kill_after("write_checkpoint", work)
     assert finished(work) is not None
-    assert meteora("run", work.path, home=work.home).returncode == 0
+    done("run", work.path, "--home", work.home)
     assert work.ledger.unended_runs() == []
     assert sorted(work.ledger.query("SELECT outcome FROM runs").rows) == [("killed",), ("ok",)]
-    assert "nothing to do" in meteora("run", work.path, home=work.home).stderr
+    assert "nothing to do" in done("run", work.path, "--home", work.home).stderr
 
 
 def keep_a_port_for(home: Path) -> str:

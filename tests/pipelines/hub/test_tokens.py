@@ -32,7 +32,7 @@ from pipelines.workspace.context import RunContext
 from pipelines.workspace.environment import SETTINGS
 from tests.conftest import World
 from tests.pipelines.admission.test_discover import COMMIT, adapter_repo
-from tests.pipelines.cli.command_line import ask
+from tests.pipelines.cli.command_line import ask, done
 from tests.pipelines.hub.hub_server import running_hub
 
 ROOT = Path(__file__).parents[3]
@@ -171,8 +171,7 @@ def test_publish_sends_it_there_and_to_the_owner_of_the_base_only_if_named(
     monkeypatch.setattr(publish, "publish", take)
     monkeypatch.setattr(checkpoints, "cached", lambda *_: tmp_path)  # the base is here
     words = [*words, "--device", "cpu", "--dtype", "float32"]
-    said = ask("publish", tmp_path / "fused", "org/model", "--home", tmp_path / "home", *words)
-    assert said.returncode == 0, said.stderr
+    said = done("publish", tmp_path / "fused", "org/model", "--home", tmp_path / "home", *words)
     ((found, to),) = seen
     assert (found.device, found.dtype) == ("cpu", "float32")
     words[words.index("cpu")] = "cuda:99"

@@ -5,7 +5,7 @@ from pathlib import Path
 import pytest
 
 from pipelines.evaluation import routing_stats
-from tests.pipelines.cli.command_line import ask
+from tests.pipelines.cli.command_line import done
 
 
 @pytest.fixture(autouse=True)
@@ -15,12 +15,10 @@ def _few_composites(monkeypatch: pytest.MonkeyPatch) -> None:
 
 def dropped_and_added(checkpoint: Path, base: Path, recipe_folder: Path, home: Path) -> Path:
     """The checkpoint after an expert was dropped, and added again from the recipe's files."""
-    dropped = ask("drop", checkpoint, "attention", "--home", home)
-    assert dropped.returncode == 0, dropped.stderr
+    dropped = done("drop", checkpoint, "attention", "--home", home)
     source = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
-    added = ask(
+    added = done(
         "add", dropped.stdout.strip(), "attention", recipe_folder / "attention", source,
         "--base", base, "--home", home,
     )  # fmt: skip
-    assert added.returncode == 0, added.stderr
     return Path(added.stdout.strip())

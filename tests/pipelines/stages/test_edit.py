@@ -50,7 +50,7 @@ from tests.conftest import ATTENTION, World
 from tests.pipelines.admission.test_base_identity import profile_of
 from tests.pipelines.admission.test_discover import adapter_repo
 from tests.pipelines.admission.test_verdicts import altered
-from tests.pipelines.cli.command_line import ask
+from tests.pipelines.cli.command_line import ask, done
 from tests.pipelines.conftest import letters, result_of, run
 from tests.pipelines.hub.hub_server import HubServer, Main, Repo, running_hub
 from tests.pipelines.stages.test_spread import fit
@@ -92,8 +92,7 @@ def test_an_expert_goes_and_comes_back(
 ) -> None:
     work, folder = made
     before = read_manifest(folder)
-    dropped = ask("drop", folder, "attention", "--home", work.home)
-    assert dropped.returncode == 0, dropped.stderr
+    dropped = done("drop", folder, "attention", "--home", work.home)
     without = Path(dropped.stdout.strip())
     on_mps = FoundCheckpoint(without, device="mps")
     with pytest.raises(GrowthError, match="in 64 bits, which mps has not; say --device cpu"):
@@ -113,11 +112,10 @@ def test_an_expert_goes_and_comes_back(
         assert len(bias) == 2  # the mean stays a choice
 
     source = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
-    added = ask(
+    added = done(
         "add", without, "attention", recipe_folder / "attention", source,
         "--base", recipe_folder / "base", "--home", work.home,
     )  # fmt: skip
-    assert added.returncode == 0, added.stderr
     again = Path(added.stdout.strip())
     gates = (again / GATES).stat()
     repeated = ask(

@@ -51,11 +51,11 @@ from pipelines.planning.room import with_room, without_too_long
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
 from pipelines.stages.checkpoint import (
+    not_fitted,
     place_checkpoint,
     record_router,
     record_stack,
     stays_as_signed,
-    without_gates,
 )
 from pipelines.stages.open_model import (
     describe,
@@ -178,7 +178,7 @@ def _recorded_gates(work: RunContext, plan: Plan, folder: Path) -> RouterBuild:
     elif plan.router.router == "gate":
         made = _make_gates(work, plan)
     else:
-        made = without_gates(work, plan.router)
+        made = not_fitted(work, plan.router)
     record_router(work, made)
     shutil.rmtree(folder, ignore_errors=True)
     return made

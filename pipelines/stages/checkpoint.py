@@ -89,8 +89,8 @@ def record_stack(work: RunContext, fused: FusedSpec, sha256: str) -> None:
     )
 
 
-def without_gates(work: RunContext, spec: RouterSpec) -> RouterBuild:
-    """A router to which nothing is fitted; the file of its weights is that of the experts."""
+def not_fitted(work: RunContext, spec: RouterSpec) -> RouterBuild:
+    """A router to which nothing is fitted here; its weights are those of the recorded experts."""
     experts = str(work.ledger.weights_of(spec.fused_id))
     return RouterBuild(
         spec, experts, num_tokens=0, heldout_accuracy=None, wall_seconds=0.0, device=""

@@ -38,7 +38,7 @@ from pipelines.planning.room import check_names, check_room, check_rows, longest
 from pipelines.scoring import compare
 from pipelines.scoring.judges import judged_scores
 from pipelines.scoring.outputs import write_outputs
-from pipelines.stages.checkpoint import record_router, without_gates
+from pipelines.stages.checkpoint import not_fitted, record_router
 from pipelines.stages.open_model import is_spread, opened, tokenizer_of_gates
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.machine import device_name, memory_bytes
@@ -201,7 +201,7 @@ def _record_controls(work: RunContext, plan: Plan) -> None:
     """Record the routers and merges that are only measured: their scores refer to them."""
     for spec in plan.others.values():
         if work.ledger.weights_of(spec.id) is None:
-            record_router(work, without_gates(work, spec))
+            record_router(work, not_fitted(work, spec))
     for spec in plan.merges.values():
         if work.ledger.weights_of(spec.id) is None:
             work.ledger.record_artifact(spec, weights_sha256="", run_id=work.run_id)

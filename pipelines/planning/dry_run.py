@@ -46,7 +46,6 @@ def print_steps(
 
     Args:
         base, built, reason, plan: as in `Look`
-        until: the last stage of the run
 
     Returns:
         Whether the run would reach its end, as far as can be known without a download.

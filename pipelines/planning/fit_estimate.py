@@ -104,7 +104,6 @@ def bytes_of_gates(inputs: Mapping[str, int], num_experts: int, share: str) -> t
     """The largest file sizes of gates, and of the statistics that they are fitted to, in bytes.
 
     Args:
-        inputs: the width of each routed module's input, by its path
         share: as in `RouterOptions`
     """
     points = _widths(inputs, share)
@@ -116,11 +115,7 @@ def bytes_of_gates(inputs: Mapping[str, int], num_experts: int, share: str) -> t
 def bytes_while_fitting(
     inputs: Mapping[str, int], num_experts: int, share: str, *, is_joint: bool
 ) -> float:
-    """The most disk space, in bytes, for gates until they are recorded.
-
-    Args:
-        inputs, num_experts, share: as of `bytes_of_gates`
-    """
+    """The most disk space, in bytes, for gates until they are recorded."""
     gates, kept = bytes_of_gates(inputs, num_experts + 2, share)  # with the mean, and the base
     if is_joint:
         return gates * 4  # the saved state: parameters with two moments; and the gates

@@ -117,7 +117,6 @@ def rows_at_once(
     Args:
         num_tokens: of the longest prompt with its answer
         held_bytes: of the model
-        memory_bytes: of the device
     """
     if settings.batch_size != "auto":
         return settings.batch_size

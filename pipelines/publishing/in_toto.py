@@ -156,11 +156,7 @@ def _examples(of: DataSet) -> dict[str, Any]:
 def _dependency(
     name: str, source: str, revision: str, *, sha256: str = "", licence: str = ""
 ) -> dict[str, Any]:
-    """A Hub commit, or a local file by its hash.
-
-    Args:
-        sha256: of the weights; empty if it is not known
-    """
+    """A Hub commit, or a local file by its hash; with the hash of its weights, if it is known."""
     pinned = COMMIT.fullmatch(revision)
     found: dict[str, Any] = {
         "name": name,

@@ -6,7 +6,7 @@ A fact is on disk when `record_…` returns. Recording it again does nothing.
 import re
 from collections.abc import Iterable, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from meteora.artifacts import (
     AdapterSpec,
@@ -30,6 +30,7 @@ from store.sharing import Setting, Sharing
 
 WRITE_DEADLINE_SECONDS = 60.0
 """Time that a writer waits for the lock of another one."""
+Built = TypeVar("Built", bound=Noun)
 
 
 class Recording:
@@ -160,6 +161,11 @@ class Recording:
         """The noun that was built, as its `to_dict`; None if there is none."""
         record = self._lookup.first("artifact", artifact_id)
         return record.body["built"] if record else None
+
+    def built_as(self, noun: type[Built], artifact_id: ArtifactId) -> Built | None:
+        """The noun that was built; None if there is none."""
+        body = self.built(artifact_id)
+        return None if body is None else noun.from_dict(body)
 
     def spec_of(self, artifact_id: ArtifactId) -> dict[str, Any] | None:
         """The spec of an artifact, as its `to_dict`; None if it is not recorded."""

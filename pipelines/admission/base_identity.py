@@ -17,6 +17,7 @@ from typing import TYPE_CHECKING
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError
 from meteora.artifacts import COMMIT, REPO_ID, Noun, Reason, canonical_json, canonical_sha256
+from meteora.base.sources import PATH
 from meteora.base.temporary_folder import temporary_folder
 from meteora.untrusted.findings import brief, shortened
 from pipelines.hub import repositories
@@ -114,7 +115,7 @@ def _compare_names(named: str, base: BaseSpec) -> tuple[Reason, ...]:
     names, up to a suffix.
     """
     theirs, ours = (name.rpartition("/")[2].lower() for name in (named, base.base_model))
-    ours = ours.removeprefix("path:")
+    ours = ours.removeprefix(PATH)
     if theirs.startswith(ours) or ours.startswith(theirs):
         return ()
     return (
@@ -129,8 +130,10 @@ def _compare_names(named: str, base: BaseSpec) -> tuple[Reason, ...]:
 def look_up_on_hub(context: RunContext, base: BaseSpec, ours: Path) -> LookUp:
     """A function that compares a named base on the Hub with ours, and saves its verdict.
 
-    Each base is looked up once. The next run tries an unreachable one again. Config and tokenizer
-    of our base are in the folder `ours`.
+    Each base is looked up once. The next run tries an unreachable one again.
+
+    Args:
+        ours: the folder with config and tokenizer of our base
     """
 
     @functools.cache

@@ -7,7 +7,7 @@ base that a checkpoint names are no reason to send it.
 from __future__ import annotations
 
 from collections.abc import Collection
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -40,9 +40,9 @@ class FoundCheckpoint:
     """A checkpoint on this disk."""
 
     folder: Path
-    base_folder: Path | None
+    base_folder: Path | None = None
     """None if its base comes from the Hub or a package."""
-    download: dict[str, str | bool]
+    download: dict[str, str | bool] = field(default_factory=dict)
     """Options for the download of its base, as `meteora.load` takes them."""
     device: str = "auto"
     """The device of the model, as `choose_device` takes it. With `auto`, a model too large for one
@@ -141,7 +141,7 @@ def find(
 def find_base(
     folder: Path,
     home: Path,
-    base: Path | None = None,
+    base: Path | None,
     token_for: Collection[str] = (),
     *,
     is_loaded: bool = True,
@@ -153,11 +153,11 @@ def find_base(
     named = read_manifest(folder).base
     at_hand = base or base_at_hand(folder, home)
     if at_hand is not None or not (is_loaded and is_hub_id(named.repo_id)):
-        return FoundCheckpoint(folder, at_hand, {})
+        return FoundCheckpoint(folder, at_hand)
     hub = _hub_that_answers(named.repo_id, token_for, is_here=_base_is_cached(named))
     if not (_base_is_cached(named) or is_offline()):
         check_before_caching(AdapterRef(named.repo_id, named.revision), hub=hub)
-    return FoundCheckpoint(folder, None, _download_options(hub))
+    return FoundCheckpoint(folder, download=_download_options(hub))
 
 
 def _base_is_cached(named: BaseEntry) -> bool:

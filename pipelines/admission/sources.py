@@ -2,7 +2,7 @@
 
 import os
 import re
-from collections.abc import Callable, Collection
+from collections.abc import Callable
 from collections.abc import Set as AbstractSet
 from functools import partial
 from pathlib import Path
@@ -21,7 +21,7 @@ from meteora.checkpoint.manifest import SOURCE
 from pipelines.hub import repositories
 from pipelines.hub.adapter import adapter_bytes, download, downloaded, is_downloaded
 from pipelines.hub.client import hub_for, hub_of
-from pipelines.recipe.recipe import LONGEST_NAME, ExpertSection, FoundExpert, Recipe
+from pipelines.recipe.recipe import LONGEST_NAME, ExpertSection, FoundExpert, HubSection, Recipe
 from pipelines.workspace.context import RunContext
 
 
@@ -33,16 +33,14 @@ class NotHereError(MeteoraError):
     """A base or an adapter is not downloaded or made yet."""
 
 
-def token_of_rows(
-    token_for: Collection[str], *, allow_http: bool = False
-) -> Callable[[str], str | None]:
+def token_of_rows(section: HubSection) -> Callable[[str], str | None]:
     """A function from a data set's `owner/name` to its token, by the rule of `hub_of`.
 
     Rows come from the Hub of the environment; a recipe's `hub.endpoint` does not apply to them.
     """
 
     def token_of(repo_id: str) -> str | None:
-        hub = hub_for(repo_id, token_for, allow_http=allow_http)
+        hub = hub_for(repo_id, section.token_for, allow_http=section.allow_http)
         hub.url()  # refuses an endpoint that anyone on the network could answer for
         return hub.token
 

@@ -23,7 +23,8 @@ def accept(
 ) -> Expert:
     """Record that an adapter is accepted; returns the expert with all its warnings.
 
-    The norms are those of the base's linear layers, by path.
+    Args:
+        base_norms: of the base's linear layers, by path
     """
     reasons = proportion(expert.adapter, base_norms)
     expert = with_warnings(with_hub_facts(context, expert), reasons)

@@ -20,25 +20,25 @@ app = typer.Typer()
 def benchmark(
     checkpoint: options.Checkpoint,
     tasks: Annotated[
-        list[str] | None,
+        list[str],
         typer.Option(
             metavar="NAME[=ROWS]",
             help="A task, or new rows for it, such as sums=jsonl:test.jsonl. Repeat it for more."
             " Default: all tasks that its experts were asked before.",
         ),
-    ] = None,
+    ] = options.NONE,
     compare: Annotated[
-        list[str] | None,
+        list[str],
         typer.Option(
             metavar="SYSTEM",
             help="A system to compare with. Repeat it for more. Default: base, oracle.",
         ),
-    ] = None,
+    ] = options.NONE,
     recipe: Annotated[
         str, typer.Option(help="Use the tests and the section `benchmark` of this recipe.")
     ] = "",
     base: options.Base = None,
-    token_for: options.TokenFor = None,
+    token_for: options.TokenFor = options.NONE,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     as_json: options.AsJson = False,
@@ -54,10 +54,9 @@ def benchmark(
     from pipelines.recipe.recipe import locate
     from pipelines.stages.benchmark import BenchmarkRequest
 
-    owners = tuple(token_for or ())
-    found = checkpoints.find(checkpoint, home, base, owners, device=device, dtype=dtype)
+    found = checkpoints.find(checkpoint, home, base, token_for, device=device, dtype=dtype)
     path = locate(recipe) if recipe else None
-    request = BenchmarkRequest(tuple(tasks or ()), tuple(compare or ()), path, owners)
+    request = BenchmarkRequest(tuple(tasks), tuple(compare), path, tuple(token_for))
     run_benchmark(found, home, request, as_json=as_json)
 
 

@@ -24,7 +24,7 @@ if TYPE_CHECKING:
 app = typer.Typer()
 Host = Annotated[str, typer.Option(help="The address to listen on.")]
 AllowHost = Annotated[
-    list[str] | None,
+    list[str],
     typer.Option(
         metavar="NAME", help="Also answer under this name, such as a proxy's; repeat it for more."
     ),
@@ -51,9 +51,9 @@ def chat(
     ] = False,
     host: Host = DEFAULT_HOST,
     port: Port = DEFAULT_PORT,
-    allow_host: AllowHost = None,
+    allow_host: AllowHost = options.NONE,
     base: options.Base = None,
-    token_for: options.TokenFor = None,
+    token_for: options.TokenFor = options.NONE,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     home: options.Home = options.DEFAULT_HOME,
@@ -71,8 +71,8 @@ def chat(
         from pipelines.serving.page import chat_page
 
         page = partial(chat_page, expert=expert, max_new_tokens=max_new_tokens)
-        _serve(load, _last_part(checkpoint), host, port, allow_host or (), page)
-    elif (host, port, allow_host) != (DEFAULT_HOST, DEFAULT_PORT, None):
+        _serve(load, _last_part(checkpoint), host, port, allow_host, page)
+    elif (host, port, allow_host) != (DEFAULT_HOST, DEFAULT_PORT, options.NONE):
         raise MeteoraError("--host, --port and --allow-host are for the page; give --web, too")
     else:
         Conversation(load(), max_new_tokens, expert).run()
@@ -86,9 +86,9 @@ def chat_server(
     ] = "",
     host: Host = DEFAULT_HOST,
     port: Port = DEFAULT_PORT,
-    allow_host: AllowHost = None,
+    allow_host: AllowHost = options.NONE,
     base: options.Base = None,
-    token_for: options.TokenFor = None,
+    token_for: options.TokenFor = options.NONE,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     home: options.Home = options.DEFAULT_HOME,
@@ -99,7 +99,7 @@ def chat_server(
     --host, and asks for no key.
     """
     load = partial(_load, checkpoint, home, base, token_for, device, dtype)
-    _serve(load, name or _last_part(checkpoint), host, port, allow_host or ())
+    _serve(load, name or _last_part(checkpoint), host, port, allow_host)
 
 
 def _serve(
@@ -148,14 +148,14 @@ def _load(
     checkpoint: str,
     home: Path,
     base: Path | None,
-    token_for: list[str] | None,
+    token_for: Collection[str],
     device: str,
     dtype: str,
 ) -> Chat:
     from meteora.model.chat import Chat
     from pipelines.admission import checkpoints
 
-    found = checkpoints.find(checkpoint, home, base, token_for or (), device=device, dtype=dtype)
+    found = checkpoints.find(checkpoint, home, base, token_for, device=device, dtype=dtype)
     return Chat(*found.load())
 
 

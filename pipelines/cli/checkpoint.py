@@ -33,7 +33,7 @@ def generate(
     ] = "",
     as_json: options.AsJson = False,
     base: options.Base = None,
-    token_for: options.TokenFor = None,
+    token_for: options.TokenFor = options.NONE,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     home: options.Home = options.DEFAULT_HOME,
@@ -49,7 +49,7 @@ def generate(
     if trace not in {"", "-"}:
         check_writable(Path(trace))
     prompt = options.text_or_input(prompt)
-    found = checkpoints.find(checkpoint, home, base, token_for or (), device=device, dtype=dtype)
+    found = checkpoints.find(checkpoint, home, base, token_for, device=device, dtype=dtype)
     model, tokenizer = found.load()
     if trace or as_json:
         with meteora.force_expert(model, expert) if expert else nullcontext():
@@ -83,14 +83,14 @@ def publish(
         str, typer.Option(metavar="COMMIT", help="Replace this commit, which another machine made.")
     ] = "",
     allow_licence: Annotated[
-        list[str] | None,
+        list[str],
         typer.Option(
             metavar="LICENCE",
             help="Also publish adapters with this licence; `none`: without a licence.",
         ),
-    ] = None,
+    ] = options.NONE,
     base: options.Base = None,
-    token_for: options.TokenFor = None,
+    token_for: options.TokenFor = options.NONE,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     as_json: options.AsJson = False,
@@ -117,8 +117,8 @@ def publish(
     ledger = Ledger(home)
     folder = checkpoint_folder(checkpoint, home)
     # a publication of another one would be recorded under this id
-    is_recorded(ledger, FoundCheckpoint(folder, None, {}), read_manifest(folder))
-    found = find_base(folder, home, base, token_for or ())
+    is_recorded(ledger, FoundCheckpoint(folder), read_manifest(folder))
+    found = find_base(folder, home, base, token_for)
     found = replace(found, device=device, dtype=dtype)
     to = Destination(
         repo,
@@ -126,7 +126,7 @@ def publish(
         private=private,
         tag=tag,
         onto=onto,
-        allow_licences=allow_licence or (),
+        allow_licences=allow_licence,
     )
     made, recorded = publish(ledger, found, to, new_run_id())
     if recorded:
@@ -161,7 +161,7 @@ def report(
     ] = 3,
     as_json: options.AsJson = False,
     base: options.Base = None,
-    token_for: options.TokenFor = None,
+    token_for: options.TokenFor = options.NONE,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     home: options.Home = options.DEFAULT_HOME,
@@ -186,9 +186,7 @@ def report(
     check_writable(output)
     ledger = options.open_ledger(home)
     if other:
-        folders = [
-            checkpoints.find_folder(name, home, token_for or ()) for name in (checkpoint, other)
-        ]
+        folders = [checkpoints.find_folder(name, home, token_for) for name in (checkpoint, other)]
         a, b = (
             as_recorded(ledger, checkpoints.find_base(one, home, base, is_loaded=False)).folder
             for one in folders
@@ -198,7 +196,7 @@ def report(
         score_table.print_comparison(compared, output, as_json=as_json)
         say("open it in a browser; the tests are paired, over the rows that both were asked")
         return
-    found = checkpoints.find(checkpoint, home, base, token_for or (), device=device, dtype=dtype)
+    found = checkpoints.find(checkpoint, home, base, token_for, device=device, dtype=dtype)
     found = as_recorded(ledger, found)
     router_id = ArtifactId(read_manifest(found.folder).router_id)
     results = run_queries(ledger, router_id, checkpoint)
@@ -261,7 +259,7 @@ def export(
         bool, typer.Option("--copy", help="For vLLM: copy base and checkpoint. Default: links.")
     ] = False,
     base: options.Base = None,
-    token_for: options.TokenFor = None,
+    token_for: options.TokenFor = options.NONE,
     home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Write one expert as a PEFT adapter, a folder that vLLM serves, or experts as GGUF."""
@@ -278,7 +276,7 @@ def export(
         raise typer.BadParameter("PEFT loads one adapter, --expert NAME; vLLM serves all of them")
     if copy and target != "vllm":
         raise typer.BadParameter("--copy is for vLLM's folder; other exports have no links")
-    folder = checkpoints.find_folder(checkpoint, home, token_for or ())
+    folder = checkpoints.find_folder(checkpoint, home, token_for)
     if target == "vllm":
         from meteora.serving.served_folder import export_for_vllm
 

@@ -27,7 +27,7 @@ def check(
     as_json: options.AsJson = False,
     subfolder: options.Subfolder = "",
     strip: options.Strip = False,
-    token_for: options.TokenFor = None,
+    token_for: options.TokenFor = options.NONE,
     home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Judge adapters: a verdict for each, with coded reasons. No base is needed."""
@@ -39,7 +39,7 @@ def check(
             home / "adapters",
             subfolder=subfolder,
             modules_to_save="strip" if strip else "refuse",
-            token_for=token_for or (),
+            token_for=token_for,
         )
         for name in where
     ]
@@ -56,11 +56,11 @@ def check(
 def train(
     recipe: Annotated[str, typer.Argument(help="A recipe's path, or the name of a shipped one.")],
     only: Annotated[
-        list[str] | None,
+        list[str],
         typer.Option(
             metavar="NAME", help="Train this expert only. Repeat it for more. Default: all."
         ),
-    ] = None,
+    ] = options.NONE,
     rank: Annotated[
         int,
         typer.Option(min=1, max=1024, help="The adapters' rank; lora_alpha is twice as much."),
@@ -83,7 +83,7 @@ def train(
 
     asked = train_adapters.Training(rank, steps, learning_rate)
     try:
-        for folder in train_adapters.train(RunContext.open(recipe, home), asked, only or ()):
+        for folder in train_adapters.train(RunContext.open(recipe, home), asked, only):
             print(folder, flush=True)
     except KeyboardInterrupt:
         say("interrupted; run the same command again to go on, with the adapter that was not done")
@@ -102,7 +102,7 @@ def add(
     base: options.Base = None,
     subfolder: options.Subfolder = "",
     strip: options.Strip = False,
-    token_for: options.TokenFor = None,
+    token_for: options.TokenFor = options.NONE,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     as_json: options.AsJson = False,
@@ -120,11 +120,11 @@ def add(
     from store.ledger import Ledger
 
     candidate = Candidate(
-        name, adapter, subfolder, "strip" if strip else "refuse", tuple(token_for or ())
+        name, adapter, subfolder, "strip" if strip else "refuse", tuple(token_for)
     )
     candidate.find_folder()  # if there is none, that is told before rows and checkpoint are read
     if test:
-        here, token_of = Path.cwd(), token_of_rows(token_for or ())
+        here, token_of = Path.cwd(), token_of_rows(candidate.recipe.hub)
         refuse_overlap(
             {name: read_rows(examples, here, edit.EXAMPLES, token_of)},
             {name: read_rows(test, here, MOST_TESTS, token_of)},
@@ -132,12 +132,12 @@ def add(
             lambda _name, number: row_place(test, here, number),
         )
     found = checkpoints.find(
-        checkpoint, home, base, token_for or (), statistics=True, device=device, dtype=dtype
+        checkpoint, home, base, token_for, statistics=True, device=device, dtype=dtype
     )
     made = edit.add(Ledger(home), found, candidate, examples)
     manifest = _print_made(made, f"added {name}", found.folder, as_json=as_json)
     if test:
-        request = BenchmarkRequest((f"{name}={test}",), token_for=tuple(token_for or ()))
+        request = BenchmarkRequest((f"{name}={test}",), token_for=tuple(token_for))
         found = replace(found, folder=made)
         run_benchmark(found, home, request, as_json=as_json)
     else:
@@ -155,7 +155,7 @@ def drop(
         False
     ),
     base: options.Base = None,
-    token_for: options.TokenFor = None,
+    token_for: options.TokenFor = options.NONE,
     device: options.Device = "auto",
     dtype: options.Dtype = "auto",
     as_json: options.AsJson = False,
@@ -170,11 +170,11 @@ def drop(
     from pipelines.stages.benchmark import BenchmarkRequest
     from store.ledger import Ledger
 
-    folder = checkpoints.find_folder(checkpoint, home, token_for or (), statistics=True)
+    folder = checkpoints.find_folder(checkpoint, home, token_for, statistics=True)
     made = edit.drop(Ledger(home), folder, name)
     manifest = _print_made(made, f"dropped {name}", folder, as_json=as_json)
     if benchmark:
-        found = checkpoints.find(str(made), home, base, token_for or (), device=device, dtype=dtype)
+        found = checkpoints.find(str(made), home, base, token_for, device=device, dtype=dtype)
         run_benchmark(found, home, BenchmarkRequest(), as_json=as_json)
     else:
         _say_next(made, manifest, home, base)
@@ -203,7 +203,8 @@ def _say_next(
 ) -> None:
     """Say how to measure a changed checkpoint, or to see its scores if it was measured before.
 
-    `rows` is the option for rows to measure it on, if none are recorded.
+    Args:
+        rows: the option for rows to measure it on; empty if some are recorded
     """
     from pipelines.workspace.checkpoints import base_option
     from store.ledger import Ledger

@@ -46,8 +46,10 @@ Base = Annotated[
 Subfolder = Annotated[str, typer.Option(help="A subfolder of the folder or repository.")]
 Strip = Annotated[bool, typer.Option("--strip", help="Leave out `modules_to_save`.")]
 AsJson = Annotated[bool, typer.Option("--json", help="Print JSON, for programs.")]
+NONE: list[str] = []
+"""The default of options that may be repeated."""
 TokenFor = Annotated[
-    list[str] | None,
+    list[str],
     typer.Option(metavar="OWNER", help="Send the saved token for this owner's repositories."),
 ]
 Device = Annotated[

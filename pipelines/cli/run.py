@@ -54,7 +54,8 @@ def run(
     """Make the model of a recipe: download, check, stack, fit gates, benchmark, publish."""
     if dask and ray:
         raise typer.BadParameter("recipes run on Dask or on Ray; give one of --dask and --ray")
-    if any(number.isdecimal() and not 0 < int(number) <= MOST_WORKERS for number in (dask, ray)):
+    numbers = [number for number in (dask, ray) if number.isdecimal()]
+    if any(len(number) > 4 or not 0 < int(number) <= MOST_WORKERS for number in numbers):
         raise typer.BadParameter(f"--dask and --ray take 1 to {MOST_WORKERS}, or an address")
     if dry_run and as_json:
         raise typer.BadParameter("--dry-run prints text for people; leave out --json")

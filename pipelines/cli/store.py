@@ -90,7 +90,7 @@ def verify(
     model: Annotated[
         str, typer.Option(help="The model's name on the server. Default: the first listed.")
     ] = "",
-    token_for: options.TokenFor = None,
+    token_for: options.TokenFor = options.NONE,
     as_json: options.AsJson = False,
     home: options.Home = options.DEFAULT_HOME,
 ) -> None:
@@ -105,7 +105,7 @@ def verify(
         from meteora.checkpoint.manifest import read_manifest
         from pipelines.admission.checkpoints import find_folder
 
-        find = partial(find_folder, str(checkpoint), home, token_for or ())
+        find = partial(find_folder, str(checkpoint), home, token_for)
         folder = find(whole=False)
         if not read_manifest(folder).files:  # as earlier versions wrote it: tensors are compared
             folder = find()
@@ -147,7 +147,7 @@ def _serves(folder: Path, home: Path, url: str, count: int, model: str, *, as_js
     from pipelines.stages.adopt import as_recorded
 
     ledger = options.open_ledger(home)
-    folder = as_recorded(ledger, FoundCheckpoint(folder, None, {})).folder
+    folder = as_recorded(ledger, FoundCheckpoint(folder)).folder
     asked = recorded_answers(ledger, ArtifactId(read_manifest(folder).router_id), count)
     server = Server(url, model, os.environ.get(KEY, ""))
     found = server.answers(asked)

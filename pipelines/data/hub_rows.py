@@ -67,13 +67,13 @@ def unreadable(name: str, error: Exception) -> UnreadableError:
     )
 
 
-def no_column(source: str, name: str, item: Mapping[str, Any], advice: str) -> ExamplesError:
+def no_column(data_set: str, name: str, item: Mapping[str, Any], advice: str) -> ExamplesError:
     """The error for a column that a data set does not have."""
     columns = listed(list(item), 20)
-    return ExamplesError(f"hf:{source} has no column {name!r}, it has {columns}; {advice}")
+    return ExamplesError(f"hf:{data_set} has no column {name!r}, it has {columns}; {advice}")
 
 
-def text_in(item: Mapping[str, Any], names: str, source: str, *, may_miss: bool) -> str:
+def text_in(item: Mapping[str, Any], names: str, data_set: str, *, may_miss: bool) -> str:
     """The text of a column, or of several joined with an empty line, as far as they have any.
 
     Args:
@@ -85,18 +85,18 @@ def text_in(item: Mapping[str, Any], names: str, source: str, *, may_miss: bool)
     for name in names.split(","):
         value: Any = item
         for step in [name] if name in item else name.split("."):
-            if isinstance(value, list) and step.isdecimal() and int(step) < len(value):
+            if isinstance(value, list) and step in map(str, range(len(value))):
                 value = value[int(step)]
                 continue
             if not isinstance(value, dict) or step not in value:
                 advice = "name the columns with ?prompt=…&response=…"
-                raise no_column(source, name, item, advice)
+                raise no_column(data_set, name, item, advice)
             value = value[step]
         if not isinstance(value, str | None):
-            raise ExamplesError(f"hf:{source}: its column {name!r} is not text")
+            raise ExamplesError(f"hf:{data_set}: its column {name!r} is not text")
         texts.append(value)
     if not may_miss and all(text is None for text in texts):
-        raise ExamplesError(f"hf:{source}: a row has no text in its column {names!r}")
+        raise ExamplesError(f"hf:{data_set}: a row has no text in its column {names!r}")
     return "\n\n".join(filter(None, texts))
 
 

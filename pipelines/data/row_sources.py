@@ -50,8 +50,9 @@ def no_token(_repo_id: str) -> str | None:
 class Request:
     """The arguments of `read_rows`, with the parts of the source."""
 
+    source: str
+    """Kind and name, without options; for messages."""
     name: str
-    """The name in the source, without kind and options."""
     folder: Path
     options: dict[str, str]
     limit: int
@@ -95,7 +96,8 @@ def read_rows(
     if unknown := options.keys() - allowed:
         known = ", ".join(sorted(allowed))
         raise ExamplesError(f"{source}: unknown option {unknown.pop()!r}; {kind} takes {known}")
-    rows = list(islice(read(Request(name, folder, options, limit, token_of, answered)), limit))
+    request = Request(f"{kind}:{name}", name, folder, options, limit, token_of, answered)
+    rows = list(islice(read(request), limit))
     if not rows:
         raise ExamplesError(f"{source}: no rows in it")
     return rows
@@ -268,23 +270,25 @@ def refuse_half_characters(text: str, place: str) -> None:
 
 
 def _bigbench(request: Request) -> Iterator[Row]:
-    split = _choice(request, "split", PARTS, f"bigbench:{request.name}")
+    split = _choice(request, "split", PARTS)
     return (row for row in _bigbench_rows(request.path) if _belongs(row, split))
 
 
-def _choice(request: Request, key: str, allowed: Sequence[str], source: str) -> str:
+def _choice(request: Request, key: str, allowed: Sequence[str]) -> str:
     """The value of an option; the first allowed one if it is not given."""
     value = request.options.get(key, allowed[0])
     if value not in allowed:
-        raise ExamplesError(f"{source}: {key}={value!r} is none of {', '.join(allowed)}")
+        raise ExamplesError(f"{request.source}: {key}={value!r} is none of {', '.join(allowed)}")
     return value
 
 
-def _digits(request: Request, key: str, default: int, source: str) -> str:
+def _digits(request: Request, key: str, default: int) -> str:
     """The value of an option that is a number, as it is written."""
     value = request.options.get(key, str(default))
     if not value.isdecimal() or len(value) > 9:
-        raise ExamplesError(f"{source}: {key}={value!r} is not a number of at most nine digits")
+        raise ExamplesError(
+            f"{request.source}: {key}={value!r} is not a number of at most nine digits"
+        )
     return value
 
 
@@ -362,13 +366,12 @@ def _bigbench_row(task: Mapping[str, Any], example: Any, place: str) -> Row:  # 
 
 
 def _reasoning_gym(request: Request) -> Iterator[Row]:
-    source = f"reasoning_gym:{request.name}"
-    seed = _digits(request, "seed", 0, source)
+    seed = _digits(request, "seed", 0)
     task = reasoning_task(request.name, int(seed), request.limit)
     for number in range(request.limit):
         entry = task[number]
-        place = f"{source}, entry {number}"
-        checker = f"{source}@{seed}#{number}"
+        place = f"{request.source}, entry {number}"
+        checker = f"{request.source}@{seed}#{number}"
         yield check_row(Row(str(entry["question"]), str(entry["answer"]), checker=checker), place)
 
 
@@ -408,10 +411,10 @@ def _hub(request: Request) -> Iterable[Row]:
 
 
 def _hub_rows(request: Request, token: str | None) -> Iterator[Row]:
-    source, options = f"hf:{request.name}", request.options
-    part = _choice(request, "part", PARTS, source)
-    longest = int(_digits(request, "longest", MAX_ROW_BYTES, source))
-    skips = _choice(request, "incomplete", INCOMPLETE, source) == "skip"
+    source, options = request.source, request.options
+    part = _choice(request, "part", PARTS)
+    longest = int(_digits(request, "longest", MAX_ROW_BYTES))
+    skips = _choice(request, "incomplete", INCOMPLETE) == "skip"
     if "turns" in options and (also := options.keys() & {"prompt", "response"}):
         raise ExamplesError(
             f"{source}: turns={options['turns']!r} has question and answer, so take"
@@ -444,7 +447,7 @@ def _hub_texts(item: Mapping[str, Any], request: Request, *, skips: bool) -> lis
         texts = exchange_in(item, turns)[: len(names)]
         if not skips and not all(text.strip() for text in texts):
             raise ExamplesError(
-                f"hf:{request.name}: a row has no question with an answer as text in its column"
+                f"{request.source}: a row has no question with an answer as text in its column"
                 f" {turns!r}; leave such rows out with incomplete=skip"
             )
         return list(texts)
@@ -459,7 +462,7 @@ def _choices(item: Mapping[str, Any], request: Request) -> tuple[str, ...]:
     texts = item.get(column)
     # ARC has a table of texts and their labels
     texts = texts.get("text", texts) if isinstance(texts, dict) else texts
-    return _texts(texts, f"hf:{request.name}: its column {column!r} (choices= leaves it out)")
+    return _texts(texts, f"{request.source}: its column {column!r} (choices= leaves it out)")
 
 
 HUB_OPTIONS = {

@@ -98,7 +98,9 @@ class TurnCache:
     def keep(self, cache: object, ids: list[list[int]], slots: list[list[int]]) -> None:
         """Keep the cache after a turn, unless it forgets tokens.
 
-        `ids` are the tokens of each conversation that may be used again, `slots` their indices.
+        Args:
+            ids: the tokens of each conversation that may be used again
+            slots: the index of each of these tokens along L
         """
         layers = whole_layers(cache)
         if layers is not None:

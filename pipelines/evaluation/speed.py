@@ -40,8 +40,10 @@ def time_model(
     """Time the routed model and its base in turns; each is first in every other round.
 
     Both run on the same random tokens, so neither stops early. An extra first round warms up and
-    does not count. Each round has one ratio of two times; the result is their median. Experts and
-    gates have `stored_bytes` on the disk.
+    does not count. Each round has one ratio of two times; the result is their median.
+
+    Args:
+        stored_bytes: of experts and gates, on the disk
     """
     started = time.perf_counter()
     generator = torch.Generator().manual_seed(0)

@@ -59,7 +59,7 @@ def may_pass(_task: Task[..., Any], _run: TaskRun, state: State[Any]) -> bool:
 
 
 def at_the_network(function: Callable[..., Any], name: str | None = None) -> Any:  # noqa: ANN401  (Prefect's decorator)
-    """A task that is tried again after passing faults of the network; `name` is that of a run."""
+    """A task, with runs called `name`, that is tried again after passing faults of the network."""
     return task(
         task_run_name=name,
         retries=3,

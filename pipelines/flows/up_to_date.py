@@ -50,11 +50,10 @@ def look(context: RunContext, until: Stage = Stage.publish) -> Look:
     except MeteoraError as error:
         _raise_unless_it_may_pass(error)
         return Look(None, str(error))
-    known = context.ledger.built(base.id)
-    if known is None or not context.base_folder(base).is_dir():
+    built = context.ledger.built_as(BuiltBase, base.id)
+    if built is None or not context.base_folder(base).is_dir():
         return Look(base)
     require_sound(context.ledger, base)
-    built = BuiltBase.from_dict(known)
     try:
         plan = resolve(context, built, local_steps(context, base))
     except MeteoraError as error:

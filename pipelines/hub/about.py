@@ -4,13 +4,16 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 from meteora.artifacts import AdapterRef, Noun, canonical_json
 from meteora.untrusted.findings import shortened
-from pipelines.hub.client import DEFAULT, Hub
 from pipelines.hub.errors import HubError
 from pipelines.hub.snapshot import write_note
 from store.files import read_note
+
+if TYPE_CHECKING:
+    from pipelines.hub.client import Hub
 
 MAX_TEXT = 200
 """The characters of each text to keep."""
@@ -30,7 +33,7 @@ class HubSource(Noun):
     tags: tuple[str, ...]
 
 
-def facts_of(ref: AdapterRef, cache_dir: Path, *, hub: Hub = DEFAULT) -> HubSource | None:
+def facts_of(ref: AdapterRef, cache_dir: Path, *, hub: Hub) -> HubSource | None:
     """Licence, author, bases and downloads of a repository.
 
     If the Hub does not answer, its last answer is used; None if there is none.

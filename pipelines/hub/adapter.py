@@ -19,7 +19,6 @@ from meteora.adapters import reader
 from meteora.adapters.files import CONFIG, MAX_CONFIG_BYTES, WEIGHTS, pickled_weights
 from meteora.untrusted.findings import AdapterError, listed
 from pipelines.hub.card import MAX_CARD_BYTES
-from pipelines.hub.client import DEFAULT, Hub
 from pipelines.hub.errors import HubDamageError, HubFilesError, HubSizeError
 from pipelines.hub.listing import check_sizes, fetch_files, list_folder, where
 from pipelines.hub.snapshot import fault_of, locked, put_in_place, read_manifest, staging
@@ -27,6 +26,7 @@ from pipelines.hub.snapshot import fault_of, locked, put_in_place, read_manifest
 if TYPE_CHECKING:
     from meteora.adapters.config import OnExtras
     from meteora.artifacts import AdapterRef
+    from pipelines.hub.client import Hub
     from pipelines.hub.snapshot import ListedFile
 
 MAX_ADAPTER_BYTES = 4 << 30
@@ -40,7 +40,7 @@ def download(
     ref: AdapterRef,
     cache_dir: Path,
     *,
-    hub: Hub = DEFAULT,
+    hub: Hub,
     modules_to_save: OnExtras = "refuse",
 ) -> Path:
     """The folder with an adapter's config, weights and card; downloaded unless it exists.
@@ -107,7 +107,7 @@ def is_downloaded(ref: AdapterRef, cache_dir: Path) -> bool:
     return any(read_manifest(known) is not None for known in (folder, _claims(folder)))
 
 
-def adapter_bytes(ref: AdapterRef, *, hub: Hub = DEFAULT) -> int:
+def adapter_bytes(ref: AdapterRef, *, hub: Hub) -> int:
     """The bytes to download, by the Hub's listing; raises `download`'s errors of a listing."""
     weights, small = _adapter_files(hub, ref)
     return weights.size + sum(file.size for file in small)

@@ -146,12 +146,8 @@ class Hub:
         return error
 
 
-DEFAULT = Hub()
-"""The Hub of the environment, without a token."""
-
-
 def hub_for(
-    repo_id: str, token_for: Collection[str] = (), *, endpoint: str = "", allow_http: bool = False
+    repo_id: str, token_for: Collection[str], *, endpoint: str = "", allow_http: bool = False
 ) -> Hub:
     """The Hub for a repository, with the saved token if the repository is one of `token_for`.
 

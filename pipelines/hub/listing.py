@@ -48,9 +48,8 @@ def check_room(
     ref: AdapterRef, num_bytes: int, folder: Path, instead: str = "give another --home"
 ) -> None:
     """Raise HubDiskError if the disk of a folder, which may not exist yet, has less left."""
-    here = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
     try:
-        require_space(here, num_bytes, where(ref), instead)
+        require_space(folder, num_bytes, where(ref), instead)
     except NoSpaceError as error:
         raise HubDiskError(str(error)) from None
 

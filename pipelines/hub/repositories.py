@@ -17,7 +17,7 @@ from huggingface_hub.file_download import repo_folder_name
 from meteora.artifacts import COMMIT, REPO_ID, AdapterRef, BaseSpec
 from meteora.base.sources import INDEX, SHARD, TEXTS
 from meteora.untrusted.findings import listed
-from pipelines.hub.client import DEFAULT, Hub, is_offline
+from pipelines.hub.client import Hub, is_offline
 from pipelines.hub.errors import (
     HubConnectionError,
     HubFilesError,
@@ -49,7 +49,7 @@ def resolve(
     text: str,
     *,
     subfolder: str = "",
-    hub: Hub = DEFAULT,
+    hub: Hub,
     is_here: Callable[[AdapterRef], bool] | None = None,
 ) -> AdapterRef:
     """Pin `owner/name[@revision]` to its present commit.
@@ -100,7 +100,7 @@ def resolve(
     return AdapterRef(repo_id, refs[wanted], subfolder)
 
 
-def base_bytes(spec: BaseSpec, out: Path, *, hub: Hub = DEFAULT) -> int:
+def base_bytes(spec: BaseSpec, out: Path, *, hub: Hub) -> int:
     """The bytes that `download_base` would still download; raises its errors of a listing.
 
     A file in the folder `out` counts as complete if it has its size; it is not hashed.
@@ -109,7 +109,7 @@ def base_bytes(spec: BaseSpec, out: Path, *, hub: Hub = DEFAULT) -> int:
     return sum(file.size for file in _base_files(hub, ref) if not has_size(file, out))
 
 
-def download_base(spec: BaseSpec, out: Path, *, hub: Hub = DEFAULT) -> None:
+def download_base(spec: BaseSpec, out: Path, *, hub: Hub) -> None:
     """Download a base's config, tokenizer and safetensors, at its commit, into the folder `out`.
 
     Complete files of an earlier attempt stay, since a base can take hours; all others in the folder
@@ -122,9 +122,7 @@ def download_base(spec: BaseSpec, out: Path, *, hub: Hub = DEFAULT) -> None:
         fetch_files(hub, ref, left, out)
 
 
-def check_before_caching(
-    ref: AdapterRef, checkpoint: Collection[str] = (), *, hub: Hub = DEFAULT
-) -> None:
+def check_before_caching(ref: AdapterRef, checkpoint: Collection[str] = (), *, hub: Hub) -> None:
     """Check sizes before the Hub's own client, which has no limit, downloads to its cache.
 
     Args:
@@ -147,7 +145,7 @@ def check_before_caching(
     check_room(ref, sum(file.size for file in left), cache, "set HF_HUB_CACHE to another folder")
 
 
-def download_profile(ref: AdapterRef, out: Path, *, hub: Hub = DEFAULT) -> None:
+def download_profile(ref: AdapterRef, out: Path, *, hub: Hub) -> None:
     """Download config and tokenizer, which distinguish bases, into a new folder."""
     files = _matching(hub, ref, PROFILE_FILES)
     if not any(file.path == "config.json" for file in files):
@@ -176,9 +174,7 @@ def _base_files(hub: Hub, ref: AdapterRef) -> list[ListedFile]:
     return files
 
 
-def discover(
-    base: str, *, tags: Sequence[str] = (), limit: int = 20, hub: Hub = DEFAULT
-) -> list[AdapterRef]:
+def discover(base: str, *, tags: Sequence[str] = (), limit: int = 20, hub: Hub) -> list[AdapterRef]:
     """The most downloaded adapters whose cards name `base`, each with its commit.
 
     A card can be wrong, so each adapter must still be checked.

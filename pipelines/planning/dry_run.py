@@ -38,13 +38,14 @@ def print_steps(
     context: RunContext,
     base: BaseSpec | None,
     built: BuiltBase | None,
-    reason: str = "",
-    until: Stage = Stage.publish,
-    plan: Plan | None = None,
+    reason: str,
+    until: Stage,
+    plan: Plan | None,
 ) -> bool:
     """Print the steps of a run, with estimates if the base's config is on this disk.
 
-    `base`, `built`, `reason` and `plan` are those of a `Look`.
+    Args:
+        base, built, reason, plan: as in `Look`
 
     Returns:
         Whether the run would reach its end, as far as can be known without a download.

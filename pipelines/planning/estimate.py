@@ -13,6 +13,7 @@ from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 
 from meteora.base.shapes import Shape
+from meteora.base.sources import GGUF
 from meteora.model.generate import PROMPTS_PER_BATCH
 from meteora.untrusted.findings import counted
 from pipelines.data.background import MAX_NEW_TOKENS
@@ -104,7 +105,7 @@ def estimate(
     loaded = PROGRAM_BYTES + shape.loaded_bytes + held
     loaded += bytes_of_gates(inputs_of(pace), experts.count, recipe.router.share)[0]
     stacked = max(by_module, default=0)
-    base_memory = PROGRAM_BYTES + (shape.num_bytes if recipe.base.startswith("gguf:") else 0)
+    base_memory = PROGRAM_BYTES + (shape.num_bytes if recipe.base.startswith(GGUF) else 0)
     needs = [
         Need(
             "base", base_memory + 8 * largest, shape.num_bytes, shape.num_bytes * hash_seconds * 2

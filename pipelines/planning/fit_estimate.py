@@ -57,7 +57,8 @@ BACKGROUND_TOKENS = 3_000
 def reads_by_layer(recipe: Recipe, num_bytes: float, memory_bytes: float) -> bool:
     """Whether gates are fitted with one layer of the base in memory at a time.
 
-    `num_bytes` are those of the base, and of the experts on the device.
+    Args:
+        num_bytes: of the base, and of the experts on the device
     """
     if not isinstance(recipe.gates, CalibrateSection) or recipe.quantise:
         return False
@@ -102,7 +103,8 @@ def _widths(inputs: Mapping[str, int], share: str) -> list[int]:
 def bytes_of_gates(inputs: Mapping[str, int], num_experts: int, share: str) -> tuple[float, float]:
     """The largest file sizes of gates, and of the statistics that they are fitted to, in bytes.
 
-    `share` is as in `RouterOptions`.
+    Args:
+        share: as in `RouterOptions`
     """
     points = _widths(inputs, share)
     kept = (2 * min(n, MAX_WRITTEN) * n + 4 * (num_experts + 1) * n for n in points)
@@ -113,7 +115,7 @@ def bytes_of_gates(inputs: Mapping[str, int], num_experts: int, share: str) -> t
 def bytes_while_fitting(
     inputs: Mapping[str, int], num_experts: int, share: str, *, is_joint: bool
 ) -> float:
-    """The most disk space, in bytes, for gates until they are recorded; for the rest see above."""
+    """The most disk space, in bytes, for gates until they are recorded."""
     gates, kept = bytes_of_gates(inputs, num_experts + 2, share)  # with the mean, and the base
     if is_joint:
         return gates * 4  # the saved state: parameters with two moments; and the gates
@@ -179,9 +181,7 @@ class FittingWork:
     """Whether that pass keeps the input of each layer alone (gradient checkpointing)."""
 
 
-def _fitting_work(
-    recipe: Recipe, examples: Sequence[Rows], opening_tokens: float = 0.0
-) -> FittingWork:
+def _fitting_work(recipe: Recipe, examples: Sequence[Rows], opening_tokens: float) -> FittingWork:
     lengths = [rows.prompt_tokens + rows.answer_tokens for rows in examples]
     num_examples = sum(rows.count for rows in examples)
     num_sequences = num_examples

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-import shutil
 from collections import Counter
 from collections.abc import Collection, Iterable, Mapping, Sequence
 from dataclasses import replace
@@ -30,6 +29,7 @@ from pipelines.planning.passes import (
 from pipelines.planning.row_faults import is_at_hand
 from pipelines.recipe.stage import Stage
 from pipelines.workspace.bases import unfinished
+from pipelines.workspace.faults import free_bytes
 from pipelines.workspace.machine import LARGE, measure_machine
 from store.files import size_of
 
@@ -128,7 +128,8 @@ def _all_rows(
 ) -> tuple[dict[str, Rows], dict[str, Rows], Rows | None]:
     """The examples by expert, the tests by task, and the pool, if there is one.
 
-    `turn_tokens` are those of the chat template around each question and its answer.
+    Args:
+        turn_tokens: of the chat template, around each question and its answer
     """
     recipe, settings = context.recipe, context.recipe.benchmark
 
@@ -176,12 +177,6 @@ def _folder_at_hand(context: RunContext, base: BaseSpec) -> Path:
     """The folder with those files of a base that are on this disk; it may not exist."""
     folder = context.base_folder(base)
     return folder if folder.is_dir() else unfinished(folder)
-
-
-def free_bytes(folder: Path) -> int:
-    """The free bytes of the disk that a folder is on; the folder need not exist."""
-    existing = next(path for path in (folder, *folder.parents) if path.is_dir())
-    return shutil.disk_usage(existing).free
 
 
 def shape_at_hand(

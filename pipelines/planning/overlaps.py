@@ -89,7 +89,8 @@ def check_overlaps(
 ) -> None:
     """Refuse test rows that gates would be fitted to; an `ExamplesError` names the place of both.
 
-    `prompts` are those of the recipe's pool.
+    Args:
+        prompts: of the recipe's pool
     """
     recipe = context.recipe
     sources = {section.name: section.test for section in recipe.experts}

@@ -95,7 +95,8 @@ class Pace:
 def working_bytes(shape: Shape, num_rows: int, num_tokens: float) -> float:
     """The memory of answers to prompts, beside the model: caches, states and logits.
 
-    `num_tokens` are those of the longest prompt with its answer.
+    Args:
+        num_tokens: of the longest prompt with its answer
     """
     itemsize = shape.dtype.itemsize
     a_token = shape.cache_bytes_per_token
@@ -111,9 +112,11 @@ def rows_at_once(
     held_bytes: float,
     memory_bytes: float,
 ) -> int:
-    """The number of prompts to answer together, beside `held_bytes` of the model.
+    """The number of prompts to answer together.
 
-    `num_tokens` are those of the longest prompt with its answer.
+    Args:
+        num_tokens: of the longest prompt with its answer
+        held_bytes: of the model
     """
     if settings.batch_size != "auto":
         return settings.batch_size

@@ -119,7 +119,7 @@ def make_plan(context: RunContext, base: BaseSpec, experts: Sequence[Expert]) ->
     sections = {section.name: section for section in recipe.experts}
     names = [expert.name for expert in experts]
     chosen = [sections[name] for name in names if name in sections]  # a found adapter has no tests
-    token_of = token_of_rows(recipe.hub.token_for, allow_http=recipe.hub.allow_http)
+    token_of = token_of_rows(recipe.hub)
     tasks = make_tasks(chosen, recipe.benchmark, folder, partial(read_rows, token_of=token_of))
     tests = {name: task.rows for name, task in tasks.items() if task.rows}
     tested = {row.question for rows in tests.values() for row in rows}

@@ -51,7 +51,8 @@ class DataSet(NamedTuple):
 def write_lineage(manifest: Manifest, recipe_sha256: str) -> str:
     """The statement on a checkpoint: its files, its base and experts, and what it has grown from.
 
-    The recipe is that which made it; its hash is empty if there is none.
+    Args:
+        recipe_sha256: of the recipe that made it; empty if there is none
     """
     base = manifest.base
     experts = [
@@ -65,7 +66,9 @@ def write_lineage(manifest: Manifest, recipe_sha256: str) -> str:
         for expert in manifest.experts
     ]
     parent = str(manifest.gates.get("grown_from", ""))
-    parents = [_ancestor(parent, "router", "", "", "", "")] if ARTIFACT_ID.fullmatch(parent) else []
+    parents = []
+    if ARTIFACT_ID.fullmatch(parent):
+        parents = [_dependency("router", parent, "", sha256=parent.partition(":")[2])]
     return _statement(
         manifest.files,
         dependencies=[
@@ -153,7 +156,7 @@ def _examples(of: DataSet) -> dict[str, Any]:
 def _dependency(
     name: str, source: str, revision: str, *, sha256: str = "", licence: str = ""
 ) -> dict[str, Any]:
-    """A Hub commit, or a local file by its hash; `sha256` is that of the weights, if known."""
+    """A Hub commit, or a local file by its hash; with the hash of its weights, if it is known."""
     pinned = COMMIT.fullmatch(revision)
     found: dict[str, Any] = {
         "name": name,
@@ -177,8 +180,11 @@ def _statement(
 ) -> str:
     """The statement as JSON.
 
-    The subject has SHA-256 by name. The recipe is external; what follows from it is internal. The
-    run has `invocationId`, `startedOn` and `finishedOn`, as far as they are known.
+    Args:
+        subject: SHA-256 by name
+        external: the recipe
+        internal: what follows from the recipe
+        run: `invocationId`, `startedOn` and `finishedOn`, as far as they are known
     """
     details: dict[str, Any] = {"builder": {"id": BUILDER, "version": {BUILDER: __version__}}}
     if run:

@@ -30,8 +30,10 @@ class LicenceError(MeteoraError):
 def refuse_forbidden(manifest: Manifest, allowed: Collection[str] = ()) -> None:
     """Refuse to publish adapters of the Hub whose licence forbids it, or that state none.
 
-    A local folder without a licence counts as the user's own. Licences in `allowed` are accepted
-    all the same; there `none` is for adapters that state none.
+    A local folder without a licence counts as the user's own.
+
+    Args:
+        allowed: licences that are accepted all the same; `none`: also adapters that state none
 
     Raises:
         LicenceError: Some adapters may not be published, each with its licence.

@@ -64,7 +64,8 @@ EVERYTHING = Limits(rows=100_000_000, memory_bytes=4 << 30, seconds=600.0)
 def events(ledger: Ledger, run_id: str = "") -> Iterator[dict[str, Any]]:
     """Two events for each run that has ended, one for each other; earliest run first.
 
-    With an id they are those of one run.
+    Args:
+        run_id: of the only run; empty for all
     """
     only = "run_id = '{}'".format(run_id.replace("'", "''")) if run_id else "true"
     goes_in: defaultdict[str, list[dict[str, Any]]] = defaultdict(list)

@@ -86,7 +86,7 @@ def publish_plan(work: RunContext, plan: Plan) -> None:
         allow_licences=section.allow_licences,
     )
     folder, base_folder = work.checkpoint_folder(plan.router.id), work.base_folder(plan.base)
-    made, _ = publish(work.ledger, FoundCheckpoint(folder, base_folder, {}), to, work.run_id)
+    made, _ = publish(work.ledger, FoundCheckpoint(folder, base_folder), to, work.run_id)
     say(f"published as {made.repo_id}@{made.revision}")
 
 

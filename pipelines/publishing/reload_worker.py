@@ -46,8 +46,10 @@ def compare(
 ) -> dict[str, Any]:
     """The folder of the download, and the largest difference of any logit.
 
-    Of the publication's files, `names`, a load needs some, and all are downloaded. The arguments
-    after `cache_dir` are those of `FoundCheckpoint` for both.
+    Args:
+        folder: of the checkpoint here
+        names: of all files of the publication: a load downloads only some of them
+        base_folder, download, device, dtype: as in `FoundCheckpoint`, for both checkpoints
     """
     token = os.environ.get("HF_TOKEN") or False  # of the publisher, for this repository
     there = find_checkpoint(repo_id, revision, download={"cache_dir": cache_dir, "token": token})

@@ -140,7 +140,8 @@ class RouterSection(Section):
     def options(self, stand_ins: tuple[str, ...], *, fitted: bool) -> RouterOptions:
         """The routing options of a model with or without fitted gates.
 
-        The stand-ins are the experts without examples.
+        Args:
+            stand_ins: the experts without examples
         """
         options = RouterOptions(**self.model_dump(exclude={"without_examples"}))
         if not fitted:

@@ -62,7 +62,7 @@ def name_in_chart(name: str, most: int = LONGEST) -> str:
 
 
 def forest_plot(
-    scores: Sequence[Mapping[str, Any]], xlabel: str, name: str, *, signed: bool = False
+    scores: Sequence[Mapping[str, Any]], xlabel: str, name: str, *, signed: bool
 ) -> Markup:
     """Scores with their intervals: a block for each task, in it a line for each system.
 

@@ -64,7 +64,8 @@ class Example:
 def find_examples(ledger: Ledger, outputs: QueryResult, count: int) -> list[Example]:
     """The first row of each of `count` tasks: one conversation, then composites, then the others.
 
-    `outputs` is the result of the query of that name.
+    Args:
+        outputs: the result of the query of that name
     """
     conversations = [row for row in outputs.rows if row["is_conversation"]]
     others = [row for row in outputs.rows if not row["is_conversation"]]

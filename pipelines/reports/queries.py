@@ -12,6 +12,7 @@ from typing import Any
 
 from meteora.artifacts import ArtifactId, MeteoraError, short
 from meteora.artifacts.scores import mark_of
+from meteora.base.sources import PATH
 from store.ledger import Ledger
 from store.query import Answer, titled
 
@@ -107,7 +108,7 @@ def ask_queries(ledger: Ledger, router_id: ArtifactId) -> dict[str, QueryResult]
 def base_name(results: Mapping[str, QueryResult]) -> str:
     """The base's name without its owner, package or kind."""
     base = str(results["base"].rows[0]["base_model"])
-    return re.sub(r"\.gguf$", "", base.rpartition("/")[2].removeprefix("path:"))
+    return re.sub(r"\.gguf$", "", base.rpartition("/")[2].removeprefix(PATH))
 
 
 def compare_systems(differences: Sequence[Mapping[str, Any]]) -> list[Comparison]:

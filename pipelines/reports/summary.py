@@ -103,8 +103,8 @@ def summarise(ledger: Ledger, plan: Plan, base_folder: Path | None) -> Summary |
     Raises:
         JudgedError: a recorded score was judged by another metric than the plan's.
     """
-    gates = ledger.built(plan.router.id)
-    routing = ledger.built(plan.routing.id)
+    gates = ledger.built_as(RouterBuild, plan.router.id)
+    routing = ledger.built_as(RoutingBuild, plan.routing.id)
     if gates is None or (routing is None and plan.watches_routing):
         return None
     scores: dict[str, dict[str, Score]] = {}
@@ -121,17 +121,17 @@ def summarise(ledger: Ledger, plan: Plan, base_folder: Path | None) -> Summary |
             scores.setdefault(row, {})[measurement.system] = score
     comparisons = {}
     for spec in plan.comparisons:
-        made = ledger.built(spec.id)
+        made = ledger.built_as(ComparisonBuild, spec.id)
         if made is None:
             return None
-        comparisons[spec.other] = ComparisonBuild.from_dict(made)
-    speed = ledger.built(plan.speed.id) if plan.speed else None
+        comparisons[spec.other] = made
+    speed = ledger.built_as(SpeedBuild, plan.speed.id) if plan.speed else None
     if plan.speed and speed is None:
         return None
     stored = {
         "experts": ledger.weights_of(plan.fused.id),
-        "gates": gates["weights_sha256"] if plan.router.router in WITH_GATES else None,
-        "statistics": gates.get("statistics_sha256"),
+        "gates": gates.weights_sha256 if plan.router.router in WITH_GATES else None,
+        "statistics": gates.statistics_sha256,
     }
     paths = {name: ledger.blobs.path_of(sha256) for name, sha256 in stored.items() if sha256}
     sizes = {name: path.stat().st_size for name, path in paths.items()}
@@ -139,13 +139,13 @@ def summarise(ledger: Ledger, plan: Plan, base_folder: Path | None) -> Summary |
         sizes["base"] = sum(path.stat().st_size for path in base_folder.glob("*.safetensors"))
     return Summary(
         scores=scores,
-        gates=RouterBuild.from_dict(gates),
-        routing=RoutingBuild.from_dict(routing) if routing else None,
+        gates=gates,
+        routing=routing,
         sizes=sizes,
         own=frozenset(task.name for task in plan.tasks.values() if task.expert),
         matrix=matrix,
         comparisons=comparisons,
-        speed=SpeedBuild.from_dict(speed) if speed else None,
+        speed=speed,
     )
 
 

@@ -111,7 +111,8 @@ def legend(experts: Sequence[str], tokens: Sequence[Token], colours: str | None)
 def trace_figure(trace: Trace, name: str, caption: str = "") -> dict[str, Any]:
     """What `trace_figure.html` needs: the tokens over all layers, and the data of each layer.
 
-    `name` is an HTML id.
+    Args:
+        name: an HTML id
     """
     tokens = trace.tokens()
     won = Counter(token.expert for token in tokens)

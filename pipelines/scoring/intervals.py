@@ -167,8 +167,10 @@ def mean_difference(
     """The mean of the differences on several tasks, with its 95 % interval: mean, low, high.
 
     It combines the tasks' own intervals (MOVER, Zou and Donner 2008), so it has a width even if no
-    row of a task differs. Tasks are not resampled: the interval holds for these tasks only. Each
-    task has its mean difference and the ends of its 95 % interval.
+    row of a task differs. Tasks are not resampled: the interval holds for these tasks only.
+
+    Args:
+        differences: of each task, the mean difference and the ends of its 95 % interval
     """
     mean, low, high = np.asarray(differences).T
     centre, num = difference(float(mean.mean()), 0.0), len(mean)

@@ -22,8 +22,10 @@ def judged_scores(
 ) -> dict[str, Score]:
     """The recorded scores among these ids, by id, if the metrics of mixed questions are the same.
 
-    Answers that are not on this disk, or damaged, are not compared. Metrics are asked for by
-    composite or conversation, and by part.
+    Answers that are not on this disk, or damaged, are not compared.
+
+    Args:
+        asked: the metric of each part, by composite or conversation and by part
 
     Raises:
         JudgedError: a part has another metric now.

@@ -156,7 +156,8 @@ def _judge(
 ) -> list[float]:
     """The value of the answer to each question of a row.
 
-    `by_task` is filled with it, and with whether there is an answer, by the question's task.
+    Args:
+        by_task: gets each value, and whether there is an answer, by the question's task
     """
     judged_by, values = json.loads(row["judged_by"]), []
     asked = json.loads(row["asked"])["questions"]

@@ -50,7 +50,7 @@ STREAMED = {"Cache-Control": "no-cache", "X-Accel-Buffering": "no"}
 """With these headers proxies, such as nginx, pass on each token at once."""
 
 
-def make_app(thread: ModelThread, name: str, *, names: Collection[str], page: str = "") -> FastAPI:
+def make_app(thread: ModelThread, name: str, *, names: Collection[str], page: str) -> FastAPI:
     """The app: models, chat and plain completions under `/v1`, and a page at `/` if there is one.
 
     Args:

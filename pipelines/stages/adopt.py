@@ -18,7 +18,6 @@ from meteora.artifacts import (
     FusedSpec,
     MeteoraError,
     Reason,
-    RouterBuild,
     RouterSpec,
     file_sha256,
     short,
@@ -36,7 +35,7 @@ from meteora.checkpoint.manifest import (
 from meteora.checkpoint.sound_file import open_sound
 from pipelines.admission.checkpoints import FoundCheckpoint
 from pipelines.stages.build import build_base
-from pipelines.stages.checkpoint import place_checkpoint, record_router, record_stack
+from pipelines.stages.checkpoint import not_fitted, place_checkpoint, record_router, record_stack
 from pipelines.stages.open_model import stack_in
 from pipelines.workspace.bases import base_at
 from pipelines.workspace.checkpoints import is_whole
@@ -216,9 +215,12 @@ def _record(work: RunContext, adoption: Adoption) -> None:
             ledger.record_adapter(_verdict(entry), run_id=run_id)
         ledger.record_artifact(spec, weights_sha256=spec.weights_sha256, run_id=run_id)
     record_stack(work, adoption.fused, experts)
-    gates, statistics = manifest.files.get(GATES, experts), manifest.files.get(STATISTICS, "")
-    num_tokens = manifest.gates.get("num_tokens", 0)
-    made = RouterBuild(adoption.router, gates, num_tokens, None, 0.0, "", statistics)
+    made = replace(
+        not_fitted(work, adoption.router),
+        weights_sha256=manifest.files.get(GATES, experts),
+        num_tokens=manifest.gates.get("num_tokens", 0),
+        statistics_sha256=manifest.files.get(STATISTICS, ""),
+    )
     record_router(work, made)
 
 

@@ -168,7 +168,7 @@ def _choose_tasks(
         settings = BenchmarkSection.model_validate(dict(settings) | changes)
     except ValidationError as error:
         raise BenchmarkRequestError(explain(error, BenchmarkSection)) from None
-    read = partial(read_rows, token_of=token_of_rows(request.token_for))
+    read = partial(read_rows, token_of=token_of_rows(HubSection(token_for=request.token_for)))
     tasks = recorded | make_tasks(list(own.values()), settings, folder, read)
     for name in chosen:
         if name not in tasks and MIX.fullmatch(name):

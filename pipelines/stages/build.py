@@ -9,8 +9,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections import Counter
-from collections.abc import Callable, Generator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING
@@ -52,6 +51,7 @@ from pipelines.planning.room import with_room, without_too_long
 from pipelines.reports.summary import summarise
 from pipelines.stages import train_processes
 from pipelines.stages.checkpoint import (
+    not_fitted,
     place_checkpoint,
     record_router,
     record_stack,
@@ -66,7 +66,7 @@ from pipelines.stages.open_model import (
 )
 from pipelines.workspace.bases import require_sound, seal, unfinished
 from pipelines.workspace.checkpoints import is_whole
-from pipelines.workspace.console import bar, say
+from pipelines.workspace.console import bar, progress_bar, say
 from pipelines.workspace.context import RunContext, put_in_place
 from pipelines.workspace.faults import require_space
 from pipelines.workspace.machine import choose_device
@@ -79,6 +79,7 @@ if TYPE_CHECKING:
     from meteora.fitting.statistics import Fit
     from pipelines.data.rows import Row
     from pipelines.planning.plan import Plan
+    from pipelines.recipe.recipe import Recipe
 
 
 LEAST_KNOWN = 0.5
@@ -92,9 +93,9 @@ LEAST_EXPERTS = 3
 def build_base(work: RunContext, spec: BaseSpec) -> BuiltBase:
     """Provide the base as safetensors: a local folder, a download, or a dequantised GGUF file."""
     folder = work.base_folder(spec)
-    known = work.ledger.built(spec.id)
+    known = work.ledger.built_as(BuiltBase, spec.id)
     if known is not None and folder.is_dir():
-        return BuiltBase.from_dict(known)
+        return known
     if spec.quantise:  # its files are those of the full base
         built = replace(build_base(work, spec.stored), spec=spec)
         loading.refuse_quantised(folder)
@@ -169,15 +170,15 @@ def fit_gates(work: RunContext, plan: Plan) -> RouterBuild:
 
 
 def _recorded_gates(work: RunContext, plan: Plan, folder: Path) -> RouterBuild:
-    if work.holds(plan.router.id):
-        return RouterBuild.from_dict(work.ledger.built(plan.router.id) or {})
+    known = work.ledger.built_as(RouterBuild, plan.router.id)
+    if known is not None and work.holds(plan.router.id):
+        return known
     if plan.router.router == "prompt":
         made = _compare_with_background(work, plan)
     elif plan.router.router == "gate":
         made = _make_gates(work, plan)
     else:
-        experts = str(work.ledger.weights_of(plan.fused.id))
-        made = RouterBuild(plan.router, experts, 0, None, 0.0, "")
+        made = not_fitted(work, plan.router)
     record_router(work, made)
     shutil.rmtree(folder, ignore_errors=True)
     return made
@@ -195,10 +196,9 @@ def _make_gates(work: RunContext, plan: Plan) -> RouterBuild:
         if found.statistics:
             write_statistics(scratch / STATISTICS, found.statistics)
             statistics_sha256 = work.ledger.blobs.put(scratch / STATISTICS, move=True)
-        hub = work.recipe.hub
         licences = licences_of_data_sets(
             [*plan.card_examples.values(), *plan.hub_examples.values()],
-            token_of_rows(hub.token_for, allow_http=hub.allow_http),
+            token_of_rows(work.recipe.hub),
         )
         return RouterBuild(
             spec=plan.router,
@@ -218,20 +218,20 @@ def _make_gates(work: RunContext, plan: Plan) -> RouterBuild:
 def _compare_with_background(work: RunContext, plan: Plan) -> RouterBuild:
     """Fit a router of whole prompts, to texts that belong to no expert; it needs no examples."""
     started, router = time.perf_counter(), plan.router
-    model_of = opened(work, plan, None, map_to_fit(work, plan))
-    with model_of as (model, tokenizer), work.scratch() as scratch:
+    device_map = map_to_fit(work, plan)
+    with opened(work, plan, device_map) as (model, tokenizer), work.scratch() as scratch:
         silent_experts.probe(work, plan.experts, model, tokenizer)
         encoding = tokenizer_of_gates(tokenizer, router.template)
         texts = background_ids(encoding)
         layers = model.config.get_text_config().num_hidden_layers
-        with bar("reading background texts", layers, "layers") as advance:
+        with progress_bar("reading background texts", layers, "layers") as show:
             gates = fit_to_background(
                 model,
                 texts,
                 router.options,
                 Template.of(encoding),
                 scratch=scratch,
-                progress=lambda _done, _total: advance(1),
+                progress=show,
             )
         tensors.write_prompt_gates(scratch / GATES, gates)
         sha256 = work.ledger.blobs.put(scratch / GATES, move=True)
@@ -255,13 +255,13 @@ def _bytes_of_fit(plan: Plan) -> float:
 
 def _fit_here(work: RunContext, plan: Plan, out: Path) -> Fit:
     router = plan.router
-    model_of = opened(work, plan, None, map_to_fit(work, plan))
-    with model_of as (model, tokenizer), work.scratch() as scratch:
+    device_map = map_to_fit(work, plan)
+    with opened(work, plan, device_map) as (model, tokenizer), work.scratch() as scratch:
         sequences, template = _labelled(work, plan, model, tokenizer)
         if router.joint is None:
             found = _calibrate(work, router, model, sequences, template, scratch)
         else:
-            with _steps(router) as show:
+            with progress_bar("training the gates", router.joint.steps, "steps") as show:
                 found = train_processes.train(
                     work, router, model, sequences, template, scratch, show
                 )
@@ -273,12 +273,13 @@ def _fit_together(work: RunContext, plan: Plan, out: Path) -> Fit:
     """Label with one model, release it, and train in processes with a model each."""
 
     def labelled() -> tuple[list[LabelledSequence], Template | None]:
-        with opened(work, plan, None, map_to_divide(work, plan)) as (model, tokenizer):
+        with opened(work, plan, map_to_divide(work, plan)) as (model, tokenizer):
             return _labelled(work, plan, model, tokenizer)
 
+    assert plan.router.joint is not None  # noqa: S101  (no other gates take several processes)
     sequences, template = labelled()
     torch.cuda.empty_cache()
-    with _steps(plan.router) as show:
+    with progress_bar("training the gates", plan.router.joint.steps, "steps") as show:
         return train_processes.train_together(work, plan, sequences, template, out, show)
 
 
@@ -305,15 +306,8 @@ def _labelled(
     names = plan.fused.names
     shared = router.opening == "shared"
     nobody = len(names) if shared else UNLABELLED
-    asked = work.recipe.gates.conversations or work.recipe.gates.system_prompts
-    lacking = "" if tokenizer.is_fast else "the base's tokenizer gives no places of its tokens"
-    if not tokenizer.chat_template:
-        lacking = "the base has no chat template"
-    if asked and lacking:
-        without = "fitted without conversations and system prompts"
-        say(f"{lacking}: gates are {without}", "note")
-    talks = [] if lacking else _conversations(plan, tokenizer, room)
     labeller = Labeller(tokenizer, names, nobody)
+    talks = _conversations(work.recipe, plan, tokenizer, room)
     sequences = labeller.spans(talks) or labeller.examples(plan.examples)
     mixed = labeller.composites(
         plan.examples, router.mixed_prompts, seed=router.seed, digits=not router.crossed
@@ -357,13 +351,23 @@ def _say_unknown(
             )
 
 
-def _conversations(plan: Plan, tokenizer: PreTrainedTokenizerBase, room: int) -> list[Conversation]:
+def _conversations(
+    recipe: Recipe, plan: Plan, tokenizer: PreTrainedTokenizerBase, room: int
+) -> list[Conversation]:
     """The examples as conversations of at most `room` tokens, with system prompts.
 
-    Empty if the router asks for neither; the base's chat template may take only one of the two.
+    Empty if the router asks for neither, or the base can have neither. Its chat template may take
+    only one of the two.
     """
     lengths, systems = plan.router.conversations, plan.router.system_prompts
     if not (lengths or systems):
+        return []
+    lacking = "" if tokenizer.is_fast else "the base's tokenizer gives no places of its tokens"
+    if not tokenizer.chat_template:
+        lacking = "the base has no chat template"
+    if lacking:
+        if recipe.gates.conversations or recipe.gates.system_prompts:  # not only by default
+            say(f"{lacking}: gates are fitted without conversations and system prompts", "note")
         return []
     if systems and not takes(tokenizer, system="Be brief."):
         say("the base's chat template takes no system prompt: gates are fitted without", "note")
@@ -384,20 +388,6 @@ def _conversations(plan: Plan, tokenizer: PreTrainedTokenizerBase, room: int) ->
     return deal((1,))  # else an expert has all its examples in one conversation
 
 
-@contextmanager
-def _steps(router: RouterSpec) -> Generator[Callable[[int, int], None]]:
-    """A bar over the steps of a training, which may continue an earlier one."""
-    shown, steps = 0, router.joint.steps if router.joint else 0
-    with bar("training the gates", steps, "steps") as advance:
-
-        def show(done: int, _total: int) -> None:
-            nonlocal shown
-            advance(done - shown)
-            shown = done
-
-        yield show
-
-
 def _calibrate(
     work: RunContext,
     router: RouterSpec,
@@ -407,7 +397,7 @@ def _calibrate(
     scratch: Path,
 ) -> Fit:
     layers = model.config.get_text_config().num_hidden_layers
-    with bar("fitting the gates", layers, "layers") as advance:
+    with progress_bar("fitting the gates", layers, "layers") as show:
         found = calibrate.calibrate(
             model,
             sequences,
@@ -419,7 +409,7 @@ def _calibrate(
             seed=router.seed,
             scratch=scratch,
             folder=work.training_folder(router.id),
-            progress=lambda _done, _total: advance(1),
+            progress=show,
         )
     if found.not_crossed:
         names = listed(found.not_crossed, MOST_NAMED)

@@ -2,7 +2,7 @@
 
 from pathlib import Path
 
-from meteora.artifacts import ArtifactId, FusedCheckpoint, FusedSpec, RouterBuild
+from meteora.artifacts import ArtifactId, FusedCheckpoint, FusedSpec, RouterBuild, RouterSpec
 from meteora.checkpoint.manifest import (
     CARD,
     CONFIG,
@@ -86,6 +86,14 @@ def record_stack(work: RunContext, fused: FusedSpec, sha256: str) -> None:
     made = FusedCheckpoint(fused, sha256)
     work.ledger.record_artifact(
         fused, weights_sha256=sha256, built=made, blobs=[sha256], run_id=work.run_id
+    )
+
+
+def not_fitted(work: RunContext, spec: RouterSpec) -> RouterBuild:
+    """A router to which nothing is fitted here; its weights are those of the recorded experts."""
+    experts = str(work.ledger.weights_of(spec.fused_id))
+    return RouterBuild(
+        spec, experts, num_tokens=0, heldout_accuracy=None, wall_seconds=0.0, device=""
     )
 
 

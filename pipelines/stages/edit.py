@@ -60,7 +60,7 @@ from pipelines.stages.adopt import is_recorded
 from pipelines.stages.checkpoint import record_router, record_stack, replace_checkpoint, write_texts
 from pipelines.stages.open_model import entry_of, stack_in, tokenizer_of_gates
 from pipelines.workspace.checkpoints import is_whole
-from pipelines.workspace.console import bar, say
+from pipelines.workspace.console import progress_bar, say
 from pipelines.workspace.context import RunContext, new_run_id
 from pipelines.workspace.machine import choose_device, device_name, is_too_large, memory_bytes
 from pipelines.workspace.recorded_run import one_stage
@@ -161,14 +161,14 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
         lists = labeller.lists(rows, place, kinds, digits=not crossed)
         sequences += with_room(room_of(model.config), lists)
         layers = model.config.get_text_config().num_hidden_layers
-        with bar("fitting the gates", layers, "layers") as advance:
+        with progress_bar("fitting the gates", layers, "layers") as show:
             growth = add_expert.grow(
                 model,
                 sequences,
                 gates,
                 read_statistics(folder, manifest, gates),
                 larger.router,
-                progress=lambda _done, _total: advance(1),
+                progress=show,
             )
         tensors.write_gates(scratch / GATES, gates_of(model))
         write_statistics(scratch / STATISTICS, growth.statistics)
@@ -205,7 +205,7 @@ def _check_texts(name: str, examples: str) -> None:
 
 def _read_examples(examples: str, candidate: Candidate) -> tuple[list[Row], str]:
     """The rows, and their source with its commit if it is a data set of the Hub; else empty."""
-    token_of = token_of_rows(candidate.token_for)
+    token_of = token_of_rows(candidate.recipe.hub)
     of_hub = pin_source(examples, token_of)
     return read_rows(of_hub or examples, Path.cwd(), EXAMPLES, token_of), of_hub
 
@@ -214,7 +214,7 @@ def _data_set(of_hub: str, candidate: Candidate) -> dict[str, Any]:
     """What a `RouterBuild` notes on the new expert's data set of the Hub, if there is one."""
     if not of_hub:
         return {}
-    licences = licences_of_data_sets([of_hub], token_of_rows(candidate.token_for))
+    licences = licences_of_data_sets([of_hub], token_of_rows(candidate.recipe.hub))
     stated = tuple(f"{name}: {licence}" for name, licence in licences.items())
     return {"hub_examples": (f"{candidate.name}: {of_hub}",), "example_licences": stated}
 
@@ -229,7 +229,7 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
         EditError: it is the only one.
     """
     manifest = _read_editable(folder)
-    is_ours = is_recorded(ledger, FoundCheckpoint(folder, None, {}), manifest)
+    is_ours = is_recorded(ledger, FoundCheckpoint(folder), manifest)
     gates = tensors.read_gates(folder, manifest)
     work = RunContext(ledger, Recipe.model_construct(), folder / MANIFEST, new_run_id())
     with _scratch(work, manifest, f"drop {name} from", "cpu") as scratch:
@@ -249,7 +249,9 @@ def drop(ledger: Ledger, folder: Path, name: str) -> Path:
             return out
         tensors.write_gates(scratch / GATES, kept)
         write_statistics(scratch / STATISTICS, statistics)
-        router = RouterBuild(spec, "", 0, None, 0.0, "cpu")
+        router = RouterBuild(
+            spec, "", num_tokens=0, heldout_accuracy=None, wall_seconds=0.0, device="cpu"
+        )
         edited = EditedCheckpoint(scratch, smaller, router)
         return _finish(work, manifest, edited, is_ours=is_ours)
 
@@ -307,7 +309,8 @@ def _read_editable(folder: Path) -> Manifest:
 def _scratch(work: RunContext, manifest: Manifest, what: str, device: str) -> Generator[Path]:
     """A temporary folder on the store's disk, for a run of its own; `gc` does not run meanwhile.
 
-    `what` is the change of the checkpoint, such as `drop sums from`.
+    Args:
+        what: the change of the checkpoint, such as `drop sums from`
     """
     name, stage = f"{what} {short(manifest.router_id)}", what.partition(" ")[0]
     with one_stage(work, name, canonical_sha256(name), device, stage):
@@ -390,8 +393,7 @@ def _given_again(ledger: Ledger, spec: RouterSpec, scratch: Path) -> RouterBuild
 
     Fitted again, on another device or by other threads, they would have other bytes.
     """
-    made = ledger.built(spec.id)
-    router = None if made is None else RouterBuild.from_dict(made)
+    router = ledger.built_as(RouterBuild, spec.id)
     if router is None or not all(sha256 in ledger.blobs for sha256 in router.blobs):
         return None
     for name, sha256 in zip((GATES, STATISTICS), router.blobs, strict=True):

@@ -38,7 +38,7 @@ from pipelines.planning.room import check_names, check_room, check_rows, longest
 from pipelines.scoring import compare
 from pipelines.scoring.judges import judged_scores
 from pipelines.scoring.outputs import write_outputs
-from pipelines.stages.checkpoint import record_router
+from pipelines.stages.checkpoint import not_fitted, record_router
 from pipelines.stages.open_model import is_spread, opened, tokenizer_of_gates
 from pipelines.workspace.console import bar, say
 from pipelines.workspace.machine import device_name, memory_bytes
@@ -109,7 +109,7 @@ def measure(work: RunContext, plan: Plan, gates: RouterBuild) -> None:
     measure_model(
         work,
         plan,
-        lambda: opened(work, plan, gates, "auto" if is_spread(work, plan) else None),
+        lambda: opened(work, plan, "auto" if is_spread(work, plan) else None, gates=gates),
     )
 
 
@@ -199,10 +199,9 @@ def _of_one_system(
 
 def _record_controls(work: RunContext, plan: Plan) -> None:
     """Record the routers and merges that are only measured: their scores refer to them."""
-    experts = str(work.ledger.weights_of(plan.fused.id))
     for spec in plan.others.values():
         if work.ledger.weights_of(spec.id) is None:
-            record_router(work, RouterBuild(spec, experts, 0, None, 0.0, ""))
+            record_router(work, not_fitted(work, spec))
     for spec in plan.merges.values():
         if work.ledger.weights_of(spec.id) is None:
             work.ledger.record_artifact(spec, weights_sha256="", run_id=work.run_id)

@@ -113,8 +113,9 @@ def _ranks(spec: AdapterSpec) -> str:
 def opened(
     work: RunContext,
     plan: Plan,
-    gates: RouterBuild | None,
     device_map: dict[str, str] | str | None = None,
+    *,
+    gates: RouterBuild | None = None,
 ) -> Generator[tuple[PreTrainedModel, PreTrainedTokenizerBase]]:
     """The base with the plan's experts in it, and with its router if `gates` are given.
 

@@ -45,7 +45,7 @@ def divide_pool(work: RunContext, plan: Plan) -> None:
     device = choose_device()
     kept = work.answers_file(canonical_sha256([spec.id, __version__, device]))
     with (
-        opened(work, plan, None, device_map) as (model, as_it_is),
+        opened(work, plan, device_map) as (model, as_it_is),
         open_log(kept) as log,
     ):
 

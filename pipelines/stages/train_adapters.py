@@ -188,8 +188,7 @@ def training_rows(
         ExamplesError: rows cannot be read, or are also test rows of the recipe.
     """
     recipe, folder = work.recipe, work.folder
-    token_of = token_of_rows(recipe.hub.token_for, allow_http=recipe.hub.allow_http)
-    read = partial(read_rows, token_of=token_of)
+    read = partial(read_rows, token_of=token_of_rows(recipe.hub))
     sources = {expert.name: str(expert.examples) for expert in experts}
     training: dict[str, list[Row]] = {}
     numbers: dict[str, list[int]] = {}

@@ -62,8 +62,8 @@ def train(
     The state is removed once the gates are recorded.
     """
     settings, section = router.joint, work.recipe.gates
-    if settings is None or not isinstance(section, JointSection):
-        raise MeteoraError(f"{router.id} is asked for by a recipe without `method: joint`")
+    assert settings is not None  # noqa: S101  (it is the spec of that section)
+    assert isinstance(section, JointSection)  # noqa: S101  (the caller checks it)
     return joint.train_jointly(
         model,
         sequences,
@@ -161,7 +161,7 @@ def main() -> None:
 
     try:
         spread = map_to_divide(work, plan)
-        with opened(work, plan, None, spread) as (model, _), work.scratch() as scratch:
+        with opened(work, plan, spread) as (model, _), work.scratch() as scratch:
             made = train(work, plan.router, model, sequences, template, scratch, report)
     except MeteoraError as error:
         stage.send("error", error)

@@ -1,7 +1,7 @@
 """Messages and progress bars for a person, on stderr.
 
-`CONSOLE` is the console of this process, and `say`, `bar` and `growing` are its methods. A run in
-this process listens to it, to pass lines and progress on.
+`CONSOLE` is the console of this process, and `say`, `bar`, `progress_bar` and `growing` are its
+methods. A run in this process listens to it, to pass lines and progress on.
 """
 
 import logging
@@ -138,6 +138,21 @@ class Console:
             self.say(f"{what}: {done} of {total} {unit} in {seconds:.0f} s{_rate(done / seconds)}")
 
     @contextmanager
+    def progress_bar(
+        self, what: str, total: int, unit: str
+    ) -> Generator[Callable[[int, int], None]]:
+        """A bar for work that may begin in its middle; yields `show(done, all)`."""
+        shown = 0
+        with self.bar(what, total, unit) as advance:
+
+            def show(done: int, _all: int) -> None:
+                nonlocal shown
+                advance(done - shown)
+                shown = done
+
+            yield show
+
+    @contextmanager
     def growing(self, what: str, num_bytes: int, measure: Callable[[], int]) -> Generator[None]:
         """A bar over something that grows by itself, such as a download, if it takes a while.
 
@@ -149,13 +164,12 @@ class Console:
             if ended.wait(PATIENCE_SECONDS):
                 return
             size, unit = (1_000_000, "MB") if num_bytes >= 10_000_000 else (1_000, "kB")
-            with self.bar(what, max(1, round(num_bytes / size)), unit) as advance:
-                shown, last = 0, False
+            most = max(1, round(num_bytes / size))
+            with self.progress_bar(what, most, unit) as show:
+                last = False
                 while not last:
                     last = ended.wait(LOOK_EVERY_SECONDS)
-                    now = round(min(measure(), num_bytes) / size)
-                    advance(now - shown)
-                    shown = now
+                    show(round(min(measure(), num_bytes) / size), most)
 
         # in the caller's context, which leads to the run's log
         watcher = threading.Thread(target=copy_context().run, args=(watch,), daemon=True)
@@ -168,7 +182,7 @@ class Console:
 
 
 CONSOLE = Console()
-say, bar, growing = CONSOLE.say, CONSOLE.bar, CONSOLE.growing
+say, bar, progress_bar, growing = CONSOLE.say, CONSOLE.bar, CONSOLE.progress_bar, CONSOLE.growing
 
 
 class _Warnings(logging.Handler):

@@ -56,18 +56,24 @@ def require_space(
     """Check that a disk has enough free space, before long work that needs it.
 
     Args:
-        folder: A folder on that disk.
+        folder: A folder on that disk; it need not exist.
         instead: What to do if no space can be freed there.
 
     Raises:
         NoSpaceError: The disk has less than `num_bytes` left.
     """
-    free = shutil.disk_usage(folder).free
+    free = free_bytes(folder)
     if free < num_bytes:
         raise NoSpaceError(
             f"{what} needs {num_bytes / 1e6:,.1f} MB, and the disk of {folder} has"
             f" {free / 1e6:,.1f} MB left; free some space, or {instead}"
         )
+
+
+def free_bytes(folder: Path) -> int:
+    """The free bytes of the disk that a folder is on; the folder need not exist."""
+    existing = next(path for path in (folder, *folder.absolute().parents) if path.is_dir())
+    return shutil.disk_usage(existing).free
 
 
 def describe(error: BaseException) -> str | None:

@@ -61,7 +61,7 @@ def main() -> None:
             rows.write_text("".join(lines[: asked.examples]))
             known = name in together
             without = edit.drop(ledger, asked.checkpoint, name) if known else asked.checkpoint
-            found = FoundCheckpoint(without, asked.base, {}, "cpu")
+            found = FoundCheckpoint(without, asked.base, device="cpu")
             adapter = Candidate(name, str(SHIPPED / "adapters" / name))
             after = shares(edit.add(ledger, found, adapter, f"jsonl:{rows}"), asked.base)
         figures = [together.get(name, float("nan")), after.pop(name)]

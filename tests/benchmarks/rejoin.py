@@ -69,7 +69,7 @@ def main() -> None:
             started = time.process_time()
             examples = source.format(asked.name, "train")
             grown = edit.add(
-                ledger, FoundCheckpoint(copy, asked.base, {}, "cpu"), adapter, examples
+                ledger, FoundCheckpoint(copy, asked.base, device="cpu"), adapter, examples
             )
             print(f"{way}: {time.process_time() - started:.0f} s", flush=True)
             told(grown, asked.base, tests, asked.name, way)

@@ -30,6 +30,7 @@ if TYPE_CHECKING:
 
     from meteora.artifacts import BuiltBase
     from pipelines.planning.plan import Plan
+    from pipelines.reports.summary import Summary
     from tests.conftest import World
     from tests.pipelines.hub.hub_server import HubServer
 
@@ -125,6 +126,16 @@ def finished(work: RunContext) -> Plan | None:
 
     found = look(work)
     return found.plan if found.summary else None
+
+
+def result_of(work: RunContext) -> tuple[Plan, Summary]:
+    """The plan and the summary of a recipe with every result in the ledger."""
+    from pipelines.flows.up_to_date import look
+
+    found = look(work)
+    assert found.plan is not None
+    assert found.summary is not None
+    return found.plan, found.summary
 
 
 def print_steps(work: RunContext, until: Stage = Stage.publish) -> None:

@@ -42,14 +42,14 @@ def test_what_was_recorded_is_answered(shelf: Shelf, ingested: bool) -> None:
         shelf.ledger.ingest()
     ledger = Ledger(shelf.home)
     assert ledger.weights_of(build.spec.id) == "a" * 64
-    assert RouterBuild.from_dict(ledger.built(build.spec.id) or {}) == build
+    assert ledger.built_as(RouterBuild, build.spec.id) == build
     assert ledger.spec_of(stack.id) == {
         **stack.to_dict(),
         "names": ["expert-0"],
         "adapter_ids": [expert.id],
         "bare": [],
     }
-    assert ledger.built(stack.id) is None
+    assert ledger.built_as(RouterBuild, stack.id) is None
     assert ledger.scores_of([measured.spec.id, stack.id]) == {measured.spec.id: measured}
     assert ledger.scores_of([]) == {}
     counts = ledger.query("SELECT truth, chosen, num_tokens FROM routing_counts")

@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.admission.check import inspect
 from tests.meteora.adapters.adapter_maker import pair, write_adapter
-from tests.pipelines.cli.command_line import meteora
+from tests.pipelines.cli.command_line import done, meteora
 from tests.pipelines.hub.hub_server import Fault, HubServer, Repo, running_hub
 
 COMMIT = "a" * 40
@@ -62,8 +62,7 @@ def test_a_repository_is_judged_and_its_facts_are_told(server: HubServer, tmp_pa
     assert "pickle, which can run code" in reason["message"]
     assert not any(path.endswith(".bin") for kind, path, _ in server.requests if kind == "get")
 
-    said = meteora("check", f"org/adapter@{COMMIT}", home=tmp_path / "home")
-    assert said.returncode == 0, said.stderr
+    said = done("check", f"org/adapter@{COMMIT}", "--home", tmp_path / "home")
     assert said.stdout.splitlines() == [
         f"accept  org/adapter@{COMMIT}",
         "        r 4, scaling 2, on 4 modules (q_proj, v_proj); F32, 0.0 MB; base org/base",
@@ -79,8 +78,7 @@ def test_a_folder_of_a_repository_is_judged_by_a_recipe_s_policy(tmp_path: Path)
     said = meteora(*command, home=tmp_path / "home")
     assert said.returncode == 1
     assert "[modules_to_save]" in said.stdout
-    said = meteora(*command, "--strip", "--json", home=tmp_path / "home")
-    assert said.returncode == 0, said.stderr
+    said = done(*command, "--strip", "--json", "--home", tmp_path / "home")
     (verdict,) = json.loads(said.stdout)
     assert verdict["stripped"] == ["base_model.model.lm_head.weight"]
     assert verdict["subfolder"] == "inner"
@@ -142,8 +140,7 @@ def test_the_saved_token_goes_to_whom_it_is_meant_for(
 def test_a_config_alone_is_judged_by_its_claims_and_that_is_said(tmp_path: Path) -> None:
     config = write_adapter(tmp_path) / "adapter_config.json"
     alone = config.rename(tmp_path / "alone.json")
-    said = meteora("check", alone, home=tmp_path)
-    assert said.returncode == 0
+    said = done("check", alone, "--home", tmp_path)
     assert said.stdout.splitlines() == [
         f"accept  {alone}",
         "        judged by what its config claims: there are no weights beside it",

@@ -15,7 +15,15 @@ from pipelines.recipe.recipe import ExpertSection
 from pipelines.reports import queries
 from pipelines.workspace.context import RunContext
 from tests.conftest import World
-from tests.pipelines.conftest import base_of, finished, letters, plan_of, print_steps, run
+from tests.pipelines.conftest import (
+    base_of,
+    finished,
+    letters,
+    plan_of,
+    print_steps,
+    result_of,
+    run,
+)
 from tests.pipelines.hub.hub_server import Fault, HubServer, Repo, running_hub
 
 COMMIT = "a" * 40
@@ -77,8 +85,7 @@ def test_a_run_takes_the_sound_ones_it_finds_and_says_why_not_the_others(
     """And as soon as one of them moves, there is a new stack to make."""
     work = found()
     run(work)
-    planned = finished(work)
-    assert planned is not None
+    planned, _ = result_of(work)
     assert planned.fused.names == ("b--attention", "z--letters")
     assert {expert.ref.revision for expert in planned.experts} == {COMMIT}
 

@@ -22,8 +22,8 @@ from store.ledger import Ledger
 from tests.pipelines.conftest import (
     ALPHABETS,
     CHAT_TEMPLATE,
-    finished,
     prompts_in,
+    result_of,
     run,
     train_experts,
 )
@@ -186,8 +186,7 @@ def test_gates_are_fitted_to_what_an_expert_writes(
     said = capfd.readouterr().err
     assert f"{SILENT}: these adapters write no questions" in said
     assert "prompts that experts wrote: " in said
-    plan = finished(work)
-    assert plan is not None
+    plan, _ = result_of(work)
     assert [*plan.examples] == [WRITER]
     assert plan.router.stand_ins == (SILENT,)
     texts = [row.prompt for row in plan.examples[WRITER]]

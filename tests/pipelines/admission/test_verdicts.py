@@ -51,7 +51,7 @@ def test_silent_and_deafening_experts_are_recorded_with_their_verdict(
     work = workplace(experts=experts, router={"kind": "norm"})
     planned = plan_of(work)
     build.stack(work, planned)
-    with opened(work, planned, None) as (model, tokenizer):
+    with opened(work, planned) as (model, tokenizer):
         silent_experts.probe(work, planned.experts, model, tokenizer)
         with patch.object(type(model), "forward", side_effect=AssertionError):
             silent_experts.probe(work, (), model, tokenizer)  # as for `meteora benchmark`

@@ -32,5 +32,12 @@ def ask(*words: object) -> Said:
     return Said(arguments, code, out.getvalue(), err.getvalue())
 
 
+def done(*words: object) -> Said:
+    """What `meteora` prints where it must not fail."""
+    said = ask(*words)
+    assert said.returncode == 0, said.stderr
+    return said
+
+
 def meteora(*words: object, home: Path) -> Said:
     return ask(*words, "--home", home)

@@ -17,12 +17,11 @@ from meteora.artifacts import MeteoraError
 from meteora.model.trace import Pieces
 from pipelines.admission import checkpoints
 from tests.conftest import World
-from tests.pipelines.cli.command_line import ask, meteora
+from tests.pipelines.cli.command_line import ask, done, meteora
 
 
 def test_the_version_is_one_line() -> None:
-    said = ask("--version")
-    assert said.returncode == 0
+    said = done("--version")
     name, version = said.stdout.split()
     assert name == "meteora-pipelines"
     assert version[0].isdigit()
@@ -91,8 +90,7 @@ def test_a_query_and_a_prompt_come_from_the_input(
     marked = io.StringIO("\ufeffabc")
     monkeypatch.setattr(sys, "stdin", marked)
     with patch.object(Pieces, "add", lambda _, token: f"<{token}>"):  # as special ones are shown
-        said = meteora("generate", world.checkpoint, "-", *answer, home=tmp_path)
-    assert said.returncode == 0, said.stderr
+        said = done("generate", world.checkpoint, "-", *answer, "--home", tmp_path)
     found = json.loads(said.stdout)
     assert len(found["tokens"]["answer"]) == 2
     assert len(found["tokens"]["prompt"]) == len("abc")  # a byte order mark is no part of it
@@ -120,8 +118,7 @@ def test_bytes_that_are_no_text_are_a_sentence_or_shown(
 
 def test_findings_and_garbage_are_json_too(tmp_path: Path) -> None:
     (tmp_path / "records").mkdir()
-    said = meteora("verify", "--json", home=tmp_path)
-    assert said.returncode == 0
+    said = done("verify", "--json", "--home", tmp_path)
     found = json.loads(said.stdout)
     assert found == {"num_records": 0, "num_blobs": 0, "num_scores": 0, "findings": []}
     assert json.loads(meteora("store", "gc", "--json", home=tmp_path).stdout) == []
@@ -206,8 +203,7 @@ def test_a_model_runs_on_the_device_and_in_the_dtype_that_are_named(
     world: World, tmp_path: Path
 ) -> None:
     asked = ("generate", world.checkpoint, "x", "--base", world.base, "--max-new-tokens", 2)
-    said = meteora(*asked, "--device", "cpu", "--dtype", "bfloat16", home=tmp_path)
-    assert said.returncode == 0, said.stderr
+    done(*asked, "--device", "cpu", "--dtype", "bfloat16", "--home", tmp_path)
     found = checkpoints.find(str(world.checkpoint), tmp_path, world.base, dtype="bfloat16")
     model, _ = found.load()
     assert model.dtype == torch.bfloat16

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 
-from pipelines.data.hub_rows import UnreadableError
+from pipelines.data.hub_rows import UnreadableError, text_in
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import ExamplesError, Row
 
@@ -370,3 +370,11 @@ def test_a_hub_dataset_is_read_by_its_columns(tmp_path: Path) -> None:
     assert all("####" in row.response for row in rows)
     with pytest.raises(ExamplesError, match="no column 'prompt', it has question, answer"):
         read_rows("hf:openai/gsm8k?config=main&response=answer", tmp_path, 1)
+
+
+def test_a_place_in_a_list_with_more_digits_than_python_reads_is_no_column() -> None:
+    for place, text in (("0", "hi"), ("1", "there")):
+        assert text_in({"said": ["hi", "there"]}, f"said.{place}", "a/b", may_miss=False) == text
+    for place in ("2", "9" * 5_000):
+        with pytest.raises(ExamplesError, match="a/b has no column"):
+            text_in({"said": ["hi", "there"]}, f"said.{place}", "a/b", may_miss=False)

@@ -13,7 +13,7 @@ from pipelines.data.conversations import Conversation, Turn
 from pipelines.data.labels import Labeller
 from pipelines.data.rows import ExamplesError, Row, refuse_overlap
 from pipelines.data.spans import Part, SpannedRow, prompt_parts, read_spans
-from tests.pipelines.conftest import finished, letters, run
+from tests.pipelines.conftest import letters, result_of, run
 from tests.pipelines.data.test_conversations import CHATML
 
 if TYPE_CHECKING:
@@ -205,8 +205,7 @@ def test_gates_are_fitted_to_them_unless_a_test_is_among_them(
     gates = {"spans": written(recipe_folder, body, long, body)}
     work = workplace(gates=gates, benchmark=benchmark)
     run(work)
-    planned = finished(work)
-    assert planned is not None
+    planned, _ = result_of(work)
     built = work.ledger.built(planned.router.id)
     assert built is not None
     spans = Labeller(tokenizer, planned.fused.names).spans(planned.spans)

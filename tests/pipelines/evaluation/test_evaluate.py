@@ -53,7 +53,7 @@ if TYPE_CHECKING:
     from collections.abc import Callable
     from pathlib import Path
 
-    from transformers import PreTrainedTokenizerBase
+    from transformers import PreTrainedModel, PreTrainedTokenizerBase
 
     from tests.conftest import World
 
@@ -238,6 +238,16 @@ def test_answers_that_were_cut_and_empty_ones_are_counted(
     assert score.num_samples == len(rows)
 
 
+def log_likelihood(
+    model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase, prompt: str, answer: str
+) -> float:
+    ids = torch.tensor([encode_pair(tokenizer, prompt, answer)[:-1]])
+    start = len(encode_prompt(tokenizer, prompt))
+    with torch.inference_mode():
+        logs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
+    return float(logs.gather(1, ids[0, 1:, None])[start - 1 :, 0].sum())
+
+
 def test_choices_are_compared_by_their_log_likelihood(
     world: World, tokenizer: PreTrainedTokenizerBase
 ) -> None:
@@ -247,14 +257,7 @@ def test_choices_are_compared_by_their_log_likelihood(
     done: list[int] = []
     found = evaluate_task(model, tokenizer, asked, batch_size=2, advance=done.append)
     for row, output in zip(rows, found.outputs, strict=True):
-        sums = []
-        for choice in row.choices:
-            ids = torch.tensor([encode_pair(tokenizer, row.prompt, choice)[:-1]])
-            start = len(encode_prompt(tokenizer, row.prompt))
-            with torch.inference_mode():
-                logs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-            said = logs.gather(1, ids[0, 1:, None])[start - 1 :, 0]
-            sums.append(float(said.sum()))
+        sums = [log_likelihood(model, tokenizer, row.prompt, choice) for choice in row.choices]
         assert output["log_likelihoods"] == pytest.approx(sums, abs=1e-3)
         assert output["acc"] == float(row.choices[sums.index(max(sums))] in row.answers)
     assert sum(done) == asked.num_questions == 5
@@ -278,12 +281,8 @@ def test_a_choice_weighs_all_of_its_tokens_where_its_prompt_is_tokenized_with_it
     model, row = world.load(), Row("A:", "-5", ("-5", "5"))
     (weights,) = Harness(model, joining, batch_size=1).log_likelihoods([row])
     for choice, weight in zip(row.choices, weights, strict=True):
-        ids = torch.tensor([encode_pair(joining, row.prompt, choice)[:-1]])
-        start = len(encode_prompt(joining, row.prompt))
-        with torch.inference_mode():
-            logs = model(input_ids=ids).logits[0, :-1].log_softmax(-1)
-        said = logs.gather(1, ids[0, 1:, None])[start - 1 :, 0]
-        assert weight == pytest.approx(float(said.sum()), abs=1e-3)
+        expected = log_likelihood(model, joining, row.prompt, choice)
+        assert weight == pytest.approx(expected, abs=1e-3)
 
 
 def test_rows_without_choices_and_empty_choices_are_refused_where_choices_are_compared() -> None:

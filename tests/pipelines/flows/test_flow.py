@@ -27,12 +27,11 @@ from meteora.untrusted.findings import AdapterError
 from pipelines.flows.local_server import HOST
 from pipelines.flows.run_page import tags_of
 from pipelines.recipe.stage import Stage
-from pipelines.reports.summary import summarise
 from pipelines.stages.worker_client import StageError, StageProcess
 from pipelines.workspace.context import RunContext
 from store.errors import BusyError
 from tests.conftest import World
-from tests.pipelines.conftest import Here, finished, print_steps, run
+from tests.pipelines.conftest import Here, finished, print_steps, result_of, run
 from tests.pipelines.flows.test_local_server import servers, wait_until, without_prefect
 from tests.pipelines.process_tree import descendants, ends
 
@@ -44,10 +43,7 @@ pytestmark = pytest.mark.usefixtures("prefect_server")
 
 def fingerprint(work: RunContext) -> str:
     """What a finished run left behind, but for times and run names."""
-    planned = finished(work)
-    assert planned is not None
-    summary = summarise(work.ledger, planned, work.base_folder(planned.base))
-    assert summary is not None
+    planned, summary = result_of(work)
     scores = {
         f"{task}/{system}": [score.value, score.outputs_sha256]
         for task, row in summary.scores.items()
@@ -66,10 +62,7 @@ def test_a_run_makes_everything_and_a_second_finds_nothing_to_do(
     seconds = run(work, apart=True)
     assert list(seconds) == [*Stage][:-1]  # it does not publish
 
-    planned = finished(work)
-    assert planned is not None
-    summary = summarise(work.ledger, planned, work.base_folder(planned.base))
-    assert summary is not None
+    planned, summary = result_of(work)
     assert summary.systems == ["base", "oracle", "fused", "uniform", "arrow"]
     assert all(len(row) == 5 for row in summary.scores.values())
     assert summary.routing is not None
@@ -133,8 +126,7 @@ def test_a_refused_adapter_ends_the_run_or_is_left_out_as_the_recipe_says(
 
     lenient = workplace(experts=experts, policy={"on_refused": "skip"}, benchmark=QUICK)
     run(lenient)
-    planned = finished(lenient)
-    assert planned is not None
+    planned, _ = result_of(lenient)
     assert planned.fused.names == ("q_and_v", "attention")
     refused = lenient.ledger.query("SELECT name FROM adapters WHERE verdict = 'refuse'").rows
     assert ("empty",) in refused
@@ -288,16 +280,16 @@ def test_a_run_that_is_killed_after_its_last_result_is_closed_by_the_next(
     workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Though nothing is left to do."""
-    from tests.pipelines.cli.command_line import meteora  # noqa: PLC0415
+    from tests.pipelines.cli.command_line import done  # noqa: PLC0415
 
     monkeypatch.setattr("pipelines.flows.flow.StageProcess", Here)
     work = workplace(benchmark=QUICK)
     kill_after("write_checkpoint", work)
     assert finished(work) is not None
-    assert meteora("run", work.path, home=work.home).returncode == 0
+    done("run", work.path, "--home", work.home)
     assert work.ledger.unended_runs() == []
     assert sorted(work.ledger.query("SELECT outcome FROM runs").rows) == [("killed",), ("ok",)]
-    assert "nothing to do" in meteora("run", work.path, home=work.home).stderr
+    assert "nothing to do" in done("run", work.path, "--home", work.home).stderr
 
 
 def keep_a_port_for(home: Path) -> str:

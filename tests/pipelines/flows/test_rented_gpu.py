@@ -18,7 +18,7 @@ from pipelines.workspace.context import RunContext
 from store.ledger import Ledger
 from store.sharing import connect
 from tests.pages import ROOT
-from tests.pipelines.cli.command_line import ask
+from tests.pipelines.cli.command_line import done
 from tests.pipelines.flows.test_local_server import wait_until
 from tests.store import test_sharing
 
@@ -88,8 +88,7 @@ def test_what_one_machine_began_the_next_one_finishes_and_a_third_has_it(
     assert Ledger(two).query("SELECT id FROM routers WHERE router = 'gate'").rows == first_router
     third = tmp_path / "home"  # where the test's own recipe works
     connect(third, url)
-    said = ask("run", work.path, "--home", third)
-    assert said.returncode == 0, said.stderr
+    said = done("run", work.path, "--home", third)
     assert "fitting the gates" not in said.stderr
     assert said.stdout.split("times:")[0] == out.split("times:")[0]
     ledger = Ledger(third)

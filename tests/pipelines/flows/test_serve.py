@@ -28,7 +28,7 @@ from prefect.exceptions import ObjectNotFound
 from prefect.states import Cancelling
 
 from pipelines.workspace.context import RunContext
-from tests.pipelines.conftest import finished
+from tests.pipelines.conftest import result_of
 
 if TYPE_CHECKING:
     from collections.abc import Callable, Generator, Mapping
@@ -198,8 +198,7 @@ def test_a_run_that_is_cancelled_on_its_page_stops_and_the_next_goes_on(
     served: Served, world: World
 ) -> None:
     """And an adapter that changed gives a new stack, which is compared with the last."""
-    before = finished(served.work)
-    assert before is not None
+    before, _ = result_of(served.work)
     (served.work.folder / "attention").unlink()
     (served.work.folder / "attention").symlink_to(world.adapters["all_seven"])
     asked = served.ask()
@@ -213,8 +212,7 @@ def test_a_run_that_is_cancelled_on_its_page_stops_and_the_next_goes_on(
     ended = served.ask_and_wait()
     assert ended.state is not None
     assert ended.state.is_completed(), ended.state.message
-    after = finished(served.work)
-    assert after is not None
+    after, _ = result_of(served.work)
     assert after.fused.id != before.fused.id
     assert '"last"' in str(served.shown(ended.id)["scores"].data)
     question = "SELECT task, previous_id FROM changes WHERE router = 'gate' ORDER BY task"

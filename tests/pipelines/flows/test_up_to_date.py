@@ -21,7 +21,7 @@ from pipelines.publishing.signing import SIGNATURE
 from pipelines.workspace.context import RunContext
 from store.ledger import Ledger
 from store.snapshot import IDLE_SECONDS
-from tests.pipelines.cli.command_line import meteora
+from tests.pipelines.cli.command_line import done
 from tests.pipelines.conftest import Here, base_of, run
 
 ONCE = {"resolve_base": 1, "make_plan": 1}
@@ -59,8 +59,7 @@ def test_one_command_resolves_the_base_and_makes_the_plan_once(
     command = ("run", work.path)
     for until in ("stack", "publish", "publish"):
         as_json = ["--json"] if until == "stack" else []
-        said = meteora(*command, "--until", until, *as_json, home=tmp_path / "home")
-        assert said.returncode == 0, said.stderr
+        said = done(*command, "--until", until, *as_json, "--home", tmp_path / "home")
         if as_json:
             made = json.loads(said.stdout)
             assert (made["name"], made["until"]) == (work.name, until)

@@ -12,6 +12,7 @@ from collections.abc import Generator
 from contextlib import nullcontext, suppress
 from contextvars import ContextVar
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
 from typing import Any, cast
@@ -114,7 +115,7 @@ def test_the_endpoint_of_the_environment_is_asked(
     server: HubServer, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", server.endpoint)
-    assert repositories.resolve("someone/adapter") == REF
+    assert repositories.resolve("someone/adapter", hub=Hub()) == REF
 
 
 @pytest.mark.parametrize(
@@ -258,7 +259,7 @@ def test_a_config_that_is_refused_costs_no_download_of_weights(
     assert server.num_bytes < 1_000 < len(WEIGHTS)
     before = len(server.requests)
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
-    for again in (download, downloaded):
+    for again in (partial(download, hub=Hub()), downloaded):
         with pytest.raises(AdapterError, match=code):
             again(REF, tmp_path)
     assert len(server.requests) == before
@@ -693,7 +694,7 @@ def test_an_endpoint_that_is_no_address_is_one_sentence(
 ) -> None:
     monkeypatch.setenv("HF_ENDPOINT", endpoint)
     with pytest.raises((HubReferenceError, InsecureEndpointError), match="the endpoint "):
-        repositories.resolve("someone/adapter")
+        repositories.resolve("someone/adapter", hub=Hub())
 
 
 @pytest.mark.parametrize(

@@ -14,7 +14,7 @@ from pipelines.workspace import console
 from pipelines.workspace.context import RunContext
 from tests.conftest import World
 from tests.pipelines.admission.test_discover import COMMIT, adapter_repo
-from tests.pipelines.conftest import finished, run
+from tests.pipelines.conftest import result_of, run
 from tests.pipelines.hub.hub_server import Fault, HubServer, running_hub
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -54,8 +54,7 @@ def test_a_branch_is_resolved_anew_and_what_moved_is_compared_with_what_was(
     monkeypatch.setattr(console, "PATIENCE_SECONDS", 0.0)
     work = on_the_hub()
     run(work)
-    before = finished(work)
-    assert before is not None
+    before, _ = result_of(work)
     assert before.experts[0].ref.revision == COMMIT
     made = work.ledger.query("SELECT kind, count(*) FROM artifacts GROUP BY ALL ORDER BY 1").rows
 
@@ -67,8 +66,7 @@ def test_a_branch_is_resolved_anew_and_what_moved_is_compared_with_what_was(
     server.repos["org/adapter"] = replace(moved, commit="b" * 40, refs={"main": "b" * 40})
     capsys.readouterr()
     run(on_the_hub())
-    after = finished(on_the_hub())
-    assert after is not None
+    after, _ = result_of(on_the_hub())
     assert after.experts[0].ref.revision == "b" * 40
     assert after.experts[1] == before.experts[1]
     assert after.fused.id != before.fused.id

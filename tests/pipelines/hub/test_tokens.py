@@ -32,7 +32,7 @@ from pipelines.workspace.context import RunContext
 from pipelines.workspace.environment import SETTINGS
 from tests.conftest import World
 from tests.pipelines.admission.test_discover import COMMIT, adapter_repo
-from tests.pipelines.cli.command_line import ask
+from tests.pipelines.cli.command_line import ask, done
 from tests.pipelines.hub.hub_server import running_hub
 
 ROOT = Path(__file__).parents[3]
@@ -103,13 +103,13 @@ def test_data_sets_get_it_where_the_recipe_names_their_owner(
     recipe = Recipe.load(recipe_folder / "recipe.yaml")
     named = recipe.model_copy(update={"hub": recipe.hub.model_copy(update={"token_for": ("me",)})})
     for name in ("me/mine", "you/yours"):
-        assert read_rows(f"hf:{name}", tmp_path, 1, token_of_rows(named.hub.token_for))
+        assert read_rows(f"hf:{name}", tmp_path, 1, token_of_rows(named.hub))
     assert sent == {"me/mine": "hf_saved", "you/yours": False}
     assert read_rows("hf:me/mine", tmp_path, 1)
     assert sent["me/mine"] is False
     monkeypatch.setenv("HF_ENDPOINT", "http://mirror.example")
     with pytest.raises(InsecureEndpointError):
-        read_rows("hf:me/mine", tmp_path, 1, token_of_rows(named.hub.token_for))
+        read_rows("hf:me/mine", tmp_path, 1, token_of_rows(named.hub))
 
 
 def test_a_recipe_alone_sends_it_to_no_server(
@@ -171,8 +171,7 @@ def test_publish_sends_it_there_and_to_the_owner_of_the_base_only_if_named(
     monkeypatch.setattr(publish, "publish", take)
     monkeypatch.setattr(checkpoints, "cached", lambda *_: tmp_path)  # the base is here
     words = [*words, "--device", "cpu", "--dtype", "float32"]
-    said = ask("publish", tmp_path / "fused", "org/model", "--home", tmp_path / "home", *words)
-    assert said.returncode == 0, said.stderr
+    said = done("publish", tmp_path / "fused", "org/model", "--home", tmp_path / "home", *words)
     ((found, to),) = seen
     assert (found.device, found.dtype) == ("cpu", "float32")
     words[words.index("cpu")] = "cuda:99"

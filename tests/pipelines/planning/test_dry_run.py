@@ -27,7 +27,7 @@ from pipelines.workspace.context import RunContext
 from pipelines.workspace.machine import Machine, measure_machine
 from tests.conftest import World
 from tests.pages import ROOT, fences
-from tests.pipelines.cli.command_line import ask
+from tests.pipelines.cli.command_line import ask, done
 from tests.pipelines.conftest import finished, print_steps
 
 GPU = Machine("made up", 400e12, 3e12, 6e-6, 1e9, 80e9)
@@ -218,8 +218,7 @@ def test_what_is_here_is_looked_at(
 def test_local_adapters_are_judged_and_the_parts_that_take_long_are_named(
     recipe_folder: Path, tmp_path: Path
 ) -> None:
-    said = ask("run", recipe_folder / "recipe.yaml", "--dry-run", "--home", tmp_path / "home")
-    assert said.returncode == 0, said.stderr
+    said = done("run", recipe_folder / "recipe.yaml", "--dry-run", "--home", tmp_path / "home")
     assert re.search("q_and_v: path:q_and_v, accepted, rank [0-9]", said.stdout)
     assert "warning: " in said.stdout  # its config names a folder as its base
     for part in ("asking", "measuring routing", "measuring switches"):
@@ -349,8 +348,7 @@ def test_only_stages_that_are_reached_are_told(
     until: str, shown: set[str], recipe_folder: Path, tmp_path: Path
 ) -> None:
     words = ("run", recipe_folder / "recipe.yaml", "--dry-run", "--until", until)
-    said = ask(*words, "--home", tmp_path / "home")
-    assert said.returncode == 0
+    said = done(*words, "--home", tmp_path / "home")
     names = {"base", "expert", "stack", "router", "gates", "benchmark", "publish"}
     assert {line.split()[0] for line in said.stdout.splitlines() if line.strip()} & names == shown
 

@@ -90,7 +90,7 @@ def test_what_is_too_long_in_a_cards_data_set_is_left_out(
     planned = replace(planned, examples={**planned.examples, "q_and_v": [*short, *long]})
     measure.check_prompts(work, planned)
     build.stack(work, planned)
-    with opened(work, planned, None) as (model, tokenizer):
+    with opened(work, planned) as (model, tokenizer):
         sequences, _ = build._labelled(work, planned, model, tokenizer)
     assert max(len(one.input_ids) for one in sequences) < 600
     said = (
@@ -117,7 +117,7 @@ def test_a_card_that_names_rows_which_its_adapter_does_not_know_is_told(
     build.stack(work, planned)
     said = "note: q_and_v: by its weights it knows 25% of the first prompts of the data set"
 
-    with opened(work, planned, None) as (model, tokenizer):
+    with opened(work, planned) as (model, tokenizer):
 
         def told_of(plan: Plan, q_and_v: float, attention: float) -> str:
             found = {"q_and_v": q_and_v, "attention": attention, "other": 1.0}
@@ -146,7 +146,7 @@ def test_examples_that_several_experts_have_in_common_are_told(
     spaced = replace(mine[0], prompt=f" {mine[0].prompt}\n")
     examples = {"q_and_v": [*mine, *mine], "attention": [*others, spaced, mine[1]]}
     build.stack(work, planned)
-    with opened(work, planned, None) as (model, tokenizer):
+    with opened(work, planned) as (model, tokenizer):
         build._labelled(work, replace(planned, examples=examples), model, tokenizer)
     assert (
         "note: q_and_v, attention have 2 examples in common, by which gates cannot tell them apart"

@@ -40,7 +40,7 @@ def put(home: str, folder: str, base: str, repo: str, die: str) -> None:
     publish._reload = ask_here  # ty: ignore[invalid-assignment]
     to = publish.Destination(repo, HubHere(os.environ["HF_ENDPOINT"], os.environ["HF_TOKEN"]))
     publish.Repository = partial(Repository, pauses=(0.0,))  # ty: ignore[invalid-assignment]
-    publish.publish(Ledger(Path(home)), FoundCheckpoint(Path(folder), Path(base), {}), to, "a-run")
+    publish.publish(Ledger(Path(home)), FoundCheckpoint(Path(folder), Path(base)), to, "a-run")
 
 
 def ask_here(request: dict[str, Any], hub: Hub) -> dict[str, Any]:  # noqa: ARG001  (as it is called)
@@ -50,7 +50,7 @@ def ask_here(request: dict[str, Any], hub: Hub) -> dict[str, Any]:  # noqa: ARG0
 
 def main() -> None:
     folder, base = sys.argv[1:]
-    found = FoundCheckpoint(Path(folder), Path(base), {}, "cpu")
+    found = FoundCheckpoint(Path(folder), Path(base), device="cpu")
     reload_worker.logits(found)  # and what that imports, too, is here from now on
     for line in sys.stdin:
         child = os.fork()

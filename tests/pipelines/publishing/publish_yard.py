@@ -27,6 +27,7 @@ from meteora.checkpoint.manifest import (
     GATES,
     LINEAGE,
     MANIFEST,
+    Manifest,
 )
 from store.ledger import Ledger
 from tests.conftest import World
@@ -135,13 +136,7 @@ def write(folder: Path, which: str, world: World, router_id: ArtifactId) -> None
     shutil.copytree(world.checkpoint, folder)
     manifest = dataclasses.replace(world.manifest, router_id=router_id)
     if which == "new":
-        entry = RouterOptions("gate", 1, 1.0)
-        manifest = dataclasses.replace(manifest, router=entry)
-        own = {
-            path: (torch.randn(len(manifest.experts), module.in_features), torch.zeros(4))
-            for path, module in manifest.modules.items()
-        }
-        tensors.write_gates(folder / GATES, tensors.Gates(own))
+        manifest = with_gates(folder, manifest)
     else:
         (folder / EVAL_RESULTS).parent.mkdir()
         (folder / EVAL_RESULTS).write_text("- {dataset: {id: a/b, task_id: c}, value: 1.0}\n")
@@ -149,6 +144,16 @@ def write(folder: Path, which: str, world: World, router_id: ArtifactId) -> None
     (folder / CONFIG).write_text(CONFIG_TEXT)
     (folder / CARD).write_text(f"---\nlicense: mit\n---\n# The {which} model\n")
     (folder / LINEAGE).write_text("{}\n")
+
+
+def with_gates(folder: Path, manifest: Manifest) -> Manifest:
+    """Write random gates of the experts, and return the manifest of a router with gates."""
+    own = {
+        path: (torch.randn(len(manifest.experts), module.in_features), torch.zeros(4))
+        for path, module in manifest.modules.items()
+    }
+    tensors.write_gates(folder / GATES, tensors.Gates(own))
+    return dataclasses.replace(manifest, router=RouterOptions("gate", 1, 1.0))
 
 
 def environment(server: HubServer) -> dict[str, str]:

@@ -15,11 +15,9 @@ from typing import Any
 
 import huggingface_hub.constants
 import pytest
-import torch
 from huggingface_hub import ModelCard
 
-from meteora.artifacts import Publication, RouterOptions
-from meteora.checkpoint import tensors
+from meteora.artifacts import Publication
 from meteora.checkpoint.manifest import (
     CARD,
     CONFIG,
@@ -49,10 +47,11 @@ from pipelines.workspace.context import RunContext
 from pipelines.workspace.environment import SETTINGS
 from store.ledger import Ledger
 from tests.conftest import World
-from tests.pipelines.conftest import finished, run
+from tests.pipelines.conftest import finished, result_of, run
 from tests.pipelines.hub.hub_here import HubHere
 from tests.pipelines.hub.hub_server import Fault, HubServer
 from tests.pipelines.hub.hub_uploads import NAME, GitRepo, repo_of, running_upload_hub
+from tests.pipelines.publishing.publish_yard import with_gates
 from tests.pipelines.publishing.reload_here import ReloadHere
 
 # huggingface_hub 2.4 hands httpx2 a file as `data`, which that one asks to be called `content`
@@ -95,7 +94,7 @@ def folder(world: World, tmp_path: Path) -> Path:
 def put(server: HubServer, world: World, folder: Path, **asked: Any) -> Publication:
     token, dtype = asked.pop("token", "writer"), asked.pop("dtype", "auto")
     to = Destination(NAME, HubHere(server.endpoint, token), **asked)
-    found = FoundCheckpoint(folder, world.base, {}, dtype=dtype)
+    found = FoundCheckpoint(folder, world.base, dtype=dtype)
     made, recorded = publish(Ledger(folder.parent / "home"), found, to, "a-run")
     assert not recorded  # this home did not make it
     return made
@@ -113,14 +112,7 @@ def test_it_is_private_and_whole_and_new_gates_leave_the_experts_where_they_are(
     assert repo.tags == {made.tag: made.revision}
     assert card.NAME_PLACEHOLDER in (folder / CARD).read_text()
 
-    manifest = read_manifest(folder)
-    entry = RouterOptions("gate", 1, 1.0)
-    (folder / MANIFEST).write_text(dataclasses.replace(manifest, router=entry).to_json())
-    own = {
-        path: (torch.randn(len(manifest.experts), module.in_features), torch.zeros(4))
-        for path, module in manifest.modules.items()
-    }
-    tensors.write_gates(folder / GATES, tensors.Gates(own))
+    (folder / MANIFEST).write_text(with_gates(folder, read_manifest(folder)).to_json())
     server.requests.clear()
     put(server, world, folder)
     assert server.count("put") == 1
@@ -222,7 +214,7 @@ def test_what_is_for_nobody_else_stays_here(
         with pytest.raises(HubTokenError):
             put(server, world, folder, token="")
     monkeypatch.chdir(folder.parent)
-    to, found = Destination(NAME, HubHere()), FoundCheckpoint(folder, world.base, {})
+    to, found = Destination(NAME, HubHere()), FoundCheckpoint(folder, world.base)
     with pytest.raises(HubTokenError):  # `.` is in every text
         publish(Ledger(Path()), found, to, "a-run")
     (folder / CARD).write_text(f"{text}{folder}")
@@ -304,12 +296,11 @@ def test_a_recipe_publishes_what_it_made_and_only_what_is_new(
     answer = work.ledger.query("SELECT repo_id, revision, kind FROM publications")
     assert answer.rows == [(NAME, repo.branches["main"], "router")]
 
-    planned = finished(work)
-    assert planned is not None
+    planned, _ = result_of(work)
     folder = work.checkpoint_folder(planned.router.id)
     to = Destination(NAME, HubHere(server.endpoint, "writer"))
     server.requests.clear()
-    found = FoundCheckpoint(folder, world.base, {})
+    found = FoundCheckpoint(folder, world.base)
     publish(work.ledger, found, to, work.run_id)
     assert not {kind for kind, _, _ in server.requests} & {"commit", "put", "tag", "get"}
     assert len(work.ledger.publications(NAME)) == 1
@@ -328,11 +319,10 @@ def _what_is_asked_anew_is_done_once(
     work: RunContext, repo: GitRepo, to: Destination, world: World
 ) -> None:
     """Another visibility, a tag, a file that is not published: then nothing is left to do."""
-    planned = finished(work)
-    assert planned is not None
+    planned, _ = result_of(work)
     assert work.recipe.publish is not None
     folder, commit = work.checkpoint_folder(planned.router.id), repo.branches["main"]
-    found = FoundCheckpoint(folder, world.base, {})
+    found = FoundCheckpoint(folder, world.base)
     for private, tag in ((False, ""), (True, ""), (True, "v1"), (True, "v2")):
         repo.private = private
         section = work.recipe.publish.model_copy(update={"private": private, "tag": tag})

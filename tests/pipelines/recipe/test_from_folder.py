@@ -15,7 +15,7 @@ from pipelines.recipe.from_folder import (
 )
 from pipelines.recipe.recipe import Recipe
 from tests.conftest import World
-from tests.pipelines.cli.command_line import ask, meteora
+from tests.pipelines.cli.command_line import ask, done
 
 
 @pytest.fixture
@@ -45,8 +45,7 @@ def test_a_dry_run_takes_it_and_no_examples_are_needed(
     assert {one.name for one in recipe.experts} == {"at-tention", "q_and_v"}
     assert recipe.router.kind == "prompt"
     assert "# left out, ../adapters/patterns: adapter_model.safetensors is empty" in out.read_text()
-    said = meteora("run", out, "--dry-run", home=tmp_path / "home")
-    assert said.returncode == 0, said.stderr
+    said = done("run", out, "--dry-run", "--home", tmp_path / "home")
     assert "q_and_v: path:../adapters/q_and_v" in said.stdout
     assert "router     prompt" in said.stdout
     assert str(world.base) not in said.stderr
@@ -134,8 +133,7 @@ def test_a_folder_of_rows_makes_a_recipe_that_runs_with_gates(
     assert "there are 4 such test rows" in said.stderr
     assert not out.exists()
 
-    said = ask("import", folder, "-o", out, "--examples", tasks, "--drop-overlaps")
-    assert said.returncode == 0, said.stderr
+    said = done("import", folder, "-o", out, "--examples", tasks, "--drop-overlaps")
     assert "2 of 6 examples" in said.stderr
     assert "2 experts on path:" in said.stderr
     text = out.read_text()
@@ -145,8 +143,7 @@ def test_a_folder_of_rows_makes_a_recipe_that_runs_with_gates(
     recipe = Recipe.load(out)
     assert recipe.router.kind == "gate"
     assert all(one.examples and one.test for one in recipe.experts)
-    said = meteora("run", out, "--dry-run", home=tmp_path / "home")
-    assert said.returncode == 0, said.stderr
+    said = done("run", out, "--dry-run", "--home", tmp_path / "home")
 
 
 def test_examples_that_are_all_test_rows_count_as_none(folder: Path, tmp_path: Path) -> None:
@@ -207,14 +204,12 @@ def test_a_pool_makes_a_recipe_that_runs_with_gates(folder: Path, tmp_path: Path
     (folder / "q_and_v" / "train.jsonl").write_text('{"prompt": "a", "response": "b"}\n' * 3)
     pool, out = tmp_path / "asked.jsonl", tmp_path / "recipe.yaml"
     pool.write_text("".join(f'{{"prompt": "p{i}"}}\n' for i in range(9)))
-    made = ask("import", folder, "--pool", pool, "-o", out)
-    assert made.returncode == 0, made.stderr
+    made = done("import", folder, "--pool", pool, "-o", out)
     recipe = Recipe.load(out)
     assert recipe.router.kind == "gate"
     assert recipe.gates.pool == "jsonl:asked.jsonl"
     assert [bool(one.examples) for one in recipe.experts] == [False, True]
-    said = meteora("run", out, "--dry-run", home=tmp_path / "home")
-    assert said.returncode == 0, said.stderr
+    said = done("run", out, "--dry-run", "--home", tmp_path / "home")
     assert "of jsonl:asked.jsonl" in said.stdout
     out.unlink()
     (folder / "_at tention" / "train.jsonl").write_text('{"prompt": "c", "response": "d"}\n')

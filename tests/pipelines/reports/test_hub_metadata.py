@@ -17,10 +17,10 @@ from pipelines.recipe.benchmark import TaskSection
 from pipelines.recipe.recipe import Recipe, RecipeError
 from pipelines.reports.card import method_lines, score_table, usage_lines, write_card
 from pipelines.reports.hub_metadata import write_eval_results
-from pipelines.reports.summary import Summary, summarise
+from pipelines.reports.summary import Summary
 from pipelines.workspace.context import RunContext
 from tests.conftest import World
-from tests.pipelines.conftest import finished, run
+from tests.pipelines.conftest import finished, result_of, run
 
 TASK: dict[str, Any] = {"name": "letters", "rows": "jsonl:q_and_v.test.jsonl"}
 
@@ -35,10 +35,7 @@ def test_a_task_that_the_recipe_puts_on_a_leaderboard_is_there_with_its_circumst
 
     work = workplace(benchmark=benchmark(leaderboard="org/letters/default"))
     run(work)
-    planned = finished(work)
-    assert planned is not None
-    summary = summarise(work.ledger, planned, work.base_folder(planned.base))
-    assert summary is not None
+    planned, summary = result_of(work)
     score = summary.scores["letters"]["fused"]
     results = work.checkpoint_folder(planned.router.id) / EVAL_RESULTS
     (entry,) = parse_eval_result_entries(yaml.safe_load(results.read_text()))

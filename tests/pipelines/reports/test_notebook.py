@@ -18,7 +18,7 @@ import pytest
 from pipelines.cli import store
 from pipelines.reports.html import PageError, write_notebook
 from store.ledger import Ledger
-from tests.pipelines.cli.command_line import ask
+from tests.pipelines.cli.command_line import ask, done
 from tests.pipelines.reports import report_ledger
 from tests.store.test_readers import free_port
 
@@ -65,8 +65,7 @@ def home(tmp_path: Path) -> Path:
 @pytest.fixture
 def notebook(home: Path, tmp_path: Path) -> Path:
     out = tmp_path / "a notebook.py"
-    said = ask("notebook", "-o", out, "--home", home)
-    assert said.returncode == 0, said.stderr
+    said = done("notebook", "-o", out, "--home", home)
     assert said.stdout.strip() == str(out)
     assert f"open it with `marimo edit --skip-update-check '{out}'`" in said.stderr
     return out
@@ -153,8 +152,7 @@ def test_where_marimo_is_missing_a_sentence_says_so(
     monkeypatch.setattr(
         store, "find_spec", lambda name: None if name == "marimo" else util.find_spec(name)
     )
-    said = ask("notebook", "-o", tmp_path / "notebook.py", "--home", home)
-    assert said.returncode == 0
+    said = done("notebook", "-o", tmp_path / "notebook.py", "--home", home)
     assert "run `pip install 'meteora-pipelines[notebook]'`" in said.stderr
 
 

@@ -47,7 +47,7 @@ from pipelines.scoring.outputs import write_outputs
 from pipelines.stages.measure import _note_untested
 from store.events import RunStarted
 from store.ledger import Ledger
-from tests.pipelines.cli.command_line import ask
+from tests.pipelines.cli.command_line import ask, done
 from tests.pipelines.reports.html_reader import Elements, drawings_at
 from tests.pipelines.reports.report_ledger import HOSTILE
 
@@ -308,8 +308,7 @@ def test_the_sql_on_the_page_gives_the_numbers_on_the_page(
 def test_the_terminal_has_a_table_and_json(pair: tuple[Ledger, Path, Path], tmp_path: Path) -> None:
     ledger, a, b = pair
     out = tmp_path / "both.html"
-    said = ask("report", a, b, "-o", out, "--home", ledger.home)
-    assert said.returncode == 0, said.stderr
+    said = done("report", a, b, "-o", out, "--home", ledger.home)
     assert re.search(r"dates +40 +0\.750 +0\.950 +\+0\.200 \+ +0\.01", said.stdout)
     assert re.search(r"sums +40 +0\.875 +0\.500 +-0\.375 - ", said.stdout)
     assert re.search(r"top_k +1 +2", said.stdout)

@@ -29,8 +29,8 @@ from pipelines.stages.benchmark import (
 )
 from store.events import RunStarted
 from store.ledger import Ledger
-from tests.pipelines.cli.command_line import ask
-from tests.pipelines.conftest import finished, letters, run
+from tests.pipelines.cli.command_line import ask, done
+from tests.pipelines.conftest import letters, result_of, run
 
 if TYPE_CHECKING:
     from collections.abc import Callable
@@ -60,11 +60,9 @@ def dropped(workplace: Callable[..., RunContext], kept: Path) -> tuple[RunContex
         shutil.copytree(kept, work.home, dirs_exist_ok=True)
     else:
         run(work)
-        plan = finished(work)
-        assert plan is not None
+        plan, _ = result_of(work)
         folder = work.checkpoint_folder(plan.router.id)
-        said = ask("drop", folder, "attention", "--home", work.home)
-        assert said.returncode == 0, said.stderr
+        said = done("drop", folder, "attention", "--home", work.home)
         assert "dropped attention: router:" in said.stderr
         assert "has q_and_v\nall others have the weights and the gate rows of router:" in (
             said.stderr
@@ -107,16 +105,16 @@ def test_a_changed_checkpoint_is_asked_what_its_experts_were_asked_before(
     assert rows == [("q_and_v", 2, True)]
     assert len(work.ledger.query("FROM scores").rows) == before + 1  # base and oracle are recorded
     assert "exact_match" in (folder / CARD).read_text()
-    assert ask(*report).returncode == 0
+    done(*report)
     assert page.is_file()
     assert not work.ledger.verify().findings
     runs = "SELECT outcome, device, map_keys(stage_seconds), run_id FROM runs WHERE recipe_name ="
-    done, killed = work.ledger.query(f"{runs} '{name}'").rows
-    assert done[:3] == ("ok", "cpu", ["benchmark"])
+    ended, killed = work.ledger.query(f"{runs} '{name}'").rows
+    assert ended[:3] == ("ok", "cpu", ["benchmark"])
     assert killed[0] == "killed"
     assert not left.exists()
-    assert not (work.home / "runs" / done[3]).exists()
-    found = f"FROM scores WHERE run_id = '{done[3]}' AND subject_id = '{router}'"
+    assert not (work.home / "runs" / ended[3]).exists()
+    found = f"FROM scores WHERE run_id = '{ended[3]}' AND subject_id = '{router}'"
     assert len(work.ledger.query(found).rows) == 1
 
     again = benchmark(work, folder, recipe_folder)
@@ -310,15 +308,13 @@ def test_a_checkpoint_is_measured_as_soon_as_it_is_made(
     assert "attention.train.jsonl, line 1 with the prompt" in said.stderr
     assert "is also an example of expert attention, " in said.stderr
 
-    said = ask("add", folder, *words, "--test", test, *where)
-    assert said.returncode == 0, said.stderr
+    said = done("add", folder, *words, "--test", test, *where)
     made = Path(said.stdout.splitlines()[0])
     router = read_manifest(made).router_id
     asked = work.ledger.query(f"{LEADERBOARD}'{router}' ORDER BY task").rows
     assert asked == [("attention", 2, True), ("q_and_v", 2, True)]
 
-    said = ask("drop", made, "q_and_v", "--benchmark", "--json", *where)
-    assert said.returncode == 0, said.stderr
+    said = done("drop", made, "q_and_v", "--benchmark", "--json", *where)
     change, scores = map(json.loads, said.stdout.splitlines())
     assert (change["grown_from"], change["experts"]) == (router, ["attention"])
     router = change["router_id"]
@@ -335,8 +331,7 @@ def test_how_a_model_computes_is_told_and_recorded(
     )
     words = ("attention", recipe_folder / "attention", train, "--test", test)
     how = ("--dtype", "bfloat16", "--device", "cpu", "--home", work.home)
-    said = ask("add", folder, *words, "--base", recipe_folder / "base", *how)
-    assert said.returncode == 0, said.stderr
+    said = done("add", folder, *words, "--base", recipe_folder / "base", *how)
     made = Path(said.stdout.splitlines()[0])
     router = read_manifest(made).router_id
     told = "SELECT DISTINCT subject_id FROM scores WHERE device = 'cpu, bfloat16'"
@@ -346,8 +341,7 @@ def test_how_a_model_computes_is_told_and_recorded(
     runs = "SELECT count(*) FROM runs WHERE device = 'cpu, bfloat16'"
     assert work.ledger.query(runs).rows == [(2,)]
 
-    said = ask("drop", made, "q_and_v", "--benchmark", "--base", recipe_folder / "base", *how)
-    assert said.returncode == 0, said.stderr
+    said = done("drop", made, "q_and_v", "--benchmark", "--base", recipe_folder / "base", *how)
     assert work.ledger.query(runs).rows == [(3,)]
     said = benchmark(work, made, recipe_folder, "--compare", "uniform", "--dtype", "float16")
     assert said.returncode == 0, said.stderr
@@ -418,8 +412,7 @@ def test_a_checkpoint_of_elsewhere_is_taken_in_under_ids_of_its_own(
     assert not (home / "records").exists()
 
     rows = f"q_and_v=jsonl:{recipe_folder / 'q_and_v.test.jsonl'}"
-    said = ask("benchmark", came, "--tasks", rows, *where)
-    assert said.returncode == 0, said.stderr
+    said = done("benchmark", came, "--tasks", rows, *where)
     assert f"{came} was not made here: it is taken in as router:" in said.stderr
     ledger = Ledger(home)
     (folder,) = (home / "checkpoints").iterdir()
@@ -444,16 +437,13 @@ def test_a_checkpoint_of_elsewhere_is_taken_in_under_ids_of_its_own(
     assert "exact_match" not in (came / CARD).read_text()
 
     for name in (came, ours.router_id[:19]):  # it is known now, by both names
-        again = ask("benchmark", name, *where)
-        assert again.returncode == 0, again.stderr
+        again = done("benchmark", name, *where)
         assert again.stdout == said.stdout
     page = tmp_path / "report.html"
     (folder / CARD).unlink()  # no report needs it
-    reported = ask("report", came, "-o", page, "--traces", "0", *where)
-    assert reported.returncode == 0, reported.stderr
+    done("report", came, "-o", page, "--traces", "0", *where)
     assert "taken in from elsewhere on" in page.read_text()
-    recipe = ask("benchmark", came, "--recipe", work.path, *where)
-    assert recipe.returncode == 0, recipe.stderr
+    done("benchmark", came, "--recipe", work.path, *where)
     asked = ledger.query(f"{LEADERBOARD}'{ours.router_id}' ORDER BY num_samples").rows
     assert asked == [("q_and_v", 2, True), ("q_and_v", 4, True)]
 
@@ -501,7 +491,6 @@ def test_a_manifest_that_names_recorded_ids_is_not_believed(
     save_file(
         {k: w * 1.01 for k, w in weights.items()}, tuned / "model.safetensors", {"format": "pt"}
     )
-    said = ask("benchmark", made, "--tasks", rows, "--base", tuned, "--home", work.home)
-    assert said.returncode == 0, said.stderr
+    said = done("benchmark", made, "--tasks", rows, "--base", tuned, "--home", work.home)
     bases = work.ledger.query("SELECT base_model FROM base_models ORDER BY ALL").rows
     assert bases == [("path:base",), ("path:tuned",)]

@@ -50,8 +50,8 @@ from tests.conftest import ATTENTION, World
 from tests.pipelines.admission.test_base_identity import profile_of
 from tests.pipelines.admission.test_discover import adapter_repo
 from tests.pipelines.admission.test_verdicts import altered
-from tests.pipelines.cli.command_line import ask
-from tests.pipelines.conftest import finished, letters, run
+from tests.pipelines.cli.command_line import ask, done
+from tests.pipelines.conftest import letters, result_of, run
 from tests.pipelines.hub.hub_server import HubServer, Main, Repo, running_hub
 from tests.pipelines.stages.test_spread import fit
 
@@ -72,8 +72,7 @@ def made(workplace: Callable[..., RunContext], kept: Path) -> tuple[RunContext, 
     else:
         run(work)
         shutil.copytree(work.home, kept)
-    planned = finished(work)
-    assert planned is not None
+    planned, _ = result_of(work)
     return work, work.checkpoint_folder(planned.router.id)
 
 
@@ -93,10 +92,9 @@ def test_an_expert_goes_and_comes_back(
 ) -> None:
     work, folder = made
     before = read_manifest(folder)
-    dropped = ask("drop", folder, "attention", "--home", work.home)
-    assert dropped.returncode == 0, dropped.stderr
+    dropped = done("drop", folder, "attention", "--home", work.home)
     without = Path(dropped.stdout.strip())
-    on_mps = FoundCheckpoint(without, None, {}, "mps")
+    on_mps = FoundCheckpoint(without, device="mps")
     with pytest.raises(GrowthError, match="in 64 bits, which mps has not; say --device cpu"):
         edit.add(work.ledger, on_mps, Candidate("attention", ""), "")
     fewer = read_manifest(without)
@@ -114,11 +112,10 @@ def test_an_expert_goes_and_comes_back(
         assert len(bias) == 2  # the mean stays a choice
 
     source = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
-    added = ask(
+    added = done(
         "add", without, "attention", recipe_folder / "attention", source,
         "--base", recipe_folder / "base", "--home", work.home,
     )  # fmt: skip
-    assert added.returncode == 0, added.stderr
     again = Path(added.stdout.strip())
     gates = (again / GATES).stat()
     repeated = ask(
@@ -175,7 +172,7 @@ def test_the_tokens_of_a_fit_are_those_of_the_experts_that_are_there(
     """Or the note on few tokens would be of another number of experts."""
     work, folder = made
     without = edit.drop(work.ledger, folder, "attention")
-    found = FoundCheckpoint(without, recipe_folder / "base", {}, "cpu")
+    found = FoundCheckpoint(without, recipe_folder / "base", device="cpu")
     rows = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
     asked = Candidate("attention", str(recipe_folder / "attention"))
     again = read_manifest(edit.add(work.ledger, found, asked, rows))
@@ -240,7 +237,7 @@ def test_who_joins_comes_through_the_door_of_a_recipe(
     def join(name: str, adapter: object, **more: Any) -> Path:
         return edit.add(
             work.ledger,
-            FoundCheckpoint(folder, recipe_folder / "base", {}, "cpu"),
+            FoundCheckpoint(folder, recipe_folder / "base", device="cpu"),
             Candidate(name, str(adapter), **more),
             f"jsonl:{rows}",
         )
@@ -332,7 +329,7 @@ def test_who_would_not_fit_in_memory_is_refused_before_any_weights_are_written(
 
     monkeypatch.setattr(candidate, "memory_bytes", lambda _device: needs)
     asked = Candidate("third", str(adapter))
-    found = FoundCheckpoint(folder, recipe_folder / "base", {}, "cpu")
+    found = FoundCheckpoint(folder, recipe_folder / "base", device="cpu")
     out = edit.add(work.ledger, found, asked, f"jsonl:{rows}")
     assert sum(map(tensor_bytes, read_experts(out, read_manifest(out)))) == needs
     meteora.load(out, base_folder=recipe_folder / "base")
@@ -361,7 +358,7 @@ def test_an_expert_is_added_to_a_base_that_does_not_fit_with_the_same_gates(
     base, asked = recipe_folder / "base", Candidate("third", str(world.adapters["all_seven"]))
     for most, dtype in ((0.6, "auto"), (0, "auto"), (0, "bfloat16")):
         monkeypatch.setattr(machine, "MOST", most)
-        found = FoundCheckpoint(folder, base, {}, "cpu", dtype)
+        found = FoundCheckpoint(folder, base, device="cpu", dtype=dtype)
         out = edit.add(work.ledger, found, asked, rows)
         made_of.append([file_sha256(out / name) for name in (EXPERTS, GATES, STATISTICS)])
         shutil.rmtree(out)  # or it would be found, and not made again
@@ -394,7 +391,7 @@ def test_who_joins_a_fit_with_composites_learns_from_lists_of_its_own(
         (copy / MANIFEST).write_text(json.dumps(body | {"gates": gates}))
         asked = Candidate("third", str(world.adapters["all_seven"]))
         rows = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
-        found = FoundCheckpoint(copy, recipe_folder / "base", {}, "cpu")
+        found = FoundCheckpoint(copy, recipe_folder / "base", device="cpu")
         out = edit.add(work.ledger, found, asked, rows)
         manifest = read_manifest(out)
         assert manifest.gates.get("composites") == composites
@@ -423,7 +420,7 @@ def test_who_joins_a_fit_with_composites_learns_from_lists_of_its_own(
             joined(wrong)
     long = json.dumps({"prompt": "a" * 600, "response": "b"})
     (tmp_path / "long.jsonl").write_text(f"{long}\n" * 2)
-    found = FoundCheckpoint(folder, recipe_folder / "base", {}, "cpu")
+    found = FoundCheckpoint(folder, recipe_folder / "base", device="cpu")
     asked = Candidate("long", str(world.adapters["all_seven"]))
     with pytest.raises(ExamplesError, match=r"2 examples are too long: .*long.jsonl, line 1"):
         edit.add(work.ledger, found, asked, f"jsonl:{tmp_path / 'long.jsonl'}")
@@ -461,7 +458,7 @@ def test_what_a_drop_leaves_and_a_recipe_of_the_same_experts_stand_side_by_side(
     assert {a.dtype for _, a, _ in read_experts(dropped, left)} == {torch.bfloat16}
     work.ledger.ingest()
     assert work.ledger.weights_of(ArtifactId(left.fused_id)) == file_sha256(dropped / EXPERTS)
-    assert recorded_router(work.ledger, FoundCheckpoint(dropped, world.base, {}), left) is not None
+    assert recorded_router(work.ledger, FoundCheckpoint(dropped, world.base), left) is not None
 
 
 def test_offsets_stay_where_only_the_dropped_expert_had_the_module(
@@ -501,7 +498,7 @@ def test_no_base_is_loaded_whose_tokenizer_cannot_place_composites(
     (mixed / MANIFEST).write_text(json.dumps(body | {"gates": body["gates"] | {"composites": [2]}}))
     monkeypatch.setattr(edit, "load_tokenizer", lambda _base: SimpleNamespace(is_fast=False))
     monkeypatch.setattr(edit, "load_base", None)
-    found = FoundCheckpoint(mixed, recipe_folder / "base", {}, "cpu")
+    found = FoundCheckpoint(mixed, recipe_folder / "base", device="cpu")
     rows = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
     with pytest.raises(GrowthError, match="take `composites` out of its recipe"):
         edit.add(work.ledger, found, Candidate("new", str(recipe_folder / "attention")), rows)
@@ -532,7 +529,7 @@ def test_a_new_expert_s_data_set_of_the_hub_is_in_the_lineage(
     hub.repos["somebody/letters"].card = {"license": "mit"}
     out = edit.add(
         work.ledger,
-        FoundCheckpoint(without, recipe_folder / "base", {}, "cpu"),
+        FoundCheckpoint(without, recipe_folder / "base", device="cpu"),
         Candidate("attention", str(recipe_folder / "attention")),
         "hf:somebody/letters?split=train",
     )
@@ -565,7 +562,7 @@ def test_a_stranger_s_files_are_not_recorded_under_an_id_of_the_ledger(
     said = "names the id router:.*, which the ledger has with other files, routing or base"
     with pytest.raises(ForeignCheckpointError, match=said):
         edit.drop(work.ledger, evil, "q_and_v")
-    found = FoundCheckpoint(evil, recipe_folder / "base", {}, "cpu")
+    found = FoundCheckpoint(evil, recipe_folder / "base", device="cpu")
     with pytest.raises(ForeignCheckpointError, match=said):
         edit.add(work.ledger, found, Candidate("new", str(recipe_folder / "attention")), "jsonl:x")
     assert work.ledger.records.loose() == before
@@ -579,8 +576,8 @@ def test_a_base_that_was_saved_again_is_named_where_it_alone_differs(
     weights = again / "model.safetensors"
     save_file(load_file(weights), weights, {"format": "pt", "saved": "again"})
     with pytest.raises(ForeignCheckpointError, match="again has other files than the base that r"):
-        as_recorded(work.ledger, FoundCheckpoint(folder, again, {}))
-    assert as_recorded(work.ledger, FoundCheckpoint(folder, None, {})).folder == folder
+        as_recorded(work.ledger, FoundCheckpoint(folder, again))
+    assert as_recorded(work.ledger, FoundCheckpoint(folder)).folder == folder
 
 
 def test_what_cannot_grow_says_why(

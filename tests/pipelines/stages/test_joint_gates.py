@@ -18,11 +18,10 @@ from meteora.artifacts import short
 from meteora.artifacts.routers import ANSWER_START_SHARE
 from meteora.checkpoint.manifest import CARD, read_manifest
 from meteora.fitting.sequences import TrainingError
-from pipelines.reports.summary import summarise
 from pipelines.stages import build, train_processes
 from pipelines.workspace.context import RunContext
 from store.ledger import Ledger
-from tests.pipelines.conftest import finished, run
+from tests.pipelines.conftest import result_of, run
 from tests.pipelines.flows.test_local_server import wait_until
 from tests.pipelines.process_tree import descendants, ends
 
@@ -42,16 +41,14 @@ class KilledError(BaseException):
 
 
 @contextmanager
-def killed_after_three(_what: str, _total: int, _unit: str) -> Generator[Callable[[int], None]]:
-    left = 3
-
-    def advance(count: int) -> None:
-        nonlocal left
-        left -= count
-        if left == 0:
+def killed_after_three(
+    _what: str, _total: int, _unit: str
+) -> Generator[Callable[[int, int], None]]:
+    def show(done: int, _all: int) -> None:
+        if done == 3:
             raise KilledError
 
-    yield advance
+    yield show
 
 
 def test_a_killed_training_goes_on_and_ends_in_the_same_gates(
@@ -62,14 +59,11 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_gates(
         benchmark={"limit": 2, "compare": [], "max_new_tokens": 1},
     )
     run(work)
-    planned = finished(work)
-    assert planned is not None
+    planned, summary = result_of(work)
     assert planned.router.joint is not None
     whole = work.ledger.built(planned.router.id)
     assert whole is not None
     assert whole["heldout_accuracy"] is None
-    summary = summarise(work.ledger, planned, work.base_folder(planned.base))
-    assert summary is not None
     assert summary.routing is not None
     assert summary.routing.accuracy > 0.8  # after six steps
     assert planned.router.loss_opening_share == ANSWER_START_SHARE
@@ -93,7 +87,7 @@ def test_a_killed_training_goes_on_and_ends_in_the_same_gates(
     build.stack(stopped, planned)
     folder = stopped.training_folder(planned.router.id)
     with monkeypatch.context() as patch:
-        patch.setattr(build, "bar", killed_after_three)
+        patch.setattr(build, "progress_bar", killed_after_three)
         with pytest.raises(KilledError):
             build.fit_gates(stopped, planned)
     assert [path.name for path in folder.iterdir()] == ["training.safetensors"]

@@ -260,7 +260,7 @@ def trace_a_conversation_as_it_was_asked(work: RunContext, planned: Plan, gates:
     assert second.dialogue is None
     expected = ", then ".join(question.row.response for question in first.dialogue.questions)
     assert first.caption.startswith(f"conversation-3; expected: {expected}; ")
-    with opened(work, planned, gates) as (model, tokenizer):
+    with opened(work, planned, gates=gates) as (model, tokenizer):
         drawn, single = trace_examples(model, tokenizer, [first, second])
     text = "".join(drawn["data"]["pieces"])
     row = results["outputs"].rows[0]

@@ -17,8 +17,8 @@ from pipelines.reports.summary import summarise
 from pipelines.stages import build, measure
 from pipelines.stages.open_model import opened
 from pipelines.workspace.context import RunContext
-from tests.pipelines.cli.command_line import ask
 from tests.pipelines.conftest import plan_of
+from tests.pipelines.stages.conftest import dropped_and_added
 
 QUICK = {"limit": 2, "compare": ["base"], "max_new_tokens": 2}
 PROMPT = {"router": {"opening": "prompt"}}
@@ -42,7 +42,7 @@ def test_gates_are_fitted_to_plain_text_where_a_benchmark_asks_it(
     assert gates.heldout_accuracy == pytest.approx(bare.heldout_accuracy)
     assert plain.router == replace(chat.router, template="plain")
     assert plain.router.id != chat.router.id
-    with opened(work, plain, None) as (model, tokenizer):
+    with opened(work, plain) as (model, tokenizer):
         sequences, template = build._labelled(work, plain, model, tokenizer)
         assert tokenizer.chat_template  # it is left alone
     row = plain.examples["q_and_v"][0]
@@ -106,15 +106,7 @@ def test_a_checkpoint_on_plain_text_says_so_and_grows_on_plain_text(
     made = read_manifest(folder).gates
     assert made["template"] == "plain"
     assert not made.keys() & {"conversations", "system_prompts"}  # plain text has no roles
-    dropped = ask("drop", folder, "attention", "--home", work.home)
-    assert dropped.returncode == 0, dropped.stderr
-    source = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
-    added = ask(
-        "add", dropped.stdout.strip(), "attention", recipe_folder / "attention", source,
-        "--base", chat_base, "--home", work.home,
-    )  # fmt: skip
-    assert added.returncode == 0, added.stderr
-    grown = Path(added.stdout.strip())
+    grown = dropped_and_added(folder, chat_base, recipe_folder, work.home)
     assert read_manifest(grown).gates["template"] == "plain"
     model, _ = meteora.load(grown, base_folder=chat_base)
     assert meteora.expert_names(model) == ["q_and_v", "attention", SHARED]

@@ -34,6 +34,7 @@ from tests.pipelines.conftest import (
     plan_of,
     print_steps,
     prompts_in,
+    result_of,
     run,
 )
 
@@ -88,8 +89,7 @@ def test_a_run_deals_the_pool_once_and_fits_gates_to_it(
     assert said.count("no examples of its own") == said.count(why) == 1
     assert "of 48 prompts of the pool: " in said
     assert f" to {second['name']}; 0 to no expert" in said
-    plan = finished(work)
-    assert plan is not None
+    plan, _ = result_of(work)
     assert plan.pool is not None
     for name, rows in plan.examples.items():
         assert 2 <= len(rows) <= 12

@@ -15,12 +15,11 @@ from meteora.model.fused import expert_names
 from meteora.routing.layer import routed_layers
 from meteora.routing.prompt_router import PromptRouter
 from meteora.serving.served_folder import export_for_vllm
-from pipelines.flows.up_to_date import look
 from pipelines.recipe.recipe import Recipe, RecipeError
 from pipelines.stages import edit
 from pipelines.stages.edit import GrowthError
 from pipelines.workspace.context import RunContext
-from tests.pipelines.conftest import print_steps, run
+from tests.pipelines.conftest import print_steps, result_of, run
 
 
 def alone(folder: Path) -> list[dict[str, str]]:
@@ -39,11 +38,9 @@ def test_adapters_alone_become_a_model_that_chooses_by_the_prompt(
         benchmark={"limit": 1, "compare": ["oracle"], "max_new_tokens": 1},
     )
     run(work)
-    found = look(work)
-    assert found.plan is not None
-    assert found.summary is not None
-    planned, folder = found.plan, work.checkpoint_folder(found.plan.router.id)
-    assert set(found.summary.sizes) >= {"experts", "gates"}
+    planned, summary = result_of(work)
+    folder = work.checkpoint_folder(planned.router.id)
+    assert set(summary.sizes) >= {"experts", "gates"}
     assert not (folder / STATISTICS).exists()
     card = (folder / CARD).read_text()
     assert "prompt, top_k 1" in card
@@ -51,7 +48,7 @@ def test_adapters_alone_become_a_model_that_chooses_by_the_prompt(
     assert "token's hidden state" not in card
     manifest = read_manifest(folder)
     assert manifest.gates["method"] == "background"
-    assert manifest.files[GATES] == found.summary.gates.weights_sha256
+    assert manifest.files[GATES] == summary.gates.weights_sha256
 
     model, tokenizer = meteora.load(folder, base_folder=recipe_folder / "base")
     assert expert_names(model)[-1] == NULL

@@ -99,7 +99,7 @@ def test_a_quantised_base_is_another_base_in_every_id_and_is_loaded_so_again(
         assert {layer.weight.dtype for layer in routed_layers(model).values()} == {STORED[quantise]}
         with torch.inference_mode():
             logits.append(model(ids_in).logits)
-    with open_model.opened(work, planned, gates) as (model, _), torch.inference_mode():
+    with open_model.opened(work, planned, gates=gates) as (model, _), torch.inference_mode():
         assert torch.equal(model(ids_in).logits, logits[0])
     assert torch.equal(*logits)
     if quantise == "4bit":  # another way that is asked for goes before
@@ -120,7 +120,7 @@ def test_an_expert_is_added_to_a_quantised_base_and_dropped_again(
     rows = tmp_path / "rows.jsonl"
     rows.write_text("".join(f'{{"prompt": "{i}{i}123", "response": "45{i}"}}\n' for i in range(8)))
     asked = Candidate("more", str(adapter))
-    found = FoundCheckpoint(folder, base, {}, "cpu")
+    found = FoundCheckpoint(folder, base, device="cpu")
     larger = edit.add(work.ledger, found, asked, f"jsonl:{rows}")
     manifest = read_manifest(larger)
     assert manifest.base == read_manifest(folder).base

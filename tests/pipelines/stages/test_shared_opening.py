@@ -12,10 +12,9 @@ import meteora
 from meteora.artifacts import NULL, SHARED
 from meteora.checkpoint.manifest import CARD, read_manifest
 from meteora.routing.layer import routed_layers
-from pipelines.flows.up_to_date import look
 from pipelines.workspace.context import RunContext
-from tests.pipelines.cli.command_line import ask
-from tests.pipelines.conftest import finished, run
+from tests.pipelines.conftest import finished, result_of, run
+from tests.pipelines.stages.conftest import dropped_and_added
 from tests.pipelines.stages.test_without_examples import experts
 
 pytestmark = pytest.mark.usefixtures("prefect_server")
@@ -35,8 +34,7 @@ def test_a_run_fits_conversations_and_system_prompts_and_the_checkpoint_can_grow
 ) -> None:
     work = workplace(base=f"path:{chat_base}", router=router, benchmark=QUICK)
     run(work)
-    planned = finished(work)
-    assert planned is not None
+    planned, _ = result_of(work)
     folder = work.checkpoint_folder(planned.router.id)
     manifest = read_manifest(folder)
     assert manifest.choices == ["q_and_v", "attention", *more]
@@ -50,15 +48,8 @@ def test_a_run_fits_conversations_and_system_prompts_and_the_checkpoint_can_grow
         assert (found.chosen == found.chosen[:, :1]).all()
     assert meteora.generate(model, tokenizer, "abcdabcd", max_new_tokens=3)
 
-    dropped = ask("drop", folder, "attention", "--home", work.home)
-    assert dropped.returncode == 0, dropped.stderr
-    source = f"jsonl:{recipe_folder / 'attention.train.jsonl'}"
-    added = ask(
-        "add", dropped.stdout.strip(), "attention", recipe_folder / "attention", source,
-        "--base", chat_base, "--home", work.home,
-    )  # fmt: skip
-    assert added.returncode == 0, added.stderr
-    again, _ = meteora.load(added.stdout.strip(), base_folder=chat_base)
+    grown = dropped_and_added(folder, chat_base, recipe_folder, work.home)
+    again, _ = meteora.load(grown, base_folder=chat_base)
     assert meteora.expert_names(again) == manifest.choices
     assert {layer.num_choices for layer in routed_layers(again).values()} == {2 + len(more)}
 
@@ -84,10 +75,8 @@ def test_it_goes_with_the_other_options_of_gates(
     strange = [{"name": "strange", "rows": "jsonl:strange.jsonl"}]
     work = workplace(benchmark=QUICK | {"tasks": strange}, **asked, **more)
     run(work)
-    found = look(work)
-    assert found.plan is not None
-    assert found.summary is not None
-    planned, routing = found.plan, found.summary.routing
+    planned, summary = result_of(work)
+    routing = summary.routing
     assert routing is not None
     folder = work.checkpoint_folder(planned.router.id)
     assert ("with an AUROC of" in (folder / CARD).read_text()) == ("null" in router)
@@ -114,7 +103,6 @@ def test_the_first_token_is_nobodys_where_nothing_opens_a_prompt(
 ) -> None:
     work = workplace(benchmark=QUICK)
     run(work)
-    planned = finished(work)
-    assert planned is not None
+    planned, _ = result_of(work)
     manifest = read_manifest(work.checkpoint_folder(planned.router.id))
     assert manifest.choices == ["q_and_v", "attention", SHARED]

@@ -104,7 +104,7 @@ def test_experts_that_stay_in_their_file_get_the_same_gates_and_give_the_same_an
         scores = work.ledger.scores_of(one.spec.id for one in planned.measurements)
         made.append((planned.router.id, fitted.weights_sha256, fitted.statistics_sha256))
         answers.append({spec_id: score.outputs_sha256 for spec_id, score in scores.items()})
-        with open_model.opened(work, planned, fitted) as (model, _):
+        with open_model.opened(work, planned, gates=fitted) as (model, _):
             cache = meteora.expert_cache(model)
             assert (cache and cache.budget_bytes) == budget
         (tmp_path / "home").rename(tmp_path / str(budget))

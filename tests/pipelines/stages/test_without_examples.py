@@ -9,12 +9,11 @@ import yaml
 import meteora
 from meteora.checkpoint.manifest import CARD, read_manifest
 from pipelines.cli import score_table
-from pipelines.flows.up_to_date import look
 from pipelines.recipe.recipe import Recipe, RecipeError
 from pipelines.stages import edit
 from pipelines.stages.edit import GrowthError
 from pipelines.workspace.context import RunContext
-from tests.pipelines.conftest import run
+from tests.pipelines.conftest import result_of, run
 
 MIXED = {"kind": "gate", "without_examples": "arrow"}
 
@@ -35,14 +34,11 @@ def test_it_is_told_by_its_weights_and_card_and_summary_say_so(
         benchmark={"limit": 1, "compare": [], "max_new_tokens": 1},
     )
     run(work)
-    found = look(work)
-    planned = found.plan
-    assert planned is not None
-    assert found.summary is not None
+    planned, summary = result_of(work)
     assert planned.router.stand_ins == ("attention",)
     folder = work.checkpoint_folder(planned.router.id)
     assert "No examples were given for attention" in (folder / CARD).read_text()
-    score_table.print_scores("x", folder, planned, found.summary, {})
+    score_table.print_scores("x", folder, planned, summary, {})
     assert "No examples were given for attention" in capsys.readouterr().out
     assert read_manifest(folder).router.stand_in == "arrow"
     meteora.load(folder, base_folder=recipe_folder / "base")

@@ -108,7 +108,7 @@ def test_other_bytes_are_refused_by_all_that_load_the_base(
     with pytest.raises(bases.DamagedBaseError, match=sentence):
         look(work)
     with pytest.raises(bases.DamagedBaseError, match=sentence):
-        opened(work, plan, None).__enter__()
+        opened(work, plan).__enter__()
 
 
 @pytest.mark.parametrize(

@@ -16,7 +16,7 @@ from pipelines.workspace.context import RunContext
 from store.errors import UnknownError
 from store.ledger import Ledger
 from tests.conftest import World
-from tests.pipelines.conftest import finished, run
+from tests.pipelines.conftest import finished, result_of, run
 
 FEW = {"limit": 1, "max_new_tokens": 1, "compare": []}
 
@@ -34,9 +34,7 @@ def test_a_model_is_deleted_without_what_others_need_and_made_again_without_a_be
     run(first)
     second = workplace(benchmark=FEW, router={"share": "layer"})
     run(second)
-    plan, other = finished(first), finished(second)
-    assert plan
-    assert other
+    (plan, _), (other, _) = map(result_of, (first, second))
     folder, others = (
         first.checkpoint_folder(plan.router.id),
         second.checkpoint_folder(other.router.id),

@@ -93,6 +93,18 @@ def test_a_bar_is_one_line_of_80_columns_and_its_rate_is_since_the_start() -> No
     assert left < 2 * went  # it counts down from the last step on: 44 / 16 of the time until then
 
 
+def test_a_bar_of_work_that_goes_on_begins_in_its_middle() -> None:
+    steps: list[tuple[str, int, int]] = []
+    shows = console.Console()
+    with (
+        shows.listening(lambda _text: None, lambda *step: steps.append(step)),
+        shows.progress_bar("training the gates", 9, "steps") as show,
+    ):
+        for done in (6, 7, 9):
+            show(done, 9)
+    assert steps == [("training the gates", done, 9) for done in (6, 7, 9)]
+
+
 def test_a_refusal_says_its_code(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:

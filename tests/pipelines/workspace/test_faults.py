@@ -16,7 +16,7 @@ from pipelines.cli import app
 from pipelines.flows.local_server import use_local_server
 from pipelines.workspace.faults import ADVICE, describe
 from store.ledger import Ledger
-from tests.pipelines.cli.command_line import Said, ask, meteora
+from tests.pipelines.cli.command_line import Said, ask, done, meteora
 
 READERS = [
     ["sql"],
@@ -136,7 +136,7 @@ def test_a_folder_of_other_things_is_no_home_and_an_empty_one_is(tmp_path: Path)
     refused(meteora("sql", home=tmp_path), "there is no store in it")
     assert [path.name for path in tmp_path.iterdir()] == ["adapters"]
     Ledger(tmp_path / "home").ingest()
-    assert meteora("sql", "SELECT 1", home=tmp_path / "home").returncode == 0
+    done("sql", "SELECT 1", "--home", tmp_path / "home")
 
 
 @pytest.mark.parametrize(

@@ -97,21 +97,21 @@ class Sweep:
         batches: Sequence[tuple[Tensor, Tensor]],
         watcher: PromptOpening | Turns | None = None,
         *,
+        before_batch: Callable[[int], None] = lambda _batch: None,
         scratch: Path | None = None,
     ) -> None:
         """Take batches of (input_ids [B, L], attention_mask [B, L]), padded on the right.
 
         Args:
             watcher: sees each batch before it runs, since the model's own forward does not run
+            before_batch: called with the number of a batch before a layer runs on it
             scratch: a folder for hidden states beyond `MAX_HIDDEN_BYTES`; None: keep all in memory
 
         Raises:
             SweepError: the model cannot be run layer by layer.
         """
         self.model = model
-        self._batches, self._watcher = batches, watcher
-        self.before_batch: Callable[[int], None] = lambda _batch: None
-        """Called with the number of a batch before a layer runs on it."""
+        self._batches, self._watcher, self._before_batch = batches, watcher, before_batch
         self._scratch: Path | None = None
         prefix, self._routed = _by_layer(model)
         """The routed modules of each layer, by module path."""
@@ -216,7 +216,7 @@ class Sweep:
         if batch not in self._calls:  # masks would not fit in memory either
             self._calls = {batch: self._record(*self._batches[batch])[1]}
         args, kwargs = self._calls[batch][index]
-        self.before_batch(batch)
+        self._before_batch(batch)
         if self._watcher is not None:
             ids, mask = self._batches[batch]
             self._watcher.see(PassInput(ids, mask.bool(), goes_on=False))

@@ -31,14 +31,7 @@ from meteora.artifacts.routers import POINT_GATES
 from meteora.base.placement import input_device
 from meteora.fitting.covariance import RowScatter, Scatter, Sums
 from meteora.fitting.layerwise import Sweep
-from meteora.fitting.lda import (
-    SHARE_LOST_TO_BASE,
-    Chosen,
-    SingularError,
-    bias_for_base,
-    choose_shrinkage,
-    gate_from,
-)
+from meteora.fitting.lda import Chosen, SingularError, bias_for_base, choose_shrinkage, gate_from
 from meteora.fitting.logistic import ONE_ROUND, Tokens, refine
 from meteora.fitting.sequences import (
     HELDOUT_SHARE,
@@ -214,9 +207,7 @@ def calibrate(
         return FittedPoint(weight, bias, statistics, accuracy, spent, of_halves)
 
     def stand_in_of(layer: MoELoRALinear) -> StandIn | None:
-        if not without:
-            return None
-        return StandIn.scaled(options, layer, without, heldout_tokens, SHARE_LOST_TO_BASE)
+        return StandIn.scaled(options, layer, without, heldout_tokens) if without else None
 
     asked = [asdict(options), refined, offsets, seed, template and asdict(template), crossed]
     sha256 = _asked_sha256(model, sequences, asked)

@@ -364,36 +364,31 @@ def sweep_gates(
         pairs = [(b.input_ids, b.attention_mask) for b in batches]
         sweep = Sweep(model, pairs, watcher, before_batch=halves.before_batch, scratch=scratch)
         sharing = Sharing(options.share, len(sweep.layers))
+        each_has_a_gate = options.share == "module" or bool(options.stand_in)
+        is_followed_above = options.share == "token" or leaves_out
 
-        def fit_layer(index: int) -> None:
-            for paths in sweep.points[index]:
-                point = [layers[path] for path in paths]
-                decided = sharing.decided(index)
-                if decided is None:
-                    gate = _fit_point(fit, paths, sweep.inputs(index, paths[0]))
-                    if gate is None:
-                        decided = sharing.last(paths[0])
-                    else:
-                        weight, bias = gate
-                        alone = options.share == "module" or bool(options.stand_in)
-                        leaders = point if alone else point[:1]
-                        decided = sharing.new(index)
-                        if options.share == "token" or leaves_out:
-                            sweep.follow(decided)
-                        for layer in leaders:
-                            own = weight.clone(), bias.clone()
-                            beside = watcher, decided, stand_in_of(layer)
-                            give_gate(layer, *own, options, *beside)
-                            halves.place(layer.router)
-                        point = point[len(leaders) :]
-                for layer in point:
+        def route_point(index: int, paths: Sequence[str]) -> None:
+            gate, decided = None, sharing.decided(index)
+            if decided is None:
+                gate = _fit_point(fit, paths, sweep.inputs(index, paths[0]))
+                decided = sharing.last(paths[0]) if gate is None else sharing.new(index)
+                if is_followed_above:
+                    sweep.follow(decided)
+            for path in paths:
+                layer = layers[path]
+                if gate is not None and (each_has_a_gate or path == paths[0]):
+                    weight, bias = (part.clone() for part in gate)
+                    stand_in = stand_in_of(layer)
+                    give_gate(layer, weight, bias, options, watcher, decided, stand_in)
+                    halves.place(layer.router)
+                else:
                     layer.router = Follower(decided, layer.num_choices, options)
-                for path in paths:
-                    give_offsets(layers[path], offsets.get(path))
+                give_offsets(layer, offsets.get(path))
 
         for index in range(len(sweep.layers)):
             with sweep.held(index):
-                fit_layer(index)
+                for paths in sweep.points[index]:
+                    route_point(index, paths)
                 sweep.advance(index)
             halves.end_layer()
             progress(index + 1, len(sweep.layers))

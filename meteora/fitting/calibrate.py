@@ -385,13 +385,11 @@ def sweep_gates(
                     layer.router = Follower(decided, layer.num_choices, options)
                 give_offsets(layer, offsets.get(path))
 
-        for index in range(len(sweep.layers)):
-            with sweep.held(index):
-                for paths in sweep.points[index]:
-                    route_point(index, paths)
-                sweep.advance(index)
+        def end_layer(done: int, total: int) -> None:
             halves.end_layer()
-            progress(index + 1, len(sweep.layers))
+            progress(done, total)
+
+        sweep.run(route_point, end_layer)
 
 
 def _refuse_readers_of_the_cache(paths: Iterable[str], options: RouterOptions) -> None:

@@ -88,7 +88,8 @@ class Sweep:
 
     Between calls everything is kept in CPU memory, so that a device holds the states of one batch.
 
-    Use in order: for each layer, inside `held`: for each of its `points`, `inputs`; then `advance`.
+    Use `run`, or in order: for each layer, inside `held`: for each of its `points`, `inputs`; then
+    `advance`.
     """
 
     def __init__(
@@ -292,6 +293,23 @@ class Sweep:
         if is_final and is_alone and (saved is not None or self._has_room_for(output)):
             self._parts[batch, name] = _Part(_Saved.of(output), beside)
         return out
+
+    def run(
+        self, visit: Callable[[int, Sequence[str]], None], progress: Callable[[int, int], None]
+    ) -> None:
+        """Run all layers, each after a visit of its points.
+
+        Args:
+            visit: called with a layer's number and the modules of a point; it may read their
+                `inputs`, and change their routers
+            progress: called with (layers done, layers in all)
+        """
+        for index in range(len(self.layers)):
+            with self.held(index):
+                for paths in self.points[index]:
+                    visit(index, paths)
+                self.advance(index)
+            progress(index + 1, len(self.layers))
 
     @contextmanager
     def held(self, index: int) -> Generator[None]:

@@ -370,7 +370,10 @@ def sweep_gates(
         def route_point(index: int, paths: Sequence[str]) -> None:
             gate, decided = None, sharing.decided(index)
             if decided is None:
-                gate = _fit_point(fit, paths, sweep.inputs(index, paths[0]))
+                try:
+                    gate = fit(paths, sweep.inputs(index, paths[0]))
+                except SingularError as error:
+                    raise TrainingError(f"{paths[0]}: {error}") from error
                 decided = sharing.last(paths[0]) if gate is None else sharing.new(index)
                 if is_followed_above:
                     sweep.follow(decided)
@@ -401,18 +404,6 @@ def _refuse_readers_of_the_cache(paths: Iterable[str], options: RouterOptions) -
             f"{again} gets all tokens of the cache with each new one, so it cannot follow a"
             f" decision that is made once (`share: {options.share}`); choose `share: point`"
         )
-
-
-def _fit_point(
-    fit: Callable[[Sequence[str], Iterator[Tensor]], tuple[Tensor, Tensor] | None],
-    paths: Sequence[str],
-    inputs: Iterator[Tensor],
-) -> tuple[Tensor, Tensor] | None:
-    """Call `fit`; an error names the first module of the point."""
-    try:
-        return fit(paths, inputs)
-    except SingularError as error:
-        raise TrainingError(f"{paths[0]}: {error}") from error
 
 
 @contextmanager

@@ -188,7 +188,6 @@ class Chat:
             )
             read_last(self.model, out)
             listener.finish()
-        num_cached = len(before.ids) if before else 0
         self._keep(ids, out, passes, expert, before, is_text=is_text)
         return Answer(
             text=listener.text,
@@ -196,7 +195,7 @@ class Chat:
             truncated=not (listener.ended or listener.stopped),
             num_new=len(listener.ids),
             num_prompt=len(ids),
-            num_cached=num_cached,
+            num_cached=len(before.ids) if before else 0,
         )
 
     def trace(self) -> Trace:

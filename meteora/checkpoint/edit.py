@@ -134,13 +134,10 @@ def drop_expert(
     with open_experts(folder, manifest) as before:
 
         def factors(path: str) -> tuple[Tensor, Tensor]:
-            ranks = list(manifest.modules[path].ranks)
+            ranks = manifest.modules[path].ranks
+            start, stop = sum(ranks[:gone]), sum(ranks[: gone + 1])
             a, b = before.factors(path)
-            parts_a, parts_b = a.split(ranks), b.split(ranks, dim=1)
-            return (
-                torch.cat([parts_a[e] for e in kept]),
-                torch.cat([parts_b[e] for e in kept], dim=1),
-            )
+            return torch.cat([a[:start], a[stop:]]), torch.cat([b[:, :start], b[:, stop:]], dim=1)
 
         write_experts(out, smaller.modules, dtype or before.dtype, map(factors, smaller.modules))
     return smaller

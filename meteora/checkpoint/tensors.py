@@ -300,9 +300,9 @@ def read_gates(folder: Path, manifest: Manifest) -> Gates:
                 }
                 weight, bias = _read(file, path, shapes)
                 own[module] = weight, bias
-            if module in leaders and lacking:
-                key = f"{module}.gate.stand_in"
-                (stand_ins[module],) = _read(file, path, {key: (3, len(lacking))})
+                if lacking:
+                    key = f"{module}.gate.stand_in"
+                    (stand_ins[module],) = _read(file, path, {key: (3, len(lacking))})
             if (key := f"{module}.offsets") in held:
                 (offsets[module],) = _read(file, path, {key: (num_choices, entry.out_features)})
     without = tuple(manifest.names.index(name) for name in lacking)

@@ -80,25 +80,24 @@ def fit_to_background(
     num_modules = torch.zeros(num_experts)
     with swept(model):
         sweep = Sweep(model, [(b.input_ids, b.attention_mask) for b in batches], scratch=scratch)
-        for index in range(len(sweep.layers)):
-            with sweep.held(index):
-                for paths in sweep.points[index]:
-                    inputs = zip(sweep.inputs(index, paths[0]), chosen, strict=True)
-                    x = torch.cat([part[mask].float() for part, mask in inputs])  # [T, IN]
-                    if not x.isfinite().all():
-                        raise TrainingError(
-                            f"{paths[0]}: its inputs hold NaN or infinity; the base overflows in"
-                            f" {model.dtype}, load it in another dtype"
-                        )
-                    mean = x.mean(0)
-                    whitening = Whitening.of(x - mean)
-                    for path in paths:
-                        router = _router_of(layers[path].stack, whitening, mean, options)
-                        rows[path], offsets[path] = router.rows.cpu(), router.offset.cpu()
-                        sizes += _means(router.sizes(x).cpu(), text_of, len(texts))
-                        num_modules += torch.tensor(router.has)
-                sweep.advance(index)
-            progress(index + 1, len(sweep.layers))
+
+        def measure(index: int, paths: Sequence[str]) -> None:
+            inputs = zip(sweep.inputs(index, paths[0]), chosen, strict=True)
+            x = torch.cat([part[mask].float() for part, mask in inputs])  # [T, IN]
+            if not x.isfinite().all():
+                raise TrainingError(
+                    f"{paths[0]}: its inputs hold NaN or infinity; the base overflows in"
+                    f" {model.dtype}, load it in another dtype"
+                )
+            mean = x.mean(0)
+            whitening = Whitening.of(x - mean)
+            for path in paths:
+                router = _router_of(layers[path].stack, whitening, mean, options)
+                rows[path], offsets[path] = router.rows.cpu(), router.offset.cpu()
+                sizes.add_(_means(router.sizes(x).cpu(), text_of, len(texts)))
+                num_modules.add_(torch.tensor(router.has))
+
+        sweep.run(measure, progress)
     standard = standard_of(sizes / num_modules.clamp_min(1), null=options.null)
     gates = PromptGates(rows, offsets, standard, template)
     insert_prompt_routers(model, gates, options)

@@ -20,7 +20,7 @@ from collections.abc import Callable, Generator, Iterable, Iterator, Mapping, Se
 from contextlib import contextmanager
 from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -31,14 +31,7 @@ from meteora.artifacts.routers import POINT_GATES
 from meteora.base.placement import input_device
 from meteora.fitting.covariance import RowScatter, Scatter, Sums
 from meteora.fitting.layerwise import Sweep
-from meteora.fitting.lda import (
-    SHARE_LOST_TO_BASE,
-    Chosen,
-    SingularError,
-    bias_for_base,
-    choose_shrinkage,
-    gate_from,
-)
+from meteora.fitting.lda import Chosen, SingularError, bias_for_base, choose_shrinkage, gate_from
 from meteora.fitting.logistic import ONE_ROUND, Tokens, refine
 from meteora.fitting.sequences import (
     HELDOUT_SHARE,
@@ -82,6 +75,15 @@ _Tensors = tuple[torch.Tensor, torch.Tensor]
 """G [E, IN] and c [E] of a gate."""
 _Unseen = tuple[Tokens, _Tensors]
 """Tokens, and a gate that was not fitted to them."""
+
+
+class _Part(NamedTuple):
+    """Labelled tokens of one input point."""
+
+    sums: Sums
+    """Over all of them."""
+    tokens: Tokens
+    """All of them, or a sample above `MAX_TOKEN_BYTES`."""
 
 
 class _Halves:
@@ -157,10 +159,10 @@ def calibrate(
     """
     started = time.perf_counter()
     choices, owners = expert_names(model), {e for s in sequences for e in s.owners}
-    stands_in = [bool(options.stand_in) and name not in {SHARED, NULL} for name in choices]
-    without = [e for e, may in enumerate(stands_in) if may and e not in owners]
+    experts = [e for e, name in enumerate(choices) if name not in {SHARED, NULL}]
+    without = [e for e in experts if options.stand_in and e not in owners]
     fitted = [e for e in range(len(choices)) if e not in without]
-    if {choices[e] for e in fitted} <= {SHARED, NULL}:
+    if len(without) == len(experts):
         raise TrainingError(
             "no expert has examples, and the other experts are scored beside one that has; give two"
             f" or more of one, or a router of kind {options.stand_in!r}"
@@ -172,42 +174,40 @@ def calibrate(
         sequences = [renumbered(sequence, fitted) for sequence in sequences]
         own = options.share if options.share == "turn" else "module"
         options, folder = replace(options, share=own), None
-    device = input_device(model)
-    divided = _divided(sequences, names, seed, device, crossed=crossed and refined)
-    batches, halves, not_crossed = divided
+    batches, halves, not_crossed = _divided(
+        sequences, names, seed, input_device(model), crossed=crossed and refined
+    )
     weights = token_weights(batches, len(names))
     heldout_tokens = torch.empty(0)  # of the last point, to scale stand-ins on
 
     def fit(inputs: Iterator[Tensor]) -> FittedPoint:
         nonlocal heldout_tokens
         began = time.perf_counter()
-        scatter, every_token, num_fit = _scatter_of(inputs, batches, weights, len(names))
-        held = every_token.between(num_fit)
-        chosen = choose_shrinkage(scatter[0], held.accuracy)
-        shrinkage, accuracy = chosen.shrinkage, chosen.accuracy
-        both = scatter[0] + scatter[1]
-        statistics = PointStatistics.of(both, shrinkage)
+        to_fit, held, every = _parts_of(inputs, batches, weights, len(names))
+        chosen = choose_shrinkage(to_fit.sums, held.tokens.accuracy)
+        statistics = PointStatistics.of(every.sums, chosen.shrinkage)
         if refined:
-            parts = every_token.between(0, num_fit), held, every_token
-            weight, bias, unseen = _refined(scatter, parts, statistics, chosen, halves)
+            weight, bias, unseen = _refined(
+                to_fit, held, every.tokens, statistics, chosen, crosses=halves.crosses
+            )
             accuracy = sum(tokens.accuracy(*gate) for tokens, gate in unseen) / len(unseen)
         else:
-            weight, bias = gate_from(both, shrinkage)
-            unseen = ((held, (weight, bias)),)
+            weight, bias = gate_from(every.sums, chosen.shrinkage)
+            unseen, accuracy = ((held.tokens, (weight, bias)),), chosen.accuracy
+        of_halves = tuple(gate for _, gate in unseen) if halves.crosses else ()
         if names[-1] == NULL:
             lead = bias_for_base([(one.x @ g.T + c, one.labels) for one, (g, c) in unseen])
-            for own in (bias, *(of_half for _, of_half in halves.gates)):
+            for own in (bias, *(of_half for _, of_half in of_halves)):
                 own[-1] += lead
         if without:
-            heldout_tokens = held.x
-            halves.gates = tuple(_spread(*gate, fitted, len(choices)) for gate in halves.gates)
+            heldout_tokens = held.tokens.x
+            of_halves = tuple(_spread(*gate, fitted, len(choices)) for gate in of_halves)
             weight, bias = _spread(weight, bias, fitted, len(choices))
         spent = time.perf_counter() - began
-        return FittedPoint(weight, bias, statistics, accuracy, spent, halves.gates)
+        return FittedPoint(weight, bias, statistics, accuracy, spent, of_halves)
 
     def stand_in_of(layer: MoELoRALinear) -> StandIn | None:
-        asked = options, layer, without, heldout_tokens, SHARE_LOST_TO_BASE
-        return StandIn.scaled(*asked) if without else None
+        return StandIn.scaled(options, layer, without, heldout_tokens) if without else None
 
     asked = [asdict(options), refined, offsets, seed, template and asdict(template), crossed]
     sha256 = _asked_sha256(model, sequences, asked)
@@ -264,28 +264,26 @@ def _spread(
 
 
 def _refined(
-    scatter: Sequence[Sums],
-    parts: tuple[Tokens, Tokens, Tokens],
+    to_fit: _Part,
+    held: _Part,
+    every: Tokens,
     point: PointStatistics,
     chosen: Chosen,
-    halves: _Halves,
+    *,
+    crosses: bool,
 ) -> tuple[Tensor, Tensor, tuple[_Unseen, ...]]:
     """The gate by logistic regression; held-out tokens, with a gate that was not fitted to them.
 
     Args:
-        scatter: sums over the tokens to fit, and over those held out
-        parts: the tokens to fit, those held out, and all
         chosen: on the sums over the tokens to fit
-        halves: receives the gates of both halves
+        crosses: whether the tokens to fit, too, are returned with a gate of the held-out ones
     """
-    tokens, held, every = parts
-    closed = chosen.gate or gate_from(scatter[0], chosen.shrinkage)
-    gate = refine(*closed, tokens, point)
-    unseen = ((held, gate),)
-    if halves.crosses:
-        other = refine(*gate_from(scatter[1], chosen.shrinkage), held, point)
-        halves.gates = gate, other
-        unseen = (*unseen, (tokens, other))
+    closed = chosen.gate or gate_from(to_fit.sums, chosen.shrinkage)
+    gate = refine(*closed, to_fit.tokens, point)
+    unseen = ((held.tokens, gate),)
+    if crosses:
+        other = refine(*gate_from(held.sums, chosen.shrinkage), held.tokens, point)
+        unseen = (*unseen, (to_fit.tokens, other))
         gate = (gate[0] + other[0]) / 2, (gate[1] + other[1]) / 2
     return *refine(*gate, every, point, ONE_ROUND), unseen
 
@@ -364,42 +362,37 @@ def sweep_gates(
     with swept(model):
         watcher = watch_prompts(model, template, options)
         pairs = [(b.input_ids, b.attention_mask) for b in batches]
-        sweep = Sweep(model, pairs, watcher, scratch=scratch)
-        sweep.before_batch = halves.before_batch
+        sweep = Sweep(model, pairs, watcher, before_batch=halves.before_batch, scratch=scratch)
         sharing = Sharing(options.share, len(sweep.layers))
+        each_has_a_gate = options.share == "module" or bool(options.stand_in)
+        is_followed_above = options.share == "token" or leaves_out
 
-        def fit_layer(index: int) -> None:
-            for paths in sweep.points[index]:
-                point = [layers[path] for path in paths]
-                decided = sharing.decided(index)
-                if decided is None:
-                    gate = _fit_point(fit, paths, sweep.inputs(index, paths[0]))
-                    if gate is None:
-                        decided = sharing.last(paths[0])
-                    else:
-                        weight, bias = gate
-                        alone = options.share == "module" or bool(options.stand_in)
-                        leaders = point if alone else point[:1]
-                        decided = sharing.new(index)
-                        if options.share == "token" or leaves_out:
-                            sweep.follow(decided)
-                        for layer in leaders:
-                            own = weight.clone(), bias.clone()
-                            beside = watcher, decided, stand_in_of(layer)
-                            give_gate(layer, *own, options, *beside)
-                            halves.place(layer.router)
-                        point = point[len(leaders) :]
-                for layer in point:
+        def route_point(index: int, paths: Sequence[str]) -> None:
+            gate, decided = None, sharing.decided(index)
+            if decided is None:
+                try:
+                    gate = fit(paths, sweep.inputs(index, paths[0]))
+                except SingularError as error:
+                    raise TrainingError(f"{paths[0]}: {error}") from error
+                decided = sharing.last(paths[0]) if gate is None else sharing.new(index)
+                if is_followed_above:
+                    sweep.follow(decided)
+            for path in paths:
+                layer = layers[path]
+                if gate is not None and (each_has_a_gate or path == paths[0]):
+                    weight, bias = (part.clone() for part in gate)
+                    stand_in = stand_in_of(layer)
+                    give_gate(layer, weight, bias, options, watcher, decided, stand_in)
+                    halves.place(layer.router)
+                else:
                     layer.router = Follower(decided, layer.num_choices, options)
-                for path in paths:
-                    give_offsets(layers[path], offsets.get(path))
+                give_offsets(layer, offsets.get(path))
 
-        for index in range(len(sweep.layers)):
-            with sweep.held(index):
-                fit_layer(index)
-                sweep.advance(index)
+        def end_layer(done: int, total: int) -> None:
             halves.end_layer()
-            progress(index + 1, len(sweep.layers))
+            progress(done, total)
+
+        sweep.run(route_point, end_layer)
 
 
 def _refuse_readers_of_the_cache(paths: Iterable[str], options: RouterOptions) -> None:
@@ -413,18 +406,6 @@ def _refuse_readers_of_the_cache(paths: Iterable[str], options: RouterOptions) -
         )
 
 
-def _fit_point(
-    fit: Callable[[Sequence[str], Iterator[Tensor]], tuple[Tensor, Tensor] | None],
-    paths: Sequence[str],
-    inputs: Iterator[Tensor],
-) -> tuple[Tensor, Tensor] | None:
-    """Call `fit`; an error names the first module of the point."""
-    try:
-        return fit(paths, inputs)
-    except SingularError as error:
-        raise TrainingError(f"{paths[0]}: {error}") from error
-
-
 @contextmanager
 def swept(model: PreTrainedModel) -> Generator[None]:
     """Remove all routers and turn dropout off; after an error the old routers are put back."""
@@ -434,18 +415,13 @@ def swept(model: PreTrainedModel) -> Generator[None]:
         yield
 
 
-def _scatter_of(
+def _parts_of(
     inputs: Iterator[Tensor],
     batches: Sequence[Batch],
     weights: Sequence[Tensor],
     num_experts: int,
-) -> tuple[list[Sums], Tokens, int]:
-    """Sums over the labelled tokens of one input point, and these tokens.
-
-    Returns:
-        the sums of the sequences to fit and of the held-out ones; the tokens of both, in this
-        order, or a sample of them above `MAX_TOKEN_BYTES`; and how many are of the former
-    """
+) -> tuple[_Part, _Part, _Part]:
+    """The labelled tokens of one input point: those to fit, those held out, and all."""
     num_labelled = sum(int((b.labels != UNLABELLED).sum()) for b in batches)
     scatters: list[Sums] = []
     places: list[int] = []  # of the next token to fit, and of the next held-out one
@@ -471,7 +447,12 @@ def _scatter_of(
             every.put(places[held], tokens)
             places[held] += len(tokens.x)
     # hold_out leaves tokens of every expert to fit, and of the first expert at least to check
-    return scatters, every, num_fit
+    to_fit, held_out = scatters
+    return (
+        _Part(to_fit, every.between(0, num_fit)),
+        _Part(held_out, every.between(num_fit)),
+        _Part(to_fit + held_out, every),
+    )
 
 
 def _num_kept(batches: Sequence[Batch], *, is_sampled: bool) -> list[int]:

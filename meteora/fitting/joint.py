@@ -180,8 +180,10 @@ def _first_gates(
     Args:
         further: arguments of `calibrate`
     """
-    # gates that start at zero need no fit, only their places: two sequences of each expert suffice
-    few = sequences if calibrated else _two_of_each(sequences, expert_names(model))
+    few = sequences
+    if not calibrated:  # gates at zero need no fit, only their places: two of each expert suffice
+        chosen = {i for own in owned(sequences, expert_names(model)) for i in own[:2]}
+        few = [sequences[i] for i in sorted(chosen)]
     calibrate(model, few, options, refined=False, offsets=offsets and calibrated, **further)
     if offsets and not calibrated:
         pairs = [(sequence.input_ids, sequence.experts) for sequence in sequences]
@@ -189,13 +191,6 @@ def _first_gates(
         for path, layer in routed_layers(model).items():
             give_offsets(layer, rows.get(path))
     return learning_gates(model, zeros=not calibrated)
-
-
-def _two_of_each(
-    sequences: Sequence[LabelledSequence], names: Sequence[str]
-) -> list[LabelledSequence]:
-    chosen = {i for own in owned(sequences, names) for i in own[:2]}
-    return [sequences[i] for i in sorted(chosen)]
 
 
 def _refuse_lost_gradients(model: PreTrainedModel, options: RouterOptions) -> None:

@@ -88,7 +88,8 @@ class Sweep:
 
     Between calls everything is kept in CPU memory, so that a device holds the states of one batch.
 
-    Use in order: for each layer, inside `held`: for each of its `points`, `inputs`; then `advance`.
+    Use `run`, or in order: for each layer, inside `held`: for each of its `points`, `inputs`; then
+    `advance`.
     """
 
     def __init__(
@@ -97,21 +98,21 @@ class Sweep:
         batches: Sequence[tuple[Tensor, Tensor]],
         watcher: PromptOpening | Turns | None = None,
         *,
+        before_batch: Callable[[int], None] = lambda _batch: None,
         scratch: Path | None = None,
     ) -> None:
         """Take batches of (input_ids [B, L], attention_mask [B, L]), padded on the right.
 
         Args:
             watcher: sees each batch before it runs, since the model's own forward does not run
+            before_batch: called with the number of a batch before a layer runs on it
             scratch: a folder for hidden states beyond `MAX_HIDDEN_BYTES`; None: keep all in memory
 
         Raises:
             SweepError: the model cannot be run layer by layer.
         """
         self.model = model
-        self._batches, self._watcher = batches, watcher
-        self.before_batch: Callable[[int], None] = lambda _batch: None
-        """Called with the number of a batch before a layer runs on it."""
+        self._batches, self._watcher, self._before_batch = batches, watcher, before_batch
         self._scratch: Path | None = None
         prefix, self._routed = _by_layer(model)
         """The routed modules of each layer, by module path."""
@@ -216,7 +217,7 @@ class Sweep:
         if batch not in self._calls:  # masks would not fit in memory either
             self._calls = {batch: self._record(*self._batches[batch])[1]}
         args, kwargs = self._calls[batch][index]
-        self.before_batch(batch)
+        self._before_batch(batch)
         if self._watcher is not None:
             ids, mask = self._batches[batch]
             self._watcher.see(PassInput(ids, mask.bool(), goes_on=False))
@@ -292,6 +293,23 @@ class Sweep:
         if is_final and is_alone and (saved is not None or self._has_room_for(output)):
             self._parts[batch, name] = _Part(_Saved.of(output), beside)
         return out
+
+    def run(
+        self, visit: Callable[[int, Sequence[str]], None], progress: Callable[[int, int], None]
+    ) -> None:
+        """Run all layers, each after a visit of its points.
+
+        Args:
+            visit: called with a layer's number and the modules of a point; it may read their
+                `inputs`, and change their routers
+            progress: called with (layers done, layers in all)
+        """
+        for index in range(len(self.layers)):
+            with self.held(index):
+                for paths in self.points[index]:
+                    visit(index, paths)
+                self.advance(index)
+            progress(index + 1, len(self.layers))
 
     @contextmanager
     def held(self, index: int) -> Generator[None]:

@@ -80,9 +80,8 @@ class Tokens(NamedTuple):
 
     def uncertain(self, weight: Tensor, bias: Tensor) -> Tokens:
         """The tokens of which the gate G [E, IN], c [E] is not sure, and a sample of the others."""
-        sure = torch.cat(
-            [part.losses(onednn.linear(part.x, weight, bias)) for part in self.parts(len(bias))]
-        ).lt(SURE)
+        losses = [part.losses(logits) for part, logits in self.with_logits(weight, bias)]
+        sure = torch.cat(losses).lt(SURE)
         stands_for = (~sure).float()
         stands_for[sure.nonzero()[::SURE_TAKEN]] = SURE_TAKEN
         return self.sampled(stands_for)
@@ -99,11 +98,12 @@ class Tokens(NamedTuple):
         pad, lacking = torch.nn.functional.pad, (0, -len(self.x) % STEP)
         return Tokens(pad(self.x, (0, 0, *lacking)), *(pad(one, lacking) for one in self[1:]))
 
-    def parts(self, num_experts: int) -> Iterator[Tokens]:
-        """All of the tokens in their order, a few at a time."""
-        size = max(1, MAX_LOGITS // num_experts)
+    def with_logits(self, weight: Tensor, bias: Tensor) -> Iterator[tuple[Tokens, Tensor]]:
+        """All of the tokens in their order, a few at a time, with a gate's logits [T', E]."""
+        size = max(1, MAX_LOGITS // len(bias))
         for start in range(0, len(self.x), size):
-            yield self.between(start, start + size)
+            part = self.between(start, start + size)
+            yield part, onednn.linear(part.x, weight, bias)
 
     def between(self, start: int, stop: int | None = None) -> Tokens:
         """Some of the tokens, without a copy."""
@@ -115,12 +115,8 @@ class Tokens(NamedTuple):
 
     def accuracy(self, weight: Tensor, bias: Tensor) -> float:
         """The weighted share of tokens that a gate G [E, IN], c [E] gives to their expert."""
-        right = torch.cat(
-            [
-                onednn.linear(part.x, weight, bias).argmax(-1) == part.labels
-                for part in self.parts(len(bias))
-            ]
-        )
+        parts = self.with_logits(weight, bias)
+        right = torch.cat([logits.argmax(-1) == part.labels for part, logits in parts])
         return ((right * self.weights).sum() / self.weights.sum()).item()
 
 

@@ -122,13 +122,6 @@ class _Reading:
     chosen: Tensor
     """[M, T, K]"""
 
-    def cut(self, length: int) -> None:
-        """Keep only the first `length` tokens."""
-        if self.cache is not None:
-            self.cache.crop(length - len(self.ids))
-        self.ids = self.ids[:length]
-        self.weights, self.chosen = self.weights[:, :length], self.chosen[:, :length]
-
 
 class Chat:
     """Answers conversations, one at a time; an expert is forced for all threads of a model."""
@@ -195,7 +188,6 @@ class Chat:
             )
             read_last(self.model, out)
             listener.finish()
-        num_cached = len(before.ids) if before else 0
         self._keep(ids, out, passes, expert, before, is_text=is_text)
         return Answer(
             text=listener.text,
@@ -203,7 +195,7 @@ class Chat:
             truncated=not (listener.ended or listener.stopped),
             num_new=len(listener.ids),
             num_prompt=len(ids),
-            num_cached=num_cached,
+            num_cached=len(before.ids) if before else 0,
         )
 
     def trace(self) -> Trace:
@@ -240,13 +232,13 @@ class Chat:
         reading, self._reading = self._reading, None
         if reading is None or reading.cache is None or reading.expert != expert:
             return None
-        # where an expert is forced, no question decides
-        watcher, least = None if expert else watcher_of(self.model), 1
+        watcher = None if expert else watcher_of(self.model)  # a forced expert needs no question
         if isinstance(watcher, PromptReader):
             return None  # the last question decides for all turns
         if watcher is not None and (is_text or reading.is_text):
             return None  # only the chat template shows where the question ends that decides
         # if routers look ahead, the question that decided their routes must be the same
+        least = 1
         if isinstance(watcher, Turns):
             least = reading.num_prompt
         elif isinstance(watcher, PromptOpening):
@@ -254,7 +246,9 @@ class Chat:
         length = len(common_beginning(reading.ids, ids[:-1]))
         if length < least:
             return None
-        reading.cut(length)
+        reading.cache.crop(length - len(reading.ids))
+        reading.ids = reading.ids[:length]
+        reading.weights, reading.chosen = reading.weights[:, :length], reading.chosen[:, :length]
         return reading
 
     def _keep(

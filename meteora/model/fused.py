@@ -114,20 +114,19 @@ def load(
     cache = None if expert_cache_bytes is None else ExpertCache(expert_cache_bytes)
     if device is not None:
         require_device(device, "device", "one that it finds, such as `cpu`")
-    loading.require_dtype(dtype)  # before anything is downloaded
-    folder = find_checkpoint(checkpoint_folder, revision, download=download)
-    manifest = read_manifest(folder)
-    options: dict[str, Any] = {}
-    if quantization_config is not None:
-        options["quantization_config"] = quantization_config
-    if device is not None and (quantization_config is not None or manifest.base.quantise):
-        options["device_map"] = {"": device}  # a quantised model is loaded onto its device
     if device_map is not None and device is not None:
         raise PlacementError(
             f"device={str(device)!r} and device_map={device_map!r} both say where the model is to"
             " lie; give one of them"
         )
-    options |= placed(device_map, max_memory=max_memory, offload_folder=offload_folder)
+    options = placed(device_map, max_memory=max_memory, offload_folder=offload_folder)
+    loading.require_dtype(dtype)  # like the checks above, before anything is downloaded
+    folder = find_checkpoint(checkpoint_folder, revision, download=download)
+    manifest = read_manifest(folder)
+    if quantization_config is not None:
+        options["quantization_config"] = quantization_config
+    if device is not None and (quantization_config is not None or manifest.base.quantise):
+        options["device_map"] = {"": device}  # a quantised model is loaded onto its device
     of_base = base_download(checkpoint_folder, manifest, download)
     model, tokenizer = load_base(manifest, base_folder, dtype, download=of_base, options=options)
     check_base(manifest, fingerprint(model.config, tokenizer), folder)

@@ -178,6 +178,7 @@ def answer_all(
         cut = [
             i for i in chosen if rooms[i] > room == len(answers[i]) and answers[i][-1] not in ends
         ]
-        waiting.extend([cut] if cut else [])
+        if cut:
+            waiting.append(cut)
         advance(len(chosen) - len(cut))
     return answers

@@ -140,9 +140,9 @@ def find_offsets(
     shared = names.index(SHARED)  # after all experts
     layers = routed_layers(model)
     sums: dict[str, Tensor] = {}
-    num_choices, device = next(iter(layers.values())).num_choices, input_device(model)
+    device = input_device(model)
     for examples in _in_passes(_examples_of(sequences, shared)):
-        pairs = _Pairs(examples, shared, num_choices)
+        pairs = _Pairs(examples, shared, len(names))
         least = LEAST_SHARE if modules is None else -1.0
         with ExitStack() as hooks, routed_by(model, lambda _layer, pairs=pairs: pairs):
             hooks.enter_context(without_dropout(model))

@@ -92,10 +92,10 @@ class PromptReader(Watcher):
         question = turns.asked & (turns.turn == turns.turn[:, -1:])
         asks = question.any(1) & turns.closed
         before = each_row(self.held.logits, len(asks)) if seen.goes_on else None
-        if before is not None and not asks.any():
+        if seen.goes_on and not asks.any():
+            if before is None:
+                raise unread(len(asks), self.held.logits)
             return
-        if before is None and seen.goes_on and not asks.any():
-            raise unread(len(asks), self.held.logits)
         question = torch.where(question.any(1, keepdim=True), question, seen.is_token)
         logits = self.read(model, question, arguments)
         if before is not None:  # a sequence without a question keeps its logits

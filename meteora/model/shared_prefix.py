@@ -134,8 +134,7 @@ def _may_share(model: PreTrainedModel, asked: Mapping[str, Any]) -> bool:
     own = model.generation_config.to_dict() if model.can_generate() else {}
     if any((own | dict(asked)).get(name) not in plain for name, plain in PLAIN.items()):
         return False
-    routers = (layer.router for layer in routed_layers(model).values())
-    return all(router is None or router.is_causal for router in routers)
+    return not any(layer.looks_ahead for layer in routed_layers(model).values())
 
 
 def rotates_by_length(config: PreTrainedConfig) -> bool:

@@ -124,9 +124,9 @@ def give_gate(
     weight: Tensor,
     bias: Tensor,
     options: RouterOptions,
-    reader: QuestionReader | None = None,
-    decision: Decision | None = None,
-    stand_in: StandIn | None = None,
+    reader: QuestionReader | None,
+    decision: Decision | None,
+    stand_in: StandIn | None,
 ) -> None:
     """Route a layer by G [E, IN] and c [E].
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 from collections.abc import Callable, Generator
 from contextlib import AbstractContextManager, ExitStack, contextmanager
+from functools import partial
 from threading import get_ident
 from typing import TYPE_CHECKING, TypeVar
 
@@ -60,15 +61,15 @@ def _recorded(
     """
     found: dict[str, Found] = {}
     device, thread = input_device(model), get_ident()
+
+    def keep(path: str, router: Router, _args: object, logits: Tensor) -> None:
+        if get_ident() == thread:
+            found[path] = read(router, logits.to(device))
+
     with ExitStack() as hooks:
         if "torch._dynamo" in sys.modules:  # slow to import, and without it nothing is compiled
             hooks.enter_context(_UNCOMPILED.open())
         for path, layer in routed_layers(model).items():
             if layer.router is not None:
-
-                def hook(router: Router, _args: object, logits: Tensor, path: str = path) -> None:
-                    if get_ident() == thread:
-                        found[path] = read(router, logits.to(device))
-
-                hooks.enter_context(layer.router.register_forward_hook(hook))
+                hooks.enter_context(layer.router.register_forward_hook(partial(keep, path)))
         yield found

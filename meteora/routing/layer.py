@@ -58,6 +58,11 @@ class RoutedExperts(nn.Module):
         return self.stack.segments.device
 
     @property
+    def looks_ahead(self) -> bool:
+        """Whether its router decides by whole prompts; not where an expert is forced."""
+        return self.router is not None and not self.router.is_causal
+
+    @property
     def is_lent(self) -> bool:
         """Whether a block of `routed_by` is open."""
         return bool(self._before)

@@ -278,9 +278,8 @@ class Watcher:
             self._before(base, args, kwargs)
 
     def _looks_ahead(self) -> bool:
-        """Whether any router decides by whole prompts; none does where an expert is forced."""
-        routers = (layer.router for layer in self._layers)
-        return any(router is not None and not router.is_causal for router in routers)
+        """Whether any router decides by whole prompts."""
+        return any(layer.looks_ahead for layer in self._layers)
 
     def _before(self, model: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
         if (seen := self.input_of(by_name(model, args, kwargs))) is not None:
@@ -347,8 +346,8 @@ def _generate_whole(model: PreTrainedModel, *args: Any, **kwargs: Any) -> Any:  
     sizes = [arguments.get("prefill_chunk_size")]
     sizes += [getattr(config, "prefill_chunk_size", None) for config in configs]
     size, length = next(filter(None, sizes), None), _num_unread(arguments)
-    routers = [layer.router for layer in routed_layers(model).values()]
-    if size and length > size and any(router and not router.is_causal for router in routers):
+    layers = routed_layers(model).values()
+    if size and length > size and any(layer.looks_ahead for layer in layers):
         raise UnreadPromptError(
             f"prefill_chunk_size={size} cuts a prompt of {length} tokens, and this model decides by"
             " whole prompts; leave it out, or take a model whose gates decide token by token"

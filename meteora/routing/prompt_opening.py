@@ -34,6 +34,7 @@ class PromptOpening(Watcher):
     """The opening of the prompt in the present pass; all gates of a model share one object."""
 
     def __init__(self, template: Template) -> None:
+        """Take a template that has an opening."""
         self.template, self.now = template, _Opening()
 
     def at_gate(self) -> Self:
@@ -45,7 +46,7 @@ class PromptOpening(Watcher):
         template, input_ids, is_token = self.template, seen.ids, seen.is_token
         self.now.opening = self.now.evidence = None
         # one token is never an opening, so decoding ends here
-        if input_ids is None or is_token.shape[1] < 2 or seen.goes_on or not template.opening:
+        if input_ids is None or is_token.shape[1] < 2 or seen.goes_on:
             return
         place = is_token.cumsum(1) - 1  # [B, L] counted from the first token that is no padding
         expected = input_ids.new_tensor(template.opening)

@@ -19,6 +19,7 @@ from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from meteora.kernels import gather_grouped, onednn, reference
 from meteora.kernels.dispatch import KernelName
@@ -169,14 +170,8 @@ class SharedMatmul:
                 end - size if size else 0 for end, size in zip(ends, self._sizes, strict=True)
             ]
             self._starts = tables[0].index.new_tensor(starts).view(-1, 1, 1)
-            return RankTable(
-                *(
-                    torch.stack([_filled(part, width) for part in parts])
-                    for parts in zip(*tables, strict=True)
-                )
+            index, scaling = (  # rows are filled up with rank 0 at scaling 0
+                torch.stack([pad(part, (0, width - part.shape[1])) for part in parts])
+                for parts in zip(*tables, strict=True)
             )
-
-
-def _filled(table: Tensor, width: int) -> Tensor:
-    """Fill up the rows of a table with zeros: rank 0 at scaling 0."""
-    return torch.nn.functional.pad(table, (0, width - table.shape[1]))
+            return RankTable(index, scaling)

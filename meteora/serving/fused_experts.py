@@ -113,6 +113,7 @@ class ServedExperts:
         """Read the manifest of a checkpoint; its tensors are read when they are needed."""
         self.folder = folder
         self.manifest: Manifest = read_manifest(folder)
+        self.options = self.manifest.router
         self.turns: ServedTurns | None = None
         """The turns of the present pass, if gates decide for whole turns."""
 
@@ -128,7 +129,9 @@ class ServedExperts:
 
     @cached_property
     def _gates(self) -> Gates:
-        return tensors.read_gates(self.folder, self.manifest)
+        """None at all if the router is of another kind."""
+        has_gates = self.options.kind == "gate"
+        return tensors.read_gates(self.folder, self.manifest) if has_gates else Gates({})
 
     @cached_property
     def _decisions(self) -> dict[str, Decision]:
@@ -162,8 +165,7 @@ class ServedExperts:
             UnservableError: a part has another size than its experts, or its gate decides for whole
                 turns and `read_turns` was not called.
         """
-        options = self.manifest.router
-        if options.by_turns and self.turns is None:
+        if self.options.by_turns and self.turns is None:
             raise UnservableError(
                 f"{self.folder}: its gates wait for whole questions, and vLLM's model of this base"
                 " shows no tokens to a plugin; set `router: {share: point}` in the recipe"
@@ -174,7 +176,7 @@ class ServedExperts:
             layers = merged
         self._route(layers)
         inline = closed and all(
-            _is_dense(layer, options.top_k) and not isinstance(layer.router, Follower)
+            _is_dense(layer, self.options.top_k) and not isinstance(layer.router, Follower)
             for layer in layers.values()
         )
         if not inline:
@@ -199,12 +201,12 @@ class ServedExperts:
                 " were made for, on one device"
             )
         a, b = self._file.factors(part.path)
-        choices = choices_of(entry.ranks, self.manifest.router)
+        choices = choices_of(entry.ranks, self.options)
         return RoutedExperts(stack_for(weight, a, b, entry, choices))
 
     def _route(self, layers: Mapping[Part, RoutedExperts]) -> None:
         """Give each layer its router."""
-        options = self.manifest.router
+        options = self.options
         for part, layer in layers.items():
             if options.kind == "gate":
                 give_router(layer, part.path, self._gates, options, self._decisions, self.turns)
@@ -213,7 +215,7 @@ class ServedExperts:
 
     def _share(self, layers: Mapping[Part, RoutedExperts]) -> None:
         """Let layers that follow one gate compute A x together."""
-        if self.manifest.router.share in ONE_INPUT and self.manifest.router.kind == "gate":
+        if self.options.share in ONE_INPUT:
             by_path = {part.path: layer for part, layer in layers.items()}
             within = {p: q for p, q in self._gates.follows.items() if {p, q} <= by_path.keys()}
             share_first_matmuls(by_path, within)
@@ -228,10 +230,8 @@ class ServedExperts:
         read the zeros.
         """
         (first, *others), stacks = layers, [layer.stack for layer in layers.values()]
-        if not others or self.manifest.router.kind != "gate":
-            return None
         follows, offsets = self._gates.follows, self._gates.offsets
-        if any(follows.get(part.path) != first.path for part in others):
+        if not others or any(follows.get(part.path) != first.path for part in others):
             return None
         if any(part.path in offsets for part in layers):  # each adds its own
             return None
@@ -248,20 +248,18 @@ class ServedExperts:
         ranks = [stack.ranks[e] for e in range(num_experts) for stack in stacks]
         scaling = [stack.scaling[e] for e in range(num_experts) for stack in stacks]
         together = [sum(stack.ranks[e] for stack in stacks) for e in range(num_experts)]
-        choices = choices_of(together, self.manifest.router)
+        choices = choices_of(together, self.options)
         stack = ExpertStack(torch.cat(a), torch.cat(b, dim=1), ranks, scaling, choices)
         layer = RoutedExperts(stack)
         whole = Part(first.path, first.start, first.start + size)
-        return {whole: layer} if _is_dense(layer, self.manifest.router.top_k) else None
+        return {whole: layer} if _is_dense(layer, self.options.top_k) else None
 
     def in_order(self, parts: Sequence[Part]) -> bool:
         """Whether these parts share state with other operators, so that their order counts."""
-        return self.manifest.router.by_turns or self._decides_elsewhere(parts)
+        return self.options.by_turns or self._decides_elsewhere(parts)
 
     def _decides_elsewhere(self, parts: Sequence[Part]) -> bool:
         """Whether a part follows a gate of another projection, or the reverse."""
-        if self.manifest.router.kind != "gate":
-            return False
         paths = {part.path for part in parts}
         return any((p in paths) != (q in paths) for p, q in self._gates.follows.items())
 

@@ -46,6 +46,7 @@ CHECKPOINT = "meteora"
 """The folder of the checkpoint inside the served one."""
 NOT_SERVED = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
 """Weights in other formats: vLLM reads the base's safetensors."""
+WRITE_AGAIN = "write the folder again with `meteora export CHECKPOINT --for vllm`"
 SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 """Pieces of a file that are hashed, and the bytes of each."""
 WHOLE_PROMPTS = "--no-enable-prefix-caching --no-enable-chunked-prefill -cc.cudagraph_mode=NONE"
@@ -201,7 +202,7 @@ def _hashes_of_base(folder: Path, config: dict[str, Any]) -> dict[str, str]:
     if not is_table or not hashes:
         raise UnservableError(
             f"{folder}: its {CONFIG} does not say which weights the experts were exported with;"
-            " write the folder again with `meteora export CHECKPOINT --for vllm`"
+            f" {WRITE_AGAIN}"
         )
     return hashes
 
@@ -237,21 +238,19 @@ def find_served_checkpoint(name: str, revision: str | None, memory_bytes: int) -
     """
     if Path(name).is_dir():
         checkpoint = Path(name) / CHECKPOINT
-        found = fingerprint_of(Path(name))
-        check_base(read_manifest(checkpoint), found, Path(name))
+        check_base(read_manifest(checkpoint), fingerprint_of(Path(name)), Path(name))
     else:
         checkpoint = _download(name, revision)
-    folder = checkpoint.parent
+    folder, manifest = checkpoint.parent, read_manifest(checkpoint)
     config = _read_config(folder)
     hashes = _hashes_of_base(folder, config)
-    named, found = config["quantization_config"].get("checkpoint"), read_manifest(checkpoint)
-    if named != found.router_id:
+    named, own = config["quantization_config"].get("checkpoint"), manifest.router_id
+    if named != own:
         raise UnservableError(
-            f"{checkpoint}: it is {found.router_id or 'a checkpoint without an id'}, and the folder"
-            f" was exported with {shortened(named)}; write the folder again with"
-            " `meteora export CHECKPOINT --for vllm`"
+            f"{checkpoint}: it is {own or 'a checkpoint without an id'}, and the folder was"
+            f" exported with {shortened(named)}; {WRITE_AGAIN}"
         )
-    _tensor_files(checkpoint, found)
+    _tensor_files(checkpoint, manifest)
     # vLLM may convert 32 bits to 16
     narrowed = 2 if config.get("dtype", config.get("torch_dtype")) == "float32" else 1
     needed = (checkpoint / EXPERTS).stat().st_size
@@ -259,10 +258,7 @@ def find_served_checkpoint(name: str, revision: str | None, memory_bytes: int) -
         path = folder / shard
         if not path.is_file() or sample_sha256(path) != sha256:
             state = "holds other weights than at" if path.is_file() else "is gone since"
-            raise WrongBaseError(
-                f"{path}: it {state} the export; write the folder again with"
-                " `meteora export CHECKPOINT --for vllm`"
-            )
+            raise WrongBaseError(f"{path}: it {state} the export; {WRITE_AGAIN}")
         needed += path.stat().st_size // narrowed
     if needed > memory_bytes:
         raise UnservableError(

@@ -135,7 +135,7 @@ class MeteoraConfig(QuantizationConfig):
 
     def _embedding_method(self) -> PromptsEmbeddingMethod | None:
         """The method of the embedding, if the gates wait for whole questions."""
-        if self.served is None or not self.served.manifest.router.by_turns:
+        if self.served is None or not self.served.options.by_turns:
             return None
         config = get_current_vllm_config()
         refuse_parts_of_prompts(config)

@@ -97,14 +97,12 @@ def cost(inputs: int, outputs: int, rows_only: bool, examples: int) -> Cost:
     marks = [time.process_time()]
     if rows_only:
         setattr(calibrate, "MAX_ROWS", 0)  # noqa: B010  (the type of a constant is its value)
-    scatter, every_token, num_fit = calibrate._scatter_of(stream(), batches, weights, EXPERTS)
-    held = every_token.between(num_fit)
+    to_fit, held, every = calibrate._parts_of(stream(), batches, weights, EXPERTS)
     marks.append(time.process_time())
-    shrinkage = choose_shrinkage(scatter[0], held.accuracy).shrinkage
-    both = scatter[0] + scatter[1]
-    gate, bias = gate_from(both, shrinkage)
+    shrinkage = choose_shrinkage(to_fit.sums, held.tokens.accuracy).shrinkage
+    gate, bias = gate_from(every.sums, shrinkage)
     marks.append(time.process_time())
-    statistics = PointStatistics.of(both, shrinkage)
+    statistics = PointStatistics.of(every.sums, shrinkage)
     marks.append(time.process_time())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before
     unseen = torch.arange(EXPERTS).repeat_interleave(64)[None]
@@ -113,7 +111,7 @@ def cost(inputs: int, outputs: int, rows_only: bool, examples: int) -> Cost:
     stored = sum(getattr(statistics, f.name).nbytes for f in fields(statistics))
     gathered, solved, kept = (b - a for a, b in pairwise(marks))
     return Cost(
-        inputs, examples, tokens, type(both).__name__, gathered - making, solved, kept,
+        inputs, examples, tokens, type(every.sums).__name__, gathered - making, solved, kept,
         stored / 1e6, forward, peak / 1024, right,
     )  # fmt: skip
 

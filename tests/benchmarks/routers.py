@@ -162,19 +162,19 @@ def mean_inputs(world: World, model: PreTrainedModel) -> Gates:
         layer.router = None
     sweep = Sweep(model, [(b.input_ids, b.attention_mask) for b in batches])
     num_experts = len(world.names)
-    for index in range(len(sweep.layers)):
-        with sweep.held(index):
-            for paths in sweep.points[index]:
-                inputs = list(sweep.inputs(index, paths[0]))
-                sums = torch.zeros(num_experts, inputs[0].shape[-1])
-                counts = torch.zeros(num_experts)
-                for x, batch in zip(inputs, batches, strict=True):
-                    labels = batch.labels[batch.labels != UNLABELLED]
-                    sums.index_add_(0, labels, x[batch.labels != UNLABELLED])
-                    counts += torch.bincount(labels, minlength=num_experts)
-                own[paths[0]] = sums / counts[:, None], torch.zeros(num_experts)
-                follows |= dict.fromkeys(paths[1:], paths[0])
-            sweep.advance(index)
+
+    def take_means(index: int, paths: Sequence[str]) -> None:
+        inputs = list(sweep.inputs(index, paths[0]))
+        sums = torch.zeros(num_experts, inputs[0].shape[-1])
+        counts = torch.zeros(num_experts)
+        for x, batch in zip(inputs, batches, strict=True):
+            labels = batch.labels[batch.labels != UNLABELLED]
+            sums.index_add_(0, labels, x[batch.labels != UNLABELLED])
+            counts += torch.bincount(labels, minlength=num_experts)
+        own[paths[0]] = sums / counts[:, None], torch.zeros(num_experts)
+        follows.update(dict.fromkeys(paths[1:], paths[0]))
+
+    sweep.run(take_means, lambda _done, _total: None)
     return Gates(own, follows)
 
 

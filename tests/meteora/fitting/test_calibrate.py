@@ -692,8 +692,8 @@ def test_starts_of_answers_are_told_apart_by_what_says_nothing_of_other_tokens()
     def right(marked):
         inputs, batches = drawn(marked)
         weights = dealing.token_weights(batches, 4)
-        (fitted, _), *_ = train._scatter_of(iter(inputs), batches, weights, 4)
-        weight, bias = gate_from(fitted, 0.01)
+        to_fit, *_ = train._parts_of(iter(inputs), batches, weights, 4)
+        weight, bias = gate_from(to_fit.sums, 0.01)
         shares = []
         for places in (slice(20, 21), slice(20)):
             hits = [

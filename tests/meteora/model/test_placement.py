@@ -211,6 +211,17 @@ def test_what_is_no_place_is_refused_in_one_sentence(
     assert "\n" not in str(refused.value)
 
 
+@pytest.mark.parametrize(
+    "asked",
+    [{"device": "cpu", "device_map": "auto"}, {"device_map": "evenly"}, {"max_memory": {"cpu": 9}}],
+)
+def test_what_is_no_place_is_refused_before_a_checkpoint_is_looked_for(
+    tmp_path: Path, asked: dict[str, Any]
+) -> None:
+    with pytest.raises(PlacementError):
+        meteora.load(tmp_path / "nowhere", **asked)
+
+
 def test_a_model_that_uses_weights_without_their_module_is_refused_on_the_disk(
     build_base: Callable[[str], Path], ids: torch.Tensor
 ) -> None:

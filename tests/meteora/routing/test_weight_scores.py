@@ -11,7 +11,6 @@ from meteora.artifacts.routers import POINT_GATES
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import GATES, CheckpointError
 from meteora.fitting.calibrate import calibrate
-from meteora.fitting.lda import SHARE_LOST_TO_BASE
 from meteora.fitting.sequences import TrainingError
 from meteora.kernels import reference
 from meteora.model.fused import insert_experts
@@ -73,7 +72,7 @@ def test_an_expert_is_never_chosen_where_it_lacks_the_layer(mixed):
 def test_one_held_out_token_scales_no_expert_to_nan(world):
     layer = routed_layers(world.load())[LATER]
     options = replace(POINT_GATES, stand_in="norm")
-    found = StandIn.scaled(options, layer, [0, 2], torch.randn(1, 32), SHARE_LOST_TO_BASE)
+    found = StandIn.scaled(options, layer, [0, 2], torch.randn(1, 32))
     assert (found.above_best(torch.randn(5, 32)) < -1_000).all()
 
 
@@ -81,7 +80,7 @@ def test_of_the_tokens_it_is_measured_on_one_in_a_hundred_goes_astray(world):
     layer = routed_layers(world.load())[LATER]
     tokens = torch.randn(4000, 32)
     options = replace(POINT_GATES, stand_in="arrow")
-    found = StandIn.scaled(options, layer, [0, 2], tokens, SHARE_LOST_TO_BASE).above_best(tokens)
+    found = StandIn.scaled(options, layer, [0, 2], tokens).above_best(tokens)
     assert 0.005 < (found.max(-1).values > 0).float().mean() <= 0.0101
 
 

@@ -154,9 +154,12 @@ class Ledger(Recording):
             self.sharing.sync(restore=True)
         with self._alone():
             files = find()
-            blobs = [one.name for one in files if SHA256.fullmatch(one.name)]
-            note_freed(self.home, self.blobs, blobs)
-            for one in files:
+            blobs = [one for one in files if SHA256.fullmatch(one.name)]
+            for one in files:  # these first: on a full disk the note needs the space of one
+                if one not in blobs:
+                    discard(one.path)
+            note_freed(self.home, self.blobs, [one.name for one in blobs])
+            for one in blobs:
                 discard(one.path)
         return files
 

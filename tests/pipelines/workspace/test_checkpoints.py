@@ -61,6 +61,9 @@ def test_a_model_is_deleted_without_what_others_need_and_made_again_without_a_be
     assert not first.ledger.verify().findings
     assert (others / EXPERTS).stat().st_nlink == 2
     assert finished(second)
+    away = others.rename(first.home / "away")
+    assert files[EXPERTS] not in free(plan.router.id), "the other is made again of them"
+    away.rename(others)
     assert not finished(first)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipelines.evaluation.evaluate.evaluate_task", None)  # nothing is asked again
@@ -77,7 +80,8 @@ def test_a_model_is_deleted_without_what_others_need_and_made_again_without_a_be
     for name, reason in (
         (copied, "does not lie in the store"),
         (plan.fused.id, "is no router; give the id of one"),
-        ("nosuch", "no artifact's id begins with 'nosuch'"),
+        ("nosuchid", "no artifact's id begins with 'nosuchid'"),
+        (plan.router.id[:14], "too short for what is to be deleted; give 8 digits or more"),
         (Path("README.md").parent, "meteora.json"),
     ):
         with pytest.raises((UnknownError, MeteoraError), match=reason):

@@ -32,6 +32,7 @@ ADVICE = {
 }
 """The advice for each fault; other errors are our own faults, and keep their traceback."""
 KNOWN = {
+    "failed to map segment from shared object": ADVICE[errno.ENOMEM],  # of a library
     "Could not determine home directory": (
         "the home folder of a user cannot be found; set HOME to a folder that you can write to,"
         " and name no user after `~` in a path"

@@ -72,6 +72,8 @@ def test_a_fault_is_found_behind_the_error_of_a_library() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 50, dtype=torch.uint8)  # more than a process has addresses for
     assert describe(raised.value) == ADVICE[errno.ENOMEM]
+    unloaded = ImportError("libtorch_cpu.so: failed to map segment from shared object")
+    assert describe(unloaded) == ADVICE[errno.ENOMEM]
 
 
 def test_a_fault_of_ours_is_no_fault_of_the_machine() -> None:

@@ -44,8 +44,8 @@ def checkpoint_folder(name: str, home: Path) -> Path:
         ) from error
     if not folder.is_dir():
         raise UnknownError(
-            f"{name} is no checkpoint under {folder.parent}; give the id of a router, as"
-            " `meteora run` prints it"
+            f"{name} has no checkpoint under {folder.parent}; give the id of a router, as"
+            " `meteora run` prints it, and if its folder was deleted, run its recipe again"
         )
     return folder
 

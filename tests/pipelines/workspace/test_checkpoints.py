@@ -12,6 +12,7 @@ from meteora.artifacts import MeteoraError
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, STATISTICS, read_manifest
 from pipelines.cli import store
 from pipelines.publishing.signing import SIGNATURE
+from pipelines.workspace.checkpoints import checkpoint_folder
 from pipelines.workspace.context import RunContext
 from store.errors import UnknownError
 from store.ledger import Ledger
@@ -57,6 +58,8 @@ def test_a_model_is_deleted_without_what_others_need_and_made_again_without_a_be
 
     assert free(plan.router.id, yes=True) == found
     assert not folder.exists()
+    with pytest.raises(UnknownError, match="if its folder was deleted, run its recipe again"):
+        checkpoint_folder(plan.router.id, first.home)
     assert not free(plan.router.id)
     assert not first.ledger.verify().findings
     assert (others / EXPERTS).stat().st_nlink == 2

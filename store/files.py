@@ -202,17 +202,21 @@ def locked(
         ) from error
     try:
         if not _waited(descriptor, fcntl.LOCK_SH if shared else fcntl.LOCK_EX, deadline_seconds):
-            holder = os.pread(descriptor, 32, 0).decode() or "unknown"
-            why = (
-                f"{path.name} is held by another process (last seen: process id {holder}); try"
-                " again when it is done"
-            )
+            holder = os.pread(descriptor, 32, 0).decode()
+            seen = f" (last seen: process id {holder})" if holder else ""
+            why = f"{path.name} is held by another process{seen}; try again when it is done"
             raise BusyError(f"{message} ({why})" if message else why)
-        if not shared:
-            with suppress(OSError):  # only a hint for others: a full disk may refuse it
+        if shared:
+            yield
+            return
+        with suppress(OSError):  # only a hint for others: a full disk may refuse it
+            os.ftruncate(descriptor, 0)
+            os.pwrite(descriptor, str(os.getpid()).encode(), 0)
+        try:
+            yield
+        finally:
+            with suppress(OSError):  # else who holds it shared next would be taken for this one
                 os.ftruncate(descriptor, 0)
-                os.pwrite(descriptor, str(os.getpid()).encode(), 0)
-        yield
     finally:
         os.close(descriptor)
 

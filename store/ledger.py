@@ -19,7 +19,7 @@ import duckdb
 from meteora.artifacts import SHA256, ArtifactId, Score, canonical_sha256
 from store import check
 from store.check import Verification
-from store.errors import DamagedError, StoreError
+from store.errors import DamagedError, StoreError, brief
 from store.events import RunEnded, RunStarted
 from store.files import discard, locked, sweep
 from store.garbage import Removable, find_garbage, note_freed
@@ -124,7 +124,10 @@ class Ledger(Recording):
         try:
             return check.verify(self.home, self.records, self.blobs, self.index, self.sharing)
         except duckdb.Error as error:
-            raise StoreError(f"the store cannot be verified now ({error})") from None
+            raise StoreError(
+                f"the store cannot be verified now ({brief(error)}); free some space or memory, and"
+                " run again"
+            ) from None
 
     def gc(self, *, remove: bool = False) -> list[Removable]:
         """List files that nothing refers to, and work that was stopped; with `remove`, remove them.
@@ -154,9 +157,12 @@ class Ledger(Recording):
             self.sharing.sync(restore=True)
         with self._alone():
             files = find()
-            blobs = [one.name for one in files if SHA256.fullmatch(one.name)]
-            note_freed(self.home, self.blobs, blobs)
-            for one in files:
+            blobs = [one for one in files if SHA256.fullmatch(one.name)]
+            for one in files:  # these first: on a full disk the note needs the space of one
+                if one not in blobs:
+                    discard(one.path)
+            note_freed(self.home, self.blobs, [one.name for one in blobs])
+            for one in blobs:
                 discard(one.path)
         return files
 

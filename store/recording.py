@@ -172,9 +172,9 @@ class Recording:
         record = self._lookup.first("artifact", artifact_id)
         return record.body["spec"] if record else None
 
-    def specs_of(self, ids: Iterable[ArtifactId]) -> dict[str, dict[str, Any]]:
-        """The specs of the recorded ones of these artifacts, by id; one lookup for all of them."""
-        records = _earliest(self._lookup.find("artifact", list(ids)))
+    def specs_of(self, ids: Iterable[ArtifactId] | None = None) -> dict[str, dict[str, Any]]:
+        """The specs of the recorded ones of these artifacts, or of all, by id; in one lookup."""
+        records = _earliest(self._lookup.find("artifact", None if ids is None else list(ids)))
         return {subject: record.body["spec"] for subject, record in records.items()}
 
     def scores_of(self, benchmark_ids: Iterable[ArtifactId]) -> dict[str, Score]:

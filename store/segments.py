@@ -8,6 +8,7 @@ each record, which hash to the record's own name.
 
 import hashlib
 import logging
+import os
 from collections.abc import Collection
 from itertools import islice
 from pathlib import Path
@@ -35,8 +36,12 @@ class Segments:
         self.root = root
 
     def names(self) -> set[str]:
-        """The file names of all segments."""
-        return {path.name for path in self.root.glob(f"*{SUFFIX}") if path.is_file()}
+        """The file names of all segments; `OSError` if they cannot be listed, as `glob` hides."""
+        try:
+            with os.scandir(self.root) as entries:
+                return {one.name for one in entries if one.name.endswith(SUFFIX) and one.is_file()}
+        except FileNotFoundError:
+            return set()
 
     def path_of(self, name: str) -> Path:
         """The file of a segment."""

@@ -29,6 +29,8 @@ WHOLE = ("auto", "balanced", "balanced_low_0", "sequential")
 """Values of `device_map` from which Accelerate makes a map."""
 NO_MEMORY = "DefaultCPUAllocator: can't allocate memory"
 """Part of torch's RuntimeError when CPU memory is not enough."""
+NO_ADDRESSES = "Cannot allocate memory (12)"
+"""Part of torch's RuntimeError when a file cannot be mapped, as where `ulimit -v` is small."""
 
 
 class PlacementError(MeteoraError):
@@ -37,7 +39,9 @@ class PlacementError(MeteoraError):
 
 def is_out_of_memory(error: BaseException) -> bool:
     """Whether an error means that a device has too little memory."""
-    return isinstance(error, (MemoryError, torch.OutOfMemoryError)) or NO_MEMORY in str(error)
+    text = str(error)
+    of_torch = NO_MEMORY in text or NO_ADDRESSES in text
+    return of_torch or isinstance(error, (MemoryError, torch.OutOfMemoryError))
 
 
 def placed(device_map: Any, **further: object) -> dict[str, Any]:  # noqa: ANN401

@@ -12,8 +12,14 @@ MOST_OF_A_CODE = 3
 """Most reasons of one code, so that a file with a thousand faults gets a short message."""
 MOST_NAMED = 8
 """Most experts or tasks that a message names; a model may have thousands."""
-GZIP = b"\x1f\x8b"
-"""The first bytes of a compressed file."""
+UNPACKERS = {
+    b"\x1f\x8b": "gunzip -c",
+    b"BZh": "bunzip2 -c",
+    b"\xfd7zXZ": "unxz -c",
+    b"\x28\xb5\x2f\xfd": "unzstd -c",
+    b"PK\x03\x04": "unzip -p",
+}
+"""What unpacks a compressed file, by its first bytes."""
 MOST = 100
 """Most reasons in all: each new one is compared with these."""
 
@@ -104,10 +110,11 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
     """Return a clause that says which line of a file is not UTF-8, and what to do."""
     bad_line = 0
     with path.open("rb") as file:
-        start = file.read(2)
-        if start == GZIP:
-            return f"it is compressed; unpack it with `gunzip -c {path.name} > new`"
-        is_utf_16 = start in {codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE}
+        start = file.read(8)
+        for magic, unpack in UNPACKERS.items():
+            if start.startswith(magic):
+                return f"it is compressed; unpack it with `{unpack} {path.name} > new`"
+        is_utf_16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         file.seek(0)
         for number, line in enumerate(file, 1):
             try:

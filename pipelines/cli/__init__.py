@@ -14,6 +14,13 @@ score_table  scores and traces, printed
 __main__     `python -m pipelines.cli`
 """
 
-from pipelines.cli.app import main
+import sys
 
-__all__ = ["main"]
+
+def main() -> None:
+    """As `app.main`, which takes a moment to import: Ctrl-C is no traceback then, either."""
+    try:
+        from pipelines.cli import app
+    except KeyboardInterrupt:
+        sys.exit(130)
+    app.main()

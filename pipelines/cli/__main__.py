@@ -1,5 +1,5 @@
 """`python -m pipelines.cli` is `meteora`."""
 
-from pipelines.cli.app import main
+from pipelines.cli import main
 
 main()

@@ -17,6 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from meteora.artifacts import Rate, SpeedBuild, SpeedSpec
 from meteora.base.placement import input_device
+from meteora.base.temporary_folder import temporary_folder
 from meteora.model.fused import without_experts
 from meteora.routing.layer import routed_layers
 from meteora.routing.passes import cache_name
@@ -142,8 +143,8 @@ def working_bytes(model: PreTrainedModel, prompt: Tensor) -> int:
         activities = [ProfilerActivity.CPU]
         with profile(activities=activities, profile_memory=True, acc_events=True) as profiled:
             model(input_ids=prompt, logits_to_keep=1)
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder) / "trace.json"
+    with temporary_folder(Path(tempfile.gettempdir()), "meteora-speed-") as folder:
+        trace = folder / "trace.json"
         profiled.export_chrome_trace(str(trace))
         events = json.loads(trace.read_text(encoding="utf-8"))["traceEvents"]
     steps = sorted(

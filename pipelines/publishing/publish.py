@@ -154,7 +154,7 @@ def _bundle(folder: Path, repo_id: str, scratch: Path) -> Bundle:
     names = (*FILES, SIGNATURE, EVAL_RESULTS)
     signed = is_signed(folder)
     for name in names:
-        _refuse_link(folder / name)
+        _refuse_link(folder, name)
         (scratch / name).parent.mkdir(exist_ok=True)
         if name == CARD and (folder / name).is_file() and not signed:
             text = _text_of(folder / name)
@@ -165,14 +165,17 @@ def _bundle(folder: Path, repo_id: str, scratch: Path) -> Bundle:
     return make_bundle(scratch, names)
 
 
-def _refuse_link(path: Path) -> None:
-    """Refuse a text that a link fetches from elsewhere: a stranger's may lead to a private file."""
-    if not path.is_symlink() or path.suffix == ".safetensors":
+def _refuse_link(folder: Path, name: str) -> None:
+    """Refuse a text that a link fetches from elsewhere: a stranger's may lead to a private file.
+
+    The link may be the file, or a folder inside the checkpoint's.
+    """
+    if name.endswith(".safetensors"):
         return
-    target = path.resolve()
-    if target.parent != path.parent.resolve() and not BLOB.fullmatch(target.name):
+    target = (folder / name).resolve()
+    if not target.is_relative_to(folder.resolve()) and not BLOB.fullmatch(target.name):
         raise PublicationError(
-            f"{path.name} is a link to {target}, which everybody could read then; if it"
+            f"{name} is a link to {target}, which everybody could read then; if it"
             " belongs to the checkpoint, put the file itself there"
         )
 

@@ -13,6 +13,7 @@ from types import ModuleType
 from typing import TYPE_CHECKING
 
 from meteora.artifacts import MeteoraError
+from meteora.base.temporary_folder import temporary_folder
 from meteora.checkpoint.manifest import MANIFEST, SIGNATURE
 from meteora.untrusted.findings import brief, listed
 from store.files import replace_text
@@ -59,8 +60,8 @@ def sign(folder: Path, private_key: Path) -> Path:
             f"{private_key} is no private key that can sign ({_why(error)}); {HOW}"
         ) from None
     config.set_hashing_config(_hashed(hashing))
-    with tempfile.TemporaryDirectory(prefix="meteora-sign-") as scratch:
-        made = Path(scratch, SIGNATURE)
+    with temporary_folder(Path(tempfile.gettempdir()), "meteora-sign-") as scratch:
+        made = scratch / SIGNATURE
         try:
             config.sign(folder, made)
         except ValueError as error:  # a pipe, a link to nothing, or a name that is not UTF-8

@@ -73,7 +73,7 @@ def write_recipe(
     _refuse_taken(out)
     if examples is not None and not examples.is_dir():
         raise ImportingError(f"{examples}: there is no such folder of rows; check its path")
-    adapters = [find_rows(one, examples) for one in find_adapters(folder)]
+    adapters = [one if one.refusal else find_rows(one, examples) for one in find_adapters(folder)]
     usable = [adapter for adapter in adapters if not adapter.refusal]
     if not usable:
         refusals = "; ".join(f"{one.folder}: {one.refusal}" for one in adapters[:5])
@@ -111,9 +111,13 @@ def _refuse_taken(path: Path) -> None:
 
 
 def find_adapters(folder: Path) -> list[Found]:
-    """The adapter in a folder, or every one right below it, sorted by name, each judged."""
+    """The adapter in a folder, or every one right below it, sorted by name, each judged.
+
+    A folder that may not be opened is judged, too, since it may hold one.
+    """
     here = folder / CONFIG
-    configs = [here] if here.is_file() else sorted(folder.glob(f"*/{CONFIG}"))
+    closed = (one / CONFIG for one in folder.glob("*/") if not os.access(one, os.R_OK | os.X_OK))
+    configs = [here] if here.is_file() else sorted({*folder.glob(f"*/{CONFIG}"), *closed})
     adapters: list[Found] = []
     for config in configs:
         verdict = reader.check(config.parent)

@@ -37,6 +37,12 @@ def check_writable(path: Path) -> None:
     """Refuse a path where no file can be written (`PageError`), before the page is made."""
     if path.is_dir():
         raise PageError(f"{path} is a folder; give the name of a file, which may be in it")
+    is_no_file = path.exists() and not path.is_file()
+    if is_no_file or path.absolute().parent == Path("/dev"):  # where `stdout` may lead to a file
+        raise PageError(
+            f"{path} is a device or a pipe, or lies among them, and a page would replace it; give"
+            " the name of a file elsewhere"
+        )
     if not os.access(path.parent, os.W_OK):
         raise PageError(f"{path} cannot be written; give a file in a writable folder")
 

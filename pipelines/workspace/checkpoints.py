@@ -4,6 +4,7 @@ import shlex
 from collections.abc import Iterable
 from contextlib import suppress
 from pathlib import Path
+from typing import Any
 
 from meteora.artifacts import ArtifactId, RouterSpec, file_sha256
 from meteora.base.sources import PATH
@@ -20,6 +21,9 @@ from pipelines.workspace.context import checkpoint_at
 from store.errors import UnknownError
 from store.garbage import Removable
 from store.ledger import Ledger
+
+FEWEST_DIGITS = 8
+"""Of an id whose model is to be deleted: with fewer, a slip of the finger may name another."""
 
 
 def checkpoint_folder(name: str, home: Path) -> Path:
@@ -40,8 +44,8 @@ def checkpoint_folder(name: str, home: Path) -> Path:
         ) from error
     if not folder.is_dir():
         raise UnknownError(
-            f"{name} is no checkpoint under {folder.parent}; give the id of a router, as"
-            " `meteora run` prints it"
+            f"{name} has no checkpoint under {folder.parent}; give the id of a router, as"
+            " `meteora run` prints it, and if its folder was deleted, run its recipe again"
         )
     return folder
 
@@ -54,9 +58,10 @@ def _resolved(ledger: Ledger, name: str) -> ArtifactId:
 
 
 def files_to_free(ledger: Ledger, names: Iterable[str]) -> list[Removable]:
-    """The files of models that no other checkpoint in the home needs: folders and blobs.
+    """The files of models that no other model in the home needs: folders and blobs.
 
-    The models are named by ids of routers, or folders of checkpoints in this home.
+    The models are named by ids of routers, or folders of checkpoints in this home. A model whose
+    gates are here counts without its folder, too: its recipe makes that of the blobs.
 
     Raises:
         UnknownError: The ledger has no such router, or the folder is not in the home.
@@ -70,11 +75,21 @@ def files_to_free(ledger: Ledger, names: Iterable[str]) -> list[Removable]:
             sha256s.update(ledger.blobs_of(router_id), ledger.blobs_of(fused_id))
     for folder in {*ledger.home.glob("checkpoints/*")} - folders:
         sha256s -= _tensors_of(folder)
+    for router_id, spec in ledger.specs_of().items():
+        if router_id.startswith("router:") and router_id not in models:
+            sha256s -= _experts_that_wait(ledger, ArtifactId(router_id), spec)
     files = [
         *((str(folder), folder) for folder in sorted(folders)),
         *((sha256, ledger.blobs.place_of(sha256)) for sha256 in sorted(sha256s)),
     ]
     return [Removable(name, path, _own_bytes(path)) for name, path in files if path.exists()]
+
+
+def _experts_that_wait(ledger: Ledger, router_id: ArtifactId, spec: dict[str, Any]) -> set[str]:
+    """The blobs of experts whose gates are here, with or without a checkpoint's folder."""
+    experts = {*ledger.blobs_of(RouterSpec.from_dict(spec).fused_id)}
+    own = {*ledger.blobs_of(router_id)} - experts  # a router that is only measured has none
+    return experts if own and all(sha256 in ledger.blobs for sha256 in own) else set()
 
 
 def _router_in(ledger: Ledger, name: str) -> ArtifactId:
@@ -83,6 +98,11 @@ def _router_in(ledger: Ledger, name: str) -> ArtifactId:
     if not folder.is_dir():
         folder = ledger.home / "checkpoints" / name
     if not folder.is_dir():
+        if len(name.removeprefix("router:")) < FEWEST_DIGITS:
+            raise UnknownError(
+                f"{name!r} is too short for what is to be deleted; give {FEWEST_DIGITS} digits or"
+                " more of the id, as `meteora run` prints it"
+            )
         router_id = _resolved(ledger, name)
         if not router_id.startswith("router:"):
             raise UnknownError(f"{router_id} is no router; give the id of one")

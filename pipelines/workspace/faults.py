@@ -32,6 +32,11 @@ ADVICE = {
 }
 """The advice for each fault; other errors are our own faults, and keep their traceback."""
 KNOWN = {
+    " requested and ": (  # numpy, of a file that takes no more bytes
+        "the disk is full, or a file became larger than is allowed here (`ulimit -f`); free some"
+        " space and run again, what was finished is kept"
+    ),
+    "failed to map segment from shared object": ADVICE[errno.ENOMEM],  # of a library
     "Could not determine home directory": (
         "the home folder of a user cannot be found; set HOME to a folder that you can write to,"
         " and name no user after `~` in a path"

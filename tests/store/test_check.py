@@ -4,12 +4,14 @@ import os
 from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
+from unittest.mock import Mock
 
+import duckdb
 import pytest
 
 from meteora.artifacts import ComparisonSpec, ScorePair
 from store import check, files
-from store.errors import BusyError, DamagedError
+from store.errors import BusyError, DamagedError, StoreError
 from store.garbage import Removable
 from tests.store.conftest import Shelf
 
@@ -78,6 +80,15 @@ def test_a_blob_that_was_deleted_to_free_its_space_is_not_missing(filled: Shelf)
     with ledger.running("nightly"):
         pass
     assert ledger.verify().findings == (finding,)
+
+
+def test_what_keeps_a_store_from_being_verified_is_one_line(
+    filled: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    little = duckdb.OutOfMemoryException("Out of Memory Error: 4 bytes\n\nPossible solutions: SET")
+    monkeypatch.setattr(check, "verify", Mock(side_effect=little))
+    with pytest.raises(StoreError, match=r"verified now \(Out of Memory Error: 4 bytes\); free"):
+        filled.ledger.verify()
 
 
 def test_a_pipe_in_place_of_a_file_is_found_and_never_read(filled: Shelf) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 
 from store import files
+from store.errors import BusyError
 
 
 def test_a_text_is_replaced_whole_or_not_at_all(
@@ -48,3 +49,19 @@ def test_the_log_of_a_database_that_was_not_finished_goes_with_it(tmp_path: Path
         for path in (partial, partial.with_name(f"{partial.name}.wal")):
             path.touch()
     assert not list((tmp_path / "tmp").iterdir())
+
+
+def test_who_waits_for_shared_holders_is_told_no_process_of_before(tmp_path: Path) -> None:
+    path = tmp_path / "runs.lock"
+    with (
+        files.locked(path, deadline_seconds=0),
+        pytest.raises(BusyError, match=f"last seen: process id {os.getpid()}"),
+        files.locked(path, deadline_seconds=0, shared=True),
+    ):
+        pass
+    with (
+        files.locked(path, deadline_seconds=0, shared=True),
+        pytest.raises(BusyError, match=r"^runs.lock is held by another process; try again"),
+        files.locked(path, deadline_seconds=0),
+    ):
+        pass

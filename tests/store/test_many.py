@@ -15,6 +15,7 @@ import pytest
 
 from store.errors import StoreError
 from store.events import Failure
+from store.garbage import Removable
 from store.ledger import Ledger
 
 if TYPE_CHECKING:
@@ -184,6 +185,25 @@ def test_a_full_disk_is_a_sentence_and_loses_nothing(
     assert shelf.ledger.ingest().num_records == num_recorded - 6
     assert shelf.ledger.query("SELECT count(*) FROM failures").rows == [(num_recorded,)]
     shelf.ledger.index.reader.close()  # or the disk is busy
+
+
+@needs_root
+def test_a_model_is_freed_on_a_full_disk(
+    small_disk: Path, make_shelf: Callable[[str], Shelf]
+) -> None:
+    ledger = make_shelf(str(small_disk / "home")).ledger
+    sha256 = ledger.blobs.put_bytes(b"gates")
+    folder = ledger.home / "checkpoints" / "0123456789abcdef"
+    folder.mkdir(parents=True)
+    (folder / "config.json").write_text("{}")
+    with suppress(OSError), (small_disk / "ballast").open("wb", buffering=0) as ballast:
+        while True:
+            ballast.write(bytes(1 << 12))
+    paths = {str(folder): folder, sha256: ledger.blobs.place_of(sha256)}
+    ledger.free(lambda: [Removable(name, path, 0) for name, path in paths.items()])
+    assert not any(path.exists() for path in paths.values())
+    (small_disk / "ballast").unlink()
+    assert not ledger.verify().findings
 
 
 @needs_root

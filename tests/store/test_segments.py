@@ -1,5 +1,6 @@
 """Packed records are the same records: found, checked, rebuilt, and never lost on the way."""
 
+import errno
 import os
 import shutil
 from collections.abc import Callable
@@ -247,6 +248,27 @@ def test_gc_removes_nothing_while_a_segment_is_damaged(filled: Shelf) -> None:
     flip(path, path.stat().st_size // 2)
     with pytest.raises(DamagedError, match="do not hash to its name"):
         filled.ledger.gc(remove=True)
+
+
+def test_gc_removes_nothing_while_segments_may_not_be_listed(
+    filled: Shelf, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    before = set(filled.ledger.blobs)
+    filled.ledger.pack()
+    for sha256 in before:
+        os.utime(filled.ledger.blobs.path_of(sha256), (0, 0))
+    packed, scandir = filled.ledger.records.segments.root, os.scandir
+
+    def refused(path: Path) -> object:  # by a mode that does not bind root
+        if Path(path) == packed:
+            raise PermissionError(errno.EACCES, "Permission denied", str(packed))
+        return scandir(path)
+
+    monkeypatch.setattr(os, "scandir", refused)
+    with pytest.raises(PermissionError):
+        filled.ledger.gc(remove=True)
+    monkeypatch.undo()
+    assert set(filled.ledger.blobs) == before
 
 
 def test_gc_removes_nothing_while_a_segment_cannot_be_searched(

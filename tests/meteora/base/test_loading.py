@@ -11,6 +11,7 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Event
 from typing import Any
+from unittest.mock import Mock
 
 import gguf
 import pytest
@@ -32,7 +33,7 @@ from meteora.base.loading import (
     load_gguf,
     load_tokenizer,
 )
-from meteora.base.placement import PlacementError, own_head
+from meteora.base.placement import PlacementError, is_out_of_memory, own_head
 from meteora.base.shapes import fingerprint_of, linear_sizes, sizes_of
 from meteora.base.sources import SourceError
 from meteora.base.temporary_folder import HERE, temporary_folder
@@ -94,6 +95,18 @@ def test_a_damaged_file_of_a_base_is_refused_in_one_sentence(
         (base / file).write_bytes(whole[content])
     with pytest.raises(SourceError, match=rf"{base.name}: {says} .*download or save the base"):
         load_folder(base)
+
+
+def test_a_base_for_which_memory_is_too_little_is_not_called_damaged(
+    base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As under `ulimit -v`, when its file cannot be mapped."""
+    full = RuntimeError("unable to mmap 5 bytes from file <x>: Cannot allocate memory (12)")
+    monkeypatch.setattr(AutoModelForCausalLM, "from_pretrained", Mock(side_effect=full))
+    with pytest.raises(RuntimeError) as raised:
+        load_folder(base)
+    assert raised.value is full
+    assert is_out_of_memory(full)
 
 
 @pytest.mark.parametrize("value", ["x", [1], {"a": 1}], ids=repr)

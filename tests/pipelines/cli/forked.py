@@ -52,7 +52,7 @@ class Forks:
 
 def command(words: list[str], said: list[str]) -> None:
     """Be the command line."""
-    from pipelines.cli import main as command_line  # noqa: PLC0415
+    from pipelines.cli.app import main as command_line  # noqa: PLC0415
 
     for number, path in enumerate(said, 1):
         os.dup2(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_TRUNC), number)

@@ -74,6 +74,22 @@ def test_a_process_ends_with_the_code_and_says_the_same(tmp_path: Path) -> None:
     assert process.stderr.split() == here.stderr.split()
 
 
+def test_ctrl_c_while_the_program_is_imported_is_no_traceback() -> None:
+    program = """
+import os, signal, sys
+class Finder:
+    def find_spec(name, *_):
+        if name == "pipelines.cli.app":
+            os.kill(os.getpid(), signal.SIGINT)
+sys.meta_path.insert(0, Finder)
+from pipelines.cli import main
+main()
+"""
+    words = [sys.executable, "-c", program]
+    process = subprocess.run(words, capture_output=True, check=False)
+    assert (process.returncode, process.stdout, process.stderr) == (130, b"", b"")
+
+
 @pytest.mark.parametrize("dry", [(), ("--dry-run",)])
 def test_a_run_that_is_interrupted_before_its_first_stage_says_so(
     dry: tuple[str, ...], tmp_path: Path, monkeypatch: pytest.MonkeyPatch

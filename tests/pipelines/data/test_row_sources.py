@@ -1,7 +1,11 @@
+import bz2
 import gzip
+import io
 import json
+import lzma
 import os
 import tracemalloc
+import zipfile
 from pathlib import Path
 from typing import Any
 
@@ -148,12 +152,25 @@ def test_rows_that_windows_wrote_are_read_or_told_how_to_be(tmp_path: Path) -> N
         path.write_bytes(mark + GOOD.encode(encoding))
         with pytest.raises(ExamplesError, match=r"UTF-16; .* `iconv -f utf-16 -t utf-8 rows"):
             read_rows("jsonl:rows.jsonl", tmp_path, 1)
-    path.write_bytes(gzip.compress(GOOD.encode()))
-    with pytest.raises(ExamplesError, match=r"compressed; unpack it with `gunzip -c rows"):
-        read_rows("jsonl:rows.jsonl", tmp_path, 1)
     path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode() + b"\xff")
     with pytest.raises(ExamplesError, match=r"line 2: not UTF-8; .* `iconv -f latin1"):
         read_rows("jsonl:rows.jsonl", tmp_path, 9)
+
+
+def test_compressed_rows_are_told_how_to_unpack(tmp_path: Path) -> None:
+    packed = io.BytesIO()
+    with zipfile.ZipFile(packed, "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("rows.jsonl", GOOD * 9)
+    for data, unpack in (
+        (gzip.compress(GOOD.encode()), "gunzip -c"),
+        (bz2.compress(GOOD.encode()), "bunzip2 -c"),
+        (lzma.compress(GOOD.encode()), "unxz -c"),
+        (b"\x28\xb5\x2f\xfd\x24\xff", "unzstd -c"),
+        (packed.getvalue(), "unzip -p"),
+    ):
+        (tmp_path / "rows.jsonl").write_bytes(data)
+        with pytest.raises(ExamplesError, match=f"compressed; unpack it with `{unpack} rows"):
+            read_rows("jsonl:rows.jsonl", tmp_path, 1)
 
 
 PREFERENCES: dict[str, Any] = {

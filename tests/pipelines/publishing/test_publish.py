@@ -209,6 +209,12 @@ def test_what_is_for_nobody_else_stays_here(
             put(server, world, folder)
         (folder / name).unlink()
         (folder / name).write_bytes(other)
+    (folder.parent / "theirs").mkdir()
+    (folder.parent / "theirs" / "meteora.yaml").touch()
+    (folder / EVAL_RESULTS).parent.symlink_to(folder.parent / "theirs")
+    with pytest.raises(PublicationError, match=f"{EVAL_RESULTS} is a link to .*theirs"):
+        put(server, world, folder)
+    (folder / EVAL_RESULTS).parent.unlink()
     for home in (Path.home(), Path("/")):  # in a container a user may have the root as home
         monkeypatch.setattr(Path, "home", lambda home=home: home)
         with pytest.raises(HubTokenError):

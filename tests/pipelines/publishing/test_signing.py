@@ -6,6 +6,7 @@ import json
 import os
 import random
 import shutil
+import tempfile
 from collections.abc import Callable
 from pathlib import Path
 
@@ -13,6 +14,7 @@ import pytest
 from cryptography.hazmat.primitives import serialization
 from cryptography.hazmat.primitives.asymmetric import ec, rsa
 
+from meteora.base.temporary_folder import HERE
 from pipelines.publishing.signing import SIGNATURE, SignatureError, check_signature, sign
 from tests.clock import little_work, no_stall
 from tests.conftest import World
@@ -90,6 +92,17 @@ def test_a_full_disk_leaves_the_signature_that_was_there(
     with pytest.raises(OSError, match="No space left"):
         sign(folder, key)
     assert {path.name: path.read_bytes() for path in folder.iterdir()} == kept
+
+
+def test_what_a_killed_signer_left_goes_with_the_next(
+    folder: Path, key: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    left = tmp_path / f"meteora-sign-{HERE}killed"
+    left.mkdir()
+    (left / SIGNATURE).touch()
+    sign(folder, key)
+    assert not list(tmp_path.glob("meteora-sign-*"))
 
 
 def test_a_hub_cache_of_links_is_verified(folder: Path, key: Path) -> None:

@@ -51,6 +51,16 @@ def test_a_dry_run_takes_it_and_no_examples_are_needed(
     assert str(world.base) not in said.stderr
 
 
+def test_a_folder_that_may_not_be_opened_is_left_out_by_name(
+    folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    closed = folder / "closed"
+    closed.mkdir(mode=0)  # root may open it
+    monkeypatch.setattr(os, "access", lambda path, _mode: path != closed)
+    write_recipe(folder, tmp_path / "mine.yaml")
+    assert "# left out, adapters/closed: " in (tmp_path / "mine.yaml").read_text()
+
+
 def test_paths_hold_where_the_recipe_lies_behind_a_link(folder: Path, tmp_path: Path) -> None:
     (tmp_path / "disk" / "deep").mkdir(parents=True)
     (tmp_path / "link").symlink_to(tmp_path / "disk" / "deep")

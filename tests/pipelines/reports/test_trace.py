@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import base64
 import io
+import os
 import re
 from dataclasses import replace
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -21,8 +23,6 @@ from tests.pipelines.cli.command_line import meteora
 from tests.pipelines.reports.html_reader import Elements, least_contrast, open_page
 
 if TYPE_CHECKING:
-    from pathlib import Path
-
     from selenium import webdriver
 
 COLOURS = (
@@ -232,6 +232,14 @@ def test_more_experts_than_a_byte_counts_keep_their_numbers(trace: Trace) -> Non
     many = replace(trace, experts=tuple(f"e{i}" for i in range(300)), chosen=trace.chosen + 296)
     (data,) = Elements(trace_view.trace_page(many, "")).json()
     assert np.frombuffer(base64.b64decode(data["chosen"]), np.int16).max() == 299
+
+
+def test_a_page_takes_the_place_of_no_device_and_no_pipe(tmp_path: Path) -> None:
+    os.mkfifo(tmp_path / "pipe")
+    for path in (tmp_path / "pipe", Path("/dev/full"), Path("/dev/stdout"), Path("/dev/new.html")):
+        with pytest.raises(PageError, match=r"is a device or a pipe, .* would replace it"):
+            check_writable(path)
+    check_writable(tmp_path / "page.html")
 
 
 def test_a_page_is_written_whole_or_not_at_all(tmp_path) -> None:

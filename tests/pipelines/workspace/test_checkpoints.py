@@ -12,6 +12,7 @@ from meteora.artifacts import MeteoraError
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, STATISTICS, read_manifest
 from pipelines.cli import store
 from pipelines.publishing.signing import SIGNATURE
+from pipelines.workspace.checkpoints import checkpoint_folder
 from pipelines.workspace.context import RunContext
 from store.errors import UnknownError
 from store.ledger import Ledger
@@ -55,10 +56,15 @@ def test_a_model_is_deleted_without_what_others_need_and_made_again_without_a_be
 
     assert free(plan.router.id, yes=True) == found
     assert not folder.exists()
+    with pytest.raises(UnknownError, match="if its folder was deleted, run its recipe again"):
+        checkpoint_folder(plan.router.id, first.home)
     assert not free(plan.router.id)
     assert not first.ledger.verify().findings
     assert (others / EXPERTS).stat().st_nlink == 2
     assert finished(second)
+    away = others.rename(first.home / "away")
+    assert files[EXPERTS] not in free(plan.router.id), "the other is made again of them"
+    away.rename(others)
     assert not finished(first)
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr("pipelines.evaluation.evaluate.evaluate_task", None)  # nothing is asked again
@@ -75,7 +81,8 @@ def test_a_model_is_deleted_without_what_others_need_and_made_again_without_a_be
     for name, reason in (
         (copied, "does not lie in the store"),
         (plan.fused.id, "is no router; give the id of one"),
-        ("nosuch", "no artifact's id begins with 'nosuch'"),
+        ("nosuchid", "no artifact's id begins with 'nosuchid'"),
+        (plan.router.id[:14], "too short for what is to be deleted; give 8 digits or more"),
         (Path("README.md").parent, "meteora.json"),
     ):
         with pytest.raises((UnknownError, MeteoraError), match=reason):

@@ -8,6 +8,7 @@ import tempfile
 from pathlib import Path
 from unittest.mock import Mock
 
+import numpy as np
 import pytest
 import torch
 from safetensors import SafetensorError
@@ -72,6 +73,11 @@ def test_a_fault_is_found_behind_the_error_of_a_library() -> None:
     with pytest.raises(RuntimeError) as raised:
         torch.empty(1 << 50, dtype=torch.uint8)  # more than a process has addresses for
     assert describe(raised.value) == ADVICE[errno.ENOMEM]
+    with pytest.raises(OSError, match="written") as cut, Path("/dev/full").open("wb") as full_disk:
+        np.zeros(1 << 16).tofile(full_disk)
+    assert "the disk is full" in str(describe(cut.value))
+    unloaded = ImportError("libtorch_cpu.so: failed to map segment from shared object")
+    assert describe(unloaded) == ADVICE[errno.ENOMEM]
 
 
 def test_a_fault_of_ours_is_no_fault_of_the_machine() -> None:

@@ -158,9 +158,9 @@ class Ledger(Recording):
         with self._alone():
             files = find()
             blobs = [one for one in files if SHA256.fullmatch(one.name)]
-            for one in files:  # these first: on a full disk the note needs the space of one
-                if one not in blobs:
-                    discard(one.path)
+            folders = [one for one in files if not SHA256.fullmatch(one.name)]
+            for one in folders:  # these first: on a full disk the note needs their space
+                discard(one.path)
             note_freed(self.home, self.blobs, [one.name for one in blobs])
             for one in blobs:
                 discard(one.path)

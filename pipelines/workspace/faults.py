@@ -32,7 +32,7 @@ ADVICE = {
 }
 """The advice for each fault; other errors are our own faults, and keep their traceback."""
 KNOWN = {
-    " requested and ": (  # numpy, of a file that takes no more bytes
+    r"^\d+ requested and \d+ written$": (  # numpy, of a file that takes no more bytes
         "the disk is full, or a file became larger than is allowed here (`ulimit -f`); free some"
         " space and run again, what was finished is kept"
     ),
@@ -46,7 +46,7 @@ KNOWN = {
         " disk, or set TMPDIR to a folder that you can write to"
     ),
 }
-"""Sentences for faults that only a text of Python's own shows."""
+"""Sentences for faults that only a text shows, by its pattern: Python's own, or a library's."""
 IN_TEXT = re.compile(r"\(os error (\d+)\)")
 """The errno in messages of libraries in Rust."""
 
@@ -99,8 +99,8 @@ def _of_one(error: BaseException) -> str | None:
         name = error.filename2 or error.filename  # filename2 is the target of a copy
         where = f"{name}: " if isinstance(name, str) else ""
         return where + ADVICE[error.errno]
-    for text, sentence in KNOWN.items():
-        if text in str(error):
+    for pattern, sentence in KNOWN.items():
+        if re.search(pattern, str(error)):
             return sentence
     number = IN_TEXT.search(str(error))
     if number and (advice := ADVICE.get(int(number[1]))):

@@ -129,7 +129,7 @@ class ServedExperts:
 
     @cached_property
     def _gates(self) -> Gates:
-        """None at all if the router is of another kind."""
+        """Empty if the router is of another kind."""
         has_gates = self.options.kind == "gate"
         return tensors.read_gates(self.folder, self.manifest) if has_gates else Gates({})
 

@@ -209,7 +209,7 @@ def free(
     home: options.Home = options.DEFAULT_HOME,
     as_json: options.AsJson = False,
 ) -> None:
-    """List the files that no other checkpoint of the home needs; delete them with --yes.
+    """List the files that no other model of the home needs; delete them with --yes.
 
     Scores and lineage stay. The next run of its recipe, or the same `add` or `drop`, makes a model
     again, without a benchmark.

@@ -23,7 +23,7 @@ from meteora.kernels.dispatch import KernelName
 from meteora.kernels.stack import ExpertStack
 from meteora.routing.expert_cache import ExpertCache
 from meteora.routing.routers import Router
-from meteora.routing.shared_input import Product, Share, SharedMatmul
+from meteora.routing.shared_input import Share, SharedMatmul
 
 
 class RoutedExperts(nn.Module):
@@ -109,24 +109,18 @@ class RoutedExperts(nn.Module):
         tokens = tokens.to(self._dtype)
         if self.cache is not None:
             return self._delta_from_cache(self.cache, tokens, weights, experts, add_to)
-        if (product := self._shared_product(x, tokens, weights, experts)) is not None:
-            return product.expand(self.stack.b, add_to)
-        compute = dispatch.find_kernel(self.kernel or self._fastest_kernel(tokens.dtype, experts))
+        kernel = self.kernel
+        if self.shared is not None and not (
+            torch.is_grad_enabled() or torch.compiler.is_compiling()
+        ):
+            matmul, place = self.shared
+            if place == 0 and self.router is not None and self.router.leads:
+                kernel = kernel or self._fastest_kernel(tokens.dtype, experts)
+                matmul.compute(x, tokens, weights, experts, kernel)
+            if (product := matmul.take(place, x, experts)) is not None:
+                return product.expand(self.stack.b, add_to)
+        compute = dispatch.find_kernel(kernel or self._fastest_kernel(tokens.dtype, experts))
         return compute(tokens, self.stack, weights, experts, add_to=add_to)
-
-    def _shared_product(
-        self, x: Tensor, tokens: Tensor, weights: Tensor, experts: Tensor
-    ) -> Product | None:
-        """A x from the shared matmul; None if this layer computes it itself."""
-        if self.shared is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
-            return None
-        matmul, place = self.shared
-        if place == 0:
-            if self.router is None or not self.router.leads:
-                return None
-            kernel = self.kernel or self._fastest_kernel(tokens.dtype, experts)
-            matmul.compute(x, tokens, weights, experts, kernel)
-        return matmul.take(place, x, experts)
 
     @property
     def _dtype(self) -> torch.dtype:

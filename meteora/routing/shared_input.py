@@ -107,15 +107,21 @@ class SharedMatmul:
             weights, experts: [T, K], for all layers
         """
         self._now.handover = None
-        with _JOINING:
-            joined = [member.stack.a.data_ptr() for member in self.members] == self._addresses
-            if not joined:
-                self._clear()  # the layers were moved: free the old memory, whatever the kernel
-            if kernel not in {"dense", "gather"} or not (joined or self._join()):
-                return
+        joined, can_share = self._is_joined(), kernel in {"dense", "gather"}
+        if not joined:
+            with _JOINING:
+                if not (joined := self._is_joined()):  # by another thread
+                    self._clear()  # the layers were moved: free the old memory, whatever the kernel
+                    joined = can_share and self._join()
+        if not (joined and can_share):
+            return
         multiply = self._dense if kernel == "dense" else self._gather
         products = dict(enumerate(multiply(tokens, weights, experts)))
         self._now.handover = _Handover(weakref.ref(x), experts, kernel, products)
+
+    def _is_joined(self) -> bool:
+        """Whether each layer's A still is a view of the joined one: moving a layer ends that."""
+        return [member.stack.a.data_ptr() for member in self.members] == self._addresses
 
     def take(self, place: int, x: Tensor, experts: Tensor) -> Product | None:
         """A x of one layer; None if it was computed for another input or decision."""

@@ -109,18 +109,23 @@ class RoutedExperts(nn.Module):
         tokens = tokens.to(self._dtype)
         if self.cache is not None:
             return self._delta_from_cache(self.cache, tokens, weights, experts, add_to)
-        kernel = self.kernel
-        if self.shared is not None and not (
-            torch.is_grad_enabled() or torch.compiler.is_compiling()
-        ):
-            matmul, place = self.shared
-            if place == 0 and self.router is not None and self.router.leads:
+        kernel, share = self.kernel, self._usable_share()
+        if share is not None:
+            if share.place == 0:
                 kernel = kernel or self._fastest_kernel(tokens.dtype, experts)
-                matmul.compute(x, tokens, weights, experts, kernel)
-            if (product := matmul.take(place, x, experts)) is not None:
+                share.matmul.compute(x, tokens, weights, experts, kernel)
+            if (product := share.matmul.take(share.place, x, experts)) is not None:
                 return product.expand(self.stack.b, add_to)
         compute = dispatch.find_kernel(kernel or self._fastest_kernel(tokens.dtype, experts))
         return compute(tokens, self.stack, weights, experts, add_to=add_to)
+
+    def _usable_share(self) -> Share | None:
+        """The share in the first matmul; None if this layer computes A x itself in this call."""
+        share = self.shared
+        if share is None or torch.is_grad_enabled() or torch.compiler.is_compiling():
+            return None
+        leads = self.router is not None and self.router.leads
+        return share if share.place or leads else None
 
     @property
     def _dtype(self) -> torch.dtype:

@@ -110,7 +110,7 @@ class SharedMatmul:
         joined, can_share = self._is_joined(), kernel in {"dense", "gather"}
         if not joined:
             with _JOINING:
-                if not (joined := self._is_joined()):  # by another thread
+                if not (joined := self._is_joined()):  # else another thread has joined them
                     self._clear()  # the layers were moved: free the old memory, whatever the kernel
                     joined = can_share and self._join()
         if not (joined and can_share):

@@ -163,15 +163,16 @@ def test_a_base_with_more_rows_than_tokens_is_refused_by_its_first_module(model,
         find_offsets(model, pairs)
 
 
-def test_each_token_gets_the_offsets_of_its_choices_by_their_weights():
+@pytest.mark.parametrize("top_k", [1, 2])
+def test_each_token_gets_the_offsets_of_its_choices_by_their_weights(top_k):
     torch.manual_seed(0)
     offsets = torch.randn(5, 8)
     router = Told(torch.zeros(6, dtype=torch.long), offsets)
-    weights, experts = torch.rand(6, 2), torch.randint(5, (6, 2))
+    weights, experts = torch.rand(6, top_k), torch.randint(5, (6, top_k))
     start = torch.randn(6, 8)
     y, expected = start.clone(), start.clone()
     for t in range(6):
-        for k in range(2):
+        for k in range(top_k):
             expected[t] += weights[t, k] * offsets[experts[t, k]]
     router.add_offsets(weights, experts, y)
     torch.testing.assert_close(y, expected)

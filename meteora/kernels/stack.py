@@ -13,7 +13,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from itertools import accumulate
-from typing import NamedTuple, Self
+from typing import Any, NamedTuple, Self
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,37 @@ class RankTable(NamedTuple):
     """[C, W] int64; W is the number of ranks of the widest choice"""
     scaling: Tensor
     """[C, W], float32"""
+
+
+class Update(NamedTuple):
+    """What one choice adds to a layer's output, in the form that takes the fewest calls."""
+
+    a: Tensor
+    """A [r, IN]"""
+    b: Tensor
+    """Bᵀ [r, OUT]"""
+    scale: float | Tensor
+    """The factor of A x: a number, or [r] if its ranks differ"""
+
+    def add_for(self, token: Tensor, y: Tensor) -> None:
+        """Add scale · x Aᵀ Bᵀ of a token x [1, IN] to y [1, OUT] in place."""
+        shrunk, scale = nn.functional.linear(token, self.a), self.scale
+        if isinstance(scale, float):
+            y.addmm_(shrunk, self.b, alpha=scale)
+        else:
+            y.addmm_(shrunk * scale, self.b)
+
+
+class _Updates(NamedTuple):
+    """Updates that were asked for, as views of these A and B."""
+
+    a: Tensor
+    b: Tensor
+    by_choice: dict[int, Update]
+
+
+MOST_UPDATES = 32
+"""Updates that a layer keeps. One takes some 2 KB, and a model may have hundreds of layers."""
 
 
 class ExpertStack(nn.Module):
@@ -139,6 +170,7 @@ class ExpertStack(nn.Module):
             for name, table in self._exact.items():
                 self.register_buffer(name, table.to(self.segments.device), persistent=False)
         self._rank_table: RankTable | None = None
+        self._updates: _Updates | None = None
         self.register_buffer("_choice_scaling", None, persistent=False)
         if self.num_choices <= self.sizes.num_in:  # [C, R] is no larger than A
             self.choice_scaling()
@@ -148,6 +180,10 @@ class ExpertStack(nn.Module):
         super()._apply(fn, recurse)
         self._scale()
         return self
+
+    def __getstate__(self) -> dict[str, Any]:
+        """Without the views: pickled, each would have a copy of the memory that it looks at."""
+        return {**self.__dict__, "_updates": None}
 
     def whole(self, device: torch.device, dtype: torch.dtype) -> ExpertStack:
         """The same experts, copied to a device and dtype."""
@@ -175,6 +211,20 @@ class ExpertStack(nn.Module):
             return scale
         start, end, factor, _ = self.choices[choice]
         return self.rank_scaling[start:end] * factor
+
+    def update(self, choice: int) -> Update | None:
+        """The update of a choice, which is kept for the next call; None if it has no ranks."""
+        a, b, updates = self.a, self.b, self._updates
+        if updates is None or updates.a is not a or updates.b is not b:
+            updates = self._updates = _Updates(a, b, {})
+        if (found := updates.by_choice.get(choice)) is None and self.widths[choice]:
+            with torch.inference_mode(mode=False):
+                own_a, own_b = self.pair(choice)
+                found = Update(own_a, own_b.T, self.scale(choice))
+            if len(updates.by_choice) >= MOST_UPDATES:
+                updates.by_choice.clear()
+            updates.by_choice[choice] = found
+        return found
 
     def rank_table(self) -> RankTable:
         """The ranks of every choice, side by side; made at the first call.

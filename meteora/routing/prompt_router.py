@@ -78,6 +78,9 @@ class PromptRouter(Router):
         self.held.measure(self, x)
         return True
 
+    def choose_one(self, token: Tensor) -> int | None:
+        return None if self.held.measure is not None else super().choose_one(token)
+
     @property
     def is_causal(self) -> bool:
         return False

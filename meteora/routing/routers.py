@@ -41,6 +41,10 @@ class Router(nn.Module):
         """Weights and experts, both [T, K], of tokens [T, IN]."""
         return self.route(self(tokens))
 
+    def choose_one(self, token: Tensor) -> int | None:
+        """The only choice of one token [1, IN], at weight 1; None if it has several."""
+        return int(self.choose(token)[1]) if self.options.top_k == 1 else None
+
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and experts, both [T, K], of logits [T, C]."""
         options = self.options
@@ -146,6 +150,15 @@ class Gate(Router):
             self.decision.routes = routes
         return routes
 
+    def choose_one(self, token: Tensor) -> int | None:
+        if self.options.top_k != 1:
+            return None
+        logits = self(token) if self._forward_hooks else self.forward(token)
+        choice = int(logits.argmax())
+        if self.decision is not None:
+            self.decision.one = logits, choice
+        return choice
+
     @property
     def leads(self) -> bool:
         return self.decision is not None
@@ -184,6 +197,9 @@ class Decision(PassState):
         """[T, C]"""
         self.routes: tuple[Tensor, Tensor] | None = None
         """Weights and choices, both [T, K]; None before the gate has computed them."""
+        self.one: tuple[Tensor, int] | None = None
+        """The logits [1, C] of a pass of one token, and its choice; of an earlier pass if they are
+        not the logits above."""
 
 
 class Follower(Router):
@@ -216,6 +232,12 @@ class Follower(Router):
         if weights.device == tokens.device:
             return routes  # the same objects: a shared matmul compares their identity
         return weights.to(tokens.device), experts.to(tokens.device)
+
+    def choose_one(self, token: Tensor) -> int | None:
+        decision = self.decision
+        if (one := decision.one) is None or one[0] is not decision.logits or self._forward_hooks:
+            return super().choose_one(token)
+        return one[1]
 
 
 class Fixed(Router):

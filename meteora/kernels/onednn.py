@@ -67,7 +67,7 @@ def _is_as_stated(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
     return bias is None or (bias.shape == weight.shape[:1] and bias.is_contiguous())
 
 
-def is_recorded() -> bool:
+def _is_recorded() -> bool:
     """Whether torch notes each product: to trace it, count its operations, or transform it."""
     is_seen = (
         torch._C._len_torch_dispatch_stack() > 0 or torch._C._are_functorch_transforms_active()
@@ -88,7 +88,7 @@ def _is_faster(x: Tensor, weight: Tensor, bias: Tensor | None) -> bool:
         return False
     if not (_is_plain(x) and _is_plain(weight) and (bias is None or _is_plain(bias))):
         return False
-    if is_recorded() or not _is_as_stated(x, weight, bias):
+    if _is_recorded() or not _is_as_stated(x, weight, bias):
         return False
     # rows of a wider matrix take a thousand times as long
     is_dense = weight.is_contiguous() or weight.mT.is_contiguous()

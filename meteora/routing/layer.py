@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from meteora.artifacts import MeteoraError
 from meteora.base.placement import device_of, held, is_offloaded
-from meteora.kernels import dispatch, gather_grouped, onednn, reference
+from meteora.kernels import dispatch, gather_grouped, reference
 from meteora.kernels.addmm import Plain, experts_dtype, is_autocast, weight_of
 from meteora.kernels.dispatch import KernelName
 from meteora.kernels.stack import ExpertStack
@@ -236,9 +236,7 @@ class MoELoRALinear(RoutedExperts):
             return False
         if self.kernel is not None or self.cache is not None or x.dtype is not torch.float32:
             return False
-        if not x.is_cpu or torch.is_autocast_enabled("cpu") or onednn.is_recorded():
-            return False
-        return self.stack.a.dtype is x.dtype
+        return x.is_cpu and not torch.is_autocast_enabled("cpu")
 
     def _one_token(self, x: Tensor, token: Tensor, router: Router, choice: int) -> Tensor:
         """As `_routed` for one token [1, IN], in a third of the calls.
@@ -246,11 +244,11 @@ class MoELoRALinear(RoutedExperts):
         While decoding these take more time than the arithmetic: the weights of the base have just
         passed through the processor's cache, so each call reads its code and data anew.
         """
-        y = self.projection(x)
-        if y.dtype is not x.dtype:
+        y, update = self.projection(x), self.stack.update(choice)
+        if y.dtype is not x.dtype or (update is not None and update.a.dtype is not x.dtype):
             return self._routed(x, router)
         out = y.view(1, -1)
-        if (update := self.stack.update(choice)) is not None:
+        if update is not None:
             update.add_for(token, out)
         if (offsets := router.offsets) is not None:
             out.add_(offsets[choice])

@@ -66,13 +66,13 @@ class Update(NamedTuple):
     scale: float | Tensor
     """The factor of A x: a number, or [r] if its ranks differ"""
 
-    def add_for(self, token: Tensor, y: Tensor) -> None:
-        """Add scale · x Aᵀ Bᵀ of a token x [1, IN] to y [1, OUT] in place."""
+    def add_for(self, token: Tensor, weight: float, y: Tensor) -> None:
+        """Add weight · scale · x Aᵀ Bᵀ of a token x [1, IN] to y [1, OUT] in place."""
         shrunk, scale = nn.functional.linear(token, self.a), self.scale
         if isinstance(scale, float):
-            y.addmm_(shrunk, self.b, alpha=scale)
+            y.addmm_(shrunk, self.b, alpha=weight * scale)
         else:
-            y.addmm_(shrunk * scale, self.b)
+            y.addmm_(shrunk * scale, self.b, alpha=weight)
 
 
 class _Updates(NamedTuple):

@@ -23,7 +23,7 @@ from meteora.kernels.addmm import Plain, experts_dtype, is_autocast, weight_of
 from meteora.kernels.dispatch import KernelName
 from meteora.kernels.stack import ExpertStack
 from meteora.routing.expert_cache import ExpertCache
-from meteora.routing.routers import Router
+from meteora.routing.routers import Choices, Router
 from meteora.routing.shared_input import Share, SharedMatmul
 
 
@@ -219,10 +219,10 @@ class MoELoRALinear(RoutedExperts):
         projection, router = parts["projection"], parts["router"]
         if router is None:
             return projection(x)
-        if self._has_short_way(x):
+        if self._has_short_way(x, router):
             token = x.view(1, -1)
-            if (choice := router.choose_one(token)) is not None:
-                return self._one_token(x, token, router, choice)
+            if (choices := router.choose_for_one(token)) is not None:
+                return self._one_token(x, token, router, choices)
         if router.only_reads(x):
             return projection(x)
         if not is_offloaded(projection):
@@ -230,28 +230,34 @@ class MoELoRALinear(RoutedExperts):
         with held(projection):  # so that 16-bit sums are rounded as without offloading
             return self._routed(x, router)
 
-    def _has_short_way(self, x: Tensor) -> bool:
-        """Whether x [..., IN] is one token that `_one_token` may compute."""
+    def _has_short_way(self, x: Tensor, router: Router) -> bool:
+        """Whether x [..., IN] is one token that `_one_token` may compute, and computes fastest."""
         if torch.compiler.is_compiling() or x.numel() != x.shape[-1] or torch.is_grad_enabled():
             return False
         if self.kernel is not None or self.cache is not None or x.dtype is not torch.float32:
             return False
-        return x.is_cpu and not torch.is_autocast_enabled("cpu")
+        if not x.is_cpu or torch.is_autocast_enabled("cpu"):
+            return False
+        top_k = router.options.top_k
+        if top_k == 1:
+            return True
+        return dispatch.choose_kernel(1, top_k, self.stack.sizes, x.dtype, "cpu") == "grouped"
 
-    def _one_token(self, x: Tensor, token: Tensor, router: Router, choice: int) -> Tensor:
+    def _one_token(self, x: Tensor, token: Tensor, router: Router, choices: Choices) -> Tensor:
         """As `_routed` for one token [1, IN], in a third of the calls.
 
         While decoding these take more time than the arithmetic: the weights of the base have just
         passed through the processor's cache, so each call reads its code and data anew.
         """
-        y, update = self.projection(x), self.stack.update(choice)
-        if y.dtype is not x.dtype or (update is not None and update.a.dtype is not x.dtype):
+        y, stack, offsets = self.projection(x), self.stack, router.offsets
+        if y.dtype is not x.dtype or stack.a.dtype is not x.dtype:
             return self._routed(x, router)
         out = y.view(1, -1)
-        if update is not None:
-            update.add_for(token, out)
-        if (offsets := router.offsets) is not None:
-            out.add_(offsets[choice])
+        for choice, weight in choices:
+            if (update := stack.update(choice)) is not None:
+                update.add_for(token, weight, out)
+            if offsets is not None:
+                out.add_(offsets[choice], alpha=weight)
         return y
 
     def _routed(self, x: Tensor, router: Router) -> Tensor:

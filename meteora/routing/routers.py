@@ -21,6 +21,10 @@ if TYPE_CHECKING:
     from meteora.kernels.stack import ExpertStack
 
 
+Choices = tuple[tuple[int, float], ...]
+"""K choices of one token, each with its weight."""
+
+
 class OrderError(MeteoraError, RuntimeError):
     """A layer follows a gate that has not decided in this pass."""
 
@@ -41,9 +45,10 @@ class Router(nn.Module):
         """Weights and experts, both [T, K], of tokens [T, IN]."""
         return self.route(self(tokens))
 
-    def choose_one(self, token: Tensor) -> int | None:
-        """The only choice of one token [1, IN], at weight 1; None if it has several."""
-        return int(self.choose(token)[1]) if self.options.top_k == 1 else None
+    def choose_for_one(self, token: Tensor) -> Choices | None:
+        """The choices of one token [1, IN], as numbers; None if it has to be asked by `choose`."""
+        weights, experts = self.choose(token)
+        return tuple(zip(experts.tolist()[0], weights.tolist()[0], strict=True))
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and experts, both [T, K], of logits [T, C]."""
@@ -150,9 +155,7 @@ class Gate(Router):
             self.decision.routes = routes
         return routes
 
-    def choose_one(self, token: Tensor) -> int | None:
-        if self.options.top_k != 1:
-            return None
+    def choose_for_one(self, token: Tensor) -> Choices | None:
         weight, decision = self.weight, self.decision
         is_more = self.by_question is not None or self.stand_in is not None or self._forward_hooks
         if is_more or weight.dtype is not token.dtype:
@@ -161,10 +164,14 @@ class Gate(Router):
             logits = nn.functional.linear(token, weight, self.bias)
             if decision is not None:
                 decision.logits, decision.routes = logits, None
-        choice = int(logits.argmax())
+        if self.options.top_k == 1:
+            choices: Choices = ((int(logits.argmax()), 1.0),)
+        else:
+            weights, experts = self.route(logits)
+            choices = tuple(zip(experts.tolist()[0], weights.tolist()[0], strict=True))
         if decision is not None:
-            decision.one = logits, choice
-        return choice
+            decision.one = logits, choices
+        return choices
 
     @property
     def leads(self) -> bool:
@@ -204,8 +211,8 @@ class Decision(PassState):
         """[T, C]"""
         self.routes: tuple[Tensor, Tensor] | None = None
         """Weights and choices, both [T, K]; None before the gate has computed them."""
-        self.one: tuple[Tensor, int] | None = None
-        """The logits [1, C] of a pass of one token, and its choice; of an earlier pass if they are
+        self.one: tuple[Tensor, Choices] | None = None
+        """The logits [1, C] of a pass of one token, and its choices; of an earlier pass if they are
         not the logits above."""
 
 
@@ -240,10 +247,10 @@ class Follower(Router):
             return routes  # the same objects: a shared matmul compares their identity
         return weights.to(tokens.device), experts.to(tokens.device)
 
-    def choose_one(self, token: Tensor) -> int | None:
+    def choose_for_one(self, token: Tensor) -> Choices | None:
         decision = self.decision
         if (one := decision.one) is None or one[0] is not decision.logits or self._forward_hooks:
-            return super().choose_one(token)
+            return super().choose_for_one(token)
         return one[1]
 
 

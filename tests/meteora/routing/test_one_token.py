@@ -11,6 +11,7 @@ from transformers import DynamicCache
 
 from meteora.artifacts import RouterOptions
 from meteora.base.chat_template import Template
+from meteora.kernels import dispatch
 from meteora.kernels import stack as stacks
 from meteora.kernels.dispatch import IN_TORCH
 from meteora.model.fused import force_expert
@@ -79,6 +80,22 @@ def test_a_single_expert_gives_the_same_bits(short):
     assert short == [layer]
 
 
+@pytest.mark.parametrize("margin", [None, 0.5])
+@pytest.mark.parametrize("has_offsets", [False, True])
+def test_a_token_may_have_two_experts(short, monkeypatch, margin, has_offsets):
+    monkeypatch.setattr(dispatch, "choose_kernel", lambda *_args, **_sizes: "grouped")
+    layer, counts = make(mean=True), set()
+    layer.router.options = RouterOptions("gate", 2, 0.7, margin)
+    if has_offsets:
+        layer.router.offsets = torch.randn(len(RANKS) + 1, 10)
+    for x in torch.randn(12, 1, 1, 12):
+        with torch.no_grad():
+            torch.testing.assert_close(layer(x), long_way(layer, x), rtol=1e-5, atol=1e-5)
+            counts.add(sum(weight > 0 for _, weight in layer.router.choose_for_one(x[0])))
+    assert short == [layer] * 12
+    assert counts == ({2} if margin is None else {1, 2})
+
+
 @pytest.mark.parametrize("kernel", [*IN_TORCH])
 def test_a_kernel_that_is_asked_for_computes_the_token(short, kernel):
     layer = one_choice(kernel=kernel)
@@ -90,13 +107,13 @@ def test_a_kernel_that_is_asked_for_computes_the_token(short, kernel):
 @pytest.mark.parametrize(
     ("options", "x", "mode"),
     [
-        ({"top_k": 2}, torch.randn(1, 12), torch.no_grad),
+        ({"ranks": [1] * 40, "top_k": 40}, torch.randn(1, 12), torch.no_grad),
         ({"top_k": 1}, torch.randn(2, 12), torch.no_grad),
         ({"top_k": 1}, torch.randn(0, 12), torch.no_grad),
         ({"top_k": 1}, torch.randn(1, 12), torch.enable_grad),
         ({"top_k": 1}, torch.randn(1, 12, dtype=torch.float64), torch.no_grad),
     ],
-    ids=["two experts", "two tokens", "no token", "with gradients", "in 64 bits"],
+    ids=["many experts", "two tokens", "no token", "with gradients", "in 64 bits"],
 )
 def test_all_else_goes_the_long_way(short, options, x, mode):
     layer = make(**options).to(x.dtype)
@@ -217,11 +234,11 @@ def test_a_follower_uses_no_choice_of_an_earlier_pass(short):
     with torch.no_grad():
         leader(x)
         assert decision.one
-        earlier = decision.one[1]
+        ((earlier, _),) = decision.one[1]
         decision.logits = nn.functional.one_hot(torch.tensor([earlier - 1]) % 4, 4).float()
         decision.routes = None
         follower(x)
-        assert follower.router.choose_one(x) == (earlier - 1) % 4
+        assert follower.router.choose_for_one(x) == (((earlier - 1) % 4, 1.0),)
         leader(torch.randn(3, 12))
         torch.testing.assert_close(follower(torch.randn(3, 12)).shape, torch.Size([3, 10]))
     assert short == [leader, follower]
@@ -264,7 +281,7 @@ def test_a_model_writes_the_same_answer(world, short, monkeypatch, rule):
         by_short = model.generate(PROMPT, **ANSWER)
         assert set(short) == set(routed_layers(model).values())
         num_taken = len(short)
-        monkeypatch.setattr(MoELoRALinear, "_has_short_way", lambda _layer, _x: False)
+        monkeypatch.setattr(MoELoRALinear, "_has_short_way", lambda *_: False)
         assert torch.equal(model.generate(PROMPT, **ANSWER), by_short)
     assert len(short) == num_taken
 
@@ -278,7 +295,7 @@ def test_routes_of_one_token_are_recorded(world, short, monkeypatch):
             with recorded_routes(model) as routes:
                 model(PROMPT[:, :1], past_key_values=cache)
         found.append({path: experts.tolist() for path, (_, experts) in routes.items()})
-        monkeypatch.setattr(MoELoRALinear, "_has_short_way", lambda _layer, _x: False)
+        monkeypatch.setattr(MoELoRALinear, "_has_short_way", lambda *_: False)
     assert found[0] == found[1]
     assert found[0].keys() == routed_layers(model).keys()
     assert len(short) == len(found[0])

@@ -84,7 +84,7 @@ class _Updates(NamedTuple):
 
 
 MOST_UPDATES = 32
-"""Updates that a layer keeps. One takes some 2 KB, and a model may have hundreds of layers."""
+"""Updates that a layer keeps. One takes 1.3 KB, and a model may have hundreds of layers."""
 
 
 class ExpertStack(nn.Module):

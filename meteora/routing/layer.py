@@ -23,7 +23,7 @@ from meteora.kernels.addmm import Plain, experts_dtype, is_autocast, weight_of
 from meteora.kernels.dispatch import KernelName
 from meteora.kernels.stack import ExpertStack
 from meteora.routing.expert_cache import ExpertCache
-from meteora.routing.routers import Choices, Router
+from meteora.routing.routers import Router
 from meteora.routing.shared_input import Share, SharedMatmul
 
 
@@ -215,16 +215,13 @@ class MoELoRALinear(RoutedExperts):
             self.cache, self.stack = cache, stack
 
     def forward(self, x: Tensor) -> Tensor:
-        parts: dict[str, Any] = self._modules  # an attribute would be a call of Python
+        # torch finds a part that is asked for as an attribute by a call of Python
+        parts: dict[str, Any] = self._modules
         projection, router = parts["projection"], parts["router"]
-        if router is None:
+        if router is None or router.only_reads(x):
             return projection(x)
         if self._has_short_way(x, router):
-            token = x.view(1, -1)
-            if (choices := router.choose_for_one(token)) is not None:
-                return self._one_token(x, token, router, choices)
-        if router.only_reads(x):
-            return projection(x)
+            return self._one_token(x, router)
         if not is_offloaded(projection):
             return self._routed(x, router)
         with held(projection):  # so that 16-bit sums are rounded as without offloading
@@ -243,8 +240,8 @@ class MoELoRALinear(RoutedExperts):
             return True
         return dispatch.choose_kernel(1, top_k, self.stack.sizes, x.dtype, "cpu") == "grouped"
 
-    def _one_token(self, x: Tensor, token: Tensor, router: Router, choices: Choices) -> Tensor:
-        """As `_routed` for one token [1, IN], in a third of the calls.
+    def _one_token(self, x: Tensor, router: Router) -> Tensor:
+        """As `_routed` for one token, in a third of the calls.
 
         While decoding these take more time than the arithmetic: the weights of the base have just
         passed through the processor's cache, so each call reads its code and data anew.
@@ -252,8 +249,8 @@ class MoELoRALinear(RoutedExperts):
         y, stack, offsets = self.projection(x), self.stack, router.offsets
         if y.dtype is not x.dtype or stack.a.dtype is not x.dtype:
             return self._routed(x, router)
-        out = y.view(1, -1)
-        for choice, weight in choices:
+        token, out = x.view(1, -1), y.view(1, -1)
+        for choice, weight in router.choose_for_one(token):
             if (update := stack.update(choice)) is not None:
                 update.add_for(token, weight, out)
             if offsets is not None:

@@ -12,7 +12,7 @@ from torch import Tensor
 from meteora.artifacts import RouterOptions
 from meteora.kernels.stack import ExpertStack
 from meteora.routing.passes import UnreadPromptError
-from meteora.routing.routers import Choices, PassState, Router
+from meteora.routing.routers import PassState, Router
 
 LEAST_SIZE = 1e-12
 """The least size of an update, so that its logarithm is finite."""
@@ -77,9 +77,6 @@ class PromptRouter(Router):
             return False
         self.held.measure(self, x)
         return True
-
-    def choose_for_one(self, token: Tensor) -> Choices | None:
-        return None if self.held.measure is not None else super().choose_for_one(token)
 
     @property
     def is_causal(self) -> bool:

@@ -45,10 +45,9 @@ class Router(nn.Module):
         """Weights and experts, both [T, K], of tokens [T, IN]."""
         return self.route(self(tokens))
 
-    def choose_for_one(self, token: Tensor) -> Choices | None:
-        """The choices of one token [1, IN], as numbers; None if it has to be asked by `choose`."""
-        weights, experts = self.choose(token)
-        return tuple(zip(experts.tolist()[0], weights.tolist()[0], strict=True))
+    def choose_for_one(self, token: Tensor) -> Choices:
+        """As `choose` for one token [1, IN], as numbers of Python."""
+        return _as_numbers(*self.choose(token))
 
     def route(self, logits: Tensor) -> tuple[Tensor, Tensor]:
         """Weights and experts, both [T, K], of logits [T, C]."""
@@ -155,20 +154,19 @@ class Gate(Router):
             self.decision.routes = routes
         return routes
 
-    def choose_for_one(self, token: Tensor) -> Choices | None:
+    def choose_for_one(self, token: Tensor) -> Choices:
         weight, decision = self.weight, self.decision
         is_more = self.by_question is not None or self.stand_in is not None or self._forward_hooks
         if is_more or weight.dtype is not token.dtype:
             logits = self(token)
-        else:  # as `self(token)`, in a quarter of the time
+        else:  # the same with fewer calls
             logits = nn.functional.linear(token, weight, self.bias)
             if decision is not None:
                 decision.logits, decision.routes = logits, None
         if self.options.top_k == 1:
             choices: Choices = ((int(logits.argmax()), 1.0),)
         else:
-            weights, experts = self.route(logits)
-            choices = tuple(zip(experts.tolist()[0], weights.tolist()[0], strict=True))
+            choices = _as_numbers(*self.route(logits))
         if decision is not None:
             decision.one = logits, choices
         return choices
@@ -247,7 +245,7 @@ class Follower(Router):
             return routes  # the same objects: a shared matmul compares their identity
         return weights.to(tokens.device), experts.to(tokens.device)
 
-    def choose_for_one(self, token: Tensor) -> Choices | None:
+    def choose_for_one(self, token: Tensor) -> Choices:
         decision = self.decision
         if (one := decision.one) is None or one[0] is not decision.logits or self._forward_hooks:
             return super().choose_for_one(token)
@@ -373,6 +371,11 @@ class Norm(ByWeights):
         squares = (tokens.to(wide) @ self.folded.to(wide).T).square()  # [T, R]
         sums = squares.new_zeros(len(tokens), self.num_choices).index_add(1, self.owner, squares)
         return _without(sums.sqrt(), self.blends)
+
+
+def _as_numbers(weights: Tensor, experts: Tensor) -> Choices:
+    """The choices of one token, from weights and experts, both [1, K]."""
+    return tuple(zip(experts.tolist()[0], weights.tolist()[0], strict=True))
 
 
 def _without(logits: Tensor, choices: list[int]) -> Tensor:

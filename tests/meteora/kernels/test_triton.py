@@ -1,6 +1,7 @@
 """Triton's kernels: equal to the definition, on CPUs under Triton's interpreter and on GPUs."""
 
 import json
+import mmap
 import os
 import subprocess
 import sys
@@ -136,21 +137,17 @@ def off(got, expected):
     return ((got - expected).norm() / expected.norm()).item()
 
 
-@pytest.fixture
-def empty(tmp_path):
-    """Makes tensors of zeros that take no memory but for the pages that are written to."""
-
-    def make(*shape):
-        path, size = tmp_path / str(len([*tmp_path.iterdir()])), prod(shape)
-        return torch.from_file(str(path), shared=True, size=size, dtype=torch.bfloat16).view(shape)
-
-    return make
+def empty(*shape):
+    """Zeros that take no memory but for the pages that are written to."""
+    memory = mmap.mmap(-1, 2 * prod(shape), mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    memory.madvise(mmap.MADV_NOHUGEPAGE)
+    return torch.frombuffer(memory, dtype=torch.bfloat16).view(shape)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU would hold it whole")
 @pytest.mark.parametrize("kernel", KERNELS)
 @pytest.mark.parametrize("laid_by_rank", [True, False])
-def test_factors_of_more_numbers_than_32_bits_count(kernel, laid_by_rank, empty):
+def test_factors_of_more_numbers_than_32_bits_count(kernel, laid_by_rank):
     """A token that goes to the last of a hundred thousand experts."""
     num_experts, r, size = 1 << 17, 64, 264
     num_ranks = num_experts * r
@@ -165,7 +162,7 @@ def test_factors_of_more_numbers_than_32_bits_count(kernel, laid_by_rank, empty)
 
 
 @pytest.mark.skipif(not INTERPRETED, reason="a GPU would hold it whole")
-def test_tokens_of_more_numbers_than_32_bits_count(empty):
+def test_tokens_of_more_numbers_than_32_bits_count():
     """The last of eight million tokens, in a tile of its own."""
     num_tokens, size, r = 1 << 23, 264, 3
     assert num_tokens * size > 1 << 31

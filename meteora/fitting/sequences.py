@@ -280,10 +280,10 @@ def by_kind(tokens: Tensor, answer_starts: Tensor) -> list[tuple[float, Tensor]]
         answer_starts: [T] bool: whether a token opens an answer
 
     Returns:
-        (share, tokens [T', IN]) of the ordinary tokens, and then of those that open answers if
-        there are any
+        (share, tokens [T', IN]) of the ordinary tokens, and then of those that open answers; of
+        all tokens at once if they are of one kind
     """
-    if not answer_starts.any():
+    if not answer_starts.any() or answer_starts.all():
         return [(1.0, tokens)]
     return [
         (1 - ANSWER_START_SHARE, tokens[~answer_starts]),

@@ -20,6 +20,13 @@ UNPACKERS = {
     b"PK\x03\x04": "unzip -p",
 }
 """What unpacks a compressed file, by its first bytes."""
+MARKS = {
+    codecs.BOM_UTF32_LE: "UTF-32",  # it begins with the mark of UTF-16
+    codecs.BOM_UTF32_BE: "UTF-32",
+    codecs.BOM_UTF16_LE: "UTF-16",
+    codecs.BOM_UTF16_BE: "UTF-16",
+}
+"""Encodings, by the first bytes of a text."""
 MOST = 100
 """Most reasons in all: each new one is compared with these."""
 
@@ -114,7 +121,6 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
         for magic, unpack in UNPACKERS.items():
             if start.startswith(magic):
                 return f"it is compressed; unpack it with `{unpack} {path.name} > new`"
-        is_utf_16 = start.startswith((codecs.BOM_UTF16_LE, codecs.BOM_UTF16_BE))
         file.seek(0)
         for number, line in enumerate(file, 1):
             try:
@@ -122,7 +128,8 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
             except UnicodeDecodeError:
                 bad_line = number
                 break
-    what, encoding = ("UTF-16", "utf-16") if is_utf_16 else ("not UTF-8", "latin1")
+    marked = next((name for mark, name in MARKS.items() if start.startswith(mark)), None)
+    what, encoding = (marked, marked.lower()) if marked else ("not UTF-8", "latin1")
     return (
         f"line {bad_line}: {what}; save the file as UTF-8, such as with"
         f" `iconv -f {encoding} -t utf-8 {path.name} > new`"

@@ -19,7 +19,7 @@ from torch import Tensor
 from meteora.artifacts import NULL, RoutingDetail, RoutingSwitch
 from meteora.artifacts.scores import Abstention
 from meteora.base.chat_template import Template, encode_pair, encode_prompt
-from meteora.base.padding import padded_and_mask
+from meteora.base.padding import by_length, padded_and_mask
 from meteora.base.placement import input_device
 from meteora.model.fused import expert_names
 from meteora.model.shared_prefix import share_prefix
@@ -81,14 +81,13 @@ def measure_routing(
     opening, room = len(Template.of(tokenizer).opening), room_of(model.config)
     total: dict[str, RoutingSums] = {}
     encoded = [encode_pair(tokenizer, row.prompt, row.response)[:room] for row in rows]
-    encoded.sort(key=len)  # rows of similar length need little padding
-    for start in range(0, len(rows), batch_size):
-        batch = encoded[start : start + batch_size]
-        ids, mask = (part.to(input_device(model)) for part in padded_and_mask(batch))
+    for indices in by_length(encoded, batch_size):
+        batch = padded_and_mask([encoded[i] for i in indices])
+        ids, mask = (part.to(input_device(model)) for part in batch)
         started = share_prefix(model, ids, mask, at_most=opening)
         counted = started.mask.bool() & (started.mask.cumsum(1) > opening)
         add(total, _sums(model, started.to_read(), counted[:, started.num_read :].flatten()))
-        advance(len(batch))
+        advance(len(indices))
     return total
 
 

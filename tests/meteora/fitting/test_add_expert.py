@@ -106,6 +106,12 @@ def test_a_grown_point_is_what_all_examples_together_would_have_given(monkeypatc
     )
 
 
+@pytest.mark.parametrize("open_answers", [True, False])
+def test_tokens_of_one_kind_have_the_whole_weight(open_answers):
+    tokens = torch.randn(3, 2)
+    assert by_kind(tokens, torch.full((3,), open_answers)) == [(1.0, tokens)]
+
+
 def test_narrowed_statistics_have_the_widest_directions_and_the_whole_variance():
     statistics = PointStatistics.of(scatter_of(*drawn()), 1e-8)
     few = statistics.narrowed(6)

@@ -6,6 +6,7 @@ import lzma
 import os
 import tracemalloc
 import zipfile
+from itertools import product
 from pathlib import Path
 from typing import Any
 
@@ -148,9 +149,10 @@ def test_rows_that_windows_wrote_are_read_or_told_how_to_be(tmp_path: Path) -> N
     path = tmp_path / "rows.jsonl"
     path.write_text(GOOD, encoding="utf-8-sig")
     assert read_rows("jsonl:rows.jsonl", tmp_path, 1) == [Row("p", "r")]
-    for mark, encoding in ((b"\xff\xfe", "utf-16-le"), (b"\xfe\xff", "utf-16-be")):
-        path.write_bytes(mark + GOOD.encode(encoding))
-        with pytest.raises(ExamplesError, match=r"UTF-16; .* `iconv -f utf-16 -t utf-8 rows"):
+    for width, order in product((16, 32), ("le", "be")):
+        path.write_text(f"\ufeff{GOOD}", encoding=f"utf-{width}-{order}")
+        told = rf"UTF-{width}; .* `iconv -f utf-{width} -t utf-8 rows"
+        with pytest.raises(ExamplesError, match=told):
             read_rows("jsonl:rows.jsonl", tmp_path, 1)
     path.write_bytes(b"\xef\xbb\xbf" + GOOD.encode() + b"\xff")
     with pytest.raises(ExamplesError, match=r"line 2: not UTF-8; .* `iconv -f latin1"):

@@ -86,7 +86,7 @@ def connect(home: Path, url: str) -> Setting:
     """
     Remote(url).prove()
     known, node = Setting.load(home).name, platform.node()
-    is_own = known.startswith(f"{node}-")
+    is_own = known.rpartition("-")[0] == node
     setting = Setting(url, known if is_own else f"{node}-{secrets.token_hex(2)}")
     remote, name = (json.dumps(text, ensure_ascii=False) for text in (setting.remote, setting.name))
     text = f"remote = {remote}\nname = {name}\n"

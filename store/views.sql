@@ -132,7 +132,7 @@ COMMENT ON COLUMN standings.system IS 'fused (the routed model itself), base, or
 COMMENT ON COLUMN standings.expert IS 'Name of the adapter that was alone; empty for other systems';
 COMMENT ON COLUMN standings.stderr IS 'Its standard error, in the metric''s unit';
 COMMENT ON COLUMN standings.interval_method IS 'How the interval was found: wilson or bootstrap';
-COMMENT ON COLUMN standings.wall_seconds IS 'Time that the measurement took, in seconds';
+COMMENT ON COLUMN standings.wall_seconds IS 'Time that the measurement took, in seconds; of one that was stopped, since it was last continued';
 COMMENT ON COLUMN standings.outputs_sha256 IS 'SHA-256 of the blob with each row''s output, 64 hex digits';
 COMMENT ON COLUMN standings.score_id IS 'Benchmark id of the score';
 
@@ -357,8 +357,10 @@ WITH stages AS (
     )
     GROUP BY run_id
 )
-SELECT run_id, recipe_name, run_starts.recorded_at AS started_at, run_ends.recorded_at AS ended_at, outcome, reason,
-       wall_seconds, stage_seconds, device, versions, recipe_sha256
+SELECT run_id, recipe_name,
+       -- the end of a skipped run is recorded first
+       if(run_starts.recorded_at > run_ends.recorded_at, run_ends.recorded_at, run_starts.recorded_at) AS started_at,
+       run_ends.recorded_at AS ended_at, outcome, reason, wall_seconds, stage_seconds, device, versions, recipe_sha256
 FROM run_starts
 FULL JOIN run_ends USING (run_id)
 LEFT JOIN stages USING (run_id)
@@ -366,7 +368,7 @@ ORDER BY coalesce(started_at, ended_at) DESC, run_id;
 COMMENT ON VIEW runs IS 'What ran, how long, on what, and how it ended, latest first';
 COMMENT ON COLUMN runs.run_id IS 'Id of the run';
 COMMENT ON COLUMN runs.recipe_name IS 'Name of the recipe, as in changes, or what was done to a checkpoint, such as ''benchmark of router:…''; NULL like started_at';
-COMMENT ON COLUMN runs.started_at IS 'When it began, UTC; NULL if only its end is recorded, as for a skipped run';
+COMMENT ON COLUMN runs.started_at IS 'When it began, UTC; NULL if only its end is recorded';
 COMMENT ON COLUMN runs.ended_at IS 'When its end was recorded, UTC; NULL if it still runs, or was killed and the recipe has not run since';
 COMMENT ON COLUMN runs.outcome IS 'ok, failed, refused, stopped, killed, skipped_late or skipped_overlap; NULL like ended_at';
 COMMENT ON COLUMN runs.reason IS 'Why, a sentence; empty where all went well';

@@ -233,8 +233,12 @@ def _run_in_turn(
             if local_server.answers():
                 local_server.raise_if_it_failed(error)
                 raise
-            # the run also ends without the server, and the ledger has its outcome
-            say(f"{context.name}: the Prefect server was lost ({type(error).__name__})", "note")
+            lost = f"the Prefect server was lost ({type(error).__name__})"
+            if Stage.benchmark in until.and_before():
+                # the run also ends without the server, and the ledger has its outcome
+                say(f"{context.name}: {lost}", "note")
+            else:
+                wrong[context.key] = f"{lost}; the same command goes on where it stopped"
         looked = None
     return made, wrong
 
@@ -267,7 +271,10 @@ def _show(
         if as_json:
             print(json.dumps({"name": context.name, "until": until, "seconds": seconds}))
         return True
-    found = made or (looked if looked.summary else look(context, until))
+    found = looked if looked.summary else None
+    if made and made.plan:
+        found = made
+    found = found or look(context, until)
     if (plan := found.plan) is None or found.summary is None:
         again = "run it again: what is missing is made, or comes from a shared storage"
         say(f"{context.name}: not all of its results are under {context.home}; {again}", "error")

@@ -290,6 +290,12 @@ class Recipe(Section):
         for kind, all_names in (("expert", names), ("task", self.task_names)):
             if twice := [name for name, count in Counter(all_names).items() if count > 1]:
                 raise ValueError(f"two {kind}s are named {twice[0]!r}; names must be unique")
+        with_rows = [task.called for task in self.benchmark.tasks if task.rows]
+        if of_experts := [name for name in with_rows if name in names]:
+            raise ValueError(
+                f"benchmark.tasks: {of_experts[0]!r} is an expert's name; give these rows as its"
+                " `test`, or give the task another name"
+            )
         return self
 
     @model_validator(mode="after")

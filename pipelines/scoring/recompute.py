@@ -6,7 +6,7 @@ from meteora.artifacts import Score
 from pipelines.data.rows import ExamplesError
 from pipelines.scoring.outputs import OutputsError, RowValues, compute_values, read_outputs
 from store.check import Finding
-from store.errors import DamagedError
+from store.errors import DamagedError, StoreError
 from store.ledger import Ledger
 
 TOLERANCE = 1e-9
@@ -23,7 +23,7 @@ class Recomputed:
     num_scores: int
     """Scores that could be computed again."""
     findings: tuple[Finding, ...]
-    """One for each score that differs, or whose answers cannot be read."""
+    """One for each score that differs, or whose answers cannot be read; or one for the index."""
 
 
 def recompute_scores(ledger: Ledger, count: int) -> Recomputed:
@@ -33,7 +33,11 @@ def recompute_scores(ledger: Ledger, count: int) -> Recomputed:
     """
     if not ledger.records.parts():
         return Recomputed(0, ())  # a query would create the index in an empty home
-    chosen = ledger.scores(f"SELECT id FROM scores ORDER BY random() LIMIT {count:d}")  # noqa: S608
+    try:
+        chosen = ledger.scores(f"SELECT id FROM scores ORDER BY random() LIMIT {count:d}")  # noqa: S608
+    except StoreError as error:
+        problem = f"scores cannot be computed again: {error}"
+        return Recomputed(0, (Finding("index", ledger.index.live.name, problem),))
     findings, num_scores = [], 0
     for score in chosen:
         if score.outputs_sha256 not in ledger.blobs:

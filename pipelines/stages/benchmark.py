@@ -145,16 +145,16 @@ def _choose_tasks(
     chosen = [one for one in request.tasks if "=" not in one]
     recorded: dict[str, Task] = {}
     own: dict[str, ExpertSection] = {}
+    hub = HubSection()
     if request.recipe is None:
         folder, compare = Path.cwd(), COMPARE
-        adapters = {one.name: ArtifactId(one.adapter_id) for one in manifest.experts}
-        recorded = recorded_tasks(ledger, stack_in(manifest).base_id, adapters, router_id)
+        recorded = _recorded(ledger, manifest, router_id)
         settings = _settings_of(recorded)
         if given:
             _note_template(recorded, settings)
     else:
         recipe, folder = Recipe.load(request.recipe), folder_of(request.recipe)
-        settings, compare = recipe.benchmark, recipe.benchmark.compare
+        settings, compare, hub = recipe.benchmark, recipe.benchmark.compare, recipe.hub
         own = {one.name: one for one in recipe.experts if one.name in manifest.names}
     further = {task.called: task for task in settings.tasks}
     for name, source in given.items():
@@ -168,7 +168,8 @@ def _choose_tasks(
         settings = BenchmarkSection.model_validate(dict(settings) | changes)
     except ValidationError as error:
         raise BenchmarkRequestError(explain(error, BenchmarkSection)) from None
-    read = partial(read_rows, token_of=token_of_rows(HubSection(token_for=request.token_for)))
+    hub = hub.model_copy(update={"token_for": (*hub.token_for, *request.token_for)})
+    read = partial(read_rows, token_of=token_of_rows(hub))
     tasks = recorded | make_tasks(list(own.values()), settings, folder, read)
     for name in chosen:
         if name not in tasks and MIX.fullmatch(name):
@@ -188,7 +189,16 @@ def _choose_tasks(
         )
     names = {*chosen, *given} if chosen else {*tasks}
     to_measure = {name: task for name, task in tasks.items() if name in names}
-    return settings, to_measure, len(to_measure) == len(tasks)
+    known = (
+        {*tasks} if request.recipe is None else {*tasks, *_recorded(ledger, manifest, router_id)}
+    )
+    return settings, to_measure, known == to_measure.keys()
+
+
+def _recorded(ledger: Ledger, manifest: Manifest, router_id: str) -> dict[str, Task]:
+    """The recorded tasks of a checkpoint's experts."""
+    adapters = {one.name: ArtifactId(one.adapter_id) for one in manifest.experts}
+    return recorded_tasks(ledger, stack_in(manifest).base_id, adapters, router_id)
 
 
 def _given_rows(request: BenchmarkRequest) -> dict[str, str]:

@@ -40,7 +40,7 @@ def test_mlflow_reads_every_score_back(tmp_path: Path) -> None:
         metrics |= {(name, key): x for key, x in one.data.metrics.items()}
     expected: dict[tuple[str, str], float] = {}
     for router_id, system, task, metric, value, low, high in shelf.ledger.query(
-        "SELECT router_id, system, task, metric, value, low, high FROM standings"
+        "SELECT router_id, system, task, metric, value, low, high FROM latest_standings"
         " WHERE system <> 'alone'"
     ).rows:
         name, key = f"{system} of {router_id[:19]}", f"{task}/{metric}"

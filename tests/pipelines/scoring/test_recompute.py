@@ -11,6 +11,7 @@ from meteora.artifacts import BaseSpec, BenchmarkSpec, Score
 from pipelines.scoring.intervals import wilson
 from pipelines.scoring.outputs import RowValues, write_outputs
 from pipelines.scoring.recompute import _difference, recompute_scores
+from store.errors import DamagedError
 from store.ledger import Ledger
 
 BASE = BaseSpec("tiny/base", "a" * 40)
@@ -48,6 +49,23 @@ def test_scores_that_follow_from_their_outputs_are_left_alone(tmp_path: Path) ->
     assert (found.num_scores, found.findings) == (2, ())
     assert recompute_scores(ledger, 1).num_scores == 1
     assert recompute_scores(ledger, 0).num_scores == 0
+
+
+def test_an_index_that_cannot_be_read_is_a_finding(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """All other findings were lost with it."""
+    ledger = Ledger(tmp_path / "home")
+    record(ledger, tmp_path, "new", 0.5)
+
+    def fail(_query: str) -> list[Score]:
+        raise DamagedError("the index is damaged")
+
+    monkeypatch.setattr(ledger, "scores", fail)
+    found = recompute_scores(ledger, 20)
+    (finding,) = found.findings
+    assert (found.num_scores, finding.what) == (0, "index")
+    assert "the index is damaged" in finding.problem
 
 
 def test_a_score_that_does_not_follow_is_named_with_both_values(tmp_path: Path) -> None:

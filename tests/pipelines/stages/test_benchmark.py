@@ -20,7 +20,7 @@ from meteora.checkpoint.manifest import CARD, GATES, MANIFEST, STATISTICS, read_
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.evaluation.tasks import Task
 from pipelines.planning.recorded_tasks import recorded_tasks
-from pipelines.recipe.recipe import Recipe, locate
+from pipelines.recipe.recipe import HubSection, Recipe, locate
 from pipelines.stages.benchmark import (
     BenchmarkRequest,
     _choose_tasks,
@@ -256,6 +256,33 @@ def test_new_rows_of_a_further_task_are_scored_as_the_recipe_says(
     sums = tasks["sums"]
     assert (sums.metrics, sums.max_new_tokens) == (("numeric_match",), 9)
     assert (sums.template, [row.prompt for row in sums.rows]) == ("plain", ["a"])
+
+
+def test_a_recipe_without_an_expert_s_task_does_not_replace_its_routes(
+    world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And its rows come with the token that it names."""
+    (tmp_path / "rows.jsonl").write_text('{"prompt": "a", "response": "1"}\n')
+    first, second, *_ = world.manifest.names
+    recipe = {
+        "base": "path:base",
+        "experts": [{"name": first, "adapter": "path:a", "test": "jsonl:rows.jsonl"}],
+        "router": {"kind": "uniform"},
+        "hub": {"token_for": ["me"], "allow_http": True},
+    }
+    (tmp_path / "recipe.yaml").write_text(json.dumps(recipe))
+    hubs = []
+    monkeypatch.setattr("pipelines.stages.benchmark.token_of_rows", hubs.append)
+    request = BenchmarkRequest(recipe=tmp_path / "recipe.yaml", token_for=("you",))
+    asked = Ledger(tmp_path / "home"), world.manifest, "", request
+    for names, whole in (((first,), True), ((first, second), False)):
+        recorded = {name: Task(name, ("rougeL",), "auto", 9, expert=name) for name in names}
+        monkeypatch.setattr(
+            "pipelines.stages.benchmark.recorded_tasks", lambda *_about, known=recorded: known
+        )
+        _, tasks, is_whole = _choose_tasks(*asked)
+        assert ([*tasks], is_whole) == ([first], whole)
+    assert hubs[0] == HubSection(token_for=("me", "you"), allow_http=True)
 
 
 def test_how_new_rows_are_asked_is_said_where_recorded_tasks_differ_in_it(

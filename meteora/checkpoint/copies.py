@@ -73,7 +73,8 @@ def copy_checkpoint(source: Source, out: Path, gates: Gates | None = None) -> No
         if gates is not None:
             write_gates(whole / GATES, gates)
             own = file_sha256(whole / GATES)
-            if own != file_sha256(folder / GATES):
+            is_same = (folder / GATES).is_file() and file_sha256(folder / GATES) == own
+            if not is_same:
                 copied = [EXPERTS]
                 files = {name: manifest.files[name] for name in copied if name in manifest.files}
                 manifest = replace(manifest, gates={}, router_id="", files={**files, GATES: own})

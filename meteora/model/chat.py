@@ -45,12 +45,15 @@ from meteora.model.trace import (
     read_last,
     winners,
 )
+from meteora.routing.layer import routed_layers
 from meteora.routing.passes import watcher_of
 from meteora.routing.prompt_opening import PromptOpening
 from meteora.routing.turns import Turns
 
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
+
+    from meteora.routing.routers import Router
 
     from meteora.routing.hooks import Routes
 
@@ -106,6 +109,8 @@ class _Reading:
 
     expert: str
     """The forced expert; empty if the routers decide."""
+    routers: list[Router | None]
+    """Of each routed layer, outside of the answer: a block may have lent it others."""
     is_text: bool
     """Whether the last prompt was a text, and no conversation."""
     num_first: int
@@ -168,13 +173,14 @@ class Chat:
             is_text, ids = False, encode_messages(self.tokenizer, messages)
         max_new_tokens = most_new_tokens(self.model, len(ids), max_new_tokens)
         ends = end_tokens(self.model, self.tokenizer)
+        routers = [layer.router for layer in routed_layers(self.model).values()]
         with (
             force_expert(self.model, expert) if expert else nullcontext(),
             torch.inference_mode(),
             every_pass(self.model) as passes,
             _seeded(sampling, input_device(self.model)),
         ):
-            before = self._take(ids, expert, is_text=is_text)
+            before = self._take(ids, expert, routers, is_text=is_text)
             listener = _Listener(self, passes, ends, stop, on_token)
             out = generate_ids(
                 self.model,
@@ -188,7 +194,7 @@ class Chat:
             )
             read_last(self.model, out)
             listener.finish()
-        self._keep(ids, out, passes, expert, before, is_text=is_text)
+        self._keep(ids, out, passes, expert, routers, before, is_text=is_text)
         return Answer(
             text=listener.text,
             tokens=tuple(listener.tokens),
@@ -224,13 +230,17 @@ class Chat:
         """Drop the last conversation."""
         self._reading = None
 
-    def _take(self, ids: list[int], expert: str, *, is_text: bool) -> _Reading | None:
+    def _take(
+        self, ids: list[int], expert: str, routers: list[Router | None], *, is_text: bool
+    ) -> _Reading | None:
         """Take the last reading, cut to its common beginning with a prompt; None if it is no use.
 
         It is always removed: an answer that is interrupted leaves a cache in an unknown state.
         """
         reading, self._reading = self._reading, None
-        if reading is None or reading.cache is None or reading.expert != expert:
+        if reading is None or reading.cache is None:
+            return None
+        if (reading.expert, reading.routers) != (expert, routers):
             return None
         watcher = None if expert else watcher_of(self.model)  # a forced expert needs no question
         if isinstance(watcher, PromptReader):
@@ -257,6 +267,7 @@ class Chat:
         out: Any,  # noqa: ANN401
         passes: list[Routes],
         expert: str,
+        routers: list[Router | None],
         before: _Reading | None,
         *,
         is_text: bool,
@@ -276,6 +287,7 @@ class Chat:
         is_kept = whole_layers(cache) is not None and not rotates_by_length(config)
         self._reading = _Reading(
             expert=expert,
+            routers=routers,
             is_text=is_text,
             num_first=before.num_first if before else len(ids),
             num_prompt=len(ids),

@@ -367,14 +367,18 @@ def force_expert(model: PreTrainedModel, name: str) -> AbstractContextManager[No
 
 
 @contextmanager
-def without_dropout(model: PreTrainedModel) -> Generator[None]:
-    """A context in which a model is in evaluation mode; its mode before comes back at the end."""
-    training = model.training
+def without_dropout(model: nn.Module) -> Generator[None]:
+    """A context in which a model is in evaluation mode.
+
+    At the end each module has its mode of before, and a new one the model's.
+    """
+    before = {module: module.training for module in model.modules()}
     model.eval()
     try:
         yield
     finally:
-        model.train(training)
+        for module in model.modules():
+            module.training = before.get(module, before[model])
 
 
 def without_experts(model: PreTrainedModel) -> AbstractContextManager[None]:

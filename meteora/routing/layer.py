@@ -5,7 +5,7 @@
 
 `RoutedExperts` is the same without the projection, for programs that compute it themselves.
 
-The layer keeps the signature of the projection that it replaces, so the base model's own code
+The layer takes and returns what the projection does that it replaces, so the base model's own code
 runs unchanged: caches, padding, batches and beams included. Hooks record a router's decisions.
 """
 

@@ -73,6 +73,7 @@ class PromptOpening(Watcher):
         if opening is None or evidence is None or opening.numel() != len(logits):
             return logits
         opening, evidence = opening.to(logits.device), evidence.to(logits.device)
-        own = logits.log_softmax(-1).unflatten(0, opening.shape)  # [B, L, C]
+        wide = torch.promote_types(logits.dtype, torch.float32)  # sums in 16 bits have equals
+        own = logits.log_softmax(-1, dtype=wide).unflatten(0, opening.shape)  # [B, L, C]
         pooled = (own * evidence.unsqueeze(-1)).sum(1, keepdim=True)  # [B, 1, C]
         return torch.where(opening.unsqueeze(-1), pooled, own).flatten(0, 1)

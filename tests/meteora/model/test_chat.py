@@ -2,6 +2,7 @@
 
 import json
 import shutil
+from contextlib import nullcontext
 from itertools import pairwise
 from unittest.mock import Mock
 
@@ -130,6 +131,19 @@ def test_a_forced_expert_has_every_token_and_leaves_nothing_to_the_next_answer(m
     assert chat.answer(messages, max_new_tokens=6).text == routed.text
     with pytest.raises(UnknownExpertError, match="there is no expert 'nobody'"):
         chat.answer(messages, expert="nobody")
+
+
+def test_an_expert_that_is_forced_around_answers_leaves_nothing_to_other_routing(model, talking):
+    """Keys and routes of one expert were taken for those of another."""
+    chat, messages = Chat(model, talking), [user("hello")]
+    for name in ("attention", "q_and_v", ""):
+        with force_expert(model, name) if name else nullcontext():
+            first = chat.answer(messages, max_new_tokens=6)
+            assert first == Chat(model, talking).answer(messages, max_new_tokens=6)
+        if name:
+            assert set(chat.trace().chosen.flatten().tolist()) == {chat.experts.index(name)}
+    again = chat.answer(messages, max_new_tokens=6)
+    assert (again.text, again.num_cached > 0) == (first.text, True)
 
 
 def test_the_base_alone_answers_a_conversation_on_its_own_cache(world, model, talking):

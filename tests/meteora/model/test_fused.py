@@ -24,6 +24,7 @@ from meteora.model.fused import (
     insert_experts,
     insert_layer,
     make_router,
+    without_dropout,
     without_experts,
 )
 from meteora.model.saving import UnsavableError
@@ -309,3 +310,12 @@ def test_a_layer_of_another_size_or_none_at_all_is_refused(world):
         insert_layer(base, "model.norm", a, b, entry)
     with pytest.raises(WrongBaseError, match=r"layers\.9\.self_attn\.q_proj: this base has no"):
         insert_layer(base, "model.layers.9.self_attn.q_proj", a, b, entry)
+
+
+def test_each_module_has_its_own_mode_again_after_a_block_without_dropout():
+    model = torch.nn.Sequential(torch.nn.Dropout(), torch.nn.Dropout())
+    model[0].eval()
+    with without_dropout(model):
+        assert not any(module.training for module in model.modules())
+        model.append(torch.nn.Dropout())
+    assert [module.training for module in model.modules()] == [True, False, True, True]

@@ -67,13 +67,15 @@ def test_a_prompt_without_evidence_is_left_to_its_own_tokens():
     assert seen([[*OPENING, *CLOSING]], 5, left=False) == [([], [])]
 
 
-def test_the_opening_takes_the_sum_of_the_log_likelihoods_of_the_evidence():
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_opening_takes_the_sum_of_the_log_likelihoods_of_the_evidence(dtype):
+    """In 32 bits, since rounded sums of many tokens may be equal."""
     opening_rule = PromptOpening(TEMPLATE)
     rows = torch.tensor([ONE, OTHER])
     opening_rule.see(PassInput(rows, torch.ones_like(rows, dtype=torch.bool), goes_on=False))
-    logits = torch.randn(16, 3)
+    logits = torch.randn(16, 3).to(dtype)
     got = opening_rule.decide(lambda x: x, logits).view(2, 8, 3).softmax(-1)
-    own = logits.view(2, 8, 3).log_softmax(-1)
+    own = logits.float().view(2, 8, 3).log_softmax(-1)
     for row, evidence in ((0, [3, 4, 5]), (1, [3, 4])):
         expected = own[row, evidence].sum(0).softmax(-1)
         torch.testing.assert_close(got[row, :3], expected.expand(3, -1))

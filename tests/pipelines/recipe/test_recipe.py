@@ -365,6 +365,7 @@ def test_gates_may_be_fitted_to_composites_that_show_solved_ones(tmp_path: Path)
         ("tasks: [{name: t, rows: x, metric: bleu}]", "there is no metric 'bleu'; there are"),
         ("tasks: [{name: composite-2, rows: x}]", "'composite-2' is that of a mix of tasks"),
         ("tasks: [{name: t, rows: x}, {name: t, rows: y}]", "two tasks are named"),
+        ("tasks: [{name: a, rows: x}]", "'a' is an expert's name; give these rows as its `test`"),
         ("conversation: [1]", "benchmark.conversation.0.n: Input should be greater than or equal"),
         ("conversation: [3]", "conversation-3: it is made of tasks' rows, and no task has rows"),
         ("conversation: [3, 3]", "two kinds of conversations of 3 turns; one of a size is enough"),

@@ -53,9 +53,8 @@ from meteora.routing.turns import Turns
 if TYPE_CHECKING:
     from transformers import DynamicCache, PreTrainedModel, PreTrainedTokenizerBase
 
-    from meteora.routing.routers import Router
-
     from meteora.routing.hooks import Routes
+    from meteora.routing.routers import Router
 
 
 LEAST_TEMPERATURE = 1e-4

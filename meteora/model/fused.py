@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from meteora.artifacts import NULL, Fingerprint, MeteoraError, RouterOptions
 from meteora.base import loading

@@ -14,7 +14,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection, Generator, Mapping, Sequence
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -102,14 +102,20 @@ class Answer:
     """Tokens of the prompt that were not computed again."""
 
 
-@dataclass
-class _Reading:
-    """T tokens that the model has read, with their keys, values and routes."""
+class _Routing(NamedTuple):
+    """What decides for the tokens of an answer; equal if it is the same."""
 
     expert: str
     """The forced expert; empty if the routers decide."""
     routers: list[Router | None]
     """Of each routed layer, outside of the answer: a block may have lent it others."""
+
+
+@dataclass
+class _Reading:
+    """T tokens that the model has read, with their keys, values and routes."""
+
+    routing: _Routing
     is_text: bool
     """Whether the last prompt was a text, and no conversation."""
     num_first: int
@@ -172,14 +178,15 @@ class Chat:
             is_text, ids = False, encode_messages(self.tokenizer, messages)
         max_new_tokens = most_new_tokens(self.model, len(ids), max_new_tokens)
         ends = end_tokens(self.model, self.tokenizer)
-        routers = [layer.router for layer in routed_layers(self.model).values()]
+        layers = routed_layers(self.model).values()
+        routing = _Routing(expert, [layer.router for layer in layers])
         with (
             force_expert(self.model, expert) if expert else nullcontext(),
             torch.inference_mode(),
             every_pass(self.model) as passes,
             _seeded(sampling, input_device(self.model)),
         ):
-            before = self._take(ids, expert, routers, is_text=is_text)
+            before = self._take(ids, routing, is_text=is_text)
             listener = _Listener(self, passes, ends, stop, on_token)
             out = generate_ids(
                 self.model,
@@ -193,7 +200,7 @@ class Chat:
             )
             read_last(self.model, out)
             listener.finish()
-        self._keep(ids, out, passes, expert, routers, before, is_text=is_text)
+        self._keep(ids, out, passes, routing, before, is_text=is_text)
         return Answer(
             text=listener.text,
             tokens=tuple(listener.tokens),
@@ -229,19 +236,17 @@ class Chat:
         """Drop the last conversation."""
         self._reading = None
 
-    def _take(
-        self, ids: list[int], expert: str, routers: list[Router | None], *, is_text: bool
-    ) -> _Reading | None:
+    def _take(self, ids: list[int], routing: _Routing, *, is_text: bool) -> _Reading | None:
         """Take the last reading, cut to its common beginning with a prompt; None if it is no use.
 
         It is always removed: an answer that is interrupted leaves a cache in an unknown state.
         """
         reading, self._reading = self._reading, None
-        if reading is None or reading.cache is None:
+        if reading is None or reading.cache is None or reading.routing != routing:
             return None
-        if (reading.expert, reading.routers) != (expert, routers):
-            return None
-        watcher = None if expert else watcher_of(self.model)  # a forced expert needs no question
+        watcher = (
+            None if routing.expert else watcher_of(self.model)
+        )  # a forced expert needs no question
         if isinstance(watcher, PromptReader):
             return None  # the last question decides for all turns
         if watcher is not None and (is_text or reading.is_text):
@@ -265,8 +270,7 @@ class Chat:
         ids: list[int],
         out: Any,  # noqa: ANN401
         passes: list[Routes],
-        expert: str,
-        routers: list[Router | None],
+        routing: _Routing,
         before: _Reading | None,
         *,
         is_text: bool,
@@ -285,8 +289,7 @@ class Chat:
         config = self.model.config.get_text_config()
         is_kept = whole_layers(cache) is not None and not rotates_by_length(config)
         self._reading = _Reading(
-            expert=expert,
-            routers=routers,
+            routing=routing,
             is_text=is_text,
             num_first=before.num_first if before else len(ids),
             num_prompt=len(ids),

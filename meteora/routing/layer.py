@@ -5,8 +5,8 @@
 
 `RoutedExperts` is the same without the projection, for programs that compute it themselves.
 
-The layer takes and returns what the projection does that it replaces, so the base model's own code
-runs unchanged: caches, padding, batches and beams included. Hooks record a router's decisions.
+The layer takes and returns the same tensors as the projection, so the base model's own code runs
+unchanged: caches, padding, batches and beams included. Hooks record a router's decisions.
 """
 
 from collections.abc import Callable, Generator, Sequence

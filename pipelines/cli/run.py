@@ -271,10 +271,9 @@ def _show(
         if as_json:
             print(json.dumps({"name": context.name, "until": until, "seconds": seconds}))
         return True
-    found = looked if looked.summary else None
-    if made and made.plan:
-        found = made
-    found = found or look(context, until)
+    found: Made | Look = made if made and made.plan else looked
+    if found.summary is None:
+        found = look(context, until)
     if (plan := found.plan) is None or found.summary is None:
         again = "run it again: what is missing is made, or comes from a shared storage"
         say(f"{context.name}: not all of its results are under {context.home}; {again}", "error")

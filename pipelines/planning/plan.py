@@ -63,8 +63,6 @@ class Plan(Subjects):
     """Rows to fit the gates to, by expert."""
     spans: tuple[SpannedRow | SpannedTurns, ...]
     """Examples whose parts or turns belong to different experts."""
-    tests: Mapping[str, Sequence[Row]]
-    """Rows to test on, by task. Composites and tasks of lm-eval have no rows here."""
     tasks: Mapping[str, Task]
     """Every task of the benchmark, by name."""
     measurements: tuple[Measurement, ...]
@@ -95,7 +93,13 @@ class Plan(Subjects):
 
         Not for the rows of only some experts: they would replace the counts for all.
         """
-        return self.whole and any(name in self.tests for name in self.fused.names)
+        return self.whole and bool(self.own_tests)
+
+    @property
+    def own_tests(self) -> dict[str, Sequence[Row]]:
+        """The rows of each expert's own task, in the order of the experts."""
+        own = {task.expert: task.rows for task in self.tasks.values() if task.expert}
+        return {name: own[name] for name in self.fused.names if name in own}
 
     @property
     def judges(self) -> dict[str, Mapping[str, str]]:
@@ -175,7 +179,6 @@ def plan_benchmark(
         experts=(),
         examples={},
         spans=(),
-        tests={name: task.rows for name, task in tasks.items() if task.rows},
         tasks=tasks,
         measurements=measurements,
         comparisons=find_comparisons(tasks, subjects, measurements),

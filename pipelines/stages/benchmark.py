@@ -1,5 +1,6 @@
 """Measure a checkpoint without the recipe that made it, such as one with an expert more or less."""
 
+from collections.abc import Collection
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -148,7 +149,7 @@ def _choose_tasks(
     hub = HubSection()
     if request.recipe is None:
         folder, compare = Path.cwd(), COMPARE
-        recorded = _recorded(ledger, manifest, router_id)
+        recorded = _recorded(ledger, manifest, router_id, manifest.names)
         settings = _settings_of(recorded)
         if given:
             _note_template(recorded, settings)
@@ -189,15 +190,17 @@ def _choose_tasks(
         )
     names = {*chosen, *given} if chosen else {*tasks}
     to_measure = {name: task for name, task in tasks.items() if name in names}
-    known = (
-        {*tasks} if request.recipe is None else {*tasks, *_recorded(ledger, manifest, router_id)}
-    )
-    return settings, to_measure, known == to_measure.keys()
+    # a recipe may leave out tasks of other experts
+    others = {*manifest.names} - tasks.keys() if request.recipe else set()
+    left_out = _recorded(ledger, manifest, router_id, others)
+    return settings, to_measure, len(to_measure) == len(tasks) and not left_out
 
 
-def _recorded(ledger: Ledger, manifest: Manifest, router_id: str) -> dict[str, Task]:
-    """The recorded tasks of a checkpoint's experts."""
-    adapters = {one.name: ArtifactId(one.adapter_id) for one in manifest.experts}
+def _recorded(
+    ledger: Ledger, manifest: Manifest, router_id: str, names: Collection[str]
+) -> dict[str, Task]:
+    """The recorded tasks of some experts of a checkpoint."""
+    adapters = {e.name: ArtifactId(e.adapter_id) for e in manifest.experts if e.name in names}
     return recorded_tasks(ledger, stack_in(manifest).base_id, adapters, router_id)
 
 

@@ -294,7 +294,7 @@ def _watch_routing(
     started = time.perf_counter()
     tokenizer = tokenizer_of_gates(tokenizer, plan.router.template)
     names = expert_names(model)
-    own = {name: plan.tests[name] for name in plan.fused.names if name in plan.tests}
+    own = plan.own_tests
     number = work.recipe.benchmark.batch_size
     scores: list[RoutingScore] = []
     total: dict[str, routing_stats.RoutingSums] = {}

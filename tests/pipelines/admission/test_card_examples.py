@@ -384,7 +384,7 @@ def test_a_recipe_takes_the_examples_of_a_card(
     assert plan.pool is not None
     assert plan.pool.writers == ("attention",)
     assert not plan.is_pool_divided
-    wrote = ["one", f" {plan.tests['attention'][0].prompt}", "two"]  # a test row is no example
+    wrote = ["one", f" {plan.own_tests['attention'][0].prompt}", "two"]  # a test row is no example
     claims = [Claim(text, "attention", 0, 1.0, 1.0, "said") for text in wrote]
     with patch("pipelines.planning.plan.recorded_claims", return_value=claims):
         dealt = make_plan(work, plan.base, plan.experts)
@@ -402,7 +402,7 @@ def test_a_recipe_takes_the_examples_of_a_card(
     labelled = plan_of(plain)
     assert plan.router.examples_sha256 == labelled.router.examples_sha256
 
-    tested = [{"question": r.prompt, "answer": "?"} for r in plan.tests["attention"]]
+    tested = [{"question": r.prompt, "answer": "?"} for r in plan.own_tests["attention"]]
     put(hub, "somebody/letters", [tested[0], *asked_rows[:3], *tested[1:], *asked_rows[3:]])
     hub.repos["somebody/letters"].commit = "b" * 40
     assert plan_of(workplace(**asked)).examples["attention"] == labelled.examples["attention"]

@@ -191,7 +191,7 @@ def test_gates_are_fitted_to_what_an_expert_writes(
     assert plan.router.stand_ins == (SILENT,)
     texts = [row.prompt for row in plan.examples[WRITER]]
     assert 12 <= len(texts) <= 24
-    asked = {row.prompt for rows in plan.tests.values() for row in rows}
+    asked = {row.prompt for rows in plan.own_tests.values() for row in rows}
     assert not asked & {*texts}
     shares = work.ledger.query("SELECT expert, num_prompts FROM pool_shares WHERE num_prompts > 0")
     assert shares.rows[0] == (WRITER, max(count for _, count in shares.rows))

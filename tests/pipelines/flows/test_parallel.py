@@ -7,11 +7,13 @@ import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Self
+from unittest.mock import Mock
 
 import pytest
 import yaml
 from prefect.task_runners import ThreadPoolTaskRunner
 
+from pipelines.cli.run import _run_in_turn as run_in_turn
 from pipelines.cli.run import _show as show
 from pipelines.flows.up_to_date import Look
 from pipelines.recipe.stage import Stage
@@ -44,6 +46,18 @@ def test_results_that_stayed_on_a_worker_s_own_disk_are_said(
     work = workplace()
     assert not show(work, Look(None), None, Stage.publish, as_json=False)
     assert f"not all of its results are under {work.home}; run it again" in capsys.readouterr().err
+
+
+def test_a_run_up_to_an_early_stage_whose_server_was_lost_is_not_done(
+    workplace: Callable[..., RunContext], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing else says how it ended; that of a whole run is in the ledger."""
+    work = workplace()
+    monkeypatch.setattr("pipelines.flows.local_server.answers", lambda: False)
+    monkeypatch.setattr("pipelines.flows.flow.run_recipe", Mock(side_effect=ConnectionError))
+    _, wrong = run_in_turn([work], Stage.gates, Look(None), alone=True)
+    assert "the Prefect server was lost (ConnectionError); the same command" in wrong[work.key]
+    assert run_in_turn([work], Stage.publish, Look(None), alone=True) == ({}, {})
 
 
 def start(kind: str, server: str, home: Path, *recipes: Path) -> subprocess.Popen[str]:

@@ -81,7 +81,7 @@ def test_a_plan_of_other_adapters_is_not_taken_over(
     built = base_of(work)
     steps = resolve.local_steps(work, built.spec)
     plan = resolve.resolve(work, built, steps)
-    assert resolve.resolve(work, built, steps, plan).tests is plan.tests
+    assert resolve.resolve(work, built, steps, plan).tasks is plan.tasks
     fewer = replace(
         work, recipe=work.recipe.model_copy(update={"experts": work.recipe.experts[:1]})
     )

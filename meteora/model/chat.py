@@ -244,9 +244,8 @@ class Chat:
         reading, self._reading = self._reading, None
         if reading is None or reading.cache is None or reading.routing != routing:
             return None
-        watcher = (
-            None if routing.expert else watcher_of(self.model)
-        )  # a forced expert needs no question
+        # a forced expert needs no question
+        watcher = None if routing.expert else watcher_of(self.model)
         if isinstance(watcher, PromptReader):
             return None  # the last question decides for all turns
         if watcher is not None and (is_text or reading.is_text):

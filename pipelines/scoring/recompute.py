@@ -37,7 +37,7 @@ def recompute_scores(ledger: Ledger, count: int) -> Recomputed:
         chosen = ledger.scores(f"SELECT id FROM scores ORDER BY random() LIMIT {count:d}")  # noqa: S608
     except StoreError as error:
         problem = f"scores cannot be computed again: {error}"
-        return Recomputed(0, (Finding("index", ledger.index.live.name, problem),))
+        return Recomputed(0, (Finding("index", ledger.index.snapshot.name, problem),))
     findings, num_scores = [], 0
     for score in chosen:
         if score.outputs_sha256 not in ledger.blobs:

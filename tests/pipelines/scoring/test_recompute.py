@@ -64,7 +64,7 @@ def test_an_index_that_cannot_be_read_is_a_finding(
     monkeypatch.setattr(ledger, "scores", fail)
     found = recompute_scores(ledger, 20)
     (finding,) = found.findings
-    assert (found.num_scores, finding.what) == (0, "index")
+    assert (found.num_scores, finding.what, finding.name) == (0, "index", "ledger.snapshot.duckdb")
     assert "the index is damaged" in finding.problem
 
 

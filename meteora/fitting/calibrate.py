@@ -278,8 +278,7 @@ def _refined(
         chosen: on the sums over the tokens to fit
         crosses: whether the tokens to fit, too, are returned with a gate of the held-out ones
     """
-    closed = chosen.gate or gate_from(to_fit.sums, chosen.shrinkage)
-    gate = refine(*closed, to_fit.tokens, point)
+    gate = refine(*chosen.gate, to_fit.tokens, point)
     unseen = ((held.tokens, gate),)
     if crosses:
         other = refine(*gate_from(held.sums, chosen.shrinkage), held.tokens, point)

@@ -70,12 +70,12 @@ def solve_gate(
 
 
 class Chosen(NamedTuple):
-    """The best of `SHRINKAGES`; the largest one if no gate can be solved."""
+    """The best of `SHRINKAGES`; the largest one if none of them can be solved."""
 
     shrinkage: float
     accuracy: float
-    """Weighted, in [0, 1]; -1 without a gate."""
-    gate: tuple[Tensor, Tensor] | None
+    """Weighted, in [0, 1]"""
+    gate: tuple[Tensor, Tensor]
     """G [E, IN] and c [E]"""
 
 
@@ -87,18 +87,24 @@ def choose_shrinkage(scatter: Sums, accuracy_of: Callable[[Tensor, Tensor], floa
     Args:
         scatter: of the sequences that are not held out
         accuracy_of: of a gate G, c, the weighted share of held-out tokens that go to their expert
+
+    Raises:
+        SingularError: as `gate_from`.
     """
     covariance = scatter.covariance()
-    best = Chosen(SHRINKAGES[-1], -1.0, None)
+    best: Chosen | None = None
     num_worse = 0
     for shrinkage in SHRINKAGES:
         if (gate := solve_gate(covariance, scatter.means, scatter.shift, shrinkage)) is None:
             continue
         accuracy = accuracy_of(*gate)
-        if accuracy >= best.accuracy:
+        if best is None or accuracy >= best.accuracy:
             best, num_worse = Chosen(shrinkage, accuracy, gate), 0
         elif (num_worse := num_worse + 1) == ENOUGH_WORSE:
             break
+    if best is None:
+        gate = gate_from(scatter, SHRINKAGES[-1])
+        best = Chosen(SHRINKAGES[-1], accuracy_of(*gate), gate)
     return best
 
 

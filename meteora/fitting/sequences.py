@@ -113,7 +113,7 @@ def hold_out(
 
     A sequence of several experts counts for each of them. At least one sequence of each expert
     stays in the fit, so an expert with few, shared sequences may have none that is held out. Equal
-    sequences are held out together, if that leaves others for the fit.
+    sequences are held out together, if at least half of the expert's are left for the fit.
 
     Args:
         names: of all experts, in order, for messages
@@ -135,7 +135,8 @@ def hold_out(
                 break
             for group in (set(alike[sequences[i].input_ids]) - heldout, {i} - heldout):
                 leave = Counter(owner for j in group for owner in sequences[j].owners)
-                if all(left[owner] > count for owner, count in leave.items()):
+                least = {o: 1 if len(group) == 1 else len(own[o]) / 2 for o in leave}
+                if all(left[owner] - count >= least[owner] for owner, count in leave.items()):
                     heldout |= group
                     left -= leave
                     break

@@ -33,6 +33,9 @@ IDLE = {
 }  # fmt: skip
 """Arguments that change nothing here: no code and no pickle is ever loaded from a repository."""
 
+OF_FORWARD = ("output_attentions", "output_hidden_states", "return_dict")
+"""Arguments that transformers has put into the configuration: what a call of the model returns."""
+
 
 class UnsupportedArgumentError(MeteoraError, TypeError):
     """A fused model cannot be loaded with an argument of `from_pretrained`."""
@@ -84,6 +87,10 @@ class MeteoraForCausalLM:
         model, _ = load(name, revision=revision, download=download, **ours)
         if attention is not None:
             model.set_attn_implementation(attention)
+        usual = MeteoraConfig()
+        for key in OF_FORWARD:
+            if (value := getattr(config, key)) != getattr(usual, key):
+                setattr(model.config, key, value)
         return model
 
 

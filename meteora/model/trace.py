@@ -83,8 +83,14 @@ class Trace:
         return layers_of(self.modules)
 
     def shares(self, layer: int | None = None) -> Tensor:
-        """The mean weight of each token and expert, [T, E], over modules of one layer or of all."""
+        """The mean weight of each token and expert, [T, E], over modules of one layer or of all.
+
+        Raises:
+            TraceError: that layer has no routed module.
+        """
         modules = [m for m, own in enumerate(self.layers) if layer is None or own == layer]
+        if not modules:
+            raise TraceError(f"no module of layer {layer} is routed; ask for another layer")
         return mean_weights(self.weights[modules], self.chosen[modules], len(self.experts))
 
     def tokens(self) -> list[Token]:

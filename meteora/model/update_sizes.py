@@ -36,8 +36,13 @@ def read_prompts(
     prompts: Sequence[Sequence[int]],
     num_experts: int,
     advance: Callable[[int], None] = lambda _prompts: None,
+    *,
+    most_tokens: int | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Read prompts, given as token ids, with the base alone.
+
+    Args:
+        most_tokens: a prompt is read up to this many of its own tokens; None: as a whole
 
     Returns:
         Two tensors in float32 on the CPU, each a mean over a prompt's own tokens, without those of
@@ -50,6 +55,10 @@ def read_prompts(
     means: list[Tensor] = [torch.empty(0)] * len(prompts)
     sizes = torch.zeros(len(prompts), num_experts)
     num_modules = torch.zeros(num_experts)
+    ends = [max(start + 1, len(ids) - end) for ids in prompts]
+    if most_tokens is not None:
+        ends = [min(last, start + most_tokens) for last in ends]
+        prompts = [ids[:last] for ids, last in zip(prompts, ends, strict=True)]
     spans: dict[int, tuple[int, slice]] = {}
     device = input_device(model)
 
@@ -73,7 +82,7 @@ def read_prompts(
         for chosen in by_length(prompts, PROMPTS_PER_BATCH):
             spans.clear()
             for row, i in enumerate(chosen):
-                spans[i] = row, slice(start, max(start + 1, len(prompts[i]) - end))
+                spans[i] = row, slice(start, ends[i])
             rows = [prompts[i] for i in chosen]
             ids, mask = padded_and_mask(rows, padding_token(tokenizer) or 0)
             with without_experts(model):

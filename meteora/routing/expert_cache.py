@@ -41,7 +41,10 @@ class ExpertCache:
 
     @property
     def miss_rate(self) -> float:
-        """The share of uses that had to wait for a copy; 0 before the first."""
+        """The share of uses that had to wait for a copy, except copies of the mean of all.
+
+        It is 0 before the first use.
+        """
         return self.misses / max(self.hits + self.misses, 1)
 
     def fetch(

@@ -48,7 +48,7 @@ OUTSIDERS = 16
 CHECKED = 16
 """The prompts of an expert that `known_shares` reads."""
 CHECKED_TOKENS = 256
-"""The tokens of a prompt that it reads, so that a batch of 16 takes little memory."""
+"""The own tokens of a prompt that it reads, so that a batch of 16 takes little memory."""
 LEAST_SCORE, LEAST_SHARE = 0.75, 0.4
 """The least score of an expert that gets a cluster: in standard deviations, and as a share of its
 best score. In the two pools of `tests/benchmarks/results/pool.md` clusters of an expert had 1.24
@@ -134,8 +134,8 @@ def known_shares(
     place = {
         text: i for i, text in enumerate(dict.fromkeys(t for own in first.values() for t in own))
     }
-    ids = [encode_prompt(tokenizer, text)[:CHECKED_TOKENS] for text in [*place, *outsiders()]]
-    means, sizes = read_prompts(model, tokenizer, ids, len(names))
+    ids = [encode_prompt(tokenizer, text) for text in [*place, *outsiders()]]
+    means, sizes = read_prompts(model, tokenizer, ids, len(names), most_tokens=CHECKED_TOKENS)
     clusters = clusters_of(means[: len(place)].numpy(), CLUSTERS_PER_EXPERT * len(names))
     scores = stand_out(sizes.double().numpy(), clusters)
     knows = (scores >= least_scores(scores))[clusters]

@@ -550,6 +550,11 @@ def test_what_is_held_out_is_not_fitted_under_another_number(share):
     assert len(dealing.hold_out([one] * 4, NAMES[:1], 0, share)) == 4 * share
 
 
+def test_most_of_what_an_expert_has_stays_in_the_fit_even_if_it_is_one_sequence_again_and_again():
+    one, other = (LabelledSequence((5, token), (0, 0)) for token in (6, 7))
+    assert len(dealing.hold_out([other, *[one] * 99], NAMES[:1], 0, 0.1)) == 10
+
+
 def test_a_failed_fit_leaves_the_routers_that_it_found(model):
     def interrupt(_done, _total):
         raise KeyboardInterrupt

@@ -5,7 +5,7 @@ import pytest
 import torch
 
 from meteora.fitting.covariance import Scatter
-from meteora.fitting.lda import SingularError, choose_shrinkage, gate_from
+from meteora.fitting.lda import SingularError, choose_shrinkage, gate_from, solve_gate
 from meteora.fitting.logistic import Tokens
 
 E, IN, T = 3, 6, 200
@@ -65,7 +65,6 @@ def test_shrinkage_is_the_one_that_is_right_most_often_on_held_out_tokens():
         right = (held.x @ weight.T + bias).argmax(-1) == held.labels
         accuracies[candidate] = float((right * held.weights).sum() / held.weights.sum())
     assert accuracy == pytest.approx(max(accuracies.values()))
-    assert gate is not None
     assert all(map(torch.equal, gate, gate_from(scatter, chosen)))
     assert chosen == max(c for c, a in accuracies.items() if a == pytest.approx(accuracy))
 
@@ -87,4 +86,18 @@ def test_tokens_that_are_all_alike_within_each_expert_are_refused():
     scatter.add(torch.eye(IN)[labels], labels, torch.ones(2 * E))
     with pytest.raises(SingularError, match="do not vary within any expert"):
         gate_from(scatter, 0.1)
-    assert choose_shrinkage(scatter, lambda *_: 1.0) == (0.6, -1, None)
+    with pytest.raises(SingularError, match="do not vary within any expert"):
+        choose_shrinkage(scatter, lambda *_: 1.0)
+
+
+def test_a_gate_that_only_more_than_every_candidate_solves_has_its_accuracy():
+    """The tokens vary in one direction, so little that a gate is 0.8e18 / s beside it."""
+    labels = torch.arange(4 * E) % E
+    scatter = Scatter.empty(E, torch.zeros(IN))
+    x = torch.eye(IN)[labels]
+    x[:, -1] = (IN / 0.8e18) ** 0.5 * (1 - 2 * (torch.arange(4 * E) // E % 2))
+    scatter.add(x, labels, torch.ones(4 * E))
+    assert solve_gate(scatter.covariance(), scatter.means, scatter.shift, 0.6) is None
+    right = Tokens(x, labels, torch.ones(4 * E)).accuracy
+    chosen = choose_shrinkage(scatter, right)
+    assert chosen.accuracy == right(*gate_from(scatter, 1.0)) == 1

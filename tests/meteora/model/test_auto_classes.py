@@ -66,9 +66,14 @@ def test_arguments_of_transformers_mean_what_they_mean_there(world: World, folde
         device_map="auto",
         trust_remote_code=False,
         low_cpu_mem_usage=True,
+        output_hidden_states=True,
+        output_attentions=True,
     )
     assert model.dtype == torch.bfloat16
     assert model.config._attn_implementation == "eager"
+    answer = model(torch.arange(3, 9)[None])
+    assert len(answer.hidden_states) == model.config.num_hidden_layers + 1
+    assert len(answer.attentions) == model.config.num_hidden_layers
     tokenizer = AutoTokenizer.from_pretrained(folder, base_folder=world.base, padding_side="right")
     assert tokenizer is not None
     assert tokenizer.padding_side == "right"

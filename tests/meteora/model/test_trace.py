@@ -104,6 +104,8 @@ def test_shares_are_mean_weights_over_all_modules_or_those_of_a_layer(model, tok
                     expected[t, e] += w / len(kept)
         torch.testing.assert_close(found.shares(layer), expected)
         torch.testing.assert_close(expected.sum(1), torch.ones(len(prompt)))
+    with pytest.raises(TraceError, match="no module of layer 7 is routed"):
+        found.shares(7)
 
 
 def test_a_character_of_several_tokens_stands_with_its_last_one(model, tokenizer):

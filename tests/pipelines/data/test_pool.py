@@ -134,6 +134,19 @@ def test_a_prompt_lies_where_its_own_tokens_do_and_not_those_of_the_template(
     torch.testing.assert_close(read_prompts(model, tokenizer, [longer, ids], 2)[0][1], mean)
 
 
+def test_a_prompt_is_read_up_to_so_many_of_its_own_tokens(knowing: Knowing) -> None:
+    import meteora
+    from meteora.base.chat_template import encode_prompt
+    from meteora.model.update_sizes import read_prompts
+
+    model, tokenizer = meteora.load(knowing.checkpoint, base_folder=knowing.base)
+    tokenizer.chat_template = CHAT_TEMPLATE
+    long, short, other = (encode_prompt(tokenizer, text) for text in ("abcdefgh", "abc", "ab"))
+    cut = read_prompts(model, tokenizer, [long, other], 2, most_tokens=3)
+    whole = read_prompts(model, tokenizer, [short, other], 2)
+    torch.testing.assert_close(cut, whole)
+
+
 def test_prompts_beyond_the_bases_context_are_nobodys_and_not_read(knowing: Knowing) -> None:
     import meteora
     from pipelines.data.pool import divide

@@ -4,7 +4,6 @@ experts         an adapter of a recipe: read and accepted, refused, or missing
 sources         where bases and adapters come from, pinned and fetched
 verdicts        verdicts on adapters, printed and recorded
 base_identity   whether the base that an adapter names is the recipe's
-base_worker     the process that compares a stranger's base with ours
 silent_experts  experts that change nothing on a probe prompt, recorded
 checkpoints     the checkpoint that a user names, and its base
 card_examples   examples from a data set that an adapter's card names

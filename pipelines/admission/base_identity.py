@@ -13,7 +13,7 @@ import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError
 from meteora.artifacts import COMMIT, REPO_ID, Noun, Reason, canonical_json, canonical_sha256
@@ -25,8 +25,9 @@ from pipelines.hub.card import base_of
 from pipelines.hub.client import Hub, hub_of
 from pipelines.hub.errors import HubError
 from pipelines.hub.snapshot import write_note
+from pipelines.processes import isolated
+from pipelines.processes.child import ChildError
 from pipelines.workspace.console import say
-from pipelines.workspace.processes import ChildError, ChildProcess
 from store.files import read_note
 
 if TYPE_CHECKING:
@@ -37,8 +38,7 @@ if TYPE_CHECKING:
 
 LookUp = Callable[[str], "BaseVerdict"]
 """Takes a base's `owner/name`, and returns the verdict on it."""
-WORKER = "pipelines.admission.base_worker"
-DEADLINE_SECONDS = 300
+COMPARE_SECONDS = 300
 """For a comparison; most of the time goes to loading the libraries."""
 
 
@@ -161,14 +161,24 @@ def _compare(named: str, ours: Path, hub: Hub) -> BaseVerdict:
             theirs = scratch / "profile"
             say(f"comparing {named}, which an adapter names, with the base")
             repositories.download_profile(ref, theirs, hub=hub)
-            with ChildProcess(WORKER, quiet=True) as worker:
-                request = [named, str(theirs), str(ours)]
-                answer = worker.ask(request, deadline_seconds=DEADLINE_SECONDS)
+            asked = (named, str(theirs), str(ours))
+            answer = isolated.call(compare, *asked, seconds=COMPARE_SECONDS)
     except HubError as error:
         return BaseVerdict(str(error))
     except ChildError as error:
         return BaseVerdict(f"to compare them failed: {brief(error)}")
     return BaseVerdict.from_dict(answer)
+
+
+def compare(named: str, theirs: str, ours: str) -> dict[str, Any]:
+    """The verdict on a base, from the folders with its profile and with ours."""
+    from meteora.base.match import UnreadableBaseError, compare_bases  # noqa: PLC0415  (torch)
+
+    try:
+        found = compare_bases(named, Path(theirs), Path(ours))
+    except UnreadableBaseError as error:
+        return BaseVerdict(str(error)).to_dict()
+    return BaseVerdict("", tuple(found.refusals), tuple(found.warnings)).to_dict()
 
 
 def _named_base(adapter: Adapter, folder: Path) -> str:

@@ -1,27 +1,22 @@
 """Examples of an adapter for which the recipe names none: rows of a data set that its card names.
 
-A card is a stranger's text. So `datasets` reads the data set and runs none of its code, and a data
-set whose columns are unclear is not used.
+A card is a stranger's text. So `datasets` reads the data set in a process with a limit of memory,
+and runs none of its code, and a data set whose columns are unclear is not used.
 """
 
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from functools import partial
 from itertools import islice
 from pathlib import Path
 from typing import Any
 from urllib.parse import urlencode
 
-from httpx2 import TransportError  # what huggingface_hub speaks HTTP with
 from huggingface_hub import HfApi
 
-from meteora.untrusted.findings import brief, causes, listed
-from pipelines.data.hub_rows import (
-    HOW_TO_GET_ACCESS,
-    UnreadableError,
-    exchange_in,
-    hub_items,
-)
-from pipelines.data.pinned import cached_entries, pin
+from meteora.untrusted.findings import listed
+from pipelines.data.hub_rows import HOW_TO_GET_ACCESS, exchange_in, hub_items, library
+from pipelines.data.pinned import DataSetError, ask, cached_entries, pin
 from pipelines.data.row_sources import data_set_of, read_rows
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.hub.card import stated_licence
@@ -93,10 +88,12 @@ def read_card_examples(
             source = f"hf:{name}?{urlencode(_options(name, token_of(name)), safe=',.')}"
             return read_rows(source, folder, limit, token_of), source
         except ExamplesError as error:
-            if _is_fault_of_hub(error.__cause__):
-                raise
-            cause = error.__cause__ if isinstance(error, UnreadableError) else None
-            reasons.append(str(_fault(name, cause) if isinstance(cause, Exception) else error))
+            cause = error.__cause__
+            if isinstance(cause, DataSetError):
+                if cause.is_fault_of_hub:
+                    raise
+                error = _fault(name, cause)
+            reasons.append(str(error))
     raise NoCardExamplesError("; ".join(reasons) or "its card names no data set of the Hub")
 
 
@@ -111,8 +108,8 @@ def licences_of_data_sets(
     for name, commit in dict.fromkeys(map(data_set_of, sources)):
         try:
             licence = _licence_of(name, commit, token_of(name))
-        except Exception as error:  # of HTTP, and of wrong answers
-            if _is_fault_of_hub(error):
+        except DataSetError as error:
+            if error.is_fault_of_hub:
                 break
             continue
         if licence:
@@ -121,29 +118,18 @@ def licences_of_data_sets(
 
 
 def _licence_of(name: str, commit: str, token: str | None) -> str:
-    def ask() -> list[dict[str, str]]:
-        card = HfApi().dataset_info(name, revision=commit, token=token or False).card_data
-        return [{"licence": stated_licence(card and card.get("license"))}]
+    def make() -> list[dict[str, str]]:
+        licence = ask(licence_at, name, commit, token, seconds=LICENCE_SECONDS)
+        return [{"licence": licence}]
 
-    (licence,) = cached_entries(
-        ["licence", name, commit], ask, lambda entry: str(entry["licence"]), LICENCE_SECONDS
-    )
+    (licence,) = cached_entries(["licence", name, commit], make, lambda e: str(e["licence"]))
     return licence
 
 
-def _is_fault_of_hub(error: BaseException | None) -> bool:
-    """Whether the Hub was not reached, or had a fault of its own: no verdict on a data set."""
-    transient = (ConnectionError, TimeoutError, TransportError)
-    return any(
-        isinstance(one, transient) or status == 429 or status >= 500
-        for one, status in _with_status(error)
-    )
-
-
-def _with_status(error: BaseException | None) -> Iterator[tuple[BaseException, int]]:
-    """An error and its causes, each with the HTTP status of its answer, or 0."""
-    for one in causes(error, hidden=True):  # `datasets` hides what it met on the Hub
-        yield one, getattr(getattr(one, "response", None), "status_code", 0)
+def licence_at(name: str, commit: str, token: str | None) -> str:
+    """The licence that a data set states at a commit; empty for none."""
+    card = HfApi().dataset_info(name, revision=commit, token=token or False).card_data
+    return stated_licence(card and card.get("license"))
 
 
 def _options(name: str, token: str | None) -> dict[str, str]:
@@ -155,17 +141,21 @@ def _options(name: str, token: str | None) -> dict[str, str]:
     try:
         commit = pin(name, "", token)
         asked = ["options", COLUMNS, TURNS, name, commit]
-        (options,) = cached_entries(asked, lambda: [_options_at(name, commit, token)], dict)
-    except ExamplesError:
-        raise
-    except Exception as error:  # each library and file reader has its own, such as BadZipFile
+        make = partial(ask, options_at, name, commit, token)
+        (options,) = cached_entries(asked, lambda: [make()], dict)
+    except DataSetError as error:
         raise _fault(name, error) from error
     return options
 
 
-def _options_at(name: str, commit: str, token: str | None) -> dict[str, str]:
-    import datasets as hub  # noqa: PLC0415  (seconds to import, and only needed here)
+def options_at(name: str, commit: str, token: str | None) -> dict[str, str]:
+    """Config, split and columns of a data set at a commit.
 
+    Raises:
+        NoCardExamplesError: they are not clear.
+        Exception: the data set cannot be read.
+    """
+    hub = library()
     access: Any = {"token": token or False, "revision": commit}
     config = hub.get_dataset_default_config_name(name, **access)
     if config is None:
@@ -193,19 +183,15 @@ def _options_at(name: str, commit: str, token: str | None) -> dict[str, str]:
     return options | columns
 
 
-def _fault(name: str, error: Exception) -> ExamplesError:
+def _fault(name: str, error: DataSetError) -> ExamplesError:
     """The error for a failed download: a fault of the Hub is no verdict on the data set."""
-    if _is_fault_of_hub(error):
+    if error.is_fault_of_hub:
         return ExamplesError(
             f"the Hub cannot be reached for {name}, a data set that an adapter's card names;"
             " try again, or name examples in the recipe"
         )
-    is_hidden = any(
-        status in (401, 403) or type(one).__name__ == "DatasetNotFoundError"  # `datasets` has it so
-        for one, status in _with_status(error)
-    )
-    hint = f"; if it is gated or private, {HOW_TO_GET_ACCESS}" if is_hidden else ""
-    return NoCardExamplesError(f"{name} cannot be read ({brief(error)}){hint}")
+    hint = f"; if it is gated or private, {HOW_TO_GET_ACCESS}" if error.is_hidden else ""
+    return NoCardExamplesError(f"{name} cannot be read ({error}){hint}")
 
 
 def columns_of(items: Sequence[Mapping[str, Any]]) -> dict[str, str] | None:

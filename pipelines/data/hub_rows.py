@@ -9,7 +9,9 @@ from itertools import pairwise
 from pathlib import Path
 from typing import Any
 
-from meteora.untrusted.findings import brief, listed
+from fsspec import AbstractFileSystem, available_protocols, register_implementation
+
+from meteora.untrusted.findings import listed
 from pipelines.data.rows import ExamplesError
 
 HOW_TO_GET_ACCESS = (
@@ -20,10 +22,31 @@ HOW_TO_GET_ACCESS = (
 ASKING, ANSWERING = {"user", "human"}, {"assistant", "gpt"}
 KEYS = (("role", "content"), ("from", "value"))
 """The keys of a turn: who says it, and the text."""
+PROTOCOLS = {"hf", "file", "local", "zip", "tar"}
+"""Where the rows of a data set may be: on the Hub, here, and in archives of these files."""
 
 
 class UnreadableError(ExamplesError):
     """A data set of the Hub cannot be read; its cause says why."""
+
+
+class _Elsewhere(AbstractFileSystem):
+    """The files of another server, to which a data set may refer: none of them is asked for."""
+
+    def __init__(self, *_arguments: object, **_options: object) -> None:
+        raise PermissionError("it refers to files outside its repository, which are not read")
+
+
+def library() -> Any:  # noqa: ANN401  (a module)
+    """`datasets`; from now on this process reads files of the Hub and of this machine alone.
+
+    A data set names its files in its README, and they may be addresses inside this network.
+    """
+    import datasets  # noqa: PLC0415  (seconds to import, and only needed here)
+
+    for protocol in {*available_protocols()} - PROTOCOLS:
+        register_implementation(protocol, _Elsewhere, clobber=True)
+    return datasets
 
 
 def hub_items(
@@ -36,32 +59,28 @@ def hub_items(
 
     Raises:
         ExamplesError: the rows of a commit are asked for, and a folder here has the same name.
-        UnreadableError: the data set cannot be read.
+        Exception: the data set cannot be read; file readers have their own, such as BadZipFile.
     """
-    import datasets  # noqa: PLC0415  (seconds to import, and only needed here)
-
+    datasets = library()
     if options.get("revision") and Path(name).exists():
         raise ExamplesError(
             f"hf:{name}: the folder {name} in the working folder would be read in its place; rename"
             " it, or run in another folder"
         )
-    try:
-        yield from datasets.load_dataset(
-            name,
-            options.get("config"),
-            split=options.get("split", "test"),
-            revision=options.get("revision") or None,
-            streaming=True,
-            token=token or False,
-        )
-    except Exception as error:  # file readers have their own, such as BadZipFile
-        raise unreadable(name, error) from error
+    yield from datasets.load_dataset(
+        name,
+        options.get("config"),
+        split=options.get("split", "test"),
+        revision=options.get("revision") or None,
+        streaming=True,
+        token=token or False,
+    )
 
 
 def unreadable(name: str, error: Exception) -> UnreadableError:
     """The error for a data set that a recipe names and that cannot be read."""
     return UnreadableError(
-        f"hf:{name} cannot be read from the Hub ({brief(error)}); check its name, config and split,"
+        f"hf:{name} cannot be read from the Hub ({error}); check its name, config and split,"
         " and whether the Hub can be reached; if it is gated or private,"
         f" {HOW_TO_GET_ACCESS}"
     )

@@ -16,7 +16,7 @@ if there is one; `choices=<column>` names another one, and `choices=` none.
 
 import json
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache, partial
 from itertools import chain, islice, zip_longest
 from pathlib import Path
@@ -27,7 +27,7 @@ from meteora.base.sources import path_from
 from meteora.untrusted.findings import listed, not_utf8, shortened
 from meteora.untrusted.strict_json import StrictJSONError, unique_keys
 from pipelines.data.hub_rows import exchange_in, hub_items, no_column, text_in, unreadable
-from pipelines.data.pinned import cached_entries, pin
+from pipelines.data.pinned import DataSetError, ask, cached_entries, pin
 from pipelines.data.rows import ExamplesError, Row
 
 MAX_ROW_BYTES = 1 << 20
@@ -137,7 +137,7 @@ def pin_source(source: str, token_of: Callable[[str], str | None]) -> str:
 def _pin(name: str, options: Mapping[str, str], token: str | None) -> str:
     try:
         return pin(name, options.get("revision", ""), token)
-    except Exception as error:  # of HTTP, of wrong names, of wrong answers
+    except DataSetError as error:
         raise unreadable(name, error) from error
 
 
@@ -400,14 +400,20 @@ def _hub(request: Request) -> Iterable[Row]:
     name, token = request.name, request.token_of(request.name)
     commit = _pin(name, request.options, token)
     options = request.options | {"revision": commit}
-    rows = islice(_hub_rows(replace(request, options=options), token), request.limit)
-    if not commit:
-        return rows
     key = [name, options, request.limit, request.answered]
+    make = partial(ask, hub_rows, *key, token)
     try:
-        return cached_entries(key, lambda: [row.to_dict() for row in rows], Row.from_dict)
-    except TimeoutError as error:
+        return cached_entries(key, make, Row.from_dict) if commit else map(Row.from_dict, make())
+    except DataSetError as error:
         raise unreadable(name, error) from error
+
+
+def hub_rows(
+    name: str, options: dict[str, str], limit: int, answered: bool, token: str | None
+) -> list[dict[str, Any]]:
+    """The rows of a data set of the Hub as JSON; the arguments are those of a `Request`."""
+    request = Request(f"hf:{name}", name, Path(), options, limit, no_token, answered)
+    return [row.to_dict() for row in islice(_hub_rows(request, token), limit)]
 
 
 def _hub_rows(request: Request, token: str | None) -> Iterator[Row]:

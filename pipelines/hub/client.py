@@ -24,13 +24,13 @@ from pipelines.hub.errors import (
     InsecureEndpointError,
     hub_error,
 )
-from pipelines.workspace.console import say
-from pipelines.workspace.processes import (
+from pipelines.processes.child import (
     ChildDiedError,
     ChildError,
     ChildProcess,
     ChildTimeoutError,
 )
+from pipelines.workspace.console import say
 
 if TYPE_CHECKING:
     from pipelines.recipe.recipe import Recipe

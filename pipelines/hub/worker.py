@@ -38,7 +38,7 @@ from huggingface_hub.errors import (
     RevisionNotFoundError,
 )
 
-from pipelines.workspace.processes import connect_to_parent, limit_memory
+from pipelines.processes.child import connect_to_parent, limit_memory
 
 SLACK = 64 * 1024
 """Bytes by which a file may exceed its listed size before the kernel stops it."""

@@ -28,13 +28,13 @@ from meteora.checkpoint.manifest import (
 from pipelines.hub.bundle import Bundle, make_bundle
 from pipelines.hub.errors import HubReferenceError
 from pipelines.hub.upload import Repository, hub_to_publish
+from pipelines.processes.child import ChildError, ChildProcess
 from pipelines.publishing import licences
 from pipelines.publishing.signing import is_signed
 from pipelines.recipe.publish import is_tag
 from pipelines.reports import card
 from pipelines.workspace.bases import require_sound
 from pipelines.workspace.console import say
-from pipelines.workspace.processes import ChildError, ChildProcess
 from store.files import partial_file
 
 if TYPE_CHECKING:

@@ -22,7 +22,7 @@ from meteora.base.placement import input_device
 from meteora.checkpoint.resolve import find_checkpoint
 from meteora.model.silent_experts import PROMPT
 from pipelines.admission.checkpoints import FoundCheckpoint
-from pipelines.workspace.processes import connect_to_parent
+from pipelines.processes.child import connect_to_parent
 
 
 @torch.inference_mode()

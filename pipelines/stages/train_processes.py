@@ -21,11 +21,11 @@ from meteora.artifacts import MeteoraError, RouterSpec
 from meteora.checkpoint import tensors
 from meteora.fitting import joint
 from meteora.routing.gates import gates_of
+from pipelines.processes.child import ChildDiedError, ChildProcess, answers, connect_to_parent
 from pipelines.recipe.gates import JointSection
 from pipelines.stages.open_model import map_to_divide, opened
 from pipelines.stages.worker_client import StageError
 from pipelines.workspace.context import RunContext
-from pipelines.workspace.processes import ChildDiedError, ChildProcess, answers, connect_to_parent
 from store.ledger import Ledger
 
 if TYPE_CHECKING:

@@ -15,6 +15,7 @@ from meteora.adapters.update_norm import check_proportion
 from meteora.artifacts import MeteoraError
 from meteora.base.placement import is_out_of_memory
 from pipelines.planning.plan import Plan
+from pipelines.processes.child import Channel, connect_to_parent
 from pipelines.publishing import publish
 from pipelines.stages import build, measure, pool
 from pipelines.stages.open_model import is_spread
@@ -23,7 +24,6 @@ from pipelines.stages.worker_client import StageError
 from pipelines.workspace.console import CONSOLE
 from pipelines.workspace.context import RunContext
 from pipelines.workspace.machine import choose_device, device_name, memory_bytes
-from pipelines.workspace.processes import Channel, connect_to_parent
 from store.ledger import Ledger
 
 PROGRESS_SECONDS = 2.0

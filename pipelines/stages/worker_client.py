@@ -9,9 +9,9 @@ from collections.abc import Callable
 from typing import Any
 
 from meteora.artifacts import MeteoraError
+from pipelines.processes.child import ChildDiedError, ChildProcess, ChildTimeoutError
 from pipelines.workspace.context import RunContext
 from pipelines.workspace.environment import SETTINGS
-from pipelines.workspace.processes import ChildDiedError, ChildProcess, ChildTimeoutError
 
 
 class StageError(MeteoraError):

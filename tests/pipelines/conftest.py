@@ -87,7 +87,20 @@ def hub_here(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.fixture
-def hub(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Generator[HubServer]:
+def called_here(monkeypatch: pytest.MonkeyPatch) -> None:
+    """What `isolated.call` is given runs in this process."""
+    from tests.pipelines.processes.call_here import call_here
+
+    monkeypatch.setattr("pipelines.processes.isolated.call", call_here)
+    monkeypatch.setattr("pipelines.data.hub_rows.register_implementation", lambda *_, **__: None)
+
+
+@pytest.fixture
+def hub(
+    tmp_path: Path,
+    monkeypatch: pytest.MonkeyPatch,
+    called_here: None,  # noqa: ARG001
+) -> Generator[HubServer]:
     """A Hub with data sets, which `datasets` asks."""
     from tests.pipelines.hub.hub_server import running_hub
 

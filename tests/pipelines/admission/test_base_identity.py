@@ -4,14 +4,12 @@ import json
 from collections.abc import Callable, Generator
 from functools import partial
 from pathlib import Path
-from typing import Any, Self
 
 import pytest
 from prefect import flow
 
 from meteora.adapters.compatibility import IncompatibleAdaptersError
 from meteora.artifacts import AdapterRef
-from pipelines.admission import base_identity, base_worker
 from pipelines.flows import flow as flows
 from pipelines.hub.errors import HubError
 from pipelines.workspace.context import RunContext
@@ -31,29 +29,6 @@ def server(world: World, hub_here: None) -> Generator[HubServer]:  # noqa: ARG00
             world.adapters["q_and_v"], base_model_name_or_path="org/base"
         )
         yield server
-
-
-class CompareHere:
-    """In place of the worker's process, in which to load the model libraries takes seconds."""
-
-    def __init__(self, module: str, *, quiet: bool) -> None:
-        assert (module, quiet) == (base_identity.WORKER, True)
-
-    def __enter__(self) -> Self:
-        return self
-
-    def __exit__(self, *_error: object) -> None:
-        pass
-
-    def ask(self, request: list[str], *, deadline_seconds: float) -> dict[str, Any]:
-        assert deadline_seconds > 0
-        named, theirs, ours = json.loads(json.dumps(request))
-        return json.loads(json.dumps(base_worker.compare(named, theirs, ours)))
-
-
-@pytest.fixture
-def compared_here(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(base_identity, "ChildProcess", CompareHere)
 
 
 @pytest.fixture
@@ -97,7 +72,7 @@ def test_a_mirror_is_known_by_what_it_is_and_looked_at_once(
     assert asked_for(server, "org/base") == came
 
 
-@pytest.mark.usefixtures("compared_here")
+@pytest.mark.usefixtures("called_here")
 def test_a_card_names_the_base_where_the_config_does_not(
     opened: Callable[..., RunContext], server: HubServer, world: World
 ) -> None:
@@ -108,7 +83,7 @@ def test_a_card_names_the_base_where_the_config_does_not(
     assert {"base_local_path", "base_alias"} <= codes(opened()).keys()
 
 
-@pytest.mark.usefixtures("compared_here")
+@pytest.mark.usefixtures("called_here")
 def test_an_adapter_of_another_base_is_refused_though_its_shapes_fit(
     opened: Callable[..., RunContext], server: HubServer, build_base: Callable[[str], Path]
 ) -> None:
@@ -118,7 +93,7 @@ def test_an_adapter_of_another_base_is_refused_though_its_shapes_fit(
             codes(opened())
 
 
-@pytest.mark.usefixtures("compared_here")
+@pytest.mark.usefixtures("called_here")
 def test_a_base_that_cannot_be_reached_is_a_warning_or_a_refusal(
     opened: Callable[..., RunContext], server: HubServer
 ) -> None:
@@ -146,7 +121,7 @@ def test_a_tokenizer_that_ends_the_process_that_reads_it_ends_no_run(
     assert "to compare them failed: its process" in codes(opened())["base_unreachable"]
 
 
-@pytest.mark.usefixtures("compared_here")
+@pytest.mark.usefixtures("called_here")
 def test_where_all_is_local_nobody_is_asked_unless_the_recipe_says_so(
     opened: Callable[..., RunContext],
     server: HubServer,

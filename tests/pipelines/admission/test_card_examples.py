@@ -3,6 +3,7 @@
 import json
 from collections.abc import Callable
 from functools import partial
+from gzip import compress
 from io import BytesIO
 from pathlib import Path
 from typing import Any
@@ -24,9 +25,12 @@ from pipelines.data.row_sources import no_token, read_rows
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.hub.card import datasets_of
 from pipelines.planning.plan import Plan, make_plan
+from pipelines.processes import isolated
 from pipelines.workspace.context import RunContext
 from tests.pipelines.conftest import letters, plan_of
-from tests.pipelines.hub.hub_server import Fault, HubServer, Main
+from tests.pipelines.hub.hub_server import Fault, HubServer, Main, running_hub
+
+CALL = isolated.call
 
 
 def turns(*said: tuple[str, str], role: str = "role", content: str = "content") -> list[Any]:
@@ -319,21 +323,50 @@ def test_a_fault_of_the_hub_is_no_verdict_on_a_data_set(
     assert not isinstance(caught.value, NoCardExamplesError)
 
 
+def apart(hub: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """From now on data sets of this Hub are read in a process of its own."""
+    monkeypatch.setattr(isolated, "call", CALL)
+    monkeypatch.setenv("HF_ENDPOINT", hub.endpoint)
+    monkeypatch.setenv("HF_HOME", str(folder / "hf"))
+
+
 def test_a_hub_that_hangs_is_given_up(
     hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    apart(hub, tmp_path, monkeypatch)
     put(hub, "a/b", [{"question": "q", "answer": "a"}])
     hub.faults["revision"] = Fault(hang=True)
     monkeypatch.setattr(pinned, "SECONDS", 0.2)
     with pytest.raises(ExamplesError, match=r"hf:a/b cannot be read .*not done within 0\.2 s"):
         read_rows("hf:a/b?split=train", tmp_path, 1)
     hub.faults.clear()
+    monkeypatch.setattr(pinned, "SECONDS", 60.0)
     monkeypatch.setattr(pinned, "READ_SECONDS", 0.0)
     with pytest.raises(ExamplesError, match=r"hf:a/b cannot be read .*not done within 0 s"):
         read_rows("hf:a/b?split=train", tmp_path, 1)
     with pytest.raises(ExamplesError, match="the Hub cannot be reached for a/b") as caught:
         read_card_examples(["a/b"], tmp_path, 1, no_token)
     assert not isinstance(caught.value, NoCardExamplesError)
+
+
+def test_a_data_set_names_no_files_of_other_servers(
+    hub: HubServer, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    apart(hub, tmp_path, monkeypatch)
+    with running_hub() as inside:
+        address = f"{inside.endpoint}/delete?id=1"
+        hub.repos["a/b"] = Main(
+            {
+                "README.md": configs("- config_name: main", f"  data_files: {address}"),
+                "train.jsonl": jsonl(QUESTIONS),
+            }
+        )
+        with pytest.raises(NoCardExamplesError, match="files outside its repository"):
+            read_card_examples(["a/b"], tmp_path, 4, no_token)
+        assert not inside.requests
+    hub.repos["a/c"] = Main({"train.jsonl.gz": compress(jsonl(QUESTIONS))})
+    rows, _ = read_card_examples(["a/c"], tmp_path, 4, no_token)
+    assert [row.prompt for row in rows] == ["q0", "q1", "q2"]
 
 
 def test_a_hub_that_cannot_be_reached_is_no_missing_data_set(

@@ -1,13 +1,12 @@
-import time
 from pathlib import Path
-from threading import Event
-from typing import Any, NoReturn
+from typing import Any
 
 import pytest
 from huggingface_hub import constants
 
-from pipelines.data import pinned
-from pipelines.data.pinned import cached_entries
+from pipelines.data.pinned import DataSetError, ask, cached_entries
+from pipelines.data.rows import ExamplesError
+from pipelines.processes.isolated import MOST_MEMORY
 
 ENTRIES: list[dict[str, Any]] = [{"prompt": "a"}, {"prompt": "b"}]
 
@@ -33,33 +32,23 @@ def test_what_was_read_of_a_commit_is_the_owner_s_alone_and_not_read_again(
     assert file.stat().st_mode & 0o777 == 0o600
 
 
-@pytest.mark.parametrize("interrupted", [False, True])
-def test_a_reading_that_does_not_end_is_given_up_and_ended(
-    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, interrupted: bool
-) -> None:
-    """Arrow aborts a process that ends while another thread still reads, also at Ctrl-C."""
-    monkeypatch.setattr(constants, "HF_HOME", str(tmp_path))
-    monkeypatch.setattr(pinned, "READ_SECONDS", 20 if interrupted else 0.05)
-    begun, ended = Event(), Event()
+def hold(most: int) -> None:
+    bytearray(most)
 
-    def read() -> NoReturn:
-        begun.set()
-        try:
-            while True:
-                time.sleep(0.01)
-        finally:
-            ended.set()
 
-    def interrupt(_self: object, _seconds: float) -> None:
-        begun.wait()
-        raise KeyboardInterrupt
+def refuse() -> None:
+    raise ExamplesError("no rows")
 
-    if interrupted:
-        monkeypatch.setattr(pinned.Future, "result", interrupt)
-    error, said = (KeyboardInterrupt, None) if interrupted else (TimeoutError, r"within 0\.05 s")
-    with pytest.raises(error, match=said):
-        cached_entries(["rows"], read, dict)
-    assert ended.is_set()
+
+def test_what_reads_a_data_set_has_limits_and_its_refusals_come_through() -> None:
+    with pytest.raises(DataSetError, match="needs more memory than it may take") as held:
+        ask(hold, 2 * MOST_MEMORY)
+    assert not held.value.is_fault_of_hub
+    with pytest.raises(DataSetError, match=r"not done within 0\.1 s") as late:
+        ask(hold, 0, seconds=0.1)
+    assert late.value.is_fault_of_hub
+    with pytest.raises(ExamplesError, match="no rows"):
+        ask(refuse)
 
 
 def test_what_cannot_be_kept_is_read_again_and_leaves_nothing_behind(

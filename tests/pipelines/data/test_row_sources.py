@@ -118,6 +118,7 @@ def test_an_option_that_is_given_twice_is_refused(tmp_path: Path) -> None:
         read_rows("bigbench:task.json?split=train&split=test", tmp_path, 1)
 
 
+@pytest.mark.usefixtures("called_here")
 def test_a_column_may_have_a_point_in_its_name(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -305,6 +306,7 @@ def test_a_hub_dataset_out_of_reach_is_one_sentence(
         read_rows("hf:nobody/none", tmp_path, 1)
 
 
+@pytest.mark.usefixtures("called_here")
 def test_a_hub_dataset_is_asked_as_its_options_say(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -10,7 +10,7 @@ from huggingface_hub import HfApi
 from pipelines.hub import client, worker
 from pipelines.hub.client import Hub
 from pipelines.hub.errors import hub_error
-from pipelines.workspace.processes import ChildError
+from pipelines.processes.child import ChildError
 
 
 class HubHere(Hub):

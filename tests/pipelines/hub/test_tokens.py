@@ -84,6 +84,7 @@ def test_libraries_send_no_token_by_themselves_in_any_command(tmp_path: Path) ->
     assert "hf_saved" not in said.stdout
 
 
+@pytest.mark.usefixtures("called_here")
 def test_data_sets_get_it_where_the_recipe_names_their_owner(
     recipe_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -135,6 +136,7 @@ def test_a_recipe_alone_sends_it_to_no_server(
     assert hub_of(work.recipe, "me/base").token == "hf_saved"  # noqa: S105
 
 
+@pytest.mark.usefixtures("called_here")
 def test_a_private_data_set_says_how_it_gets_the_token(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -7,8 +7,8 @@ import pytest
 from huggingface_hub import constants
 
 from meteora.artifacts import MeteoraError
+from pipelines.processes.child import ChildError
 from pipelines.publishing import publish, reload_worker
-from pipelines.workspace.processes import ChildError
 
 
 class ReloadHere:

@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 
-from pipelines.workspace.processes import connect_to_parent
+from pipelines.processes.child import connect_to_parent
 
 
 def main() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from pipelines.workspace.processes import (
+from pipelines.processes.child import (
     ChildDiedError,
     ChildError,
     ChildProcess,
@@ -20,7 +20,7 @@ from pipelines.workspace.processes import (
 from tests.pipelines.process_tree import ends
 
 ROOT = Path(__file__).parents[3]
-MODULE = "tests.pipelines.workspace.child"
+MODULE = "tests.pipelines.processes.child_here"
 
 
 def child(*, pickled: bool = False, quiet: bool = True) -> ChildProcess:
@@ -111,7 +111,7 @@ def test_several_answer_in_order_and_the_first_death_is_raised() -> None:
 
 def test_a_killed_parent_leaves_no_child() -> None:
     code = (
-        "from tests.pipelines.workspace.test_processes import child\n"
+        "from tests.pipelines.processes.test_child import child\n"
         "with child() as process:\n"
         "    show = lambda pid: print(process.pid, pid, flush=True)\n"
         "    process.ask('hang', deadline_seconds=600, listeners={'started': show})\n"

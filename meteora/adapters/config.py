@@ -9,6 +9,7 @@ from dataclasses import dataclass
 from typing import Any, Literal
 
 from meteora.untrusted.config_fields import (
+    ALL_LINEAR,
     MAX_ALPHA,
     MIN_ALPHA,
     Field,
@@ -211,7 +212,11 @@ def _layers(config: Mapping[str, Any], found: Findings) -> tuple[int, ...]:
     """Read the layer numbers of `layers_to_transform`; refuse what PEFT refuses to load."""
     layers, pattern = config.get("layers_to_transform"), config.get("layers_pattern")
     targets = config.get("target_modules")
-    if isinstance(targets, str) and targets != "all-linear" and (layers is not None or pattern):
+    if (
+        isinstance(targets, str)
+        and targets.lower() != ALL_LINEAR
+        and (layers is not None or pattern)
+    ):
         found.refuse("layers", "layers_to_transform needs target_modules to be a list of names")
     if pattern and layers is None:
         found.refuse("layers", "layers_pattern is set without layers_to_transform")

@@ -6,7 +6,7 @@ from collections.abc import Mapping, Sequence
 from meteora.adapters.config import Claim
 from meteora.adapters.tensors import DTYPES, AdapterTensors
 from meteora.artifacts.specs import HEADS, AdapterModule, place_of
-from meteora.untrusted.config_fields import MAX_RANK, Field
+from meteora.untrusted.config_fields import ALL_LINEAR, MAX_RANK, Field
 from meteora.untrusted.findings import Findings, listed, shortened
 from meteora.untrusted.patterns import Budget, PatternError, matching
 from meteora.untrusted.safetensors_header import TensorInfo
@@ -126,7 +126,7 @@ def _check_targets(
     left_out = {part for key in stripped for part in key.split(".")}
     tied = HEADS if claim.ensure_weight_tying and "lora_embedding_A" in left_out else set()
     untargeted: list[str] = []
-    if targets not in ((), "", "all-linear"):
+    if targets not in ((), "", ALL_LINEAR):
         named = _named(targets, paths, budget)
         untargeted = [
             path for path in paths if path not in named and path.rpartition(".")[2] not in tied

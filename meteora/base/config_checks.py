@@ -15,6 +15,8 @@ from meteora.untrusted.gguf_header import read_fields
 MAX_BYTES = 16 << 20
 MAX_LAYERS = 2_000
 """The deepest published models have a tenth."""
+INTERMEDIATE_SIZES = ("intermediate_size", "ffn_dim", "n_inner")
+"""Names of one size: of most architectures, of OPT, of GPT-2."""
 LAYERS = re.compile(r"((num|n)_)?(\w+_)?layers?")
 """Names of their number: `num_hidden_layers`, `n_layer`, `decoder_layers`."""
 
@@ -39,10 +41,15 @@ def require_layers_of_text(config: Any) -> None:  # noqa: ANN401  (transformers 
 
     Raises:
         AttributeError: it lacks a size.
-        ValueError: it has more layers than any model, or no number of them.
+        ValueError: it has more layers than any model, or a size that is no number.
     """
     text = config.get_text_config()
     _, _, num_layers = text.hidden_size, text.vocab_size, text.num_hidden_layers
+    layers = text.per_layer_config if text.is_heterogeneous else [text]
+    for name in ("num_attention_heads", "num_key_value_heads", *INTERMEDIATE_SIZES):
+        for size in (getattr(layer, name, None) or 0 for layer in layers):
+            if not all(type(one) is int for one in (size if isinstance(size, list) else [size])):
+                raise ValueError(f"{name} is {shortened(size)}, and no number")
     if not (type(num_layers) is int and 0 <= num_layers <= MAX_LAYERS):
         raise ValueError(f"it has {shortened(num_layers)} layers; at most {MAX_LAYERS} are allowed")
 
@@ -62,9 +69,12 @@ def _check_json(config: Path) -> None:
     if len(data) > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES} bytes")
     try:
-        waiting: list[Any] = [json.loads(data)]
+        whole = json.loads(data)
     except (ValueError, RecursionError):
         raise ValueError("it is not a valid JSON file") from None
+    if isinstance(whole, dict) and "configuration_files" in whole:
+        raise ValueError("its configuration_files name another config; take that key out")
+    waiting: list[Any] = [whole]
     while waiting:
         one = waiting.pop()
         for key, value in one.items() if isinstance(one, dict) else ():

@@ -51,6 +51,7 @@ CACHES = ("past_key_values", "cache_params", "state")
 
 WRITTEN = "meteora-offload-"
 """How the names of temporary folders with offloaded weights begin."""
+ADAPTER_CONFIG = "adapter_config.json"
 _PARSING = threading.Lock()
 
 
@@ -99,7 +100,7 @@ _QUIET = SharedBlock(_silence)
 
 
 @contextmanager
-def _reading(source: Path, fault: str) -> Generator[None]:
+def reading(source: Path, fault: str) -> Generator[None]:
     """Turn errors about damaged or missing files into a `SourceError`; libraries raise many kinds.
 
     Errors of the machine, such as too little memory, stay as they are.
@@ -141,7 +142,7 @@ def load_tokenizer(
     Raises:
         SourceError: transformers cannot read it, or needs a package that is not installed.
     """
-    with _reading(source, "the tokenizer cannot be loaded"):
+    with reading(source, "the tokenizer cannot be loaded"):
         check_source(source)
         loaded: Any = AutoTokenizer.from_pretrained(
             **_named(source), trust_remote_code=False, **(options or {})
@@ -163,11 +164,18 @@ def load_config(source: Path) -> PretrainedConfig:
     Raises:
         SourceError: transformers cannot read it, or cannot generate text with it.
     """
+    if not (source.is_file() or (source / "config.json").is_file()):
+        raise SourceError(
+            f"{source}: there is no config.json in it; give the folder of a base, saved with"
+            " save_pretrained"
+        )
     try:
         check_source(source)
         with _QUIET.open():
             config = AutoConfig.from_pretrained(**_named(source), trust_remote_code=False)
     except Exception as error:  # a stranger's file: the library can raise anything
+        if is_out_of_memory(error) or getattr(error, "errno", None):
+            raise
         raise SourceError(
             f"{source}: transformers does not know this architecture without code of the base's"
             f" own, which is never run, or its config is damaged ({brief(error)}); take a base that"
@@ -251,7 +259,7 @@ def without_weights(source: Path) -> PreTrainedModel:
         SourceError: transformers makes no model of it, or one whose cache is not known.
     """
     config = load_config(source)
-    with _reading(source, "transformers makes no model of its config"), torch.device("meta"):
+    with reading(source, "transformers makes no model of its config"), torch.device("meta"):
         model = AutoModelForCausalLM.from_config(config, trust_remote_code=False)
     if not inspect.signature(model.forward).parameters.keys() & set(CACHES):
         raise SourceError(
@@ -288,7 +296,7 @@ def load_folder(
         PlacementError: It cannot be spread as a `device_map` among the options says.
     """
     config, model_options = load_config(folder), dict(options or {})
-    with _QUIET.open(), _reading(folder, "the model cannot be loaded"):
+    with _QUIET.open(), reading(folder, "the model cannot be loaded"):
         if quantise:
             refuse_quantised(folder)
             named = dtype if isinstance(dtype, torch.dtype) else getattr(torch, dtype, None)
@@ -327,7 +335,12 @@ def _load_model(source: Path, options: dict[str, Any]) -> PreTrainedModel:
     Weights on `disk` that are used in another form than the files have them, such as a mixture's
     experts, are written again: to the `offload_folder`, or to one that is removed with the model.
     """
-    with ExitStack() as made, _reading(source, "the model cannot be loaded"):
+    if (source / ADAPTER_CONFIG).is_file():
+        raise SourceError(
+            f"{source}: it holds {ADAPTER_CONFIG}, and transformers would load that adapter into"
+            " the base; take the adapter's files out of the folder of the base"
+        )
+    with ExitStack() as made, reading(source, "the model cannot be loaded"):
         written = None
         if _may_offload(options.get("device_map")) and "offload_folder" not in options:
             parent = Path(tempfile.gettempdir())

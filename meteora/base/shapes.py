@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Collection, Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,7 +16,9 @@ from transformers.pytorch_utils import Conv1D
 from meteora.artifacts import Fingerprint, canonical_sha256
 from meteora.artifacts.specs import place_of
 from meteora.base import placement
-from meteora.base.loading import load_config, load_tokenizer, without_weights
+from meteora.base.config_checks import INTERMEDIATE_SIZES
+from meteora.base.loading import load_config, load_tokenizer, reading, without_weights
+from meteora.base.sources import SourceError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig, PreTrainedModel, PreTrainedTokenizerBase
@@ -28,8 +31,9 @@ def fingerprint(config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase) ->
     """Return the facts that adapters and gates depend on: architecture, sizes, vocabulary."""
     text = config.get_text_config()
     heads = _largest(text, "num_attention_heads")  # a state-space model has none
-    names = ("intermediate_size", "ffn_dim", "n_inner")  # most; OPT; GPT-2
-    intermediate = next((size for name in names if (size := _largest(text, name))), None)
+    intermediate = next(
+        (size for name in INTERMEDIATE_SIZES if (size := _largest(text, name))), None
+    )
     named = config.architectures if isinstance(config.architectures, list) else []
     return Fingerprint(
         architecture=named[0] if named and isinstance(named[0], str) else type(config).__name__,
@@ -146,18 +150,29 @@ def weight_norms(folder: Path, sizes: Mapping[str, tuple[int, int]]) -> dict[str
 
     Args:
         sizes: (IN, OUT) by module path; weights of other shapes and quantised ones are left out
+
+    Raises:
+        SourceError: a file is damaged, or a weight is not finite.
     """
     norms = {}
     for shard in sorted(folder.glob("*.safetensors")):
-        with safe_open(shard, framework="pt", backend="pread") as file:
+        with (
+            reading(shard, "it cannot be read"),
+            safe_open(shard, framework="pt", backend="pread") as file,
+        ):
             keys = set(file.keys())
             for path, size in sizes.items():
                 key = weight_key(path, keys)
                 if key is None or sorted(file.get_slice(key).get_shape()) != sorted(size):
                     continue
                 weight = file.get_tensor(key)
-                if _is_plain(weight):
-                    norms[path] = _norm(weight)
+                if not _is_plain(weight):
+                    continue
+                norms[path] = _norm(weight)
+                if not math.isfinite(norms[path]):
+                    raise SourceError(
+                        f"{shard}: {key} holds NaN or infinity; download or save the base again"
+                    )
     return norms
 
 

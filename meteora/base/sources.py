@@ -2,6 +2,7 @@
 
 import hashlib
 import importlib.metadata
+import os
 import re
 from collections.abc import Sequence
 from pathlib import Path
@@ -115,6 +116,12 @@ def weights_sha256(folder: Path) -> str:
             f"{folder}: there are no safetensors weights in it; save the model with"
             " save_pretrained, which writes them"
         )
+    for shard in shards:
+        if not shard.is_file():
+            raise SourceError(
+                f"{shard}: it is a link to a file that is not there; copy the base again, with the"
+                " files that its links point to"
+            )
     return combined_sha256([file_sha256(shard) for shard in shards])
 
 
@@ -127,4 +134,5 @@ def texts_sha256(folder: Path) -> str:
     """Hash the names and contents of all files of a folder except tensors."""
     files = sorted(p for p in folder.rglob("*") if p.is_file() and p.suffix != ".safetensors")
     lines = [f"{path.relative_to(folder).as_posix()} {file_sha256(path)}\n" for path in files]
-    return hashlib.sha256("".join(lines).encode()).hexdigest()
+    # names may be any bytes; as UTF-8 they are these bytes
+    return hashlib.sha256(os.fsencode("".join(lines))).hexdigest()

@@ -24,6 +24,7 @@ from meteora.artifacts import (
     Noun,
     RouterOptions,
 )
+from meteora.base.config_checks import MAX_LAYERS
 from meteora.base.sources import PATH, REFERENCES, is_reference
 from meteora.untrusted.config_fields import (
     MAX_ALPHA,
@@ -136,7 +137,7 @@ class BaseEntry(Noun):
                 architecture=fact("architecture").text(),
                 vocabulary_sha256=fact("vocabulary_sha256").matching(SHA256),
                 **{
-                    key: fact(key).whole(least, MAX_SIZE)
+                    key: fact(key).whole(least, MAX_LAYERS if "layers" in key else MAX_SIZE)
                     for key, least in (
                         ("hidden_size", 1),
                         ("intermediate_size", 1),

@@ -20,6 +20,8 @@ MAX_RANK = 4_096
 MIN_ALPHA = 1e-20
 """Smaller ones give scalings that no checkpoint has."""
 MAX_ALPHA = 1e6
+ALL_LINEAR = "all-linear"
+"""In place of names: every linear layer of the base but its head."""
 MAX_ENTRIES = 20_000
 """Keys of `rank_pattern` or `alpha_pattern`, and modules that a list targets."""
 MAX_NAMES = 64
@@ -144,7 +146,7 @@ class Field:
             if len(value) > MAX_TEXT:
                 self.refuse(f"has {len(value)} characters, more than {MAX_TEXT}", "pattern")
                 return ()
-            return value
+            return value.lower() if value.lower() == ALL_LINEAR else value  # as PEFT reads it
         if not _are_names(value, MAX_ENTRIES):
             most = f"at most {MAX_ENTRIES} of them"
             self.refuse(f"is neither a list of names, {most}, nor a pattern")

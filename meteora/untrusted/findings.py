@@ -1,6 +1,7 @@
 """Reasons against an adapter, collected while it is read, and the error that carries them."""
 
 import codecs
+import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from difflib import get_close_matches
@@ -115,12 +116,12 @@ def causes(error: BaseException | None, *, hidden: bool = False) -> Iterator[Bas
 
 def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
     """Return a clause that says which line of a file is not UTF-8, and what to do."""
-    bad_line = 0
+    bad_line, name = 0, shlex.quote(path.name)
     with path.open("rb") as file:
         start = file.read(8)
         for magic, unpack in UNPACKERS.items():
             if start.startswith(magic):
-                return f"it is compressed; unpack it with `{unpack} {path.name} > new`"
+                return f"it is compressed; unpack it with `{unpack} {name} > new`"
         file.seek(0)
         for number, line in enumerate(file, 1):
             try:
@@ -128,11 +129,11 @@ def not_utf8(path: Path, error: UnicodeDecodeError) -> str:
             except UnicodeDecodeError:
                 bad_line = number
                 break
-    marked = next((name for mark, name in MARKS.items() if start.startswith(mark)), None)
+    marked = next((known for mark, known in MARKS.items() if start.startswith(mark)), None)
     what, encoding = (marked, marked.lower()) if marked else ("not UTF-8", "latin1")
     return (
         f"line {bad_line}: {what}; save the file as UTF-8, such as with"
-        f" `iconv -f {encoding} -t utf-8 {path.name} > new`"
+        f" `iconv -f {encoding} -t utf-8 {name} > new`"
     )
 
 

@@ -13,6 +13,7 @@ _BASE: Any = getattr(yaml, "CBaseLoader", yaml.BaseLoader)
 _SAFE: Any = getattr(yaml, "CSafeLoader", yaml.SafeLoader)
 
 TEXT_TAG = "tag:yaml.org,2002:str"
+NULL_TAG = "tag:yaml.org,2002:null"
 MAX_DEPTH = 50
 MAX_BITS = 1_000
 """Most bits of a whole number."""
@@ -38,9 +39,10 @@ def parse_yaml(text: str, *, typed: bool) -> object:
 
     Args:
         typed: whether to read numbers, booleans and dates, for a user's own files. Else every
-            scalar is a text: YAML reads `1:1:1` as a number, and a megabyte of it takes minutes.
-            Such text may have aliases, as programs write them for a value that they use twice. Each
-            is the same object again, so a walk through all of the value may take for ever.
+            scalar is a text, or None for `null`: YAML reads `1:1:1` as a number, and a megabyte of
+            it takes minutes. Such text may have aliases, as programs write them for a value that
+            they use twice. Each is the same object again, so a walk through all of the value may
+            take for ever.
     """
     try:
         _check_events(text, typed=typed)
@@ -75,21 +77,22 @@ def _check_events(text: str, *, typed: bool) -> None:
             raise StrictYAMLError(f"it has more than {MAX_NODES} values")
 
 
-class _UniqueKeys:
+class _TextKeys:
+    """Keys are texts, each given once; else the keys `null` and `on` are None and True."""
+
     def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
         keys = Counter(key.value for key, _ in node.value if isinstance(key, yaml.ScalarNode))
         for key, count in keys.most_common(1):
             if count > 1:
                 raise StrictYAMLError(f"the key {key!r} is given twice ({_place(node.start_mark)})")
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode):
+                key.tag = TEXT_TAG
         return super().construct_mapping(node, deep=deep)  # ty: ignore[missing-attribute]
 
 
-class _TypedLoader(_UniqueKeys, _SAFE):
-    def construct_mapping(self, node: yaml.MappingNode, deep: bool = False) -> dict[Any, Any]:
-        for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode):
-                key.tag = TEXT_TAG  # else the keys `null` and `on` are None and True
-        return super().construct_mapping(node, deep=deep)
+class _TypedLoader(_TextKeys, _SAFE):
+    pass
 
 
 # YAML 1.2 reads 1e-3 as a number, as people do; PyYAML's 1.1 wants 1.0e-3
@@ -100,8 +103,12 @@ _TypedLoader.add_implicit_resolver(
 )
 
 
-class _TextLoader(_UniqueKeys, _BASE):
+class _TextLoader(_TextKeys, _BASE):
     pass
+
+
+_TextLoader.add_implicit_resolver(NULL_TAG, re.compile(r"(?:~|null|Null|NULL)\Z"), list("~nN"))
+_TextLoader.add_constructor(NULL_TAG, lambda _loader, _node: None)
 
 
 def _bounded_int(loader: Any, node: yaml.ScalarNode) -> int:  # noqa: ANN401  (one of two classes)

@@ -117,7 +117,10 @@ def _split(source: str) -> tuple[str, str, dict[str, str]]:
 
 def data_set_of(source: str) -> tuple[str, str]:
     """The `owner/name` of a source's data set of the Hub, and its commit; both empty if unknown."""
-    kind, name, options = _split(source)
+    try:
+        kind, name, options = _split(source)
+    except ExamplesError:  # a stranger's manifest may name anything
+        return "", ""
     return (name, options.get("revision", "")) if kind == "hf" else ("", "")
 
 

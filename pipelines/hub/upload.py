@@ -176,7 +176,12 @@ class Repository:
         )
 
         def committed() -> str | None:
-            at = self._refs().get(branch, "")
+            at = self._refs().get(branch)
+            if at is None:
+                raise HubConflictError(
+                    f"{self.repo_id}: another publication has replaced this one meanwhile; look at"
+                    " what is there, and publish again"
+                )
             files = self._files(at)
             if at == start and (bundle.missing(files) or bundle.stale(files)):
                 return None

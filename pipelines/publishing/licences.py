@@ -16,10 +16,13 @@ if TYPE_CHECKING:
 NOT_STATED = "none"
 """The name by which adapters without a licence are allowed."""
 NO_DERIVATIVES = re.compile(
-    r"(?<![^\W_])(cc)?(by)?(nc)?nd(?![^\W\d_])|non?[\W_]?deriv", re.IGNORECASE
+    r"(?<![^\W_])(cc)?(by)?(nc)?nd(?![^\W\d_])|non?[\W_]*deriv", re.IGNORECASE
 )
 """In identifiers and in people's own words: `ND`, `BYNCND`, `NoDerivatives`, `non-derivative`."""
-NOT_A_LICENCE = {"unknown", "other", "unlicensed", "proprietary", "all-rights-reserved"}
+NOT_A_LICENCE = {
+    "unknown", "other", "unlicensed", "proprietary", "all-rights-reserved", "none", "none-stated",
+    "no", "no-licence", "no-license", "n/a",
+}  # fmt: skip
 """Words on cards that are no licence."""
 
 

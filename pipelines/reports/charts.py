@@ -214,9 +214,9 @@ def line_chart(
     """
 
     def draw(width: int) -> Figure:
-        figure, axes = new_axes(
-            width, 230, left=44, top=14, bottom=44, right=40 + 6.2 * max(map(len, series))
-        )
+        shown = {key: name_in_chart(key, LONGEST if width == WIDE else 15) for key in series}
+        right = 40 + 6.2 * max(map(len, shown.values()))
+        figure, axes = new_axes(width, 230, left=44, top=14, bottom=44, right=right)
         ends = []
         dashes = cycle(DASHES)
         for key, points in series.items():
@@ -241,8 +241,9 @@ def line_chart(
             place = min(y, place - 14 * (top - bottom) / 230)  # names do not overlap
             axes.plot([x + 0.2 * sample, x + sample], [place, place], **style, clip_on=False)
             axes.annotate(
-                key, (x + sample, place), xytext=(7, 0), textcoords="offset points", va="center",
-                fontsize=11, color=ACCENT if key == strong else SOFT, annotation_clip=False,
+                shown[key], (x + sample, place), xytext=(7, 0), textcoords="offset points",
+                va="center", fontsize=11, annotation_clip=False,
+                color=ACCENT if key == strong else SOFT,
                 fontweight="bold" if key == strong else "normal",
             )  # fmt: skip
         axes.set_xlabel(xlabel)

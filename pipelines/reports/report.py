@@ -199,7 +199,10 @@ def bystanders(results: Mapping[str, QueryResult]) -> set[str]:
 
 
 def _by_kind(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float, float]]]:
-    """A line for each kind of module; kinds with equal numbers share one line."""
+    """A line for each kind of module; kinds with equal numbers share one line.
+
+    Its name is that of all modules, if these have them, too.
+    """
     series: dict[str, list[tuple[float, float]]] = {}
     for row in layers:
         kind = row["module_kind"] or ALL_MODULES
@@ -207,7 +210,10 @@ def _by_kind(layers: Sequence[Mapping[str, Any]]) -> dict[str, list[tuple[float,
     kinds: dict[tuple[tuple[float, float], ...], list[str]] = {}
     for kind, points in series.items():
         kinds.setdefault(tuple(points), []).append(kind.removesuffix("_proj"))
-    return {", ".join(names): list(points) for points, names in kinds.items()}
+    return {
+        ALL_MODULES if ALL_MODULES in names else ", ".join(names): list(points)
+        for points, names in kinds.items()
+    }
 
 
 def turn_charts(conversations: Sequence[Mapping[str, Any]], strong: str) -> Markup:

@@ -71,8 +71,12 @@ def names_of(host: str, allowed: Collection[str]) -> list[str]:
     """The names of a server that listens on `host`, with those that a person allows.
 
     Raises:
-        MeteoraError: An allowed name is none, but such as a URL.
+        MeteoraError: A name is none, but such as a URL.
     """
+    if host.strip() and not (is_address(host) or NAME.fullmatch(host)):
+        raise MeteoraError(
+            f"--host {shortened(host)!r}: an address of this machine is needed, or its name"
+        )
     for name in allowed:
         if not NAME.fullmatch(name):
             raise MeteoraError(

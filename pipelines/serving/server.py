@@ -208,7 +208,7 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
     elif sentence == UNREADABLE:
         sentence = (
             "the body of the request cannot be read: it is not UTF-8, or has lists or objects"
-            " thousands deep, or a number of thousands of digits"
+            " nested too deeply, or a number of thousands of digits"
         )
     # the reply to a refused method has a header with the allowed ones
     return JSONResponse(error_body(sentence), error.status_code, headers=error.headers)

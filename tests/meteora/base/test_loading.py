@@ -34,8 +34,8 @@ from meteora.base.loading import (
     load_tokenizer,
 )
 from meteora.base.placement import PlacementError, is_out_of_memory, own_head
-from meteora.base.shapes import fingerprint_of, linear_sizes, sizes_of
-from meteora.base.sources import SourceError
+from meteora.base.shapes import fingerprint_of, linear_sizes, sizes_of, weight_norms
+from meteora.base.sources import SourceError, weights_sha256
 from meteora.base.temporary_folder import HERE, temporary_folder
 from meteora.checkpoint import resolve
 from meteora.checkpoint.manifest import CONFIG, CONFIG_TEXT
@@ -55,6 +55,45 @@ def test_a_fused_checkpoint_is_no_base(tmp_path: Path) -> None:
     (tmp_path / CONFIG).write_text(CONFIG_TEXT)
     with pytest.raises(SourceError, match="is a fused checkpoint, and no base"):
         load_folder(tmp_path)
+
+
+def test_a_folder_with_an_adapter_or_without_a_config_is_no_base(base: Path) -> None:
+    """transformers loads an adapter that lies beside a base into it."""
+    (base / "adapter_config.json").write_text("{}")
+    with pytest.raises(SourceError, match=r"take the adapter's files out"):
+        load_folder(base)
+    (base / "adapter_config.json").unlink()
+    (base / "config.json").unlink()
+    with pytest.raises(SourceError, match=r"there is no config\.json in it"):
+        load_folder(base)
+
+
+def test_a_config_that_names_another_one_or_sizes_that_are_none_is_refused(base: Path) -> None:
+    written = json.loads((base / "config.json").read_text())
+    for key, value, said in (
+        ("configuration_files", ["config.4.0.0.json"], "name another config"),
+        ("num_key_value_heads", [1, "a"], "num_key_value_heads"),
+    ):
+        (base / "config.json").write_text(json.dumps(written | {key: value}))
+        with pytest.raises(SourceError, match=said):
+            load_config(base)
+
+
+def test_weights_that_are_damaged_or_not_finite_are_named(base: Path) -> None:
+    sizes = linear_sizes(base)
+    tensors = load_file(base / WEIGHTS)
+    key = next(name for name in tensors if "q_proj" in name)
+    tensors[key][0, 0] = float("nan")
+    save_file(tensors, base / WEIGHTS)
+    with pytest.raises(SourceError, match=rf"{WEIGHTS}: {key} holds NaN"):
+        weight_norms(base, sizes)
+    (base / WEIGHTS).write_bytes((base / WEIGHTS).read_bytes()[:-8])
+    with pytest.raises(SourceError, match=f"{WEIGHTS}: it cannot be read"):
+        weight_norms(base, sizes)
+    (base / WEIGHTS).unlink()
+    (base / WEIGHTS).symlink_to(base / "gone")
+    with pytest.raises(SourceError, match=f"{WEIGHTS}: it is a link"):
+        weights_sha256(base)
 
 
 @pytest.mark.parametrize("part", ["lm_head.", "model.layers.1.mlp."])

@@ -70,6 +70,7 @@ def test_a_model_is_saved_as_its_checkpoint_and_with_the_gates_that_it_has(
     for _ in range(2):  # the second one over what is there
         model.save_pretrained(copy)
         assert {p.name for p in copy.iterdir()} == {MANIFEST, EXPERTS, GATES, CONFIG}
+        assert len({p.stat().st_mode for p in copy.iterdir()}) == 1
     found = read_manifest(copy)
     assert found == dataclasses.replace(manifest, files={**files, GATES: gates_file(copy)})
     again = AutoModelForCausalLM.from_pretrained(copy, base_folder=world.base)

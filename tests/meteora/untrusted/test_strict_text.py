@@ -42,6 +42,8 @@ def test_yaml_has_types_where_they_are_asked_for() -> None:
     assert parse_yaml(text, typed=False) == {
         "rate": "1e-3", "count": "12", "day": "2026-11-28", "is": "true", "at": "1:30",
     }  # fmt: skip
+    nothing = parse_yaml("license: null\nnull: [~, 'null', nullable]", typed=False)
+    assert nothing == {"license": None, "null": [None, "null", "nullable"]}
 
 
 @pytest.mark.parametrize("typed", [True, False])

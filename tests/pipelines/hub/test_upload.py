@@ -16,6 +16,7 @@ from pipelines.hub.client import Hub
 from pipelines.hub.errors import (
     HubAccessError,
     HubConflictError,
+    HubConnectionError,
     HubError,
     HubHashError,
     HubNotFoundError,
@@ -209,6 +210,25 @@ def test_a_repository_that_moves_meanwhile_is_left_to_whoever_moved_it(
     with pytest.raises(HubConflictError, match="--onto"):
         publish(server, folder, check=somebody_else)
     assert repo_of(server).main == {"meteora.json": b"theirs"}
+
+
+def test_a_branch_that_another_publication_removes_meanwhile_is_told(
+    server: HubServer, folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    commit, times = Repository._commit, []
+
+    def removed(repository: Repository, branch: str, parent: str, **asked: Any) -> None:
+        if branch == "main" or times:
+            commit(repository, branch, parent, **asked)
+            return
+        times.append(branch)
+        del repo_of(server).branches[branch]
+        raise HubConnectionError("the connection broke")
+
+    monkeypatch.setattr(Repository, "_commit", removed)
+    with pytest.raises(HubConflictError, match="another publication has replaced this one"):
+        publish(server, folder)
+    assert whole_or_absent(repo_of(server), folder) == 0
 
 
 def test_a_model_that_this_home_did_not_publish_is_replaced_and_plan_and_note_say_so(

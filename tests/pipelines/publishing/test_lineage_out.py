@@ -137,6 +137,7 @@ FITTED = replace(
     card_examples=(
         f"sums: hf:someone/sheets?config=default&split=train&revision={SHEETS}&turns=messages",
         "odd: hf:someone/sheets?revision=main",
+        "odd: hf:someone/sheets?split=a&split=b",
         "odd: hf:../../etc?revision=main",
     ),
     hub_examples=(

@@ -248,6 +248,8 @@ def test_a_licence_that_forbids_it_stops_it_unless_it_is_allowed(
         ("CC-BYNCND", "CC-BYNCND"),
         ("BYND4.0", "BYND4.0"),
         ("other", "other"),
+        ("none", "none"),
+        ("n/a", "n/a"),
         ("", "none"),
     ):
         with pytest.raises(LicenceError, match=f"all_seven.*--allow-licence {told}"):
@@ -258,6 +260,7 @@ def test_a_licence_that_forbids_it_stops_it_unless_it_is_allowed(
         "Creative Commons BY-ND",
         "Creative Commons Attribution-NonCommercial-NoDerivatives 4.0",
         "non-derivative use",
+        "no  derivatives",
         "cc_by_nd mine",
         "cc-by-nd-4.0, mit",
         "mit, other",

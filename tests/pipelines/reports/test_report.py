@@ -559,6 +559,8 @@ def test_modules_that_share_a_gate_share_a_line() -> None:
     lines = report._by_kind(rows)
     assert list(lines) == ["q, k", "o", report.ALL_MODULES]
     assert lines["o"] == [(0, 0.25), (1, 0.45)]
+    shared = [row | {"accuracy": 0.7} for row in rows]
+    assert list(report._by_kind(shared)) == [report.ALL_MODULES]
 
 
 def test_the_table_of_composites_has_attempts_prompt_lengths_and_cut_answers(

@@ -366,8 +366,8 @@ def test_a_text_that_cannot_be_continued_is_one_sentence(url, change, sentence: 
         (b"{", "is not JSON"),
         (b'{"model": "tiny", "temperature": NaN, "messages": []}', "a finite number"),
         (b"\xff\xfe", "is not JSON"),
-        (b'{"model": "\xe9"}', "it is not UTF-8, or has lists or objects thousands deep"),
-        (b"[" * 100_000, "it is not UTF-8, or has lists or objects thousands deep"),
+        (b'{"model": "\xe9"}', "it is not UTF-8, or has lists or objects nested too deeply"),
+        (b"[" * 100_000, "it is not UTF-8, or has lists or objects nested too deeply"),
         (b'{"seed": ' + b"9" * 5_000 + b"}", "or a number of thousands of digits"),
         (b"[]", "a valid dictionary or object"),
         (b'{"model": "tiny", "messages": [{"role": "user", "content": "\\ud800"}]}', "surrogate"),
@@ -482,6 +482,8 @@ def test_it_answers_under_addresses_and_names_that_are_its_own(chat) -> None:
 def test_what_is_no_name_is_not_allowed_as_one(name: str) -> None:
     with pytest.raises(MeteoraError, match="a name is needed, without scheme, port and wildcard"):
         names_of("0.0.0.0", [name])  # noqa: S104
+    with pytest.raises(MeteoraError, match="an address of this machine is needed, or its name"):
+        names_of("ä" * 80, [])
 
 
 def test_a_name_to_listen_on_is_one_of_its_own_and_an_address_is_none() -> None:

@@ -44,7 +44,7 @@ def sql(
     form = output.form_of(form, as_json=as_json)
     if examples:
         for title, question in questions():
-            print(f"-- {title}\n{question}\n")
+            print(f"/* {title} */\n{question}\n")
         return
     ledger = options.open_ledger(home)
     # what a run recorded a moment ago; a busy index is not waited for

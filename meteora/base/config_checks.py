@@ -45,13 +45,13 @@ def require_layers_of_text(config: Any) -> None:  # noqa: ANN401  (transformers 
     """
     text = config.get_text_config()
     _, _, num_layers = text.hidden_size, text.vocab_size, text.num_hidden_layers
+    if not (type(num_layers) is int and 0 <= num_layers <= MAX_LAYERS):
+        raise ValueError(f"it has {shortened(num_layers)} layers; at most {MAX_LAYERS} are allowed")
     layers = text.per_layer_config if text.is_heterogeneous else [text]
-    for name in ("num_attention_heads", "num_key_value_heads", *INTERMEDIATE_SIZES):
+    for name in ("num_attention_heads", "num_key_value_heads", "head_dim", *INTERMEDIATE_SIZES):
         for size in (getattr(layer, name, None) or 0 for layer in layers):
             if not all(type(one) is int for one in (size if isinstance(size, list) else [size])):
                 raise ValueError(f"{name} is {shortened(size)}, and no number")
-    if not (type(num_layers) is int and 0 <= num_layers <= MAX_LAYERS):
-        raise ValueError(f"it has {shortened(num_layers)} layers; at most {MAX_LAYERS} are allowed")
 
 
 def _check_gguf(path: Path) -> None:

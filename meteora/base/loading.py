@@ -52,6 +52,7 @@ CACHES = ("past_key_values", "cache_params", "state")
 WRITTEN = "meteora-offload-"
 """How the names of temporary folders with offloaded weights begin."""
 ADAPTER_CONFIG = "adapter_config.json"
+"""A file beside a base because of which transformers loads an adapter, too."""
 _PARSING = threading.Lock()
 
 
@@ -115,12 +116,17 @@ def reading(source: Path, fault: str) -> Generator[None]:
             f"{source} cannot be loaded here: {' '.join(str(error).split())}"
         ) from error
     except Exception as error:
-        if is_out_of_memory(error) or getattr(error, "errno", None):
+        if _is_of_machine(error):
             raise
         raise SourceError(
             f"{source}: {fault} ({brief(error)}); download or save the base again, with its"
             " tokenizer"
         ) from error
+
+
+def _is_of_machine(error: Exception) -> bool:
+    """Whether the machine, such as its memory or its disk, is at fault, and no file of a base."""
+    return is_out_of_memory(error) or bool(getattr(error, "errno", None))
 
 
 def _named(source: Path) -> dict[str, Any]:
@@ -174,7 +180,7 @@ def load_config(source: Path) -> PretrainedConfig:
         with _QUIET.open():
             config = AutoConfig.from_pretrained(**_named(source), trust_remote_code=False)
     except Exception as error:  # a stranger's file: the library can raise anything
-        if is_out_of_memory(error) or getattr(error, "errno", None):
+        if _is_of_machine(error):
             raise
         raise SourceError(
             f"{source}: transformers does not know this architecture without code of the base's"

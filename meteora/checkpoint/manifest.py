@@ -137,14 +137,14 @@ class BaseEntry(Noun):
                 architecture=fact("architecture").text(),
                 vocabulary_sha256=fact("vocabulary_sha256").matching(SHA256),
                 **{
-                    key: fact(key).whole(least, MAX_LAYERS if "layers" in key else MAX_SIZE)
-                    for key, least in (
-                        ("hidden_size", 1),
-                        ("intermediate_size", 1),
-                        ("num_hidden_layers", 1),
-                        ("num_attention_heads", 0),  # a state-space model has none
-                        ("num_key_value_heads", 0),
-                        ("vocab_size", 1),
+                    key: fact(key).whole(least, most)
+                    for key, least, most in (
+                        ("hidden_size", 1, MAX_SIZE),
+                        ("intermediate_size", 1, MAX_SIZE),
+                        ("num_hidden_layers", 1, MAX_LAYERS),
+                        ("num_attention_heads", 0, MAX_SIZE),  # a state-space model has none
+                        ("num_key_value_heads", 0, MAX_SIZE),
+                        ("vocab_size", 1, MAX_SIZE),
                     )
                 },
             ),

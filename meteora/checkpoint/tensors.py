@@ -275,9 +275,9 @@ def write_gates(path: Path, gates: Gates) -> None:
 
 def _save(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
     own = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
-    # one key: safetensors writes several keys in an order that varies
     path.touch()
     mode = path.stat().st_mode
+    # one key: safetensors writes several keys in an order that varies
     save_file(own, path, {NOTES: canonical_json(notes)})
     path.chmod(mode)  # safetensors lets only the owner read it
 

@@ -15,7 +15,7 @@ from urllib.parse import urlencode
 from huggingface_hub import HfApi
 
 from meteora.untrusted.findings import listed
-from pipelines.data.hub_rows import HOW_TO_GET_ACCESS, exchange_in, hub_items, library
+from pipelines.data.hub_rows import HOW_TO_GET_ACCESS, exchange_in, hub_items, limited_datasets
 from pipelines.data.pinned import DataSetError, ask, cached_entries, pin
 from pipelines.data.row_sources import data_set_of, read_rows
 from pipelines.data.rows import ExamplesError, Row
@@ -155,7 +155,7 @@ def options_at(name: str, commit: str, token: str | None) -> dict[str, str]:
         NoCardExamplesError: they are not clear.
         Exception: the data set cannot be read.
     """
-    hub = library()
+    hub = limited_datasets()
     access: Any = {"token": token or False, "revision": commit}
     config = hub.get_dataset_default_config_name(name, **access)
     if config is None:

@@ -3,7 +3,7 @@
 rows           a row, its hash, and the check that no test is also an example
 row_sources    JSONL files, BIG-bench, reasoning-gym, the Hub
 hub_rows       a data set of the Hub, and the prompt and the answer in its rows
-pinned         data sets of the Hub at one commit, and a cache of their rows
+pinned         data sets of the Hub, asked for in a child process; a cache of their rows
 spans          rows whose parts belong to different experts
 conversations  several turns, made from single examples
 dialogues      questions for conversations in a benchmark

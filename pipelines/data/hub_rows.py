@@ -37,7 +37,7 @@ class _Elsewhere(AbstractFileSystem):
         raise PermissionError("it refers to files outside its repository, which are not read")
 
 
-def library() -> Any:  # noqa: ANN401  (a module)
+def limited_datasets() -> Any:  # noqa: ANN401  (a module)
     """`datasets`; from now on this process reads files of the Hub and of this machine alone.
 
     A data set names its files in its README, and they may be addresses inside this network.
@@ -61,7 +61,7 @@ def hub_items(
         ExamplesError: the rows of a commit are asked for, and a folder here has the same name.
         Exception: the data set cannot be read; file readers have their own, such as BadZipFile.
     """
-    datasets = library()
+    datasets = limited_datasets()
     if options.get("revision") and Path(name).exists():
         raise ExamplesError(
             f"hf:{name}: the folder {name} in the working folder would be read in its place; rename"

@@ -20,7 +20,7 @@ from pipelines.processes.child import (
 from tests.pipelines.process_tree import ends
 
 ROOT = Path(__file__).parents[3]
-MODULE = "tests.pipelines.processes.child_here"
+MODULE = "tests.pipelines.processes.child"
 
 
 def child(*, pickled: bool = False, quiet: bool = True) -> ChildProcess:

@@ -1,6 +1,6 @@
 """Checks of a base's configs that transformers does not make.
 
-It lists every layer of a config, one by one, loads code for attention that a config names, and
+It lists every layer and label of a config, one by one, loads code for attention that a config names, and
 compares what it generates with any end token. The fields of a GGUF file are a config, too.
 """
 
@@ -17,8 +17,11 @@ MAX_LAYERS = 2_000
 """The deepest published models have a tenth."""
 INTERMEDIATE_SIZES = ("intermediate_size", "ffn_dim", "n_inner")
 """Names of one size: of most architectures, of OPT, of GPT-2."""
-LAYERS = re.compile(r"((num|n)_)?(\w+_)?layers?")
-"""Names of their number: `num_hidden_layers`, `n_layer`, `decoder_layers`."""
+COUNTS = re.compile(r"((num|n)_)?(\w+_)?(layers?|blocks?|labels)|attention_types")
+"""Names of numbers of things that a config lists: `n_layer`, `decoder_layers`, `num_labels`.
+
+GPT-Neo's `attention_types` has such numbers in a list.
+"""
 
 
 def check_source(source: Path) -> None:
@@ -78,14 +81,21 @@ def _check_json(config: Path) -> None:
     while waiting:
         one = waiting.pop()
         for key, value in one.items() if isinstance(one, dict) else ():
-            if LAYERS.fullmatch(key) and type(value) is int and value > MAX_LAYERS:
-                raise ValueError(f"{key} is {value!s:.20}, more than {MAX_LAYERS}")
+            if COUNTS.fullmatch(key) and (most := _largest(value)) > MAX_LAYERS:
+                raise ValueError(f"{key} is {most!s:.20}, more than {MAX_LAYERS}")
             # transformers gets attention or experts named owner/name from the Hub, and runs them
             if key.endswith(("_implementation", "_internal")) and "/" in json.dumps(value):
                 raise ValueError(
                     f"{shortened(key)} is {shortened(value)}, code of the Hub; take it out"
                 )
         waiting += one.values() if isinstance(one, dict) else one if isinstance(one, list) else ()
+
+
+def _largest(value: object) -> int:
+    """The largest whole number of a value, or in its lists; 0 if there is none."""
+    if isinstance(value, list):
+        return max(map(_largest, value), default=0)
+    return value if isinstance(value, int) else 0
 
 
 def require_tokens(generation: object) -> None:

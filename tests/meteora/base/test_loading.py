@@ -165,13 +165,22 @@ def test_an_end_that_is_no_token_is_refused(value: object, base: Path) -> None:
         load_folder(base)
 
 
-@pytest.mark.parametrize("name", ["num_hidden_layers", "n_layer", "decoder_layers"])
-def test_a_config_of_endless_layers_is_refused_before_they_are_listed(
-    name: str, base: Path
+@pytest.mark.parametrize(
+    ("name", "count"),
+    [
+        *((name, 1 << 31) for name in ("num_hidden_layers", "n_layer", "decoder_layers")),
+        ("num_blocks", 1 << 31),
+        ("num_labels", 1 << 31),
+        ("attention_types", [[["global"], 2], [["local"], 1 << 31]]),
+    ],
+    ids=lambda value: value if isinstance(value, str) else "",
+)
+def test_a_config_of_endless_layers_or_labels_is_refused_before_they_are_listed(
+    name: str, count: object, base: Path
 ) -> None:
     path = base / "config.json"
     body = json.loads(path.read_text())
-    for endless in (body | {name: 1 << 31}, body | {"text_config": {name: 1 << 31}}):
+    for endless in (body | {name: count}, body | {"text_config": {name: count}}):
         path.write_text(json.dumps(endless))
         with little_work(), pytest.raises(SourceError, match=rf"\({name} is 2147483648, more than"):
             linear_sizes(base)

@@ -80,7 +80,8 @@ GROUP BY router_id, truth, chosen ORDER BY share DESC, model, truth, chosen LIMI
 -- Which models recognise a prompt that belongs to no expert?
 SELECT short(router_id) AS model, round(auroc, 3) AS auroc, num_nobodys, num_own,
        round(nobodys_share, 2) AS nobodys_share, round(own_share, 2) AS own_share
-FROM abstentions ORDER BY abstentions.auroc DESC, model;
+FROM abstentions SEMI JOIN latest_routing USING (router_id, record_sha256)
+ORDER BY abstentions.auroc DESC, model;
 
 -- What ran lately, and how did it end?
 SELECT started_at, recipe_name, outcome, reason, round(wall_seconds, 1) AS seconds FROM runs LIMIT 10;

@@ -6,6 +6,7 @@ rows.
 """
 
 import os
+import sys
 import threading
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -23,6 +24,7 @@ NO_EXTENSIONS: dict[str, str | bool | int | float | list[str]] = {
 }
 MEMORY_BYTES = 4 << 30
 """Memory for an ingest, on a machine that also runs models; more data spills to disk."""
+ROWS_AT_ONCE = 2_048
 QUESTIONS = ("SELECT", "EXPLAIN")
 """Kinds of statements that are allowed; FROM, WITH, DESCRIBE, SHOW, SUMMARIZE and VALUES are
 SELECTs."""
@@ -111,7 +113,7 @@ def ask(connection: duckdb.DuckDBPyConnection, sql: str, limits: Limits) -> Answ
     timer = threading.Timer(limits.seconds, connection.interrupt)
     timer.start()
     try:
-        answer = _answer(connection, sql, limits.rows + 1)
+        answer = _answer(connection, sql, limits)
     except duckdb.InterruptException:
         raise QueryError(
             f"the query was stopped after {limits.seconds:g} s; narrow the question"
@@ -134,13 +136,20 @@ def ask(connection: duckdb.DuckDBPyConnection, sql: str, limits: Limits) -> Answ
     return answer
 
 
-def _answer(connection: duckdb.DuckDBPyConnection, sql: str, most: int) -> Answer:
+def _answer(connection: duckdb.DuckDBPyConnection, sql: str, limits: Limits) -> Answer:
     """Run a query in a thread: in the main thread, Ctrl-C may not stop it."""
 
     def work() -> Answer:
         result = connection.execute(sql)
         columns = tuple(column[0] for column in result.description or ())
-        return Answer(columns, result.fetchmany(most))
+        rows: list[tuple[Any, ...]] = []
+        room = limits.memory_bytes
+        while part := result.fetchmany(min(ROWS_AT_ONCE, limits.rows + 1 - len(rows))):
+            room -= sum(map(_size, part))
+            if room < 0:  # DuckDB's own limit does not count what Python holds
+                raise duckdb.OutOfMemoryException
+            rows += part
+        return Answer(columns, rows)
 
     with ThreadPoolExecutor(1) as pool:
         answer = pool.submit(work)
@@ -149,6 +158,14 @@ def _answer(connection: duckdb.DuckDBPyConnection, sql: str, most: int) -> Answe
         except KeyboardInterrupt:
             connection.interrupt()
             raise
+
+
+def _size(value: object) -> int:
+    """Bytes of a row or of a cell, with all that is inside it."""
+    if isinstance(value, dict):
+        value = [*value.values()]
+    inside = value if isinstance(value, tuple | list) else ()
+    return sys.getsizeof(value) + sum(map(_size, inside))
 
 
 def _check_is_one_question(connection: duckdb.DuckDBPyConnection, sql: str) -> None:

@@ -17,6 +17,8 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Self
 
+import duckdb
+
 from meteora.artifacts import canonical_json
 from store.errors import DamagedError, StoreError
 from store.files import discard, locked, write_whole
@@ -84,8 +86,10 @@ def is_record(data: bytes) -> bool:
             json.dumps(value, ensure_ascii=False).encode()  # fails for a lone surrogate
     except (ValueError, RecursionError):
         return False
-    return isinstance(value, dict) and all(
-        isinstance(value.get(name), kind) for name, kind in TYPES.items()
+    return (
+        isinstance(value, dict)
+        and all(isinstance(value.get(name), kind) for name, kind in TYPES.items())
+        and all(isinstance(blob, str) for blob in value["blobs"])
     )
 
 
@@ -207,6 +211,16 @@ class Records:
                 self.segments.check(name)
                 held |= some
         return held
+
+    def is_segment(self, path: Path) -> bool:
+        """Whether a stranger's file holds only records, each under its own name; reads all."""
+        try:
+            return all(
+                hashlib.sha256(data).hexdigest() == sha256 and is_record(data)
+                for sha256, data in self.segments.rows(path)
+            )
+        except duckdb.Error:
+            return False
 
     def drop(self, sha256s: Collection[str]) -> None:
         """Remove the loose files of these records, which a segment has."""

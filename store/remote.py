@@ -17,7 +17,7 @@ import hashlib
 import logging
 import re
 import secrets
-from collections.abc import Collection, Generator
+from collections.abc import Callable, Collection, Generator
 from contextlib import contextmanager, suppress
 from datetime import timedelta
 from pathlib import Path
@@ -119,15 +119,29 @@ class Remote:
             else:
                 self._obstore.put(self._store, name, path, mode="create", use_multipart=False)
 
-    def fetch(self, name: str, sha256: str, root: Path) -> bool:
-        """Download an object to its place below `root` in a home; False if damaged or not there."""
+    def fetch(
+        self,
+        name: str,
+        sha256: str,
+        root: Path,
+        is_sound: Callable[[Path], bool] = lambda _path: True,
+    ) -> bool:
+        """Download an object to its place below `root` in a home; False if damaged or not there.
+
+        Args:
+            is_sound: whether a file with these bytes is one of its kind; it has no name yet
+        """
         with partial_file(root) as partial:
             downloaded_sha256 = self.get(name, partial)
-            if downloaded_sha256 == sha256:
-                settle(partial, root.parent / name, root=root)
-            elif downloaded_sha256:
-                logger.warning("%s on %s does not hash to its name", name, self.url)
-        return downloaded_sha256 == sha256
+            if downloaded_sha256 != sha256:
+                if downloaded_sha256:
+                    logger.warning("%s on %s does not hash to its name", name, self.url)
+                return False
+            if not is_sound(partial):
+                logger.warning("%s on %s holds no records; remove it there", name, self.url)
+                return False
+            settle(partial, root.parent / name, root=root)
+        return True
 
     def get(self, name: str, target: Path) -> str | None:
         """Download an object to `target`; return its SHA-256, or None if there is no object."""

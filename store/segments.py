@@ -9,7 +9,7 @@ each record, which hash to the record's own name.
 import hashlib
 import logging
 import os
-from collections.abc import Collection
+from collections.abc import Collection, Iterator
 from itertools import islice
 from pathlib import Path
 
@@ -48,7 +48,7 @@ class Segments:
         return self.root / name
 
     def check(self, name: str) -> None:
-        """Raise `DamagedError` if a segment is missing, or its bytes hash to another name."""
+        """Raise `DamagedError` for a segment that is missing, is none, or has changed."""
         path = self.path_of(name)
         try:
             whole = file_sha256(path) + SUFFIX == name
@@ -59,6 +59,21 @@ class Segments:
                 f"{path}: its bytes do not hash to its name, so they have changed since they were"
                 " written; restore the file from a backup, or move it away to go on without it"
             )
+        try:
+            with memory() as connection:
+                connection.execute(f"SELECT sha256, text FROM read_parquet({quoted(path)}) LIMIT 0")  # noqa: S608
+        except (duckdb.InvalidInputException, duckdb.BinderException) as error:
+            raise DamagedError(
+                f"{path} is no segment ({brief(error)}); move it away to go on without it"
+            ) from None
+
+    def rows(self, path: Path) -> Iterator[tuple[str, bytes]]:
+        """The name and the bytes of each row of a file; `duckdb.Error` if it is no segment."""
+        with memory() as connection:
+            packed = connection.execute(f"SELECT sha256, text FROM read_parquet({quoted(path)})")  # noqa: S608
+            while part := packed.fetchmany(ROW_GROUP_RECORDS):
+                for sha256, text in part:
+                    yield str(sha256), str(text).encode()
 
     def write(self, texts: dict[str, bytes]) -> str:
         """Write records, by their SHA-256, into one segment; it is on disk when this returns.
@@ -102,11 +117,13 @@ class Segments:
         return name
 
     def holding(self, sha256s: Collection[str], names: Collection[str] | None = None) -> set[str]:
-        """The records among these that any segment, or a named one, holds."""
-        rows = self._select(
-            "SELECT sha256 FROM {} WHERE sha256 IN (SELECT unnest($1::VARCHAR[]))", sha256s, names
+        """The records among these whose bytes any segment, or a named one, holds."""
+        sql = (
+            "WITH named AS MATERIALIZED"  # only what is found is hashed
+            " (SELECT sha256, text FROM {} WHERE sha256 IN (SELECT unnest($1::VARCHAR[])))"
+            " SELECT sha256 FROM named WHERE sha256(text) = sha256"
         )
-        return {sha256 for (sha256,) in rows}
+        return {sha256 for (sha256,) in self._select(sql, sha256s, names)}
 
     def texts(self, sha256s: Collection[str]) -> dict[str, bytes]:
         """The bytes of the packed records among these, checked against their names.

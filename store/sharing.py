@@ -26,7 +26,7 @@ from store.blobs import Blobs
 from store.errors import DamagedError, MissingBlobError, StoreError, UnreachableError
 from store.files import write_whole
 from store.garbage import freed
-from store.records import Record, Records
+from store.records import Record, Records, is_record
 from store.remote import Remote
 from store.segments import SUFFIX
 
@@ -199,14 +199,16 @@ class Sharing:
         return loose, {one[1] for one in found if one}
 
     def _pull_segment(self, name: str) -> None:
-        sha256, root = name.removesuffix(SUFFIX), self._records.root
-        if self.remote.fetch(f"records/packed/{name}", sha256, root):
-            self._records.drop(self._records.segments.holding(self._records.loose(), [name]))
+        sha256, records = name.removesuffix(SUFFIX), self._records
+        if self.remote.fetch(f"records/packed/{name}", sha256, records.root, records.is_segment):
+            records.drop(records.segments.holding(records.loose(), [name]))
 
     def _pull_record(self, sha256: str) -> None:
         """Download a record, unless another home has just packed it."""
         name = f"records/{sha256[:2]}/{sha256[2:]}.json"
-        self.remote.fetch(name, sha256, self._records.root)
+        self.remote.fetch(
+            name, sha256, self._records.root, lambda path: is_record(path.read_bytes())
+        )
 
     def _push_record(self, sha256: str) -> None:
         """Upload a record after its blobs, so that those it refers to are there, or were freed."""

@@ -1,7 +1,7 @@
 """Checks of a base's configs that transformers does not make.
 
-It lists every layer and label of a config, one by one, loads code for attention that a config names, and
-compares what it generates with any end token. The fields of a GGUF file are a config, too.
+It lists every layer and label of a config, one by one, loads code for attention that a config
+names, and compares what it generates with any end token. The fields of a GGUF file are a config.
 """
 
 import json

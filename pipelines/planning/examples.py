@@ -3,8 +3,9 @@
 from collections import Counter
 from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass, field
+from typing import get_args
 
-from meteora.artifacts import NULL, FusedSpec, PoolSpec, canonical_sha256
+from meteora.artifacts import NULL, FusedSpec, PoolSpec, Unfitted, canonical_sha256
 from meteora.untrusted.findings import counted
 from pipelines.admission.card_examples import NoCardExamplesError, read_card_examples
 from pipelines.admission.experts import Expert
@@ -221,7 +222,7 @@ def refuse_too_few(
     *,
     whole: bool,
 ) -> None:
-    """Refuse too few examples of an expert for its gate, or of all experts for the composites.
+    """Refuse gates without examples, or with too few for one of them or for the composites.
 
     With composites one example is enough for a gate: it occurs in several of them.
 
@@ -241,6 +242,11 @@ def refuse_too_few(
                 " least, one to fit and one to check: give it more"
             )
     own = {name: rows for name, rows in examples.items() if name != NULL}
+    if recipe.router.kind == "gate" and whole and not own:
+        raise ExamplesError(
+            "no expert that is left has examples, and a gate is fitted to some; give one of them"
+            f" examples, or choose a router that needs none ({', '.join(get_args(Unfitted))})"
+        )
     for mixed in recipe.gates.composites if own and whole else ():
         rows_of = mixable(own)
         try:

@@ -240,7 +240,7 @@ def _gates(pace: Pace, loaded: float, disk: float, work: FittingWork, share: str
     spread = 48 * size * size + 8 * MAX_ROWS * widest
     outputs = tokens * itemsize * sum(shape.linears[p][1] for p in experts.ranks) / shape.num_layers
     kept_outputs = min(outputs, MAX_OUTPUT_BYTES)
-    sweeps = SWEEPS + SWEEPS_AGAIN * (1 - kept_outputs / outputs)
+    sweeps = SWEEPS + SWEEPS_AGAIN * (outputs - kept_outputs) / max(outputs, 1.0)
     seconds = pace.reading(sweeps * tokens, routed=True)
     seconds += pace.reading(work.passes, routed=True, logits=work.graph_tokens > 0)
     seconds += sum(_point_seconds(pace, width, tokens) for width in widths)

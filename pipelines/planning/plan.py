@@ -1,6 +1,6 @@
 """The plan of a run: every spec, and so every id, before any work is done.
 
-Nothing here loads a model or opens a database, so a finished run is recognised within a second.
+Nothing here loads a model or updates the index, so a finished run is recognised within a second.
 """
 
 from collections.abc import Mapping, Sequence

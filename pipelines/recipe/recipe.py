@@ -177,13 +177,18 @@ class PolicySection(Section):
 
 DURATION = re.compile(r"(\d{1,6}(?:\.\d{1,3})?)([smhd])")
 UNIT_SECONDS = {"s": 1.0, "m": 60.0, "h": 3600.0, "d": 86400.0}
+MOST_SECONDS = 365 * UNIT_SECONDS["d"]
+"""Timers of the system end at some 290 years."""
 
 
 def _seconds(text: object) -> float:
     match = DURATION.fullmatch(text) if isinstance(text, str) else None
     if match is None or float(match[1]) == 0:
         raise ValueError("a time is a number and a unit, such as 90s, 30m, 2h or 1d")
-    return float(match[1]) * UNIT_SECONDS[match[2]]
+    seconds = float(match[1]) * UNIT_SECONDS[match[2]]
+    if seconds > MOST_SECONDS:
+        raise ValueError(f"{text} is too long; the most is 365d")
+    return seconds
 
 
 Seconds = Annotated[

@@ -133,8 +133,8 @@ def summarise(ledger: Ledger, plan: Plan, base_folder: Path | None) -> Summary |
         "gates": gates.weights_sha256 if plan.router.router in WITH_GATES else None,
         "statistics": gates.statistics_sha256,
     }
-    paths = {name: ledger.blobs.path_of(sha256) for name, sha256 in stored.items() if sha256}
-    sizes = {name: path.stat().st_size for name, path in paths.items()}
+    paths = {name: ledger.blobs.place_of(sha256) for name, sha256 in stored.items() if sha256}
+    sizes = {name: path.stat().st_size for name, path in paths.items() if path.is_file()}
     if base_folder is not None:
         sizes["base"] = sum(path.stat().st_size for path in base_folder.glob("*.safetensors"))
     return Summary(

@@ -77,7 +77,7 @@ def files_to_free(ledger: Ledger, names: Iterable[str]) -> list[Removable]:
         sha256s -= _tensors_of(folder)
     for router_id, spec in ledger.specs_of().items():
         if router_id.startswith("router:") and router_id not in models:
-            sha256s -= _experts_that_wait(ledger, ArtifactId(router_id), spec)
+            sha256s -= _blobs_that_wait(ledger, ArtifactId(router_id), spec)
     files = [
         *((str(folder), folder) for folder in sorted(folders)),
         *((sha256, ledger.blobs.place_of(sha256)) for sha256 in sorted(sha256s)),
@@ -85,11 +85,11 @@ def files_to_free(ledger: Ledger, names: Iterable[str]) -> list[Removable]:
     return [Removable(name, path, _own_bytes(path)) for name, path in files if path.exists()]
 
 
-def _experts_that_wait(ledger: Ledger, router_id: ArtifactId, spec: dict[str, Any]) -> set[str]:
-    """The blobs of experts whose gates are here, with or without a checkpoint's folder."""
+def _blobs_that_wait(ledger: Ledger, router_id: ArtifactId, spec: dict[str, Any]) -> set[str]:
+    """The blobs of a model whose gates are here, with or without a checkpoint's folder."""
     experts = {*ledger.blobs_of(RouterSpec.from_dict(spec).fused_id)}
     own = {*ledger.blobs_of(router_id)} - experts  # a router that is only measured has none
-    return experts if own and all(sha256 in ledger.blobs for sha256 in own) else set()
+    return experts | own if own and all(sha256 in ledger.blobs for sha256 in own) else set()
 
 
 def _router_in(ledger: Ledger, name: str) -> ArtifactId:

@@ -12,6 +12,7 @@ from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import pyarrow.parquet
 import pytest
 
 import store.recording
@@ -43,6 +44,7 @@ from meteora.artifacts import (
     ScoreTurn,
     SpeedBuild,
     SpeedSpec,
+    file_sha256,
 )
 from meteora.artifacts.scores import Abstention
 from store.events import AdapterVerdict, Failure, RunEnded, RunStarted
@@ -105,6 +107,22 @@ def score(spec: BenchmarkSpec, value: float, outputs_sha256: str) -> Score:
         harness="lm-eval 0.4.13",
         wall_seconds=1.5,
     )
+
+
+def write_segment(root: Path, texts: dict[str, str]) -> Path:
+    """Write a segment with any texts under any names, and name it by its bytes."""
+    root.mkdir(parents=True, exist_ok=True)
+    columns = {
+        name: pyarrow.array(column, pyarrow.string())
+        for name, column in (
+            ("sha256", [*texts]),
+            ("kind", ["artifact"] * len(texts)),
+            ("subject", [""] * len(texts)),
+            ("text", [*texts.values()]),
+        )
+    }
+    pyarrow.parquet.write_table(pyarrow.table(columns), root / "new")
+    return (root / "new").rename(root / f"{file_sha256(root / 'new')}.parquet")
 
 
 @dataclass

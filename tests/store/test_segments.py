@@ -11,12 +11,13 @@ from unittest.mock import Mock
 import duckdb
 import pytest
 
+from meteora.artifacts import file_sha256
 from store import segments
 from store.errors import DamagedError, StoreError
 from store.ledger import Ledger
 from store.query import memory
 from store.records import Record
-from tests.store.conftest import Shelf
+from tests.store.conftest import Shelf, write_segment
 
 pytestmark = pytest.mark.usefixtures("disk_is_not_waited_for")
 
@@ -203,6 +204,32 @@ def test_a_damaged_segment_is_never_a_reason_to_drop_a_loose_record(filled: Shel
     with pytest.raises(DamagedError, match="do not hash to its name"):
         filled.ledger.pack()
     assert filled.ledger.records.loose() == before
+
+
+def test_a_segment_of_other_texts_is_no_reason_to_drop_a_record(filled: Shelf) -> None:
+    names = filled.ledger.records.loose()
+    before = filled.ledger.records.read_all(names)
+    write_segment(filled.ledger.records.segments.root, dict.fromkeys(names, "{}"))
+    filled.ledger.ingest()
+    assert filled.ledger.pack() == len(names)
+    assert filled.ledger.records.read_all(names) == before
+
+
+def test_a_file_that_is_no_segment_is_left_out_and_named(
+    filled: Shelf, caplog: pytest.LogCaptureFixture
+) -> None:
+    path = write_segment(filled.ledger.records.segments.root, {})
+    with memory() as connection:
+        connection.execute(f"COPY (SELECT 1 AS other) TO '{path}' (FORMAT parquet)")
+    path.rename(path.with_name(f"{file_sha256(path)}.parquet"))
+    path.write_bytes(b"no parquet")
+    path.rename(path.with_name(f"{file_sha256(path)}.parquet"))
+    filled.make(filled.adapter(9), run_id="r9")
+    assert filled.ledger.ingest().num_records == 1
+    assert caplog.text.count("is no segment") == 2
+    for found in filled.ledger.verify().findings:
+        assert found.what == "segment"
+        assert "move it away to go on without it" in found.problem
 
 
 def test_a_damaged_record_is_not_packed_and_stops_no_other(

@@ -1,5 +1,6 @@
 """Homes that share a storage: a real server that speaks S3 on loopback, obstore as it ships."""
 
+import hashlib
 import http.client
 import http.server
 import logging
@@ -30,7 +31,7 @@ from store.ledger import Ledger
 from store.records import Record
 from store.remote import Remote
 from store.sharing import SETTING, connect
-from tests.store.conftest import Shelf
+from tests.store.conftest import Shelf, write_segment
 
 pytestmark = pytest.mark.usefixtures("disk_is_not_waited_for")
 
@@ -109,6 +110,35 @@ def test_a_home_that_has_a_past_brings_it_along(
     assert two.ledger.ingest().num_records == len(filled.ledger.records.loose())
     assert two.views() == before
     assert not two.ledger.verify().findings
+
+
+def test_what_is_no_record_on_the_storage_reaches_no_home(
+    homes: tuple[Shelf, Shelf], url: str, tmp_path: Path, caplog: pytest.LogCaptureFixture
+) -> None:
+    one, _ = homes
+    one.make(one.base)
+    one.ledger.ingest()
+    names = one.ledger.records.loose()
+    storage = from_url(url, client_options={"allow_http": True})
+    unhashable = Record("failure", "x", {}, "r1", "2026-12-03T05:00:00Z", ({},))  # ty: ignore[invalid-argument-type]
+    for data in (b"[1]", unhashable.to_bytes()):
+        sha256 = hashlib.sha256(data).hexdigest()
+        obstore.put(storage, f"records/{sha256[:2]}/{sha256[2:]}.json", data)
+    for segment in (
+        write_segment(tmp_path, dict.fromkeys(names, "{}")),
+        write_segment(tmp_path, {hashlib.sha256(b"[1]").hexdigest(): "[1]"}),
+        tmp_path / f"{hashlib.sha256(b'no parquet').hexdigest()}.parquet",
+    ):
+        data = segment.read_bytes() if segment.exists() else b"no parquet"
+        obstore.put(storage, f"records/packed/{segment.name}", data)
+    one.ledger.blobs.put_bytes(b"of no record")
+    for shelf in homes:
+        assert shelf.ledger.ingest(restore=True).reason == ""
+        assert shelf.ledger.records.parts() == names
+        assert not shelf.ledger.verify().findings
+        shelf.ledger.gc()
+    assert caplog.text.count("holds no records; remove it there") == 2 * 5
+    assert one.ledger.pack() == len(names)
 
 
 def test_a_blob_that_the_storage_has_lost_comes_back_with_the_next_run(

@@ -250,6 +250,24 @@ def test_two_names_of_one_adapter_and_a_task_that_is_none_are_told(
 
 
 @pytest.mark.usefixtures("known_machine")
+def test_gates_whose_only_examples_are_those_of_a_refused_adapter_are_told(
+    workplace: Callable[..., RunContext], recipe_folder: Path, tmp_path: Path
+) -> None:
+    first, second = yaml.safe_load((recipe_folder / "recipe.yaml").read_text())["experts"][:2]
+    shutil.copytree(recipe_folder / first["name"], tmp_path / "broken")
+    (tmp_path / "broken" / "adapter_model.safetensors").write_bytes(b"")
+    del second["examples"]
+    work = workplace(
+        experts=[first | {"adapter": f"path:{tmp_path / 'broken'}"}, second],
+        policy={"on_refused": "skip"},
+        router={"without_examples": "arrow"},
+    )
+    said = ask("run", work.path, "--dry-run", "--home", tmp_path / "home")
+    assert "the run would stop: no expert that is left has examples" in said.stdout
+    assert said.returncode == 1
+
+
+@pytest.mark.usefixtures("known_machine")
 def test_it_ends_with_an_error_where_the_run_would(
     workplace: Callable[..., RunContext],
     recipe_folder: Path,

@@ -97,6 +97,11 @@ def test_a_number_is_one_in_every_form_that_people_write(tmp_path: Path, rate: s
             "add ?split=train",
             id="test prompts",
         ),
+        pytest.param(
+            f"base: a/b\nexperts: [{EXPERT}]\ndeadlines: {{base: 366d}}",
+            "deadlines.base: 366d is too long; the most is 365d",
+            id="no timer",
+        ),
         pytest.param("base: a/b\nexperts: []", "no experts: name some", id="none"),
         pytest.param(
             "base: a/b\nexperts: []\nbenchmark: {conversation: [3]}",

@@ -12,6 +12,7 @@ from meteora.artifacts import MeteoraError
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, STATISTICS, read_manifest
 from pipelines.cli import store
 from pipelines.publishing.signing import SIGNATURE
+from pipelines.reports.summary import summarise
 from pipelines.workspace.checkpoints import checkpoint_folder
 from pipelines.workspace.context import RunContext
 from store.errors import UnknownError
@@ -56,6 +57,9 @@ def test_a_model_is_deleted_without_what_others_need_and_made_again_without_a_be
 
     assert free(plan.router.id, yes=True) == found
     assert not folder.exists()
+    summary = summarise(first.ledger, plan, None)
+    assert summary is not None, "the scores are here"
+    assert summary.sizes.keys() == {"experts"}
     with pytest.raises(UnknownError, match="if its folder was deleted, run its recipe again"):
         checkpoint_folder(plan.router.id, first.home)
     assert not free(plan.router.id)
@@ -87,6 +91,25 @@ def test_a_model_is_deleted_without_what_others_need_and_made_again_without_a_be
     ):
         with pytest.raises((UnknownError, MeteoraError), match=reason):
             free(name, yes=True)
+
+
+@pytest.mark.usefixtures("prefect_server")
+def test_gates_that_a_model_without_a_folder_shares_stay(
+    workplace: Callable[..., RunContext], capsys: pytest.CaptureFixture[str]
+) -> None:
+    first = workplace(benchmark=FEW)
+    run(first)
+    twin = workplace(benchmark=FEW, router={"margin": 0.5})
+    run(twin)
+    router_id, waiting = (result_of(work)[0].router.id for work in (first, twin))
+    gates = set(first.ledger.blobs_of(router_id))
+    assert gates == set(twin.ledger.blobs_of(waiting)), "they are the same bytes"
+    shutil.rmtree(twin.checkpoint_folder(waiting))
+    capsys.readouterr()
+    store.free([router_id], True, first.home, as_json=True)
+    names = {one["name"] for one in json.loads(capsys.readouterr().out)}
+    assert names == {str(first.checkpoint_folder(router_id))}
+    assert all(sha256 in twin.ledger.blobs for sha256 in gates)
 
 
 def test_a_checkpoint_that_is_not_recorded_is_deleted_by_its_name(

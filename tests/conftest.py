@@ -8,6 +8,7 @@ Heavy libraries are imported by the fixtures that need them, so that the store's
 from __future__ import annotations
 
 import atexit
+import copy
 import fcntl
 import gc
 import os
@@ -360,6 +361,7 @@ def build_base(
 ) -> Callable[[str], Path]:
     """A function from an architecture's name to the folder of a tiny base of it."""
     built: dict[str, Path] = {}
+    own = copy.deepcopy(tokenizer)  # a test may give the session's a chat template for a while
 
     def build(kind: str) -> Path:
         if kind not in built:
@@ -370,7 +372,7 @@ def build_base(
             model = AutoModelForCausalLM.from_config(_tiny_config(kind, len(tokenizer)))
             built[kind] = tmp_path_factory.mktemp(kind)
             model.save_pretrained(built[kind])
-            tokenizer.save_pretrained(built[kind])
+            own.save_pretrained(built[kind])
         return built[kind]
 
     return build

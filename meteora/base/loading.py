@@ -38,7 +38,7 @@ from meteora.base.placement import (
     spreading,
 )
 from meteora.base.shared_block import SharedBlock
-from meteora.base.sources import SourceError
+from meteora.base.sources import SourceError, require_config
 from meteora.base.temporary_folder import temporary_folder
 from meteora.untrusted.findings import brief, shortened
 
@@ -170,11 +170,8 @@ def load_config(source: Path) -> PretrainedConfig:
     Raises:
         SourceError: transformers cannot read it, or cannot generate text with it.
     """
-    if not (source.is_file() or (source / "config.json").is_file()):
-        raise SourceError(
-            f"{source}: there is no config.json in it; give the folder of a base, saved with"
-            " save_pretrained"
-        )
+    if not source.is_file():
+        require_config(source)
     try:
         check_source(source)
         with _QUIET.open():

@@ -102,6 +102,15 @@ def find_gguf(source: str) -> Path:
     )
 
 
+def require_config(folder: Path) -> None:
+    """Raise a `SourceError` for a folder without the config of a model."""
+    if not (folder / "config.json").is_file():
+        raise SourceError(
+            f"{folder}: there is no config.json in it; give the folder of a base, saved with"
+            " save_pretrained"
+        )
+
+
 def weights_sha256(folder: Path) -> str:
     """Hash a folder's safetensors file, or the hashes of its shards in order.
 

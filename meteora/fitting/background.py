@@ -76,8 +76,8 @@ def fit_to_background(
     num_experts = len(next(iter(layers.values())).stack.ranks)
     rows: dict[str, Tensor] = {}
     offsets: dict[str, Tensor] = {}
-    sizes = torch.zeros(len(texts), num_experts)
-    num_modules = torch.zeros(num_experts)
+    sizes = torch.zeros(len(texts), num_experts, dtype=torch.float32)
+    num_modules = torch.zeros(num_experts, dtype=torch.float32)
     with swept(model):
         sweep = Sweep(model, [(b.input_ids, b.attention_mask) for b in batches], scratch=scratch)
 

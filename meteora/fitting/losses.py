@@ -173,11 +173,11 @@ def frozen(model: PreTrainedModel) -> Generator[None]:
             with old_routers_after_error(model):
                 yield
         finally:
-            for parameter, requires_grad in before:
-                parameter.requires_grad_(requires_grad)
             for gate in gates_in(model).values():
                 gate.requires_grad_(requires_grad=False)
                 gate.__dict__.pop("forward", None)
+            for parameter, requires_grad in before:  # old gates that an error put back among them
+                parameter.requires_grad_(requires_grad)
 
 
 def _weights_of(batch: Batch, each: Tensor | None) -> Tensor | None:

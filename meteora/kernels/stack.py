@@ -247,15 +247,18 @@ class ExpertStack(nn.Module):
         """The scaling of each choice's ranks, times its factor; 0 for the other ranks.
 
         Returns:
-            [C, R]; if it is larger than A, it is made at the first call
+            [C, R]; if it is larger than A, it is made at the first call outside compiled code
         """
-        if self._choice_scaling is None:
-            with torch.inference_mode(mode=False):
-                starts, widths = self.segments[:, :, None]
-                ranks = torch.arange(len(self.rank_scaling), device=starts.device)
-                held = (ranks >= starts) & (ranks < starts + widths)
-                self._choice_scaling = held * self.factors[:, None] * self.rank_scaling
-        return self._choice_scaling
+        if self._choice_scaling is not None:
+            return self._choice_scaling
+        with torch.inference_mode(False):  # Dynamo takes no named argument
+            starts, widths = self.segments[:, :, None]
+            ranks = torch.arange(len(self.rank_scaling), device=starts.device)
+            held = (ranks >= starts) & (ranks < starts + widths)
+            table = held * self.factors[:, None] * self.rank_scaling
+        if not torch.compiler.is_compiling():  # what is traced has no numbers to keep
+            self._choice_scaling = table
+        return table
 
     def extra_repr(self) -> str:
         return f"C={self.num_choices}, ranks={self.ranks}"

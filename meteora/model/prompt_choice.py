@@ -118,8 +118,8 @@ class PromptReader(Watcher):
         for name in CACHES:
             if inputs.get(name) is not None:
                 inputs[name] = _copied(inputs[name])
-        sizes = torch.zeros(len(question), self.standard.shape[1])
-        num_modules = torch.zeros(self.standard.shape[1])
+        sizes = torch.zeros(len(question), self.standard.shape[1], dtype=torch.float32)
+        num_modules = torch.zeros(self.standard.shape[1], dtype=torch.float32)
         num_tokens = question.sum(1, keepdim=True).clamp_min(1)  # a row of a batch may be empty
 
         def measure(router: PromptRouter, x: Tensor) -> None:

@@ -53,8 +53,8 @@ def read_prompts(
     template = Template.of(tokenizer)
     start, end = len(template.opening), len(template.closing)
     means: list[Tensor] = [torch.empty(0)] * len(prompts)
-    sizes = torch.zeros(len(prompts), num_experts)
-    num_modules = torch.zeros(num_experts)
+    sizes = torch.zeros(len(prompts), num_experts, dtype=torch.float32)
+    num_modules = torch.zeros(num_experts, dtype=torch.float32)
     ends = [max(start + 1, len(ids) - end) for ids in prompts]
     if most_tokens is not None:
         ends = [min(last, start + most_tokens) for last in ends]

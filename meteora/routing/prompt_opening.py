@@ -4,6 +4,8 @@ A chat template puts the same tokens before every prompt. A causal router cannot
 them, but an adapter may depend on its own changes to them more than on any others. A prefill sees
 the whole prompt: at every layer, the first tokens of the prompt itself decide for the opening, too.
 Tokens that are generated later do not count, so generation with a cache equals generation without.
+Only a template that closes a prompt shows where they begin: without one, an answer that follows a
+prompt of fewer than `WINDOW` tokens counts if there is no cache.
 """
 
 from collections.abc import Callable

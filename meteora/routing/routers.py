@@ -379,10 +379,10 @@ def _as_numbers(weights: Tensor, experts: Tensor) -> Choices:
 
 
 def _without(logits: Tensor, choices: list[int]) -> Tensor:
-    """Set the logits [T, C] of these choices to -inf."""
-    if choices:
-        logits[:, choices] = -torch.inf
-    return logits
+    """The logits [T, C], with -inf for these choices; not in place, so they can be learnt from."""
+    if not choices:
+        return logits
+    return logits.index_fill(1, torch.tensor(choices, device=logits.device), -torch.inf)
 
 
 def _require_finite(numbers: Tensor, kind: str) -> None:

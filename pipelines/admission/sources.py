@@ -15,6 +15,7 @@ from meteora.base.sources import (
     find_gguf,
     is_reference,
     path_from,
+    require_config,
     weights_sha256,
 )
 from meteora.checkpoint.manifest import SOURCE
@@ -61,6 +62,7 @@ def resolve_base(context: RunContext) -> BaseSpec:
     if source.startswith(PATH):
         local = path_from(folder, source.removeprefix(PATH))
         spec = BaseSpec(PATH + local.name, f"sha256:{weights_sha256(local)}", quantise)
+        require_config(local)
         if not is_reference(spec.base_model, spec.base_revision):
             raise _unnameable(local, "folder of its base")
         return spec

@@ -253,7 +253,7 @@ def export(
         ),
     ] = "peft",
     output: Annotated[
-        Path | None, options.output("A new folder. Default: the expert's name.")
+        Path | None, options.output("A new folder. Default with --expert: its name.")
     ] = None,
     copy: Annotated[
         bool, typer.Option("--copy", help="For vLLM: copy base and checkpoint. Default: links.")
@@ -271,7 +271,8 @@ def export(
 
     out = output or (Path(expert) if expert else None)
     if out is None:
-        raise typer.BadParameter("name a new folder with -o, or one expert with --expert")
+        one = "" if target == "vllm" else ", or one expert with --expert"
+        raise typer.BadParameter(f"name a new folder with -o{one}")
     if (target == "peft") != bool(expert) and target != "llama.cpp":
         raise typer.BadParameter("PEFT loads one adapter, --expert NAME; vLLM serves all of them")
     if copy and target != "vllm":

@@ -39,9 +39,13 @@ def sql(
     home: options.Home = options.DEFAULT_HOME,
 ) -> None:
     """Query the ledger with one SELECT."""
+    from store.query import Answer
     from store.query import examples as questions
 
     form = output.form_of(form, as_json=as_json)
+    if examples and form:
+        output.print_answer(Answer(("title", "query"), list(questions())), form)
+        return
     if examples:
         for title, question in questions():
             print(f"/* {title} */\n{question}\n")
@@ -86,9 +90,12 @@ def verify(
             help="A server with OpenAI's interface, to ask. Its key, if any, is METEORA_API_KEY.",
         ),
     ] = "",
-    answers: Annotated[int, options.count("How many recorded answers to ask for again.")] = 24,
+    answers: Annotated[
+        int, options.count("With --served: how many recorded answers to ask for again.")
+    ] = 24,
     model: Annotated[
-        str, typer.Option(help="The model's name on the server. Default: the first listed.")
+        str,
+        typer.Option(help="With --served: the model's name there. Default: the first listed."),
     ] = "",
     token_for: options.TokenFor = options.NONE,
     as_json: options.AsJson = False,
@@ -112,6 +119,8 @@ def verify(
         if not _serves(folder, home, served, answers, model, as_json=as_json):
             raise typer.Exit(1)
         return
+    if model or token_for:
+        raise typer.BadParameter("--model and --token-for go with --served URL")
     if checkpoint is not None or key is not None:
         if checkpoint is None or key is None:
             raise typer.BadParameter(

@@ -22,7 +22,7 @@ from meteora.model.fused import without_experts
 from meteora.routing.layer import routed_layers
 from meteora.routing.passes import cache_name
 from pipelines.evaluation.measurements import BASE, FUSED
-from pipelines.scoring.intervals import bootstrap_median
+from pipelines.scoring.intervals import interval_of_median
 from pipelines.workspace.machine import device_name
 
 if TYPE_CHECKING:
@@ -107,7 +107,7 @@ def _rate(phase: str, seconds: dict[tuple[str, str], list[float]], spec: SpeedSp
     length = spec.prompt_tokens if phase == "prefill" else spec.new_tokens
     base, fused = seconds[BASE, phase], seconds[FUSED, phase]
     ratios = [ours / theirs for ours, theirs in zip(fused, base, strict=True)]
-    low, high = bootstrap_median(ratios)
+    low, high = interval_of_median(ratios)
     return Rate(
         phase=phase,
         base_tokens_per_second=spec.batch_size * length / median(base),

@@ -21,6 +21,7 @@ from pipelines.scoring.metrics import (
     RIGHT,
     TURNS_RIGHT,
     without_number,
+    without_reference,
     without_scorer,
 )
 
@@ -159,7 +160,7 @@ def make_tasks(
 
 
 def check_rows(task: Task) -> None:
-    """Raise `ExamplesError` for a row without the choices, number or scorer that a metric needs."""
+    """Raise `ExamplesError` for a row without the choices or the answer that a metric needs."""
     for row in task.rows:
         if task.weighs and not row.choices:
             raise ExamplesError(
@@ -171,6 +172,14 @@ def check_rows(task: Task) -> None:
                 f"task {task.name}: the prompt {row.prompt[:60]!r} has an empty choice, which is"
                 " always the likeliest; take it out, or choose a metric for free answers"
             )
+        if task.weighs and len(set(row.choices)) < 2:
+            raise ExamplesError(
+                f"task {task.name}: the prompt {row.prompt[:60]!r} has one choice, which is always"
+                " the likeliest; give its row others, or take it out"
+            )
+        for metric in task.metrics:
+            if problem := without_reference(metric, row):
+                raise ExamplesError(f"task {task.name}: {problem}")
         if "verified" in task.metrics and not row.checker:
             raise ExamplesError(f"task {task.name}: {without_scorer(row)}")
         if "numeric_match" in task.metrics and (problem := without_number(row)):
@@ -209,18 +218,20 @@ def _mixes(tasks: Mapping[str, Task], settings: BenchmarkSection) -> dict[str, T
             system_prompt=settings.system_prompt,
         )
         n, seed = section.n, settings.seed
+        # more would ask the same rows again, and intervals would take them for other ones
+        most = -(-sum(map(len, rows.values())) // n)
         if isinstance(section, CompositeSection):
             mixes[task.name] = replace(
                 task,
                 metrics=(RIGHT, ATTEMPTED),
                 max_new_tokens=task.max_new_tokens * n,
                 composites=compose(
-                    rows, n, section.count or settings.limit, seed, section.num_fewshot
+                    rows, n, section.count or min(settings.limit, most), seed, section.num_fewshot
                 ),
                 num_fewshot=section.num_fewshot,
             )
         else:
-            count = section.count or -(-TURNS // n)
+            count = section.count or min(-(-TURNS // n), most)
             dialogues = draw_dialogues(rows, n, count, seed, settings.system_prompt)
             mixes[task.name] = replace(task, dialogues=dialogues)
     return mixes

@@ -30,10 +30,11 @@ if TYPE_CHECKING:
 
     from transformers import PretrainedConfig, PreTrainedTokenizerBase
 
-    from meteora.artifacts import RouterOptions
+    from meteora.artifacts import RouterOptions, SpeedSpec
     from meteora.fitting.sequences import LabelledSequence
     from pipelines.data.spans import SpannedRow, SpannedTurns
     from pipelines.evaluation.tasks import Task
+    from pipelines.recipe.benchmark import SpeedSection
 
 
 def check_names(tasks: Iterable[Task]) -> None:
@@ -57,6 +58,7 @@ def check_rows(
     plain: bool,
     of_cards: Collection[str] = (),
     systems: Collection[str] = (),
+    speed: SpeedSection | SpeedSpec | None = None,
 ) -> None:
     """Refuse rows that are too long for a base, or not possible in its chat template.
 
@@ -66,6 +68,7 @@ def check_rows(
         plain: whether gates are fitted to prompts without the chat template
         of_cards: the experts whose examples are those of their cards' data sets
         systems: that answer the tasks; an oracle needs the places of a composite's questions
+        speed: how the model is timed, if it is
 
     Raises:
         BenchmarkError: a prompt of a task is.
@@ -73,6 +76,8 @@ def check_rows(
     """
     config, tokenizer = load_config(folder), load_tokenizer(folder)
     check_room(tasks, config, tokenizer)
+    if speed is not None:
+        refuse_too_long("speed", [speed.prompt_tokens], speed.new_tokens, room_of(config))
     if plain:
         tokenizer.chat_template = None
     without_too_long(examples, of_cards, room_of(config), tokenizer)

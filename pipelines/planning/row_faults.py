@@ -73,6 +73,7 @@ def faults_of_rows(context: RunContext, base: BaseSpec | None, read: Read) -> li
                 recipe.router.options((), fitted=True),
                 plain=settings.template == "plain",
                 systems=settings.compare,
+                speed=settings.speed,
             )
     except (ExamplesError, BenchmarkError) as error:
         return [str(error)]

@@ -106,7 +106,8 @@ class CompositeSection(Section):
     tasks: tuple[str, ...] = ()
     """The tasks whose rows are taken. Default: all tasks with rows."""
     count: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """The number of prompts. Default: `limit` of the benchmark."""
+    """The number of prompts. Default: `limit` of the benchmark, but no more questions than there
+    are rows: intervals would take a row that is asked again for another one."""
     num_fewshot: Annotated[int, Field(ge=0, le=16)] = 0
     """Solved prompts of the same kind in each prompt, of other rows; the paper has two."""
 
@@ -124,7 +125,8 @@ class ConversationSection(Section):
     tasks: tuple[str, ...] = ()
     """The tasks whose rows are taken. Default: all tasks with rows."""
     count: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """The number of conversations. Default: as many as have 200 turns together."""
+    """The number of conversations. Default: as many as have 200 turns together, but no more turns
+    than there are rows, as for composites."""
 
     @property
     def called(self) -> str:
@@ -141,8 +143,9 @@ class SpeedSection(Section):
     """Length of each answer."""
     batch_size: Annotated[int, Field(ge=1, le=4096)] = 1
     """Prompts that are answered together."""
-    rounds: Annotated[int, Field(ge=3, le=1000)] = 7
-    """The number of times that model and base are timed, in turns."""
+    rounds: Annotated[int, Field(ge=6, le=1000)] = 7
+    """The number of times that model and base are timed, in turns; of fewer than 6 there is no 95 %
+    interval."""
 
 
 class BenchmarkSection(Section):

@@ -22,8 +22,12 @@ MOST_FAULTS = 20
 """Most faults of a recipe in one message."""
 
 
-def explain(error: ValidationError, section: type[BaseModel]) -> str:
-    """Each fault of a section, such as a whole recipe, with its place, on one line."""
+def explain(error: ValidationError, section: type[BaseModel], whole: str = "recipe") -> str:
+    """Each fault of a section, such as a whole recipe, with its place, on one line.
+
+    Args:
+        whole: the place of a fault that is in no key
+    """
     faults = error.errors()
     keys = {key.path: key for key in keys_of(section)}
     names = {name for path in keys for name in path.split(".")}
@@ -33,7 +37,7 @@ def explain(error: ValidationError, section: type[BaseModel]) -> str:
         # pydantic adds its names for kinds of sections and values, which are not in the file
         kept = {*names, *(place[-1:] if unknown else ())}
         name = ".".join(str(one) for one in place if isinstance(one, int) or one in kept)
-        name = name or "recipe"
+        name = name or whole
         if unknown:
             said[name] = _of_unknown(name, keys)
         elif name in said:  # it is also no value of the other kind that may be there

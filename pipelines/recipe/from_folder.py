@@ -15,6 +15,7 @@ from meteora.adapters import reader
 from meteora.adapters.files import CONFIG
 from meteora.artifacts import REPO_ID, MeteoraError
 from meteora.base.sources import GGUF, PATH, path_from
+from pipelines.recipe.benchmark import MIX
 from pipelines.recipe.recipe import LONGEST_NAME, Recipe
 from store.files import replace_text
 
@@ -257,6 +258,7 @@ def _called(folder: Path) -> str:
 
 def _name(text: str, taken: set[str]) -> str:
     name = re.sub(r"[^A-Za-z0-9_.-]", "-", text).lstrip("_.-")[: LONGEST_NAME - 6] or "adapter"
+    name = f"adapter-{name}" if MIX.fullmatch(name) else name
     numbered = (f"{name}-{n}" for n in count(2))
     return next(one for one in chain([name], numbered) if one not in taken)
 

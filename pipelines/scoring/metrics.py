@@ -72,8 +72,9 @@ def last_number(text: str) -> Decimal | None:
     if not found or sum(map(len, found[-1])) > LONGEST_NUMBER:
         return None
     sign, whole, rest = found[-1]
+    whole = whole.rstrip(",")
     if not GROUPED.fullmatch(whole):
-        whole = whole.rstrip(",").rpartition(",")[2]
+        whole = whole.rpartition(",")[2]
     return Decimal(sign + whole.replace(",", "") + rest)
 
 
@@ -125,7 +126,8 @@ def _rouge_scorer(kind: str) -> Any:  # noqa: ANN401
 class _Words:
     """Words of letters and digits of any script; rouge-score's own tokenizer knows only a to z.
 
-    Marks belong to words, such as the vowel signs of Hindi; for `re` they are no letters.
+    Marks belong to words, such as the vowel signs of Hindi; for `re` they are no letters. Scripts
+    that write no spaces, such as Chinese, have one word from mark to mark.
     """
 
     def tokenize(self, text: str) -> list[str]:
@@ -167,6 +169,20 @@ def without_scorer(row: Row) -> str:
     return (
         f"the prompt {row.prompt[:60]!r} has no scorer; `verified` needs rows of"
         " `reasoning_gym:…`, so choose exact_match"
+    )
+
+
+def without_reference(name: str, row: Row) -> str:
+    """The message for a row that gets 0 from a metric of texts, whatever the answer; else empty."""
+    if name not in WORDS_NEEDED:
+        return ""
+    least = WORDS_NEEDED[name]
+    if any(normalise(one) and len(_Words().tokenize(one)) >= least for one in row.answers):
+        return ""
+    needs = f" of {least} words or more" * (least > 1)
+    return (
+        f"{row.response[:60]!r} is no answer{needs}, and {name} compares with one, so that no"
+        " answer can be right; take the row out"
     )
 
 
@@ -236,3 +252,5 @@ METRICS = {
     "acc_norm": Metric(acc_norm, of_choices=True),
 }
 """Each metric by its name in a recipe."""
+WORDS_NEEDED = {"exact_match": 0, "sentence_bleu": 0, "rouge1": 1, "rouge2": 2, "rougeL": 1}
+"""The fewest words of a right answer that can get more than 0, for metrics that compare texts."""

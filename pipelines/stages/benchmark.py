@@ -1,6 +1,6 @@
 """Measure a checkpoint without the recipe that made it, such as one with an expert more or less."""
 
-from collections.abc import Collection
+from collections.abc import Collection, Mapping, Sequence
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from functools import partial
@@ -15,9 +15,13 @@ from meteora.untrusted.findings import MOST_NAMED, did_you_mean, listed, shorten
 from pipelines.admission.checkpoints import FoundCheckpoint
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.row_sources import read_rows
+from pipelines.data.spans import read_spans
 from pipelines.evaluation.tasks import Task, make_tasks
+from pipelines.planning.examples import asks_for_spans
+from pipelines.planning.overlaps import check_overlaps
 from pipelines.planning.plan import Plan, plan_benchmark
 from pipelines.planning.recorded_tasks import recorded_tasks
+from pipelines.planning.row_faults import Read, is_at_hand
 from pipelines.recipe.benchmark import MIX, BenchmarkSection, TaskSection
 from pipelines.recipe.faults import explain
 from pipelines.recipe.recipe import (
@@ -78,7 +82,7 @@ def benchmark(
 
     Raises:
         BenchmarkRequestError: There is no task, or none of a given name.
-        ExamplesError: Rows are missing or malformed.
+        ExamplesError: Rows are missing or malformed, or examples of the recipe.
         CheckpointError: The checkpoint is not sound.
     """
     manifest, adoption = read_manifest(found.folder), None
@@ -168,21 +172,16 @@ def _choose_tasks(
     try:
         settings = BenchmarkSection.model_validate(dict(settings) | changes)
     except ValidationError as error:
-        raise BenchmarkRequestError(explain(error, BenchmarkSection)) from None
+        fault = explain(error, BenchmarkSection, "--compare")
+        advice = "" if request.recipe else " (--recipe FILE names a recipe that has some)"
+        raise BenchmarkRequestError(f"{fault}{advice}") from None
     hub = hub.model_copy(update={"token_for": (*hub.token_for, *request.token_for)})
     read = partial(read_rows, token_of=token_of_rows(hub))
     tasks = recorded | make_tasks(list(own.values()), settings, folder, read)
-    for name in chosen:
-        if name not in tasks and MIX.fullmatch(name):
-            raise BenchmarkRequestError(
-                f"{name} is made of the rows of several tasks; name a recipe that asks it with"
-                " --recipe FILE"
-            )
-        if name not in tasks:
-            raise BenchmarkRequestError(
-                f"there is no task {name!r}{did_you_mean(name, tasks)}; give its rows as"
-                f" --tasks {name}=jsonl:FILE (there are: {listed([*tasks], MOST_NAMED) or 'none'})"
-            )
+    if request.recipe is not None:
+        asked = recipe.model_copy(update={"experts": tuple(own.values()), "benchmark": settings})
+        _refuse_examples(RunContext(ledger, asked, request.recipe, ""), tasks, read)
+    _refuse_unknown(chosen, tasks)
     if not tasks:
         raise BenchmarkRequestError(
             f"no task of its experts is in the ledger under {ledger.home}; give rows as"
@@ -194,6 +193,33 @@ def _choose_tasks(
     others = {*manifest.names} - tasks.keys() if request.recipe else set()
     left_out = _recorded(ledger, manifest, router_id, others)
     return settings, to_measure, len(to_measure) == len(tasks) and not left_out
+
+
+def _refuse_unknown(chosen: Sequence[str], tasks: Collection[str]) -> None:
+    """Refuse the name of a task that is not known, and whose rows are not given."""
+    for name in chosen:
+        if name not in tasks and MIX.fullmatch(name):
+            raise BenchmarkRequestError(
+                f"{name} is made of the rows of several tasks; name a recipe that asks it with"
+                " --recipe FILE"
+            )
+        if name not in tasks:
+            raise BenchmarkRequestError(
+                f"there is no task {name!r}{did_you_mean(name, tasks)}; give its rows as"
+                f" --tasks {name}=jsonl:FILE (there are: {listed([*tasks], MOST_NAMED) or 'none'})"
+            )
+
+
+def _refuse_examples(context: RunContext, tasks: Mapping[str, Task], read: Read) -> None:
+    """Refuse rows that are examples of the recipe, as far as these are on this disk."""
+    recipe, folder = context.recipe, context.folder
+    examples = {
+        one.name: read(one.examples, folder, recipe.gates.examples_per_expert)
+        for one in recipe.experts
+        if one.examples and is_at_hand(one.examples)
+    }
+    spans = read_spans(recipe.gates.spans, folder, [*examples]) if asks_for_spans(recipe) else []
+    check_overlaps(context, examples, spans, {name: one.rows for name, one in tasks.items()}, ())
 
 
 def _recorded(

@@ -113,8 +113,8 @@ def add(ledger: Ledger, found: FoundCheckpoint, candidate: Candidate, examples: 
     folder, device, dtype = found.folder, choose_device(found.device), found.dtype
     manifest = _read_editable(folder)
     is_ours = is_recorded(ledger, found, manifest)
-    edit.check_new_name(folder, manifest, candidate.name)
     _check_texts(candidate.name, examples)
+    edit.check_new_name(folder, manifest, candidate.name)
     _say_if_few(manifest, candidate.name)
     work = RunContext(ledger, candidate.recipe, folder / MANIFEST, new_run_id())
     # a mistyped adapter is told before rows and base are read

@@ -96,7 +96,7 @@ def check_prompts(work: RunContext, plan: Plan) -> None:
         cards = plan.card_examples.keys() & examples.keys()
         check_rows(
             folder, tasks, examples, spans, place, options,
-            plain=plain, of_cards=cards, systems=systems,
+            plain=plain, of_cards=cards, systems=systems, speed=plan.speed,
         )  # fmt: skip
 
 

@@ -447,6 +447,14 @@ def test_numbers_that_are_not_finite_stop_the_training_and_keep_the_last_good(
     assert gate_bytes(good, tmp_path) == gate_bytes(whole, tmp_path)
 
 
+def test_gates_that_an_error_puts_back_can_be_learnt_as_before(model):
+    gates = [gate.requires_grad_(requires_grad=True) for gate in with_gates(model, 1)]
+    options = replace(POINT_GATES, temperature=1e-30, top_k=2)
+    with pytest.raises(DivergedError):
+        train_jointly(model, examples(2), SETTINGS, options)
+    assert all(gate.requires_grad for gate in gates)
+
+
 def test_finite_gradients_whose_norm_is_infinite_stop_the_training_with_a_sentence(model):
     options = replace(POINT_GATES, top_k=2, temperature=1e-30)
     with pytest.raises(

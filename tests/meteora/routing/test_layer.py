@@ -296,6 +296,18 @@ def test_it_compiles_into_one_graph_and_once_for_all_tokens():
     assert len(graphs) == 1
 
 
+def test_more_choices_than_inputs_compile_and_leave_the_layer_as_it_was():
+    """Their table is larger than A, and so it is not made with the layer."""
+    ranks, x = [2] * 20, torch.randn(3, 12)
+    compiled, exported = make(ranks=ranks, kernel="dense"), make(ranks=ranks, kernel="dense")
+    with torch.no_grad():
+        expected = definition(compiled, x)
+        got = torch.compile(compiled, fullgraph=True, backend="eager")(x)
+        torch.testing.assert_close(got, expected, rtol=1e-5, atol=1e-5)
+        torch.export.export(exported, (x,), strict=False)
+        torch.testing.assert_close(exported(x), expected, rtol=1e-5, atol=1e-5)
+
+
 def test_a_whole_model_decodes_through_one_graph(world):
     model = world.load()
     for layer in routed_layers(model).values():

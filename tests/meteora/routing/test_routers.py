@@ -103,6 +103,16 @@ def test_a_choice_of_several_experts_is_taken_by_gates_alone(factors, kind):
         assert len(router.folded) == len(Norm(stack_of(*factors), OPTIONS).folded)
 
 
+@pytest.mark.parametrize("kind", [Arrow, Norm])
+def test_scores_without_the_mean_can_be_learnt_through(factors, kind):
+    choices = [*own_choices(RANKS), mean_of_all(RANKS)]
+    x = torch.randn(5, NUM_IN, requires_grad=True)
+    scores = kind(ExpertStack(*factors, RANKS, SCALING.tolist(), choices), OPTIONS)(x)
+    scores[:, :4].sum().backward()
+    assert x.grad is not None
+    assert x.grad.all()
+
+
 @pytest.mark.parametrize("kind", ["arrow", "norm"])
 def test_an_expert_that_lacks_the_layer_takes_no_weight_from_the_others(factors, kind):
     stack = stack_of(*factors)

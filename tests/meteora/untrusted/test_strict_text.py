@@ -35,9 +35,9 @@ def test_json_with_two_meanings_is_refused(data: bytes, why: str) -> None:
 
 
 def test_yaml_has_types_where_they_are_asked_for() -> None:
-    text = "rate: 1e-3\ncount: 12\nday: 2026-11-28\nis: true\nat: 1:30\n"
+    text = "rate: 1e-3\ncount: 12\nday: 2026-11-28\nis: true\nat: '1:30'\n"
     assert parse_yaml(text, typed=True) == {
-        "rate": 0.001, "count": 12, "day": dt.date(2026, 11, 28), "is": True, "at": 90,
+        "rate": 0.001, "count": 12, "day": dt.date(2026, 11, 28), "is": True, "at": "1:30",
     }  # fmt: skip
     assert parse_yaml(text, typed=False) == {
         "rate": "1e-3", "count": "12", "day": "2026-11-28", "is": "true", "at": "1:30",
@@ -70,6 +70,8 @@ def test_yaml_with_two_meanings_or_too_large_is_refused(
         ("a: !!bool maybe", "tags"),
         ("a: &x [1]\nb: *x", "aliases are not allowed"),
         ("a: " + "9" * 400, "more than 1000 bits"),
+        ("a: 1:30", r"1:30 is no number \(line 1, column 4\)"),
+        ("a: " + "1:" * 100_000 + "1", "is no number"),
         ("a: 2026-05-99", "day"),
         (r'a: [1, "b\0"]', r"has a NUL, as no path has \(line 1, column 8\)"),
     ],

@@ -41,7 +41,7 @@ from pipelines.recipe.benchmark import (
     TaskSection,
 )
 from pipelines.recipe.recipe import ExpertSection
-from pipelines.scoring.metrics import ATTEMPTED, RIGHT
+from pipelines.scoring.metrics import ATTEMPTED, METRICS, RIGHT
 from pipelines.scoring.outputs import (
     compute_composite_values,
     compute_values,
@@ -292,6 +292,23 @@ def test_rows_without_choices_and_empty_choices_are_refused_where_choices_are_co
     check_rows(task([row], "exact_match"))
     with pytest.raises(ExamplesError, match="empty choice"):
         check_rows(task([row], "acc"))
+    with pytest.raises(ExamplesError, match="has one choice, which is always the likeliest"):
+        check_rows(task([Row("q", "a", ("a", "a"))], "acc"))
+
+
+def test_rows_of_which_every_answer_is_wrong_are_refused() -> None:
+    for metric, answer, sentence in (
+        ("exact_match", " ", "' ' is no answer, and exact_match compares with one"),
+        ("sentence_bleu", "", "'' is no answer, and sentence_bleu"),
+        ("rouge1", "?!", "'?!' is no answer, and rouge1"),
+        ("rouge2", "Paris", "is no answer of 2 words or more, and rouge2"),
+    ):
+        with pytest.raises(ExamplesError, match=re.escape(sentence)):
+            check_rows(task([Row("q", answer)], metric))
+        with_another = Row("q", answer, references=("in Paris",))
+        check_rows(task([with_another], metric))
+        score = METRICS[metric].compute
+        assert score(answer, Row("q", answer)) == 0 < score("in Paris", with_another)
 
 
 def test_what_is_no_single_number_is_refused_where_numbers_are_compared() -> None:
@@ -520,6 +537,24 @@ def test_an_answer_to_a_composite_may_be_as_long_as_those_to_its_questions(tmp_p
     for none in (asked, BenchmarkSection(conversation=(ConversationSection(n=3),))):
         with pytest.raises(ExamplesError, match="there are no tasks"):
             make_tasks([], none, tmp_path)
+
+
+def test_mixes_ask_no_more_questions_than_there_are_rows_unless_they_are_told_to(
+    tmp_path: Path,
+) -> None:
+    parts = []
+    for name in ("one", "two"):
+        rows = (json.dumps({"prompt": f"{name} {n}", "response": "b"}) + "\n" for n in range(7))
+        (tmp_path / f"{name}.jsonl").write_text("".join(rows))
+        parts.append(ExpertSection(name=name, adapter="path:a", test=f"jsonl:{name}.jsonl"))
+    for count, numbers in ((None, (5, 7)), (9, (9, 9))):
+        asked = BenchmarkSection(
+            composite=(CompositeSection(n=3, count=count),),
+            conversation=(ConversationSection(n=2, count=count),),
+        )
+        tasks = make_tasks(parts, asked, tmp_path)
+        composites, dialogues = tasks["composite-3"].composites, tasks["conversation-2"].dialogues
+        assert (len(composites), len(dialogues)) == numbers
 
 
 def write_lm_eval_task(tmp_path: Path, **more: object) -> None:

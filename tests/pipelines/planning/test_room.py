@@ -38,7 +38,7 @@ from tests.pipelines.conftest import plan_of, run
 from tests.pipelines.stages.test_measure import go
 
 ROWS = {name: [Row(f"{name} {i}?", name) for i in range(3)] for name in ("red", "blue")}
-LONG = {"limit": 2, "compare": ["base"], "max_new_tokens": 4, "composite": [{"n": 30}]}
+LONG = {"limit": 2, "compare": ["base"], "max_new_tokens": 4, "composite": [{"n": 30, "count": 2}]}
 SENTENCE = r"task composite-30: 2 of 2 prompts are too long: the longest has \d+ tokens, but with"
 
 

@@ -317,7 +317,7 @@ benchmark:
   conversation: [3, {n: 10, tasks: [a, sums], count: 7}]
   compare: [base, oracle, one_expert, single, swap, alora, experts, random, linear, ties, dare_ties]
   system_prompt: ""
-  speed: {rounds: 3}
+  speed: {rounds: 6}
   tasks:
     - {name: sums, rows: "reasoning_gym:chain_sum?seed=1", metric: [exact_match, verified]}
     - {lm_eval: hellaswag, limit: 50, num_fewshot: 5}

@@ -73,12 +73,14 @@ def test_intervals_contain_the_true_value_about_as_often_as_promised() -> None:
     assert all(0.91 <= count / 400 <= 0.98 for count in hit.values()), hit
 
 
-def test_a_median_has_the_interval_of_all_its_resamples() -> None:
-    """The median of eleven draws is at most the k-th value if six or more of the draws are."""
-    k = np.arange(1, 12)
-    exact = stats.binom.sf(5, 11, k / 11)
-    ends = k[exact >= 0.025][0], k[exact >= 0.975][0]
-    assert intervals.bootstrap_median([*k[::-1]]) == ends == (3, 9)
+@pytest.mark.parametrize(("n", "left_out"), [(1, 0), (6, 0), (8, 0), (9, 1), (15, 3)])
+def test_a_median_has_a_narrow_interval_that_holds_it(n: int, left_out: int) -> None:
+    """The median is outside if so few of n values are below it, or so few above."""
+    values = list(range(n))
+    assert intervals.interval_of_median(values[::-1]) == (left_out, n - 1 - left_out)
+    outside = [2 * stats.binom.cdf(number, n, 0.5) for number in (left_out, left_out + 1)]
+    assert outside[1] > 0.05
+    assert outside[0] <= 0.05 or n < 6
 
 
 def test_mcnemar_counts_only_rows_that_differ() -> None:

@@ -76,6 +76,8 @@ def test_a_number_inside_a_line_is_no_second_answer() -> None:
     ("output", "reference", "value"),
     [
         ("the answer is 1,200", "1200.0", 1.0),
+        ("It is 1,200, all in.", "1200", 1.0),
+        ("It is 1,200, all in.", "200", 0.0),
         ("3 + 4 = 7", "7", 1.0),
         ("7 = 3 + 4", "7", 0.0),
         ("so much: -5", "5", 0.0),

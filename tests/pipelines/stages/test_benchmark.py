@@ -212,6 +212,17 @@ def test_new_rows_a_recipe_and_other_systems_can_be_given(
         assert sentence in said.stderr
 
 
+def test_examples_of_a_recipe_are_no_test_rows(
+    dropped: tuple[RunContext, Path], recipe_folder: Path
+) -> None:
+    work, folder = dropped
+    path = f"jsonl:{recipe_folder / 'q_and_v.train.jsonl'}"
+    rows = ("--tasks", f"q_and_v={path}")
+    said = benchmark(work, folder, recipe_folder, "--recipe", work.path, *rows)
+    assert said.returncode == 1
+    assert "is also an example of expert q_and_v" in said.stderr
+
+
 @pytest.mark.parametrize("with_recipe", [True, False])
 def test_new_rows_of_an_expert_are_scored_as_its_others_are(
     world: World, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, *, with_recipe: bool

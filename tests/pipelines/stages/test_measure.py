@@ -54,7 +54,7 @@ def test_every_kind_of_task_and_control_is_measured_compared_and_timed(
         "compare": COMPARE,
         "max_new_tokens": 4,
         "composite": [{"n": 2, "count": 2}],
-        "speed": {"prompt_tokens": 8, "new_tokens": 2, "rounds": 3},
+        "speed": {"prompt_tokens": 8, "new_tokens": 2, "rounds": 6},
     }
     work = workplace(benchmark=body)
     probe = Mock(wraps=silent_experts.probe)

@@ -1,5 +1,6 @@
 """`meteora store …`: what each command prints, and what it refuses."""
 
+import json
 import os
 from collections.abc import Iterator
 from pathlib import Path
@@ -10,6 +11,7 @@ import typer
 from meteora.artifacts import MeteoraError
 from pipelines.cli import store
 from store.errors import BusyError, StoreError
+from store.query import examples
 from tests.store.conftest import Shelf, fill
 
 
@@ -58,6 +60,16 @@ def test_garbage_is_listed_with_its_bytes_and_stays_without_a_yes(
 def test_a_checkpoint_alone_is_not_checked_and_the_ways_are_told(shelf: Shelf) -> None:
     with pytest.raises(typer.BadParameter, match="--key; to ask a server, --served; to check the"):
         store.verify(shelf.home, home=shelf.home)
+    with pytest.raises(typer.BadParameter, match="--model and --token-for go with --served URL"):
+        store.verify(model="mine", home=shelf.home)
+
+
+def test_example_queries_come_in_each_form(capsys: pytest.CaptureFixture[str]) -> None:
+    store.sql(examples=True, as_json=True)
+    found = {one["title"]: one["query"] for one in json.loads(capsys.readouterr().out)}
+    assert found == dict(examples())
+    store.sql(examples=True)
+    assert capsys.readouterr().out == "".join(f"/* {t} */\n{q}\n\n" for t, q in examples())
 
 
 def test_what_is_not_installed_is_not_served_and_gets_no_token(

@@ -270,6 +270,16 @@ def test_gates_whose_only_examples_are_those_of_a_refused_adapter_are_told(
     assert said.returncode == 1
 
 
+def test_an_adapter_in_place_of_the_base_is_told(
+    workplace: Callable[..., RunContext], recipe_folder: Path, tmp_path: Path
+) -> None:
+    work = workplace(base="path:q_and_v")
+    for more in ((), ("--dry-run",)):
+        said = ask("run", work.path, *more, "--home", tmp_path / "home")
+        assert said.returncode == 1
+        assert f"{recipe_folder / 'q_and_v'}: there is no config.json in it; give" in said.stderr
+
+
 @pytest.mark.usefixtures("known_machine")
 def test_it_ends_with_an_error_where_the_run_would(
     workplace: Callable[..., RunContext],

@@ -287,6 +287,17 @@ def test_every_adapter_has_a_name_of_its_own(tmp_path: Path) -> None:
     assert {"adapter", "adapter-1001"} <= names
 
 
+def test_an_adapter_in_a_folder_with_the_name_of_a_mix_has_another_name(
+    world: World, tmp_path: Path
+) -> None:
+    for name in ("composite-3", "conversation-10"):
+        shutil.copytree(world.adapters["q_and_v"], tmp_path / "mixes" / name)
+    recipe = write_recipe(tmp_path / "mixes", tmp_path / "one.yaml", str(world.base))
+    assert [one.name for one in recipe.experts] == [
+        "adapter-composite-3", "adapter-conversation-10",
+    ]  # fmt: skip
+
+
 def test_a_name_that_a_recipe_cannot_hold_is_refused(folder: Path, tmp_path: Path) -> None:
     (folder / "q_and_v").rename(Path(os.fsdecode(bytes(folder) + b"/caf\xe9")))
     with pytest.raises(ImportingError, match=r"adapters/caf\\xe9: its name is not UTF-8"):

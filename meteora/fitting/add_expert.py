@@ -235,8 +235,9 @@ def _tokens_by_kind(
 ) -> tuple[list[tuple[float, Tensor]], list[tuple[float, Tensor]], Tensor]:
     """The new expert's tokens to fit, and those held out, each by kind; and the opening's.
 
-    The opening is the same in all sequences, so that of the first batch is enough. One of a single
-    token, as without a chat template, is left out: the first token of a text is unlike all others.
+    Openings differ only in their system prompts, so those of the first batch are enough. One of a
+    single token, as without a chat template, is left out: the first token of a text is unlike all
+    others.
     """
     halves: tuple[list[tuple[Tensor, Tensor]], ...] = ([], [])
     opening = torch.empty(0)

@@ -79,7 +79,7 @@ class RoutedExperts(nn.Module):
         The newest open block routes; after the last one the layer's own router does.
         """
         blocks = list(self._before)
-        if block not in blocks:  # it had no router for this layer
+        if block not in blocks:  # it failed before it came to this layer
             return
         before, later = self._before.pop(block), blocks[blocks.index(block) + 1 :]
         if later:

@@ -6,7 +6,7 @@ standard deviation s on the tokens of the other experts:
 
     logit_u = max over the gates' logits + (score_u - m_u) / s_u - t
 
-The threshold t is such that only `SHARE_LOST` of the others' held-out tokens go to such an expert.
+The threshold t is such that only `SHARE_TAKEN` of the others' held-out tokens go to such an expert.
 An expert that lacks the layer is never chosen there, unless `top_k` is more than the number of
 those that have it.
 """
@@ -22,7 +22,7 @@ from meteora.routing.routers import Arrow, Norm, Router
 
 NEVER = -1e4
 """Far below any other logit, and finite: rules that decide by whole questions multiply it by 0."""
-SHARE_LOST = 0.01
+SHARE_TAKEN = 0.01
 """The share of the other experts' held-out tokens that goes to experts without examples."""
 KINDS = {"arrow": Arrow, "norm": Norm}
 """The routers that score experts by their weights."""
@@ -67,7 +67,7 @@ class StandIn(nn.Module):
         mean, deviation = scores.mean(0), scores.std(0, correction=min(1, len(scores) - 1))
         largest = ((scores - mean) / deviation.clamp_min(1e-12)).max(-1).values
         # at least one deviation above the mean, whatever the tokens are
-        threshold = largest.quantile(1 - SHARE_LOST).clamp_min(1.0).expand(len(experts))
+        threshold = largest.quantile(1 - SHARE_TAKEN).clamp_min(1.0).expand(len(experts))
         return cls(score, experts, torch.stack([mean, deviation, threshold]))
 
     def above_best(self, tokens: Tensor) -> Tensor:

@@ -1,7 +1,7 @@
 """Measure a checkpoint without the recipe that made it, such as one with an expert more or less."""
 
 from collections.abc import Collection, Mapping, Sequence
-from contextlib import nullcontext
+from contextlib import nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -15,7 +15,8 @@ from meteora.untrusted.findings import MOST_NAMED, did_you_mean, listed, shorten
 from pipelines.admission.checkpoints import FoundCheckpoint
 from pipelines.admission.sources import token_of_rows
 from pipelines.data.row_sources import read_rows
-from pipelines.data.spans import read_spans
+from pipelines.data.rows import ExamplesError, Row
+from pipelines.data.spans import SpannedRow, SpannedTurns, read_spans
 from pipelines.evaluation.tasks import Task, make_tasks
 from pipelines.planning.examples import asks_for_spans
 from pipelines.planning.overlaps import check_overlaps
@@ -211,14 +212,17 @@ def _refuse_unknown(chosen: Sequence[str], tasks: Collection[str]) -> None:
 
 
 def _refuse_examples(context: RunContext, tasks: Mapping[str, Task], read: Read) -> None:
-    """Refuse rows that are examples of the recipe, as far as these are on this disk."""
+    """Refuse rows that are examples of the recipe, as far as these can be read on this disk."""
     recipe, folder = context.recipe, context.folder
-    examples = {
-        one.name: read(one.examples, folder, recipe.gates.examples_per_expert)
-        for one in recipe.experts
-        if one.examples and is_at_hand(one.examples)
-    }
-    spans = read_spans(recipe.gates.spans, folder, [*examples]) if asks_for_spans(recipe) else []
+    examples: dict[str, Sequence[Row]] = {}
+    for one in recipe.experts:
+        if one.examples and is_at_hand(one.examples):
+            with suppress(ExamplesError):  # they may lie on the machine of the fit alone
+                examples[one.name] = read(one.examples, folder, recipe.gates.examples_per_expert)
+    spans: Sequence[SpannedRow | SpannedTurns] = ()
+    with suppress(ExamplesError):
+        if asks_for_spans(recipe):
+            spans = read_spans(recipe.gates.spans, folder, [one.name for one in recipe.experts])
     check_overlaps(context, examples, spans, {name: one.rows for name, one in tasks.items()}, ())
 
 

@@ -358,8 +358,9 @@ WITH stages AS (
     GROUP BY run_id
 )
 SELECT run_id, recipe_name,
-       -- the end of a skipped run is recorded first
-       if(run_starts.recorded_at > run_ends.recorded_at, run_ends.recorded_at, run_starts.recorded_at) AS started_at,
+       -- the end of a skipped run is recorded first; older DuckDBs, which read views, too, have no if()
+       CASE WHEN run_starts.recorded_at > run_ends.recorded_at
+            THEN run_ends.recorded_at ELSE run_starts.recorded_at END AS started_at,
        run_ends.recorded_at AS ended_at, outcome, reason, wall_seconds, stage_seconds, device, versions, recipe_sha256
 FROM run_starts
 FULL JOIN run_ends USING (run_id)

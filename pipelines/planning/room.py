@@ -16,6 +16,7 @@ from meteora.base.chat_template import ConversationError, encode_pair, rendered
 from meteora.base.loading import load_config, load_tokenizer
 from pipelines.data.rows import ExamplesError, Row
 from pipelines.evaluation.harness import (
+    BenchmarkError,
     is_templated,
     refuse_conversations,
     refuse_too_long,
@@ -75,9 +76,7 @@ def check_rows(
         ExamplesError: an example is, or the chat template does not suit the gates.
     """
     config, tokenizer = load_config(folder), load_tokenizer(folder)
-    check_room(tasks, config, tokenizer)
-    if speed is not None:
-        refuse_too_long("speed", [speed.prompt_tokens], speed.new_tokens, room_of(config))
+    check_room(tasks, config, tokenizer, speed)
     if plain:
         tokenizer.chat_template = None
     without_too_long(examples, of_cards, room_of(config), tokenizer)
@@ -92,15 +91,27 @@ def check_rows(
 
 
 def check_room(
-    tasks: Iterable[Task], config: PretrainedConfig, tokenizer: PreTrainedTokenizerBase
+    tasks: Iterable[Task],
+    config: PretrainedConfig,
+    tokenizer: PreTrainedTokenizerBase,
+    speed: SpeedSection | SpeedSpec | None = None,
 ) -> None:
     """Refuse the first task with prompts that are too long or not possible in the chat template.
 
     Tasks of lm-eval may be longer, since it cuts their prompts itself.
 
+    Args:
+        speed: how the model is timed, if it is
+
     Raises:
         BenchmarkError: a prompt is too long, or there is no such template, system prompt or turn.
     """
+    if speed is not None and speed.prompt_tokens + speed.new_tokens > room_of(config):
+        raise BenchmarkError(
+            f"speed: prompts of {speed.prompt_tokens:,} tokens and answers of"
+            f" {speed.new_tokens:,} are too long, since the base has room for"
+            f" {room_of(config):,}; lower `speed.prompt_tokens`"
+        )
     room = resolve_max_length(config, tokenizer)
     for task in tasks:
         templated = is_templated(tokenizer, task.template, task.system_prompt)

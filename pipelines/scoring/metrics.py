@@ -182,7 +182,7 @@ def without_reference(name: str, row: Row) -> str:
     needs = f" of {least} words or more" * (least > 1)
     return (
         f"{row.response[:60]!r} is no answer{needs}, and {name} compares with one, so that no"
-        " answer can be right; take the row out"
+        " answer can be right; take the row out, or choose another metric"
     )
 
 

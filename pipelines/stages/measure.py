@@ -89,19 +89,24 @@ def check_prompts(work: RunContext, plan: Plan) -> None:
     check_names(tasks)
     own = {name: rows for name, rows in plan.examples.items() if name != NULL}
     examples, spans = ({}, ()) if work.holds(plan.router.id) else (own, plan.spans)
-    if tasks or examples or spans:
+    speed = plan.speed if _is_to_be_timed(work, plan) else None
+    if tasks or examples or spans or speed:
         place = partial(place_of_example, work)
         options, plain = plan.router.options, plan.router.template == "plain"
         folder = work.base_folder(plan.base)
         cards = plan.card_examples.keys() & examples.keys()
         check_rows(
             folder, tasks, examples, spans, place, options,
-            plain=plain, of_cards=cards, systems=systems, speed=plan.speed,
+            plain=plain, of_cards=cards, systems=systems, speed=speed,
         )  # fmt: skip
 
 
 def _tasks_of(askings: Sequence[Sequence[Measurement]], plan: Plan) -> list[Task]:
     return [plan.tasks[name] for name in dict.fromkeys(one[0].spec.task for one in askings)]
+
+
+def _is_to_be_timed(work: RunContext, plan: Plan) -> bool:
+    return plan.speed is not None and work.ledger.built(plan.speed.id) is None
 
 
 def measure(work: RunContext, plan: Plan, gates: RouterBuild) -> None:
@@ -132,11 +137,12 @@ def measure_model(
     """
     to_do, say_once = missing(work, plan), cache(say)
     watch = plan.watches_routing and work.ledger.built(plan.routing.id) is None
-    timing = plan.speed is not None and work.ledger.built(plan.speed.id) is None
+    timing = _is_to_be_timed(work, plan)
     if to_do or watch or timing:
         _record_controls(work, plan)
         with open_model() as (model, tokenizer):
-            check_room(_tasks_of(to_do, plan), model.config, tokenizer)
+            speed = plan.speed if timing else None
+            check_room(_tasks_of(to_do, plan), model.config, tokenizer, speed)
             device = device_name(input_device(model), dtype)
             if not _is_probed(work, plan):
                 silent_experts.probe(work, plan.experts, model, tokenizer)

@@ -237,7 +237,7 @@ def test_two_names_of_one_adapter_and_a_task_that_is_none_are_told(
     (mine / "mine.yaml").write_text("task: mine_to_ask\n")
     task = {"lm_eval": "mine_to_aks", "folder": str(mine)}
     faults: dict[str, dict[str, Any]] = {
-        "task speed: 1 of 1 prompts are too long: the longest has 900000 tokens": {
+        "speed: prompts of 900,000 tokens and answers of 32 are too long, since the base has": {
             "benchmark": {"speed": {"prompt_tokens": 900_000}}
         },
         "these cannot be stacked: ": {"experts": [first, second | {"adapter": first["adapter"]}]},

@@ -262,6 +262,17 @@ def test_a_begin_token_counts_only_where_the_harness_adds_one(
         assert _lengths(asked, tokenizer) == harness.prompt_tokens([r.prompt for r in ROWS["red"]])
 
 
+@pytest.mark.usefixtures("prefect_server")
+def test_a_finished_model_is_not_timed_beyond_the_context_of_its_base(
+    workplace: Callable[..., RunContext],
+) -> None:
+    asked = {"limit": 1, "compare": [], "max_new_tokens": 1}
+    run(workplace(benchmark=asked))
+    speed = {"prompt_tokens": 510, "new_tokens": 3}
+    with pytest.raises(BenchmarkError, match="prompts of 510 tokens and answers of 3 are too long"):
+        run(workplace(benchmark=asked | {"speed": speed}))
+
+
 def test_conversations_are_refused_where_their_questions_alone_are_too_long(
     chat_base: Path,
 ) -> None:

@@ -113,7 +113,10 @@ _TextLoader.add_constructor(NULL_TAG, lambda _loader, _node: None)
 
 def _bounded_int(loader: Any, node: yaml.ScalarNode) -> int:  # noqa: ANN401  (one of two classes)
     if ":" in node.value:  # of YAML 1.1 alone: 1:30 is 90 there, and long ones take minutes
-        raise StrictYAMLError(f"{node.value:.20} is no number ({_place(node.start_mark)})")
+        raise StrictYAMLError(
+            f"{node.value:.20} is read as a number in base 60 ({_place(node.start_mark)}); write a"
+            " text in quotes, and a number without colons"
+        )
     is_decimal = DECIMAL.fullmatch(node.value)  # with YAML 1.1 and PyYAML 0100 is 64
     value: int = int(node.value) if is_decimal else loader.construct_yaml_int(node)
     if value.bit_length() > MAX_BITS:  # Python cannot print larger ones in a message

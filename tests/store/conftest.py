@@ -112,16 +112,13 @@ def score(spec: BenchmarkSpec, value: float, outputs_sha256: str) -> Score:
 def write_segment(root: Path, texts: dict[str, str]) -> Path:
     """Write a segment with any texts under any names, and name it by its bytes."""
     root.mkdir(parents=True, exist_ok=True)
-    columns = {
-        name: pyarrow.array(column, pyarrow.string())
-        for name, column in (
-            ("sha256", [*texts]),
-            ("kind", ["artifact"] * len(texts)),
-            ("subject", [""] * len(texts)),
-            ("text", [*texts.values()]),
-        )
-    }
-    pyarrow.parquet.write_table(pyarrow.table(columns), root / "new")
+    named = dict.fromkeys(("sha256", "kind", "subject", "text"), pyarrow.string())
+    rows = [
+        {"sha256": sha256, "kind": "artifact", "subject": "", "text": text}
+        for sha256, text in texts.items()
+    ]
+    table = pyarrow.Table.from_pylist(rows, pyarrow.schema(named))
+    pyarrow.parquet.write_table(table, root / "new")
     return (root / "new").rename(root / f"{file_sha256(root / 'new')}.parquet")
 
 

@@ -227,9 +227,9 @@ def test_a_file_that_is_no_segment_is_left_out_and_named(
     filled.make(filled.adapter(9), run_id="r9")
     assert filled.ledger.ingest().num_records == 1
     assert caplog.text.count("is no segment") == 2
-    for found in filled.ledger.verify().findings:
-        assert found.what == "segment"
-        assert "move it away to go on without it" in found.problem
+    findings = filled.ledger.verify().findings
+    assert [found.what for found in findings] == ["segment", "segment"]
+    assert all("move it away to go on without it" in found.problem for found in findings)
 
 
 def test_a_damaged_record_is_not_packed_and_stops_no_other(

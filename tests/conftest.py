@@ -486,14 +486,25 @@ def prefect_server() -> Generator[str]:
     # importing it sets logging up anew; absl, which rouge-score brings, then closes the stderr that
     # it knows, unless that is the present one: so not while a test has another in its place
     import prefect.main  # noqa: F401
-    from prefect.settings import PREFECT_API_AUTH_STRING, PREFECT_API_URL, temporary_settings
+    from prefect.settings import (
+        PREFECT_API_AUTH_STRING,
+        PREFECT_API_URL,
+        PREFECT_FLOWS_HEARTBEAT_FREQUENCY,
+        temporary_settings,
+    )
 
     from pipelines.flows.local_server import use_local_server
 
     use_local_server(PREFECT_HOME)  # until this process ends
     made_once("new-database", copy_database)  # before anything is in it
     url, secret = (os.environ[name] for name in SERVER)
-    with temporary_settings({PREFECT_API_URL: url, PREFECT_API_AUTH_STRING: secret}):
+    with temporary_settings(
+        {
+            PREFECT_API_URL: url,
+            PREFECT_API_AUTH_STRING: secret,
+            PREFECT_FLOWS_HEARTBEAT_FREQUENCY: None,  # a flow's end waits up to 1 s for its thread
+        }
+    ):
         yield url
     for name in SERVER:
         del os.environ[name]

@@ -90,7 +90,7 @@ def fit_to_background(
                     f" {model.dtype}, load it in another dtype"
                 )
             mean = x.mean(0)
-            whitening = Whitening.of(x - mean)
+            whitening = RidgeWhitening.of(x - mean)
             for path in paths:
                 router = _router_of(layers[path].stack, whitening, mean, options)
                 rows[path], offsets[path] = router.rows.cpu(), router.offset.cpu()
@@ -105,7 +105,7 @@ def fit_to_background(
 
 
 def _router_of(
-    stack: ExpertStack, whitening: Whitening, mean: Tensor, options: RouterOptions
+    stack: ExpertStack, whitening: RidgeWhitening, mean: Tensor, options: RouterOptions
 ) -> PromptRouter:
     """The router of a module, by the whitening and the mean [IN] of its inputs on the texts."""
     folded = Norm(stack, RouterOptions("norm", 1, 1.0)).folded
@@ -114,7 +114,7 @@ def _router_of(
     return PromptRouter(rows, rows.to(mean.dtype) @ mean, stack, options, HeldChoice())
 
 
-class Whitening(NamedTuple):
+class RidgeWhitening(NamedTuple):
     """(Σ + λ I)^-½ of the inputs at one point, which several modules may have.
 
     λ is `RIDGE` times the mean of Σ's diagonal.

@@ -119,6 +119,7 @@ def _serve(
     from pipelines.hub.client import is_loopback
     from pipelines.serving import host_names, server
 
+    name = "".join(one if one.isprintable() else "?" for one in name)  # it may not be UTF-8
     names = host_names.names_of(host, allowed)
     with server.listen(host, port) as listening:
         chat = load()

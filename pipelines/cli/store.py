@@ -81,8 +81,12 @@ def verify(
     ] = None,
     key: Annotated[Path | None, typer.Option(help="The public key of the signer.")] = None,
     scores: Annotated[
-        int, options.count("How many scores to compute again, drawn at random.", least=0)
-    ] = 20,
+        int | None,
+        options.count(
+            "For the store: how many scores to compute again, drawn at random. Default: 20.",
+            least=0,
+        ),
+    ] = None,
     served: Annotated[
         str,
         typer.Option(
@@ -91,8 +95,9 @@ def verify(
         ),
     ] = "",
     answers: Annotated[
-        int, options.count("With --served: how many recorded answers to ask for again.")
-    ] = 24,
+        int | None,
+        options.count("With --served: how many recorded answers to ask for again. Default: 24."),
+    ] = None,
     model: Annotated[
         str,
         typer.Option(help="With --served: the model's name there. Default: the first listed."),
@@ -107,8 +112,8 @@ def verify(
     checkpoint and --served, ask a server for recorded answers again.
     """
     if served:
-        if checkpoint is None or key is not None:
-            raise typer.BadParameter("to ask a server, give CHECKPOINT and no --key")
+        if checkpoint is None or key is not None or scores is not None:
+            raise typer.BadParameter("to ask a server, give CHECKPOINT, no --key and no --scores")
         from meteora.checkpoint.manifest import read_manifest
         from pipelines.admission.checkpoints import find_folder
 
@@ -116,16 +121,16 @@ def verify(
         folder = find(whole=False)
         if not read_manifest(folder).files:  # as earlier versions wrote it: tensors are compared
             folder = find()
-        if not _serves(folder, home, served, answers, model, as_json=as_json):
+        if not _serves(folder, home, served, answers or 24, model, as_json=as_json):
             raise typer.Exit(1)
         return
-    if model or token_for:
-        raise typer.BadParameter("--model and --token-for go with --served URL")
+    if model or token_for or answers is not None:
+        raise typer.BadParameter("--answers, --model and --token-for go with --served URL")
     if checkpoint is not None or key is not None:
-        if checkpoint is None or key is None:
+        if checkpoint is None or key is None or scores is not None:
             raise typer.BadParameter(
                 "to check a signature, give both CHECKPOINT and --key; to ask a server, --served;"
-                " to check the store, neither"
+                " to check the store, neither, and --scores if you like"
             )
         from pipelines.publishing.signing import check_signature
         from pipelines.workspace.checkpoints import checkpoint_folder
@@ -141,7 +146,8 @@ def verify(
 
     ledger = options.open_ledger(home)
     stored, bases = ledger.verify(), list(verify_bases(ledger))
-    if output.print_findings(stored, bases, recompute_scores(ledger, scores), as_json=as_json):
+    recomputed = recompute_scores(ledger, 20 if scores is None else scores)
+    if output.print_findings(stored, bases, recomputed, as_json=as_json):
         raise typer.Exit(1)
 
 

@@ -29,7 +29,7 @@ from prefect.states import Crashed
 
 from meteora.artifacts import COMMIT, Score, canonical_sha256
 from meteora.checkpoint.manifest import CARD
-from pipelines.hub.client import hub_of
+from pipelines.hub.client import hub_of, without_password
 from pipelines.planning.plan import Plan
 from pipelines.recipe.stage import Stage
 from pipelines.reports.summary import Summary
@@ -169,10 +169,8 @@ def show_results(
         create_markdown_artifact("\n\n".join((*worse, card)), key=f"report-{slug}")
         for repo_id, revision in dict.fromkeys(sources):  # recorded again with another tag
             if COMMIT.fullmatch(revision):
-                create_link_artifact(
-                    f"{hub_of(context.recipe, repo_id).url()}/{repo_id}/tree/{revision}",
-                    link_text=repo_id,
-                )
+                url = without_password(hub_of(context.recipe, repo_id).url())
+                create_link_artifact(f"{url}/{repo_id}/tree/{revision}", link_text=repo_id)
 
 
 def _row(

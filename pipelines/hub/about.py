@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import AdapterRef, Noun, canonical_json
 from meteora.untrusted.findings import shortened
+from pipelines.hub.card import stated_licence
 from pipelines.hub.errors import HubError
 from pipelines.hub.snapshot import write_note
 from store.files import read_note
@@ -45,7 +46,7 @@ def facts_of(ref: AdapterRef, cache_dir: Path, *, hub: Hub) -> HubSource | None:
         return read_note(saved, HubSource.from_dict)
     source = HubSource(
         shortened(about["author"], MAX_TEXT),
-        shortened(about["licence"], MAX_TEXT),
+        stated_licence(about["licences"]),
         _names(about["base_models"]),
         about["downloads"],
         _names(about["tags"]),

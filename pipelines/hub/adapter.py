@@ -55,7 +55,7 @@ def download(
         HubFilesError: The folder has no adapter; the message lists its files.
         HubSizeError: It is larger than `MAX_ADAPTER_BYTES`, or than the Hub lists it.
         HubHashError: The bytes are not those that the repository lists.
-        HubDamageError: Those of an earlier download are no longer.
+        HubDamageError: The bytes of an earlier download have changed on this disk.
         HubError: The Hub does not deliver; `retry` says whether waiting can help.
     """
     folder = _snapshot(ref, cache_dir)

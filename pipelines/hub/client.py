@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ipaddress
 import os
+import re
 import time
 from collections.abc import Collection
 from dataclasses import dataclass, field, replace
@@ -67,6 +68,8 @@ class Hub:
     """Whether an endpoint may speak plain http and not be on this machine."""
     timeout_seconds: float = 120.0
     """The deadline of a request, after which the worker is killed; a download gets more time."""
+    longest_wait: int = LONGEST_WAIT
+    """The longest wait for a rate limit, in seconds."""
 
     def url(self) -> str:
         """The endpoint, without a slash at the end.
@@ -81,16 +84,16 @@ class Hub:
             _ = parts.port  # urlsplit checks the port only when it is read
         except ValueError as error:
             raise HubReferenceError(
-                f"the endpoint {url} is no address ({error}); write it as https://HOST, in"
-                " HF_ENDPOINT or in the recipe's `hub`"
+                f"the endpoint {without_password(url)} is no address ({error}); write it as"
+                " https://HOST, in HF_ENDPOINT or in the recipe's `hub`"
             ) from None
         if parts.scheme == "https" and parts.hostname:
             return url
         if parts.scheme == "http" and (self.allow_http or is_loopback(parts.hostname or "")):
             return url
         raise InsecureEndpointError(
-            f"the endpoint {url} is not https, so anyone on the way may answer in its place; use"
-            " https, or allow http for it if you trust the network"
+            f"the endpoint {without_password(url)} is not https, so anyone on the way may answer in"
+            " its place; use https, or allow http for it if you trust the network"
         )
 
     def for_bytes(self, num_bytes: int) -> Self:
@@ -114,13 +117,13 @@ class Hub:
         url, what = self.url(), what or repo_id
         if is_offline():
             offline = {"kind": "offline", "status": 0, "text": ""}
-            raise hub_error(what, offline, url)
+            raise self._without_secrets(hub_error(what, offline, url))
         request = {"endpoint": url, "token": self.token or False}
         request |= {"operation": operation, "repo_id": repo_id, **arguments}
         try:
             return self._ask_once(request, what, url)
         except HubRateLimitError as error:
-            if not 0 < error.wait_seconds <= LONGEST_WAIT:
+            if not 0 < error.wait_seconds <= self.longest_wait:
                 raise
             say(f"{error}; it is asked again in {error.wait_seconds} s, as it says", "note")
             time.sleep(error.wait_seconds)
@@ -131,18 +134,18 @@ class Hub:
             with ChildProcess(WORKER, quiet=True, environment=_environment(url)) as worker:
                 return worker.ask(request, deadline_seconds=self.timeout_seconds)
         except ChildTimeoutError:
-            raise HubTimeoutError(
-                f"{what}: {url} did not finish within {self.timeout_seconds:.0f} s and was given up"
-            ) from None
+            text = f"{what}: {url} did not finish within {self.timeout_seconds:.0f} s"
+            raise self._without_secrets(HubTimeoutError(f"{text} and was given up")) from None
         except ChildDiedError as error:
             text = f"{what}: {url} was asked in another process, and {error}"
-            raise self._without_token(HubProtocolError(text)) from None
+            raise self._without_secrets(HubProtocolError(text)) from None
         except ChildError as error:
-            raise self._without_token(hub_error(what, error.args[0], url)) from None
+            raise self._without_secrets(hub_error(what, error.args[0], url)) from None
 
-    def _without_token(self, error: HubError) -> HubError:
-        if self.token:
-            error.args = tuple(str(text).replace(self.token, "***") for text in error.args)
+    def _without_secrets(self, error: HubError) -> HubError:
+        """The error without the token, and without a password in an address."""
+        texts = [without_password(str(text)) for text in error.args]
+        error.args = tuple(text.replace(self.token or "\n", "***") for text in texts)
         return error
 
 
@@ -165,9 +168,10 @@ def hub_for(
     hub = Hub(endpoint, token=get_token() if trusted else None, allow_http=allow_http)
     sends = hub.token and endpoint and not is_offline()
     if sends and hub.url() not in {PUBLIC, Hub(allow_http=allow_http).url()}:
+        shown = without_password(hub.url())
         raise HubTokenError(
-            f"{repo_id}: the recipe would send your saved token to {hub.url()}; if you trust that"
-            f" server, set HF_ENDPOINT={hub.url()}, or else take `endpoint` out of the recipe's"
+            f"{repo_id}: the recipe would send your saved token to {shown}; if you trust that"
+            f" server, set HF_ENDPOINT={shown}, or else take `endpoint` out of the recipe's"
             " `hub`"
         )
     return hub
@@ -177,6 +181,11 @@ def hub_of(recipe: Recipe, repo_id: str) -> Hub:
     """The Hub to ask for a repository; the saved token is sent only where the recipe allows it."""
     hub = recipe.hub
     return hub_for(repo_id, hub.token_for, endpoint=hub.endpoint, allow_http=hub.allow_http)
+
+
+def without_password(text: str) -> str:
+    """A text whose addresses have no name and password, as `https://name:password@host` has."""
+    return re.sub(r"(?<=://)[^/\s]*@", "", text)
 
 
 def is_offline() -> bool:

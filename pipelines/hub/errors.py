@@ -110,7 +110,7 @@ class HubTimeoutError(TransientHubError):
 _SENTENCES: dict[str, tuple[type[HubError], str]] = {
     "offline": (
         HubOfflineError,
-        "{what} is not here yet, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids to get it",
+        "{what} is not here yet, and HF_HUB_OFFLINE or TRANSFORMERS_OFFLINE forbids downloading it",
     ),
     "gated": (
         HubGatedError,

@@ -96,7 +96,7 @@ def resolve(
         some = listed(sorted(refs), 10) or "none"
         raise HubRevisionError(f"{repo_id} has no branch or tag {wanted!r}; it has: {some}")
     if not COMMIT.fullmatch(refs[wanted]):
-        raise HubProtocolError(f"{text}: {hub.url()} gave no commit for it: {refs[wanted][:60]!r}")
+        raise HubProtocolError(f"{text}: the Hub gave no commit for it: {refs[wanted][:60]!r}")
     return AdapterRef(repo_id, refs[wanted], subfolder)
 
 

@@ -41,7 +41,7 @@ if TYPE_CHECKING:
 
 Found = TypeVar("Found")
 LOOK_SECONDS = 20.0
-"""Time of an answer that a dry run tells, and does not need."""
+"""The deadline of a dry run's look at the Hub, which it can do without."""
 
 PAUSES = (2.0, 10.0, 60.0)
 RESULTS = ".eval_results"
@@ -202,7 +202,7 @@ class Repository:
             self._delete_branches({branch})
             raise HubHashError(
                 f"{self.repo_id}: the Hub lists other bytes for {', '.join(wrong)} than were sent;"
-                " nothing was made visible, publish again"
+                " main does not show them, publish again"
             )
         return staged
 
@@ -277,8 +277,8 @@ class Repository:
                     conflict = error
                 if (found := look()) is not None:
                     return found
-                unseen = HubServerError(f"{self.repo_id}: what was written there is not to be seen")
-                raise conflict or unseen
+                unseen = f"{self.repo_id}: what was written there is not visible yet"
+                raise conflict or HubServerError(unseen)
             except TransientHubError as error:
                 if (pause := next(pauses, None)) is None:
                     raise
@@ -327,7 +327,7 @@ def describe_destination(context: RunContext) -> str:
     text = f"{section.repo}, {'private' if section.private else 'public'}"
     hub = hub_to_publish(context.recipe, section.repo)
     with suppress(HubError):  # such as that there is no such repository yet
-        brief = replace(hub, timeout_seconds=LOOK_SECONDS)
+        brief = replace(hub, timeout_seconds=LOOK_SECONDS, longest_wait=0)
         if head := Repository(section.repo, brief).shows():
             known = {one.revision for one in context.ledger.publications(section.repo)}
             text += f"; {_replaces(head, known)}"

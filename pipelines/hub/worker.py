@@ -120,7 +120,7 @@ def about(api: HfApi, repo_id: str, *, revision: str) -> dict[str, Any]:
     card = info.card_data.to_dict() if info.card_data else {}
     return {
         "author": _text(info.author or ""),
-        "licence": ", ".join(_texts(card.get("license") or [])),
+        "licences": _texts(card.get("license") or []),
         "base_models": _texts(card.get("base_model") or []),
         "downloads": _number(info.downloads or 0),
         "tags": _texts(info.tags or []),
@@ -131,6 +131,8 @@ def fetch(api: HfApi, repo_id: str, *, revision: str, files: dict[str, int], int
     """Download files, of listed sizes, into a folder that has none of them."""
     for path, size in files.items():
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+        if hard != resource.RLIM_INFINITY and hard < size + SLACK:
+            raise OSError(errno.EDQUOT, f"`ulimit -f` allows no file of {size:,} bytes")
         resource.setrlimit(resource.RLIMIT_FSIZE, (size + SLACK, hard))
         hf_hub_download(
             repo_id, path, revision=revision, local_dir=into, endpoint=api.endpoint, token=api.token

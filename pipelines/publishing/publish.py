@@ -8,6 +8,7 @@ Files that the Hub has already are not sent again: new gates for old experts are
 
 from __future__ import annotations
 
+import json
 import re
 import tempfile
 from collections.abc import Sequence
@@ -112,7 +113,7 @@ def publish(
     if not REPO_ID.fullmatch(to.repo_id):
         raise HubReferenceError(f"{to.repo_id!r} is not owner/name, where it is to be published")
     if to.tag and not is_tag(to.tag):
-        raise HubReferenceError(f"{to.tag!r} is no name of a tag, or is a branch's")
+        raise HubReferenceError(f"{to.tag!r} is not a valid tag, or is the name of a branch")
     folder = found.folder
     manifest = read_manifest(folder)
     if found.base_folder is None and manifest.base.repo_id.startswith(PATH):
@@ -166,12 +167,10 @@ def _bundle(folder: Path, repo_id: str, scratch: Path) -> Bundle:
 
 
 def _refuse_link(folder: Path, name: str) -> None:
-    """Refuse a text that a link fetches from elsewhere: a stranger's may lead to a private file.
+    """Refuse a file that a link fetches from elsewhere: a stranger's may lead to a private one.
 
     The link may be the file, or a folder inside the checkpoint's.
     """
-    if name.endswith(".safetensors"):
-        return
     target = (folder / name).resolve()
     if not target.is_relative_to(folder.resolve()) and not BLOB.fullmatch(target.name):
         raise PublicationError(
@@ -193,7 +192,10 @@ def _text_of(path: Path) -> str:
 def _path_pattern(folder: Path) -> str:
     """A pattern of a folder and all in it; empty for `/`, which is a home in some containers."""
     whole = folder.absolute()
-    return "" if whole == whole.parent else re.escape(str(whole)) + r"(?![\w.-])"
+    if whole == whole.parent:
+        return ""
+    in_json = json.dumps(str(whole))[1:-1]
+    return f"(?:{re.escape(str(whole))}|{re.escape(in_json)})" + r"(?![\w.-])"
 
 
 def _refuse_secrets(bundle: Bundle, patterns: Sequence[str]) -> None:
@@ -239,7 +241,7 @@ def _check_reload(
     if found["difference"] != 0:
         raise PublicationError(
             f"{what}: loaded anew, its logits differ from this model's by up to"
-            f" {found['difference']:g}; nothing was made visible, publish again, and if it stays"
+            f" {found['difference']:g}; main does not show it. Publish again, and if it stays"
             " so, check this machine's memory and disk"
         )
 

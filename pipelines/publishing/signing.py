@@ -42,7 +42,7 @@ def is_signed(folder: Path) -> bool:
 
 
 def sign(folder: Path, private_key: Path) -> Path:
-    """Sign every file of a checkpoint; return the signature's path.
+    """Sign every file of a checkpoint, but for git's own; return the signature's path.
 
     An older signature stays if the new one cannot be written.
 
@@ -99,7 +99,10 @@ def check_signature(folder: Path, public_key: Path) -> None:
 
 
 def _hashed(hashing: ModuleType) -> Config:
-    """Hash every file but the signature by SHA-256; files may be links into a cache."""
+    """Hash every file by SHA-256, but for the signature and git's own, which the Hub adds.
+
+    Files may be links into a cache.
+    """
     # relative to the checkpoint's folder, as the library takes it
     config = hashing.Config().set_ignored_paths(paths=[SIGNATURE], ignore_git_paths=True)
     return config.set_allow_symlinks(True)

@@ -28,6 +28,7 @@ from pipelines.reports.svg import (
     draw_legend,
     draw_point,
     draw_wide_and_narrow,
+    legend_places,
     new_axes,
 )
 
@@ -80,7 +81,7 @@ def forest_plot(
 
     def draw(width: int) -> Figure:
         left = 12 if width == NARROW else 14 + 7 * max(map(len, names))
-        top = 14 + LEGEND_ROW * math.ceil(sum(30 + 6.4 * len(s) for s in systems) / (width - left))
+        top = 14 + LEGEND_ROW * (1 + legend_places(systems, left, width)[-1][1])
         figure, axes = new_axes(width, height, left=left, top=top, bottom=42, right=12)
         draw_legend(figure, drawn, left)
         for i, task in enumerate(tasks):

@@ -1,6 +1,5 @@
 """HTML pages from the folder `templates`. Every value is escaped, so text stays text."""
 
-import json
 import os
 from collections.abc import Mapping
 from functools import cache
@@ -43,7 +42,7 @@ def check_writable(path: Path) -> None:
             f"{path} is a device or a pipe, or lies among them, and a page would replace it; give"
             " the name of a file elsewhere"
         )
-    if not os.access(path.parent, os.W_OK):
+    if not path.parent.is_dir() or not os.access(path.parent, os.W_OK):
         raise PageError(f"{path} cannot be written; give a file in a writable folder")
 
 
@@ -54,7 +53,7 @@ def write_notebook(path: Path, home: Path) -> None:
         raise PageError(f"{path} is there already, perhaps with your changes; give another name")
     ours = resources.files("pipelines.reports").joinpath("templates", "notebook.py")
     text = ours.read_text(encoding="utf-8")
-    write_page(path, text.replace('"~/.meteora"', json.dumps(str(home), ensure_ascii=False)))
+    write_page(path, text.replace('"~/.meteora"', repr(str(home))))
 
 
 def write_page(path: Path, html: str) -> None:

@@ -28,6 +28,8 @@ COMPARED = ("scores", "overall", "accuracy", "router", "stages", "speed", "linea
 LEAST_SHARE = 0.01
 """A share of an expert's tokens. An expert without test rows is in the charts only if it receives
 this share of another expert's tokens or more; among hundreds of experts most do not."""
+LEAST_SEEN = 0.0005
+"""A smaller share of tokens gives a cell no colour; hundreds of experts have many such cells."""
 BESIDE = {SHARED: "their mean", NULL: "the base"}
 """The choices of a router besides experts, in words."""
 ALL_MODULES = "all modules"
@@ -133,7 +135,11 @@ def draw_charts(results: Mapping[str, QueryResult]) -> dict[str, Any]:
         drawn["confusion"] = charts.heat_map(
             [name for name in experts if name in truths],
             [name for name in [*experts, *beside(results)] if name not in left_out],
-            {(row["truth"], row["chosen"]): row["share"] for row in confusion},
+            {
+                (row["truth"], row["chosen"]): row["share"]
+                for row in confusion
+                if row["share"] >= LEAST_SEEN or row["truth"] == row["chosen"]
+            },
             "confusion",
             labels=("tokens of", "sent to, %"),
         )

@@ -206,7 +206,7 @@ def compare_checkpoints(ledger: Ledger, a: Path, b: Path) -> SideBySide:
 
     Raises:
         CheckpointError: One of the folders is not a checkpoint.
-        ReportError: Both are the same, or one says not which router it has.
+        ReportError: Both are the same, or one does not say which router it has.
     """
     ledger.ingest()
     manifests = [read_manifest(folder) for folder in (a, b)]

@@ -7,7 +7,7 @@ if one drawing were scaled down, its text would be too small to read.
 
 import io
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -102,15 +102,23 @@ def draw_point(axes: Axes, x: float, y: float, mark: Mark) -> Line2D:
 def draw_legend(figure: Figure, entries: Mapping[str, Mark], left: float) -> None:
     """Draw a legend above the axes, from `left` in CSS pixels."""
     width, height = (size * 72 for size in figure.get_size_inches())
-    x, row = left, 0
-    for text, mark in entries.items():
-        needed = 30 + 6.4 * len(text)
-        if x > left and x + needed > width:
-            x, row = left, row + 1
+    places = legend_places(entries, left, width)
+    for (text, mark), (x, row) in zip(entries.items(), places, strict=True):
         y = 1 - (10 + LEGEND_ROW * row) / height
         figure.text((x + 12) / width, y, text, fontsize=11, color=SOFT, va="center")
         figure.add_artist(Line2D([(x + 3) / width], [y], **mark.style))
+
+
+def legend_places(texts: Iterable[str], left: float, width: float) -> list[tuple[float, int]]:
+    """Where each entry of a legend begins: in CSS pixels from the left, and in which row."""
+    places, x, row = [], left, 0
+    for text in texts:
+        needed = 30 + 6.4 * len(text)
+        if x > left and x + needed > width:
+            x, row = left, row + 1
+        places.append((x, row))
         x += needed
+    return places
 
 
 def draw_wide_and_narrow(draw: Callable[[int], Figure], name: str) -> Markup:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import asyncio
-import threading
 from collections.abc import AsyncGenerator, Callable, Generator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import ExitStack, contextmanager
@@ -41,17 +40,15 @@ class _Outbox:
         self.request: AnyRequest | None = request
         """None when the client has left: what waits for the model does not keep megabytes of it."""
         self.items: asyncio.Queue[Item] = asyncio.Queue()
-        self.closed = threading.Event()
         self._loop = asyncio.get_running_loop()
 
     def close(self) -> None:
         """The client has left."""
-        self.closed.set()
         self.request = None
 
     def look(self, *_: object) -> None:
         """Return while the client waits; raise `ClientLeftError` when it has left."""
-        if self.closed.is_set():
+        if self.request is None:
             raise ClientLeftError
 
     def put(self, item: Item) -> None:
@@ -116,9 +113,9 @@ class ModelThread:
             outbox.put(answer)
         except ClientLeftError:
             return
-        except Exception as error:
-            if not outbox.closed.is_set():
-                outbox.put(error)
+        except BaseException as error:  # a panic of the tokenizer is no `Exception`
+            if outbox.request is not None:
+                outbox.put(error if isinstance(error, Exception) else RuntimeError(str(error)))
 
 
 @contextmanager

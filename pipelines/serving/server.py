@@ -204,7 +204,7 @@ async def _refuse(request: Request, error: Exception) -> JSONResponse:
         )
     elif sentence == HTTPStatus.METHOD_NOT_ALLOWED.phrase:
         allowed = (error.headers or {}).get("Allow", "another method")
-        sentence = f"{path} is not asked by {request.method}, but by {allowed}"
+        sentence = f"{path} takes {allowed}, not {request.method}"
     elif sentence == UNREADABLE:
         sentence = (
             "the body of the request cannot be read: it is not UTF-8, or has lists or objects"

@@ -6,6 +6,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import suppress
 from dataclasses import dataclass
+from functools import cache
 from pathlib import Path
 
 import torch
@@ -56,8 +57,9 @@ LARGE = Machine("one H100, by its data sheet", 700e12, 3.3e12, 6e-6, 1e9, 80e9)
 """For plans that are made on a machine without a GPU; not measured."""
 
 
+@cache
 def measure_machine(dtype: torch.dtype) -> Machine:
-    """Time a few operations on the device that a run would use."""
+    """Time a few operations on the device that a run would use, once a process."""
     device = torch.device(choose_device())
     # eight matrices, so that no cache holds them all
     weights = [torch.randn(SIZE, SIZE, device=device).to(dtype) for _ in range(8)]

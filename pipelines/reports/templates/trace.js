@@ -29,12 +29,13 @@ for (const figure of document.querySelectorAll("figure.trace")) {
     const layer = Number(slider.value);
     output.textContent = layer < 0 ? "all layers" : "layer " + layer;
     kept = data.modules.map((_, m) => m).filter((m) => layer < 0 || data.layers[m] === layer);
+    if (!kept.length) output.textContent += ", not routed";
     const won = new Array(E).fill(0);
     winners = spans.map((span, t) => {
       const found = shares(t), best = found.indexOf(Math.max(...found));
       won[best] += 1;
       span.className = "t e" + best;
-      span.dataset.n = best + 1;
+      span.dataset.n = best < 0 ? "–" : best + 1;
       span.style.setProperty("--w", kept.length ? found[best].toFixed(2) : 0);
       return best;
     });

@@ -16,7 +16,7 @@ from meteora.artifacts import NULL, RouterOptions
 from meteora.base.chat_template import Template
 from meteora.checkpoint import tensors
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError, read_manifest
-from meteora.fitting.background import RIDGE, Whitening, fit_to_background, standard_of
+from meteora.fitting.background import RIDGE, RidgeWhitening, fit_to_background, standard_of
 from meteora.fitting.sequences import TrainingError
 from meteora.kernels.stack import ExpertStack
 from meteora.model.chat import Chat
@@ -416,7 +416,7 @@ def test_whitened_rows_are_rows_by_the_root_of_the_inverse_of_the_covariance(num
     x, rows = x - x.mean(0), torch.randn(4, 50)
     cov = x.T.double() @ x.double() / (num_tokens - 1)
     covariance = cov + RIDGE * cov.diagonal().mean() * torch.eye(50)
-    found = Whitening.of(x).of_rows(rows).double()
+    found = RidgeWhitening.of(x).of_rows(rows).double()
     expected = rows.double() @ covariance.inverse() @ rows.double().T
     torch.testing.assert_close(found @ found.T, expected, rtol=1e-5, atol=1e-5)
     values, vectors = torch.linalg.eigh(covariance)

@@ -60,8 +60,12 @@ def test_garbage_is_listed_with_its_bytes_and_stays_without_a_yes(
 def test_a_checkpoint_alone_is_not_checked_and_the_ways_are_told(shelf: Shelf) -> None:
     with pytest.raises(typer.BadParameter, match="--key; to ask a server, --served; to check the"):
         store.verify(shelf.home, home=shelf.home)
-    with pytest.raises(typer.BadParameter, match="--model and --token-for go with --served URL"):
+    with pytest.raises(typer.BadParameter, match="--answers, --model and --token-for go with"):
         store.verify(model="mine", home=shelf.home)
+    with pytest.raises(typer.BadParameter, match="--answers, --model and --token-for go with"):
+        store.verify(answers=3, home=shelf.home)
+    with pytest.raises(typer.BadParameter, match="no --key and no --scores"):
+        store.verify(shelf.home, served="http://localhost:1", scores=3, home=shelf.home)
 
 
 def test_example_queries_come_in_each_form(capsys: pytest.CaptureFixture[str]) -> None:

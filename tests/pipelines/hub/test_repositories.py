@@ -3,6 +3,7 @@
 import json
 import os
 import random
+import resource
 import shutil
 import subprocess
 import sys
@@ -18,11 +19,11 @@ from types import SimpleNamespace
 from typing import Any, cast
 
 import pytest
-from huggingface_hub import file_download
+from huggingface_hub import HfApi, file_download
 
 from meteora.artifacts import AdapterRef, BaseSpec
 from meteora.untrusted.findings import AdapterError
-from pipelines.hub import adapter, client, repositories
+from pipelines.hub import adapter, client, repositories, worker
 from pipelines.hub.about import HubSource, facts_of
 from pipelines.hub.adapter import download, downloaded
 from pipelines.hub.card import licence_of
@@ -290,6 +291,19 @@ def test_a_note_that_a_crash_has_cut_is_as_good_as_none(
             with monkeypatch.context() as patched:
                 patched.setenv("HF_HUB_OFFLINE", "1")
                 assert (facts_of(REF, tmp_path, hub=asked) is None) == note.endswith(".about")
+
+
+@pytest.mark.parametrize(
+    ("stated", "licence"),
+    [("mit", "mit"), (["mit", "apache-2.0"], "mit, apache-2.0"), ("Ask me. " * 40, "other")],
+)
+def test_the_hub_s_licence_of_a_card_is_read_like_the_card(
+    server: HubServer, asked: Hub, tmp_path: Path, stated: object, licence: str
+) -> None:
+    server.repos["someone/adapter"].card["license"] = stated
+    found = facts_of(REF, tmp_path, hub=asked)
+    assert found is not None
+    assert found.licence == licence
 
 
 def test_no_two_subfolders_have_the_same_folder_in_the_cache(
@@ -709,6 +723,27 @@ def test_plain_http_is_allowed_where_it_is_asked_for() -> None:
     assert Hub("http://mirror.lan/", allow_http=True).url() == "http://mirror.lan"
 
 
+@pytest.mark.parametrize("fault", [Fault(500), Fault(404), Fault(hang=True)])
+def test_a_password_in_an_endpoint_is_in_no_message(server: HubServer, fault: Fault) -> None:
+    server.faults["refs"] = fault
+    host = server.endpoint.removeprefix("http://")
+    mirror = Hub(f"http://me:s3cret@{host}", timeout_seconds=5)
+    with pytest.raises(HubError, match=host) as told:
+        repositories.resolve("someone/adapter", hub=mirror)
+    assert "s3cret" not in str(told.value)
+    with pytest.raises(InsecureEndpointError, match=r"endpoint http://mirror\.lan is not https"):
+        Hub("http://me:s3cret@mirror.lan").url()
+
+
+def test_a_file_that_this_process_may_not_write_is_no_fault_of_the_hub(
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(resource, "getrlimit", lambda _: (1_000_000, 1_000_000))
+    with pytest.raises(OSError, match="`ulimit -f` allows no file of 2,000,000 bytes") as told:
+        worker.fetch(HfApi(), "a/b", revision="main", files={"x": 2_000_000}, into="")
+    assert worker.describe(told.value)["kind"] == "disk"
+
+
 def test_a_token_goes_out_only_when_it_is_given(
     server: HubServer, asked_apart: Hub, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -837,12 +872,12 @@ def test_what_a_card_makes_the_hub_say_is_short_and_printable(
     server: HubServer, asked: Hub, tmp_path: Path
 ) -> None:
     server.repos["someone/adapter"].card = {
-        "license": "\x1b[31mmit\ud800" + "x" * 9_000,
+        "license": ["\x1b[31mmit\ud800" + "x" * 9_000],
         "base_model": ["a/b\nc"] * 900,
     }
     said = facts_of(REF, tmp_path, hub=asked)
     assert said is not None
-    assert (said.licence[:9], len(said.licence)) == ("�[31mmit�", 200)
+    assert said.licence == "other"
     assert said.base_models == ("a/b�c",) * 20
 
 

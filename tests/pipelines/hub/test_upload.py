@@ -269,6 +269,9 @@ def test_a_plan_does_not_wait_long_for_a_hub_that_does_not_answer(
     started = time.monotonic()
     assert describe_destination(workplace(publish={"repo": NAME})) == "org/model, private"
     assert time.monotonic() - started < Hub().timeout_seconds
+    server.faults["refs"] = Fault(429, headers={"Retry-After": "300"})
+    monkeypatch.setattr(time, "sleep", pytest.fail)
+    assert describe_destination(workplace(publish={"repo": NAME})) == "org/model, private"
 
 
 def test_a_head_that_is_not_known_here_is_replaced_only_when_told_so(

@@ -198,6 +198,11 @@ def test_what_is_for_nobody_else_stays_here(
         with pytest.raises(PublicationError, match=CARD):
             put(server, world, folder)
     (folder / CARD).write_text(text)
+    (folder.parent / "a-key").write_text("BEGIN PRIVATE KEY")
+    (folder / STATISTICS).symlink_to(folder.parent / "a-key")  # no load reads it
+    with pytest.raises(PublicationError, match=f"{STATISTICS} is a link to .*a-key"):
+        put(server, world, folder)
+    (folder / STATISTICS).unlink()
     for name in (CARD, LINEAGE):
         other = (folder / name).read_bytes()
         (folder / name).write_bytes(b"\xff" + other)
@@ -215,6 +220,12 @@ def test_what_is_for_nobody_else_stays_here(
     with pytest.raises(PublicationError, match=f"{EVAL_RESULTS} is a link to .*theirs"):
         put(server, world, folder)
     (folder / EVAL_RESULTS).parent.unlink()
+    (folder / LINEAGE).write_text(json.dumps({"uri": "/home/jürgen/adapters"}))
+    with monkeypatch.context() as patched:
+        patched.setattr(Path, "home", lambda: Path("/home/jürgen"))
+        with pytest.raises(PublicationError, match=LINEAGE):
+            put(server, world, folder)
+    (folder / LINEAGE).write_text("{}\n")
     for home in (Path.home(), Path("/")):  # in a container a user may have the root as home
         monkeypatch.setattr(Path, "home", lambda home=home: home)
         with pytest.raises(HubTokenError):

@@ -24,6 +24,7 @@ from meteora.artifacts import (
 from pipelines.reports import charts, queries, report
 from pipelines.reports.examples import Example, find_examples
 from pipelines.reports.lineage import lineage_graph
+from pipelines.reports.svg import LEGEND_ROW
 from pipelines.scoring.outputs import write_outputs
 from store.ledger import Ledger
 from store.query import Answer
@@ -284,6 +285,18 @@ def test_the_forest_s_points_and_intervals_lie_where_the_scores_say(
     per_unit = (found[last] - found[first]) / (values[last] - values[first])
     for x, value in zip(found, values, strict=True):
         assert x == pytest.approx(found[first] + per_unit * (value - values[first]), abs=0.01)
+
+
+def test_a_long_legend_ends_above_the_plot() -> None:
+    names = ["fused", "oracle", "base", "one_expert", "uniform", "arrow", "norm", "random"]
+    scores = [
+        {"task": "sums", "system": name, "value": 0.5, "low": 0.4, "high": 0.6}
+        for name in [*names, "dare_ties"]
+    ]
+    chart = charts.forest_plot(scores, "score", "forest", signed=False)
+    svg = lxml.html.fromstring(f"<div>{chart}</div>").xpath("//svg[@class='narrow']")[0]
+    texts = {text.text_content(): float(text.get("y")) for text in svg.xpath(".//text[@y]")}
+    assert texts["sums"] - texts["dare_ties"] > LEGEND_ROW
 
 
 def test_the_heat_map_s_cells_are_as_deep_as_their_shares(tree: Any) -> None:

@@ -143,6 +143,29 @@ def test_on_paper_the_legend_of_a_conversation_is_whole(
 
 
 @pytest.mark.browser
+def test_a_layer_without_a_routed_module_shows_no_expert(
+    browser: webdriver.Chrome, trace: Trace, tmp_path: Path
+) -> None:
+    modules = ("model.layers.0.q_proj", "model.layers.0.v_proj", "model.layers.2.q_proj")
+    trace = replace(trace, modules=modules)
+    open_page(browser, tmp_path, trace_view.trace_page(trace, ""))
+
+    def at(layer: int) -> tuple[str, set[str]]:
+        return tuple(
+            browser.execute_script(
+                "const slider = document.querySelector('input[type=range]');"
+                "slider.value = arguments[0]; slider.dispatchEvent(new Event('input'));"
+                "return [document.querySelector('output').textContent,"
+                " [...document.querySelectorAll('.text .t')].map((one) => one.dataset.n)]",
+                layer,
+            )
+        )
+
+    assert at(1) == ("layer 1, not routed", ["–"] * 6)
+    assert at(2) == ("layer 2", [str(1 + n) for n in trace.shares(2).argmax(dim=1).tolist()])
+
+
+@pytest.mark.browser
 def test_what_a_token_is_told_is_whole_at_the_end_of_a_window_too(
     browser: webdriver.Chrome, trace: Trace, tmp_path: Path
 ) -> None:
@@ -247,6 +270,8 @@ def test_a_page_is_written_whole_or_not_at_all(tmp_path) -> None:
     path.write_text("before")
     with pytest.raises(PageError, match="cannot be written"):
         check_writable(tmp_path / "missing" / "page.html")
+    with pytest.raises(PageError, match="cannot be written"):
+        check_writable(path / "page.html")
     with pytest.raises(PageError, match="is a folder; give the name of a file"):
         check_writable(tmp_path)
     write_page(path, "<p>é")

@@ -111,12 +111,22 @@ _TextLoader.add_implicit_resolver(NULL_TAG, re.compile(r"(?:~|null|Null|NULL)\Z"
 _TextLoader.add_constructor(NULL_TAG, lambda _loader, _node: None)
 
 
-def _bounded_int(loader: Any, node: yaml.ScalarNode) -> int:  # noqa: ANN401  (one of two classes)
+def _refuse_base_60(node: yaml.ScalarNode) -> None:
     if ":" in node.value:  # of YAML 1.1 alone: 1:30 is 90 there, and long ones take minutes
         raise StrictYAMLError(
             f"{node.value:.20} is read as a number in base 60 ({_place(node.start_mark)}); write a"
             " text in quotes, and a number without colons"
         )
+
+
+def _plain_float(loader: Any, node: yaml.ScalarNode) -> float:  # noqa: ANN401  (one of two classes)
+    _refuse_base_60(node)
+    value: float = loader.construct_yaml_float(node)
+    return value
+
+
+def _bounded_int(loader: Any, node: yaml.ScalarNode) -> int:  # noqa: ANN401  (one of two classes)
+    _refuse_base_60(node)
     is_decimal = DECIMAL.fullmatch(node.value)  # with YAML 1.1 and PyYAML 0100 is 64
     value: int = int(node.value) if is_decimal else loader.construct_yaml_int(node)
     if value.bit_length() > MAX_BITS:  # Python cannot print larger ones in a message
@@ -125,6 +135,7 @@ def _bounded_int(loader: Any, node: yaml.ScalarNode) -> int:  # noqa: ANN401  (o
 
 
 _TypedLoader.add_constructor("tag:yaml.org,2002:int", _bounded_int)
+_TypedLoader.add_constructor("tag:yaml.org,2002:float", _plain_float)
 
 
 def _explained(error: yaml.MarkedYAMLError, text: str) -> str:

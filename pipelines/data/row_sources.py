@@ -15,6 +15,7 @@ if there is one; `choices=<column>` names another one, and `choices=` none.
 """
 
 import json
+from codecs import BOM_UTF8
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache, partial
@@ -25,12 +26,12 @@ from urllib.parse import parse_qsl, urlencode
 
 from meteora.base.sources import path_from
 from meteora.untrusted.findings import listed, not_utf8, shortened
-from meteora.untrusted.strict_json import StrictJSONError, unique_keys
+from meteora.untrusted.strict_json import StrictJSONError, parse_object, unique_keys
 from pipelines.data.hub_rows import exchange_in, hub_items, no_column, text_in, unreadable
 from pipelines.data.pinned import DataSetError, ask, cached_entries, pin
 from pipelines.data.rows import ExamplesError, Row
 
-MAX_ROW_BYTES = 1 << 20
+MAX_ROW_CHARACTERS = 1 << 20
 """Most characters of a line of a file, and of a row of the Hub."""
 MAX_TASK_BYTES = 1 << 28
 """Most bytes of a file of BIG-bench."""
@@ -84,6 +85,8 @@ def read_rows(
     Raises:
         ExamplesError: the source is unknown, cannot be read, or has no rows.
     """
+    if not source.strip():
+        raise ExamplesError(f"the source of rows {source!r} names nothing")
     kind, name, options = _split(source)
     if ":" not in source or kind not in READERS:
         is_file = path_from(folder, source).is_file()
@@ -168,11 +171,11 @@ def json_lines(path: Path) -> Iterator[tuple[str, str]]:
     try:
         with path.open(encoding="utf-8-sig") as file:
             # limited, since some files have no line break, and devices have no end
-            lines = iter(partial(file.readline, MAX_ROW_BYTES + 1), "")
+            lines = iter(partial(file.readline, MAX_ROW_CHARACTERS + 1), "")
             for number, line in enumerate(lines, 1):
                 place = f"{path}, line {number}"
-                if len(line) > MAX_ROW_BYTES:
-                    raise ExamplesError(f"{place}: longer than {MAX_ROW_BYTES:,} characters")
+                if len(line) > MAX_ROW_CHARACTERS:
+                    raise ExamplesError(f"{place}: longer than {MAX_ROW_CHARACTERS:,} characters")
                 if line.strip():
                     yield line, place
     except UnicodeDecodeError as error:
@@ -190,13 +193,18 @@ def json_of(line: str, place: str) -> Any:  # noqa: ANN401  (JSON)
     """What a line of a file holds.
 
     Raises:
-        ExamplesError: a key is given twice; parsers take the first or the last.
+        ExamplesError: a key is given twice, and parsers take the first or the last; or a number is
+            too long for Python.
         ValueError, RecursionError: it is no JSON.
     """
     try:
         return json.loads(line, object_pairs_hook=unique_keys)
+    except json.JSONDecodeError:
+        raise
     except StrictJSONError as error:
         raise ExamplesError(f"{place}: {error}; take one out") from None
+    except ValueError:
+        raise ExamplesError(f"{place}: it has a number of thousands of digits") from None
 
 
 def _refuse_pipe(path: Path) -> None:
@@ -245,8 +253,8 @@ def _described(line: str) -> str:
     return f"{shortened(value)}, not a table"
 
 
-def check_row(row: Row, place: str) -> Row:
-    """Check a row, and return it.
+def check_row(row: Row, place: str, advice: str = "") -> Row:
+    """Check a row, and return it; `advice` is for an answer that is not among its choices.
 
     Raises:
         ExamplesError: it is not text, its prompt is empty, or an answer is not among its choices.
@@ -257,7 +265,7 @@ def check_row(row: Row, place: str) -> Row:
     refuse_half_characters("".join(texts), place)
     if row.choices and (strange := set(row.answers) - set(row.choices)):
         raise ExamplesError(
-            f"{place}: the answer {shortened(strange.pop())!r} is not one of its choices"
+            f"{place}: the answer {shortened(strange.pop())!r} is not one of its choices{advice}"
         )
     return row
 
@@ -322,12 +330,12 @@ def _bigbench_rows(path: Path) -> Iterator[Row]:
             data = file.read(MAX_TASK_BYTES + 1)
         if len(data) > MAX_TASK_BYTES:
             raise ExamplesError(f"{path}: larger than {MAX_TASK_BYTES:,} bytes")
-        body = json.loads(data.decode("utf-8-sig"))
-    except (OSError, ValueError, RecursionError) as error:
+        body = parse_object(data.removeprefix(BOM_UTF8))
+    except (OSError, StrictJSONError) as error:
         raise ExamplesError(
             f"{path}: not readable as JSON: {getattr(error, 'strerror', None) or error}"
         ) from error
-    parts = body.get("subtasks") if isinstance(body, dict) else None
+    parts = body.get("subtasks")
     parts = parts if isinstance(parts, list) and parts else [body]
     yield from _in_turns(_bigbench_part(body, part, path) for part in parts)
 
@@ -422,7 +430,7 @@ def hub_rows(
 def _hub_rows(request: Request, token: str | None) -> Iterator[Row]:
     source, options = request.source, request.options
     part = _choice(request, "part", PARTS)
-    longest = int(_digits(request, "longest", MAX_ROW_BYTES))
+    longest = int(_digits(request, "longest", MAX_ROW_CHARACTERS))
     skips = _choice(request, "incomplete", INCOMPLETE) == "skip"
     if "turns" in options and (also := options.keys() & {"prompt", "response"}):
         raise ExamplesError(
@@ -438,9 +446,13 @@ def _hub_rows(request: Request, token: str | None) -> Iterator[Row]:
         if len(prompt) > longest or not _belongs(row := Row(prompt, response, choices), part):
             continue
         place = f"{source}, row {number}"
-        if len(response) + sum(map(len, choices)) > MAX_ROW_BYTES:
-            raise ExamplesError(f"{place}: its answer has more than {MAX_ROW_BYTES:,} characters")
-        yield check_row(row, place)
+        if len(response) + sum(map(len, choices)) > MAX_ROW_CHARACTERS:
+            raise ExamplesError(
+                f"{place}: its answer has more than {MAX_ROW_CHARACTERS:,} characters"
+            )
+        # an answer may be the letter of a choice
+        advice = "; name the column of the answer's text, or leave the choices out by `choices=`"
+        yield check_row(row, place, advice)
 
 
 def _hub_texts(item: Mapping[str, Any], request: Request, *, skips: bool) -> list[str]:

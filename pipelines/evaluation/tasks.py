@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING
 
 from meteora.artifacts import canonical_sha256, file_sha256
 from meteora.base.sources import path_from
-from pipelines.data.composites import Composite, compose
+from pipelines.data.composites import Composite, compose, fits
 from pipelines.data.dialogues import Dialogue, draw_dialogues
 from pipelines.data.row_sources import read_rows
 from pipelines.data.rows import ExamplesError, Row, rows_sha256
@@ -177,6 +177,11 @@ def check_rows(task: Task) -> None:
                 f"task {task.name}: the prompt {row.prompt[:60]!r} has one choice, which is always"
                 " the likeliest; give its row others, or take it out"
             )
+        if task.weighs and set(row.choices) <= set(row.answers):
+            raise ExamplesError(
+                f"task {task.name}: every choice of the prompt {row.prompt[:60]!r} is right, so"
+                " each answer scores; take its row out"
+            )
         for metric in task.metrics:
             if problem := without_reference(metric, row):
                 raise ExamplesError(f"task {task.name}: {problem}")
@@ -218,9 +223,12 @@ def _mixes(tasks: Mapping[str, Task], settings: BenchmarkSection) -> dict[str, T
             system_prompt=settings.system_prompt,
         )
         n, seed = section.n, settings.seed
-        # more would ask the same rows again, and intervals would take them for other ones
-        most = -(-sum(map(len, rows.values())) // n)
-        if isinstance(section, CompositeSection):
+        is_list = isinstance(section, CompositeSection)
+        used = [sum(map(fits, own)) if is_list else len(own) for own in rows.values()]
+        # Tasks are asked equally often. More prompts would ask rows of the smallest again, and
+        # intervals would take them for other ones.
+        most = max(1, -(-min(used, default=0) * len(used) // n))
+        if is_list:
             mixes[task.name] = replace(
                 task,
                 metrics=(RIGHT, ATTEMPTED),

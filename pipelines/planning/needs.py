@@ -60,7 +60,7 @@ def print_estimates(
     if known is None:
         out.print(
             "\nMemory and time cannot be estimated: the base's config is not here yet."
-            " `hf download` can get it alone, or `--until base` the base.",
+            " `hf download` can fetch it alone, and `--until base` fetches the whole base.",
             soft_wrap=True,
         )
         return []

@@ -44,7 +44,7 @@ class TaskSection(Section):
     """A further task: with rows of its own, or one of lm-eval."""
 
     name: str = ""
-    """Its name in tables; a task of lm-eval has lm-eval's name."""
+    """Its name in tables. Default for a task of lm-eval: lm-eval's name."""
     rows: str = ""
     """The source of its rows, such as `jsonl:<file>` or `hf:<owner>/<name>`."""
     lm_eval: str = ""
@@ -106,8 +106,8 @@ class CompositeSection(Section):
     tasks: tuple[str, ...] = ()
     """The tasks whose rows are taken. Default: all tasks with rows."""
     count: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """The number of prompts. Default: `limit` of the benchmark, or as many as have a question for
-    each row if these are fewer: intervals take a row that is asked again for another one."""
+    """The number of prompts. Default: `limit` of the benchmark, or fewer if rows of the smallest
+    task would be asked again: intervals take a row that is asked again for another one."""
     num_fewshot: Annotated[int, Field(ge=0, le=16)] = 0
     """Solved prompts of the same kind in each prompt, of other rows; the paper has two."""
 
@@ -125,8 +125,8 @@ class ConversationSection(Section):
     tasks: tuple[str, ...] = ()
     """The tasks whose rows are taken. Default: all tasks with rows."""
     count: Annotated[int, Field(ge=1, le=1_000_000)] | None = None
-    """The number of conversations. Default: as many as have 200 turns together, or a turn for each
-    row if these are fewer, as for composites."""
+    """The number of conversations. Default: as many as have 200 turns together, or fewer if rows
+    of the smallest task would be asked again, as for composites."""
 
     @property
     def called(self) -> str:

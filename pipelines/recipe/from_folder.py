@@ -15,6 +15,7 @@ from meteora.adapters import reader
 from meteora.adapters.files import CONFIG
 from meteora.artifacts import REPO_ID, MeteoraError
 from meteora.base.sources import GGUF, PATH, path_from
+from meteora.untrusted.strict_yaml import parse_yaml
 from pipelines.recipe.benchmark import MIX
 from pipelines.recipe.recipe import LONGEST_NAME, Recipe
 from store.files import replace_text
@@ -264,8 +265,10 @@ def _name(text: str, taken: set[str]) -> str:
 
 
 def _text(value: str) -> str:
-    """A string in YAML: bare if that is safe, else in quotes, with escapes."""
-    return yaml.safe_dump(value, width=math.inf).removesuffix("...\n").strip()
+    """A string in YAML: bare if a recipe reads that as it is, else in quotes, with escapes."""
+    bare = yaml.safe_dump(value, width=math.inf)
+    style = None if parse_yaml(bare, typed=True) == value else "'"  # such as 1e-4
+    return yaml.safe_dump(value, width=math.inf, default_style=style).removesuffix("...\n").strip()
 
 
 def _line(text: str) -> str:

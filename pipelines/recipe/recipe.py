@@ -98,8 +98,9 @@ class HubSection(Section):
     """The Hub, and the repositories to which the saved token is sent."""
 
     endpoint: str = ""
-    """The URL of the Hub. Default: `HF_ENDPOINT`, or huggingface.co. The saved token goes to
-    another URL only if `HF_ENDPOINT` names it, too."""
+    """The URL of the Hub for bases and adapters; rows of `hf:` come from `HF_ENDPOINT`. Default:
+    `HF_ENDPOINT`, or huggingface.co. The saved token goes to another URL only if `HF_ENDPOINT`
+    names it, too."""
     allow_http: bool = False
     """Allow plain http for an endpoint on another machine."""
     token_for: tuple[str, ...] = ()
@@ -205,7 +206,7 @@ class DeadlinesSection(Section):
     base: Seconds = 12 * 3600.0
     """To download the base, or to read it."""
     stack: Seconds = 2 * 3600.0
-    """To stack the experts."""
+    """To check and to stack the experts."""
     gates: Seconds = 24 * 3600.0
     """To fit the gates."""
     benchmark: Seconds = 24 * 3600.0
@@ -284,6 +285,11 @@ class Recipe(Section):
         if self.router.kind != "gate" and for_gates:
             raise ValueError(
                 f"router.{min(for_gates)} is for gates; take it out, or choose `kind: gate`"
+            )
+        if self.router.kind == "uniform" and (self.router.top_k, self.router.temperature) != (1, 1):
+            raise ValueError(
+                "`kind: uniform` has the mean of all experts, so router.top_k and"
+                " router.temperature change nothing; take them out"
             )
         return self
 

@@ -72,6 +72,8 @@ def test_yaml_with_two_meanings_or_too_large_is_refused(
         ("a: " + "9" * 400, "more than 1000 bits"),
         ("a: 1:30", r"1:30 is read as a number in base 60 \(line 1, column 4\); write a text in"),
         ("a: " + "1:" * 100_000 + "1", "a number in base 60"),
+        ("a: 1:30.5", r"1:30.5 is read as a number in base 60"),
+        ("a: " + "1:" * 300 + "1.0", "a number in base 60"),
         ("a: 2026-05-99", "day"),
         (r'a: [1, "b\0"]', r"has a NUL, as no path has \(line 1, column 8\)"),
     ],

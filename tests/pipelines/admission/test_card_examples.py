@@ -202,7 +202,8 @@ def test_usual_shapes_of_data_sets_are_read(hub: HubServer, tmp_path: Path, shap
         ),
         (
             {"train.jsonl": jsonl([{"question": "q", "choices": ["a", "b"], "answer": "B"}])},
-            "hf:a/b, row 0: the answer 'B' is not one of its choices",
+            "hf:a/b, row 0: the answer 'B' is not one of its choices; name the column of the"
+            " answer's text, or leave the choices out by `choices=`",
         ),
         (
             {"train.jsonl": jsonl([{"question": "q", "answer": None}])},

@@ -58,6 +58,11 @@ def test_rows_are_read_in_order_up_to_the_limit(tmp_path: Path) -> None:
             "line 2: the key 'prompt' is given twice; take one out",
             id="a key twice",
         ),
+        pytest.param(
+            '{"prompt": "p", "response": "r", "x": ' + "9" * 5000 + "}",
+            "line 1: it has a number of thousands of digits",
+            id="a long number",
+        ),
         pytest.param("\n\n", "no rows in it", id="empty"),
         pytest.param("[" * 100_000, "line 1: not a row", id="deep"),
     ],
@@ -102,6 +107,12 @@ def test_a_missing_file_and_an_unknown_source_are_named(tmp_path: Path) -> None:
         read_rows("plain", tmp_path, 1)
     with pytest.raises(ExamplesError, match="rows come from"):
         read_rows("csv:none.csv", tmp_path, 1)
+
+
+@pytest.mark.parametrize("source", ["", " "])
+def test_a_source_that_is_empty_is_refused(source: str, tmp_path: Path) -> None:
+    with pytest.raises(ExamplesError, match=f"the source of rows '{source}' names nothing"):
+        read_rows(source, tmp_path, 1)
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "bigbench", "reasoning_gym", "hf"])
@@ -220,6 +231,22 @@ def test_bigbench_examples_are_asked_as_bigbench_asks_them(tmp_path: Path) -> No
     ]
 
 
+@pytest.mark.parametrize(
+    ("scores", "said"),
+    [
+        ('"x": 1, "x": 0, "y": 0.5', "the key 'x' is given twice"),
+        ('"x": 1, "y": NaN', "NaN is not"),
+    ],
+)
+def test_scores_of_bigbench_with_two_meanings_are_refused(
+    scores: str, said: str, tmp_path: Path
+) -> None:
+    text = f'{{"examples": [{{"input": "a", "target_scores": {{{scores}}}}}]}}'
+    (tmp_path / "task.json").write_text(text)
+    with pytest.raises(ExamplesError, match=f"task.json: not readable as JSON: {said}"):
+        read_rows("bigbench:task.json", tmp_path, 9)
+
+
 def test_a_score_of_bigbench_that_no_float_holds_is_refused(tmp_path: Path) -> None:
     put(tmp_path, "task.json", {"examples": [{"input": "a", "target_scores": {"b": 10**400}}]})
     with pytest.raises(ExamplesError, match="example 1: not an example"):
@@ -254,7 +281,7 @@ def test_bigbench_splits_have_no_question_in_common(tmp_path: Path) -> None:
 @pytest.mark.parametrize(
     ("body", "said"),
     [
-        pytest.param([], "needs a list `examples`", id="a list"),
+        pytest.param([], "it holds a list, not an object", id="a list"),
         pytest.param({"examples": {}}, "needs a list `examples`", id="no list"),
         pytest.param({"examples": [{"target": "x"}]}, "example 1: not an example", id="no input"),
         pytest.param({"examples": [{"input": "x"}]}, "example 1: not an example", id="no target"),
@@ -367,7 +394,7 @@ def test_a_hub_dataset_is_asked_as_its_options_say(
         with pytest.raises(ExamplesError, match=said):
             read(*options)
     with monkeypatch.context() as patch:
-        patch.setattr("pipelines.data.row_sources.MAX_ROW_BYTES", 8)
+        patch.setattr("pipelines.data.row_sources.MAX_ROW_CHARACTERS", 8)
         with pytest.raises(ExamplesError, match="row 0: its answer has more than 8 characters"):
             read(*columns)
     pool = read_rows("hf:somebody/news?split=train&prompt=said.de", tmp_path, 2, answered=False)

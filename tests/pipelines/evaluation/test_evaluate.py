@@ -5,6 +5,7 @@ import json
 import logging
 import math
 import re
+from collections import Counter
 from contextlib import nullcontext
 from dataclasses import replace
 from typing import TYPE_CHECKING, Any
@@ -294,6 +295,10 @@ def test_rows_without_choices_and_empty_choices_are_refused_where_choices_are_co
         check_rows(task([row], "acc"))
     with pytest.raises(ExamplesError, match="has one choice, which is always the likeliest"):
         check_rows(task([Row("q", "a", ("a", "a"))], "acc"))
+    row = Row("q", "a", ("a", "b"), ("b",))
+    check_rows(task([row], "exact_match"))
+    with pytest.raises(ExamplesError, match="every choice of the prompt 'q' is right"):
+        check_rows(task([row], "acc"))
 
 
 def test_rows_of_which_every_answer_is_wrong_are_refused() -> None:
@@ -555,6 +560,23 @@ def test_mixes_ask_no_more_questions_than_there_are_rows_unless_they_are_told_to
         tasks = make_tasks(parts, asked, tmp_path)
         composites, dialogues = tasks["composite-3"].composites, tasks["conversation-2"].dialogues
         assert (len(composites), len(dialogues)) == numbers
+
+
+def test_mixes_ask_no_row_of_a_small_task_again_and_again(tmp_path: Path) -> None:
+    parts = []
+    for name, num_rows in (("big", 100), ("small", 10)):
+        answers = ["b", "b\n2. c"]  # the second fits into no composite
+        rows = ({"prompt": f"{name} {n}", "response": answers[n >= 8]} for n in range(num_rows))
+        (tmp_path / f"{name}.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+        parts.append(ExpertSection(name=name, adapter="path:a", test=f"jsonl:{name}.jsonl"))
+    asked = BenchmarkSection(
+        composite=(CompositeSection(n=2),), conversation=(ConversationSection(n=2),)
+    )
+    tasks = make_tasks(parts, asked, tmp_path)
+    for mix, number in (("composite-2", 8), ("conversation-2", 10)):
+        prompts = tasks[mix].composites or tasks[mix].dialogues
+        rows = Counter(question.row for prompt in prompts for question in prompt.questions)
+        assert (len(prompts), max(rows.values())) == (number, 1)
 
 
 def write_lm_eval_task(tmp_path: Path, **more: object) -> None:

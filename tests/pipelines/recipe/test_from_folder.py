@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -269,13 +270,17 @@ def test_a_given_base_that_is_none_is_refused(folder: Path, tmp_path: Path) -> N
             write_recipe(folder, tmp_path / "two.yaml", wrong)
 
 
-@pytest.mark.parametrize("name", ["emoji😀", "next\x85line", "del\x7f", "a: b # c", "'\"", "no"])
+@pytest.mark.parametrize(
+    "name", ["emoji😀", "next\x85line", "del\x7f", "a: b # c", "'\"", "no", "1e-4", "12e3"]
+)
 def test_any_name_of_a_folder_is_read_back_as_it_is(
     name: str, world: World, tmp_path: Path
 ) -> None:
     shutil.copytree(world.adapters["q_and_v"], tmp_path / name)
     (found,) = write_recipe(tmp_path / name, tmp_path / "one.yaml", str(world.base)).experts
     assert found.adapter == f"path:{name}"
+    if name.isascii() and name.isprintable() and re.fullmatch(r"[\w-]+", name):
+        assert found.name == name
 
 
 def test_every_adapter_has_a_name_of_its_own(tmp_path: Path) -> None:

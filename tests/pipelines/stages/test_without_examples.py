@@ -51,6 +51,7 @@ def test_it_is_told_by_its_weights_and_card_and_summary_say_so(
     [
         ({"router": {"kind": "gate"}}, "choose router.kind: prompt"),
         ({"router": {"kind": "arrow", "without_examples": "arrow"}}, "is for gates"),
+        ({"router": {"kind": "uniform", "top_k": 2}}, "router.top_k and router.temperature change"),
         ({"gates": {"method": "joint"}}, "goes with gates.method: calibrate"),
     ],
 )

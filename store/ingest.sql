@@ -6,6 +6,8 @@
 --
 -- Values arrive as text under the names that they have in the record. `BY NAME` finds their columns,
 -- and the tables give them their types. So a new field is a column of its table and a name here.
+--
+-- A part that begins with IF ANY runs only if there is such a row; one with ALWAYS runs in any case.
 
 CREATE OR REPLACE TEMP MACRO fields(object, names) AS json_transform(
     object, '{"' || array_to_string(names, '": "VARCHAR", "') || '": "VARCHAR"}'
@@ -42,12 +44,14 @@ SELECT id AS child_id, unnest(parents) AS parent_id, unnest(range(len(parents)))
        record_sha256
 FROM made;
 
+-- IF ANY: made WHERE kind = 'base'
 INSERT INTO base_models BY NAME
 SELECT id, record_sha256, unnest(fields(spec, ['base_model', 'base_revision', 'quantise'])),
        unnest(fields(built->'fingerprint', ['architecture', 'hidden_size', 'num_hidden_layers',
                                             'vocab_size']))
 FROM made WHERE kind = 'base';
 
+-- IF ANY: made WHERE kind = 'adapter'
 INSERT INTO adapter_weights BY NAME
 SELECT id, record_sha256, unnest(fields(spec, ['base_model', 'use_rslora', 'dtype'])),
        json_array_length(spec->'modules') AS num_modules,
@@ -56,12 +60,14 @@ SELECT id, record_sha256, unnest(fields(spec, ['base_model', 'use_rslora', 'dtyp
        json_array_length(spec->'stripped') AS num_stripped
 FROM made WHERE kind = 'adapter';
 
+-- IF ANY: made WHERE kind = 'fused'
 INSERT INTO experts BY NAME
 SELECT id AS fused_id, unnest(range(len((spec->'names')::JSON[]))) AS position,
        unnest((spec->'names')::VARCHAR[]) AS name,
        unnest((spec->'adapter_ids')::VARCHAR[]) AS adapter_id, record_sha256
 FROM made WHERE kind = 'fused';
 
+-- IF ANY: made WHERE kind = 'router'
 INSERT INTO routers BY NAME
 SELECT id, record_sha256, (spec->'composites')::INTEGER[] AS composites,
        (spec->'stand_ins')::VARCHAR[] AS stand_ins,
@@ -70,6 +76,7 @@ SELECT id, record_sha256, (spec->'composites')::INTEGER[] AS composites,
        unnest(fields(built, ['num_tokens', 'heldout_accuracy', 'wall_seconds', 'device']))
 FROM made WHERE kind = 'router';
 
+-- IF ANY: made WHERE kind = 'pool'
 INSERT INTO pools BY NAME
 SELECT id, record_sha256, unnest(fields(spec, ['fused_id', 'prompts_sha256'])),
        unnest(fields(built, ['labels_sha256', 'wall_seconds', 'device']))
@@ -80,10 +87,12 @@ SELECT id AS pool_id, record_sha256,
        unnest(fields(one, ['expert', 'num_prompts', 'num_clusters', 'score', 'lead']))
 FROM (SELECT *, unnest((built->'shares')::JSON[]) AS one FROM made WHERE kind = 'pool');
 
+-- IF ANY: made WHERE kind = 'merge'
 INSERT INTO merges BY NAME
 SELECT id, record_sha256, unnest(fields(spec, ['fused_id', 'method', 'weight', 'density', 'seed']))
 FROM made WHERE kind = 'merge';
 
+-- IF ANY: made WHERE kind = 'comparison'
 INSERT INTO comparisons BY NAME
 SELECT * RENAME (other_id AS other_score_id)
 FROM (
@@ -95,6 +104,7 @@ FROM (
           WHERE kind = 'comparison')
 );
 
+-- IF ANY: made WHERE kind = 'speed'
 INSERT INTO speeds BY NAME
 SELECT id, recorded_at, run_id, record_sha256,
        unnest(fields(spec, ['subject_id', 'prompt_tokens', 'new_tokens', 'batch_size'])),
@@ -105,6 +115,7 @@ SELECT id, recorded_at, run_id, record_sha256,
                              'dtype']))
 FROM (SELECT *, unnest((built->'rates')::JSON[]) AS rate FROM made WHERE kind = 'speed');
 
+-- IF ANY: made WHERE kind = 'routing'
 INSERT INTO routing_details BY NAME
 SELECT spec->>'router_id' AS router_id, record_sha256,
        unnest(fields(one, ['module', 'entropy_bits', 'weight', 'agreement']))
@@ -124,6 +135,7 @@ SELECT spec->>'router_id' AS router_id, record_sha256,
                                            'auroc']))
 FROM made WHERE kind = 'routing' AND (built->>'abstention') IS NOT NULL;
 
+-- ALWAYS
 CREATE OR REPLACE TEMP TABLE measured AS
 SELECT * REPLACE ( -- fields that older releases did not write
            coalesce(template, 'auto') AS template,
@@ -148,6 +160,7 @@ FROM (
     )
 );
 
+-- IF ANY: measured
 INSERT INTO scores BY NAME SELECT * EXCLUDE (parts, turns) FROM measured;
 
 INSERT INTO score_parts BY NAME
@@ -167,6 +180,7 @@ FROM (
     SELECT id AS score_id, record_sha256, unnest(turns::JSON::JSON[]) AS one FROM measured
 );
 
+-- IF ANY: fresh WHERE kind = 'routing'
 INSERT INTO routing_counts BY NAME
 SELECT record_sha256,
        unnest(fields(count, ['router_id', 'module', 'truth', 'chosen', 'num_tokens']))
@@ -175,6 +189,7 @@ FROM (
     FROM fresh WHERE kind = 'routing'
 );
 
+-- IF ANY: fresh WHERE kind = 'adapter'
 INSERT INTO verdicts BY NAME
 SELECT recorded_at, run_id, sha256 AS record_sha256,
        coalesce((body->'base_models')::VARCHAR[], []) AS base_models,
@@ -190,12 +205,14 @@ FROM (
     FROM fresh WHERE kind = 'adapter'
 );
 
+-- IF ANY: fresh WHERE kind = 'run-started'
 INSERT INTO run_starts BY NAME
 SELECT recorded_at, sha256 AS record_sha256,
        (body->'versions')::MAP(VARCHAR, VARCHAR) AS versions,
        unnest(fields(body, ['run_id', 'recipe_name', 'recipe_sha256', 'device']))
 FROM fresh WHERE kind = 'run-started';
 
+-- IF ANY: fresh WHERE kind = 'run-ended'
 INSERT INTO run_ends BY NAME
 SELECT recorded_at, sha256 AS record_sha256,
        unnest(fields(body, ['run_id', 'outcome', 'reason', 'wall_seconds']))
@@ -210,16 +227,19 @@ FROM (
     FROM fresh WHERE kind = 'run-ended'
 );
 
+-- IF ANY: fresh WHERE kind = 'publication'
 INSERT INTO published BY NAME
 SELECT recorded_at, run_id, sha256 AS record_sha256,
        unnest(fields(body, ['artifact_id', 'repo_id', 'revision']))
 FROM fresh WHERE kind = 'publication';
 
+-- IF ANY: fresh WHERE kind = 'failure'
 INSERT INTO failed BY NAME
 SELECT recorded_at, run_id, sha256 AS record_sha256,
        unnest(fields(body, ['stage', 'subject', 'error', 'message']))
 FROM fresh WHERE kind = 'failure';
 
+-- ALWAYS
 -- the earliest record about a subject stands; of a router's routes the latest, since it may be
 -- measured again on other rows
 CREATE OR REPLACE TEMP TABLE overruled AS
@@ -245,6 +265,7 @@ UNION
 SELECT task, metric, num_fewshot, max_new_tokens, template, rows_sha256 FROM scores
 WHERE run_id IN (SELECT run_id FROM fresh WHERE kind = 'run-started');
 
+-- IF ANY: overruled
 DELETE FROM artifacts WHERE record_sha256 IN (FROM overruled);
 DELETE FROM parents WHERE record_sha256 IN (FROM overruled);
 DELETE FROM base_models WHERE record_sha256 IN (FROM overruled);
@@ -268,6 +289,7 @@ DELETE FROM run_ends WHERE record_sha256 IN (FROM overruled);
 DELETE FROM run_stages WHERE record_sha256 IN (FROM overruled);
 DELETE FROM published WHERE record_sha256 IN (FROM overruled);
 
+-- IF ANY: made WHERE len(parents) > 0
 -- an artifact with new parents, and all that is made from it, has new ancestors
 CREATE OR REPLACE TEMP TABLE descended AS
 WITH children AS (SELECT id FROM made WHERE len(parents) > 0)
@@ -286,10 +308,11 @@ WITH RECURSIVE steps(descendant_id, ancestor_id, depth) USING KEY (descendant_id
 )
 FROM steps;
 
+-- ALWAYS
 DROP TABLE fresh;
 DROP TABLE measured;
 DROP TABLE concerned;
 DROP TABLE overruled;
 DROP TABLE made;
-DROP TABLE descended;
+DROP TABLE IF EXISTS descended;
 DROP MACRO fields;

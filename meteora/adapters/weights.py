@@ -100,4 +100,5 @@ class AdapterWeights:
 
 def bytes_of(tensor: Tensor) -> memoryview:
     """The bytes of a tensor, as they lie in a file."""
-    return memoryview(tensor.contiguous().view(torch.uint8).numpy().reshape(-1))
+    # one row of a transpose counts as contiguous, whatever its strides are
+    return memoryview(tensor.contiguous().reshape(-1).view(torch.uint8).numpy())

@@ -27,6 +27,7 @@ NEW = {"fine_tune_type": "lora", "num_layers": 1}
 OLD = {"lora_layers": 1, "use_dora": False}
 LAYOUTS: dict[str, tuple[dict[str, Any], dict[str, Any], float]] = {
     "new": ({"rank": 4, "dropout": 0.0, "scale": 20.0}, NEW, 20.0),
+    "of_rank_one": ({"rank": 1, "dropout": 0.0, "scale": 20.0}, NEW, 20.0),
     "with_keys": (
         {"rank": 4, "dropout": 0.0, "scale": 2.5, "keys": ["self_attn.q_proj", "mlp.down_proj"]},
         NEW,

@@ -20,6 +20,11 @@ if TYPE_CHECKING:
 
     from store.garbage import Removable
 
+NUM_SCORES = 20
+"""Scores that `verify` computes again."""
+NUM_ANSWERS = 24
+"""Recorded answers that `verify` asks a server for again."""
+
 app = typer.Typer()
 store = typer.Typer(no_args_is_help=True, help="Maintain the ledger.")
 app.add_typer(store, name="store")
@@ -83,7 +88,8 @@ def verify(
     scores: Annotated[
         int | None,
         options.count(
-            "For the store: how many scores to compute again, drawn at random. Default: 20.",
+            "For the store: how many scores to compute again, drawn at random."
+            f" Default: {NUM_SCORES}.",
             least=0,
         ),
     ] = None,
@@ -96,7 +102,9 @@ def verify(
     ] = "",
     answers: Annotated[
         int | None,
-        options.count("With --served: how many recorded answers to ask for again. Default: 24."),
+        options.count(
+            f"With --served: how many recorded answers to ask for again. Default: {NUM_ANSWERS}."
+        ),
     ] = None,
     model: Annotated[
         str,
@@ -121,7 +129,7 @@ def verify(
         folder = find(whole=False)
         if not read_manifest(folder).files:  # as earlier versions wrote it: tensors are compared
             folder = find()
-        if not _serves(folder, home, served, answers or 24, model, as_json=as_json):
+        if not _serves(folder, home, served, answers or NUM_ANSWERS, model, as_json=as_json):
             raise typer.Exit(1)
         return
     if model or token_for or answers is not None:
@@ -146,7 +154,7 @@ def verify(
 
     ledger = options.open_ledger(home)
     stored, bases = ledger.verify(), list(verify_bases(ledger))
-    recomputed = recompute_scores(ledger, 20 if scores is None else scores)
+    recomputed = recompute_scores(ledger, NUM_SCORES if scores is None else scores)
     if output.print_findings(stored, bases, recomputed, as_json=as_json):
         raise typer.Exit(1)
 

@@ -223,26 +223,40 @@ def _mixes(tasks: Mapping[str, Task], settings: BenchmarkSection) -> dict[str, T
             system_prompt=settings.system_prompt,
         )
         n, seed = section.n, settings.seed
-        is_list = isinstance(section, CompositeSection)
-        used = [sum(map(fits, own)) if is_list else len(own) for own in rows.values()]
-        # Tasks are asked equally often. More prompts would ask rows of the smallest again, and
-        # intervals would take them for other ones.
-        most = max(1, -(-min(used, default=0) * len(used) // n))
-        if is_list:
+        if isinstance(section, CompositeSection):
+            count = num_prompts(section, settings, [sum(map(fits, own)) for own in rows.values()])
             mixes[task.name] = replace(
                 task,
                 metrics=(RIGHT, ATTEMPTED),
                 max_new_tokens=task.max_new_tokens * n,
-                composites=compose(
-                    rows, n, section.count or min(settings.limit, most), seed, section.num_fewshot
-                ),
+                composites=compose(rows, n, count, seed, section.num_fewshot),
                 num_fewshot=section.num_fewshot,
             )
         else:
-            count = section.count or min(-(-TURNS // n), most)
+            count = num_prompts(section, settings, [len(own) for own in rows.values()])
             dialogues = draw_dialogues(rows, n, count, seed, settings.system_prompt)
             mixes[task.name] = replace(task, dialogues=dialogues)
     return mixes
+
+
+def num_prompts(
+    section: CompositeSection | ConversationSection,
+    settings: BenchmarkSection,
+    num_rows: Sequence[int],
+) -> int:
+    """How many composites or conversations are asked.
+
+    Tasks are asked equally often. More than the default would ask rows of the smallest again, and
+    intervals would take them for other ones.
+
+    Args:
+        num_rows: of each task, those that can be asked
+    """
+    if section.count:
+        return section.count
+    most = max(1, -(-min(num_rows, default=0) * len(num_rows) // section.n))
+    wanted = settings.limit if isinstance(section, CompositeSection) else -(-TURNS // section.n)
+    return min(wanted, most)
 
 
 def _parts(

@@ -144,8 +144,9 @@ class Hub:
 
     def _without_secrets(self, error: HubError) -> HubError:
         """The error without the token, and without a password in an address."""
-        texts = [without_password(str(text)) for text in error.args]
-        error.args = tuple(text.replace(self.token or "\n", "***") for text in texts)
+        error.args = tuple(without_password(str(text)) for text in error.args)
+        if self.token:
+            error.args = tuple(text.replace(self.token, "***") for text in error.args)
         return error
 
 

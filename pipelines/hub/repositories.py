@@ -17,7 +17,7 @@ from huggingface_hub.file_download import repo_folder_name
 from meteora.artifacts import COMMIT, REPO_ID, AdapterRef, BaseSpec
 from meteora.base.sources import INDEX, SHARD, TEXTS
 from meteora.untrusted.findings import listed
-from pipelines.hub.client import Hub, is_offline
+from pipelines.hub.client import Hub, is_offline, without_password
 from pipelines.hub.errors import (
     HubConnectionError,
     HubFilesError,
@@ -96,7 +96,8 @@ def resolve(
         some = listed(sorted(refs), 10) or "none"
         raise HubRevisionError(f"{repo_id} has no branch or tag {wanted!r}; it has: {some}")
     if not COMMIT.fullmatch(refs[wanted]):
-        raise HubProtocolError(f"{text}: the Hub gave no commit for it: {refs[wanted][:60]!r}")
+        endpoint = without_password(hub.url())
+        raise HubProtocolError(f"{text}: {endpoint} gave no commit for it: {refs[wanted][:60]!r}")
     return AdapterRef(repo_id, refs[wanted], subfolder)
 
 

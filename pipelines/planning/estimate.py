@@ -28,7 +28,7 @@ from pipelines.evaluation.measurements import (
     systems_of,
 )
 from pipelines.evaluation.routing_stats import QUESTIONS, num_composites
-from pipelines.evaluation.tasks import TURNS
+from pipelines.evaluation.tasks import num_prompts
 from pipelines.planning.fit_estimate import (
     bytes_of_gates,
     bytes_while_fitting,
@@ -216,21 +216,24 @@ def _askings(recipe: Recipe, tests: Mapping[str, Rows]) -> Iterator[Asking]:
         answer = sum(rows.answer_tokens for rows in parts.values()) / len(parts)
         longest = max(limits[name] for name in parts)
         in_turns = isinstance(section, ConversationSection)
+        count = num_prompts(section, settings, [rows.count for rows in parts.values()])
         for system in systems_of(settings, experts, parts=parts, in_turns=in_turns):
             if in_turns:
                 times = len(parts) if system == ONE_EXPERT else 1
-                yield from _conversation(system, section, mean, longest) * times
+                yield from _conversation(system, count, section.n, mean, longest) * times
             else:
                 solved = section.num_fewshot * (mean + answer)
-                rows = Rows(section.count or settings.limit, section.n * (mean + solved))
+                rows = Rows(count, section.n * (mean + solved))
                 yield Asking(system, rows, section.n * longest)
 
 
 def _conversation(
-    system: str, section: ConversationSection, question_tokens: float, new_tokens: int
+    system: str, count: int, n: int, question_tokens: float, new_tokens: int
 ) -> list[Asking]:
-    """The work of a system in conversations: one entry, or one for each turn without a cache."""
-    n, count = section.n, section.count or -(-TURNS // section.n)
+    """The work of a system in `count` conversations of `n` turns.
+
+    It is one entry, or one for each turn without a cache.
+    """
     if system == SINGLE:
         return [Asking(system, Rows(n * count, question_tokens), new_tokens)]
     if system == SWAP:  # each turn computes the history again

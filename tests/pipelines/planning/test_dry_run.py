@@ -581,19 +581,24 @@ def test_a_backward_pass_through_the_model_takes_memory_for_each_token_of_a_batc
 
 def test_conversations_take_the_longer_the_more_a_control_computes_again() -> None:
     names = ("x", "y")
-    rows = dict.fromkeys(names, Rows(1, prompt_tokens=500))
     experts = tuple(
         {"name": name, "adapter": "path:a", "examples": "jsonl:e", "test": "jsonl:t"}
         for name in names
     )
 
     def seconds(
-        *compare: str, own: int | None = None, limit: int = 4, lists: bool = False, **section: int
+        *compare: str,
+        own: int | None = None,
+        limit: int = 4,
+        lists: bool = False,
+        count: int | None = 20,
+        num_rows: int = 1,
     ) -> float:
+        rows = dict.fromkeys(names, Rows(num_rows, prompt_tokens=500))
         settings = {
             "compare": compare,
             "max_new_tokens": limit,
-            "conversation": ({"n": 10, **section},),
+            "conversation": ({"n": 10, "count": count},),
             "composite": ({"n": 2},) * lists,
         }
         limited = tuple(expert | {"max_new_tokens": own} for expert in experts)
@@ -613,8 +618,10 @@ def test_conversations_take_the_longer_the_more_a_control_computes_again() -> No
     assert single < 1.2 * fused
     assert swap > 2 * fused
     assert best > 1.5 * fused  # both are tried
-    assert seconds(count=40) > 1.5 * fused  # by default there are 20, which have 200 turns
-    assert seconds(count=20) == fused
+    assert seconds(count=40) > 1.5 * fused
+    # by default there are 20, which have 200 turns, or fewer where tasks have fewer rows
+    assert seconds(count=None, num_rows=100) == seconds(count=20, num_rows=100)
+    assert seconds(count=None, num_rows=50) == seconds(count=10, num_rows=50)
     for lists in (False, True):  # a task's own limit comes first
         known = seconds(lists=lists)
         assert seconds(own=4, limit=64, lists=lists) == known < seconds(own=8, lists=lists)

@@ -311,6 +311,16 @@ def test_the_heat_map_s_cells_are_as_deep_as_their_shares(tree: Any) -> None:
     assert not svg.xpath(".//g[@class='cell-2-1']")  # none were sent there
 
 
+def test_shares_that_nobody_can_see_have_no_cell(results: dict[str, queries.QueryResult]) -> None:
+    one, two = NAMES[:2]
+    rows = [(one, one, 0.0004), (one, two, 0.0004), (two, one, 0.0006), (two, two, 0.9)]
+    answer = Answer(("truth", "chosen", "share"), rows)
+    changed = results | {"confusion": replace(results["confusion"], answer=answer)}
+    drawn = str(report.draw_charts(changed)["confusion"])
+    cells = {*re.findall(r"cell-\d-\d", drawn)}
+    assert cells == {"cell-0-0", "cell-1-0", "cell-1-1"}  # an expert's own is always framed
+
+
 def test_names_from_strangers_stay_text(page: str) -> None:
     elements = Elements(page)
     assert elements.count("img") == 0

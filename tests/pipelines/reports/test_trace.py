@@ -150,7 +150,7 @@ def test_a_layer_without_a_routed_module_shows_no_expert(
     trace = replace(trace, modules=modules)
     open_page(browser, tmp_path, trace_view.trace_page(trace, ""))
 
-    def at(layer: int) -> tuple[str, set[str]]:
+    def at(layer: int) -> tuple[str, list[str]]:
         return tuple(
             browser.execute_script(
                 "const slider = document.querySelector('input[type=range]');"

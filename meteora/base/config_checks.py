@@ -47,7 +47,10 @@ def require_layers_of_text(config: Any) -> None:  # noqa: ANN401  (transformers 
         ValueError: it has more layers than any model, or a size that is no number.
     """
     text = config.get_text_config()
-    _, _, num_layers = text.hidden_size, text.vocab_size, text.num_hidden_layers
+    num_layers = text.num_hidden_layers
+    for name in ("hidden_size", "vocab_size"):
+        if type(size := getattr(text, name)) is not int:
+            raise ValueError(f"{name} is {shortened(size)}, and no number")
     if not (type(num_layers) is int and 0 <= num_layers <= MAX_LAYERS):
         raise ValueError(f"it has {shortened(num_layers)} layers; at most {MAX_LAYERS} are allowed")
     layers = text.per_layer_config if text.is_heterogeneous else [text]

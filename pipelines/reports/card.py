@@ -26,8 +26,8 @@ def write_card(manifest: Manifest, summary: Summary | None, name: str) -> str:
     parts = [
         f"---\n{card_metadata(manifest, summary, name)}\n---",
         f"# {name}",
-        f"{len(manifest.experts)} LoRA adapters in one model: at each linear layer a router weighs"
-        f" them ({PAPER}). No one has to say which task a prompt belongs to.",
+        f"{counted(len(manifest.experts), 'LoRA adapter')} in one model: at each linear layer a"
+        f" router weighs them ({PAPER}). No one has to say which task a prompt belongs to.",
         "## Use",
         "\n".join(["```python", *usage_lines(manifest, summary), "```"]),
         "It needs the Python package `meteora-pipelines`, but not `trust_remote_code`. After"
@@ -197,11 +197,11 @@ def turn_tables(
             shown = [system, cell(summary, task, system, interval=interval), *values]
             rows.append([*shown, f"{computed:,.0f}", f"{seconds:.2f}"])
         line = (
-            f"{fused.num_samples} conversations of {count} turns, each turn about another task; the"
-            " model's own answers stay in the history. For intervals and tests a conversation is"
-            " one row. The last two columns are sums over the turns: prompt tokens that no cache"
-            " held, and seconds, answers included (a batch's time divided by its number of"
-            " conversations)."
+            f"{counted(fused.num_samples, 'conversation')} of {count} turns, each turn about"
+            " another task; the model's own answers stay in the history. For intervals and tests a"
+            " conversation is one row. The last two columns are sums over the turns: prompt tokens"
+            " that no cache held, and seconds, answers included (a batch's time divided by its"
+            " number of conversations)."
         )
         found.append((headings, rows, line))
     return found

@@ -52,6 +52,7 @@ def report_page(
         "conversations": by_turn(results["conversations"].rows),
         "traces": traces,
         "num_experts": num_experts,
+        "counted": counted,
         "num_bystanders": len(bystanders(results)),
         "choices": " and ".join(choices),
         "expert_styles": expert_styles(max((len(t["experts"]) for t in traces), default=0)),

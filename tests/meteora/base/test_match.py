@@ -118,6 +118,8 @@ def test_without_a_tokenizer_the_sizes_count_and_the_architecture(
         '{"model_type": "of nobody"}',
         '{"model_type": "x", "auto_map": {"AutoConfig": "code.Config"}}',
         '{"model_type": "llama", "hidden_size": "large"}',
+        '{"model_type": "gpt2", "hidden_size": null}',
+        '{"model_type": "gpt2", "vocab_size": [32]}',
         '{"model_type": "vit"}',
         '{"model_type": "llama", "num_hidden_layers": 300000000}',
     ],

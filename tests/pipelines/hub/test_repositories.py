@@ -727,7 +727,7 @@ def test_plain_http_is_allowed_where_it_is_asked_for() -> None:
 def test_a_password_in_an_endpoint_is_in_no_message(server: HubServer, fault: Fault) -> None:
     server.faults["refs"] = fault
     host = server.endpoint.removeprefix("http://")
-    mirror = Hub(f"http://me:s3cret@{host}", timeout_seconds=5)
+    mirror = Hub(f"http://me:s3cret@{host}", timeout_seconds=1)
     with pytest.raises(HubError, match=host) as told:
         repositories.resolve("someone/adapter", hub=mirror)
     assert "s3cret" not in str(told.value)

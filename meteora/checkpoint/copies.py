@@ -24,6 +24,7 @@ from meteora.checkpoint.manifest import (
     read_manifest,
 )
 from meteora.checkpoint.tensors import Gates, write_gates
+from meteora.untrusted.links import link_out
 
 BESIDE = (SIGNATURE, EVAL_RESULTS, GATES, STATISTICS, CARD, LINEAGE)
 """The files that not every checkpoint has."""
@@ -80,11 +81,24 @@ def copy_checkpoint(source: Source, out: Path, gates: Gates | None = None) -> No
                 manifest = replace(manifest, gates={}, router_id="", files={**files, GATES: own})
         for name in copied:
             if (folder / name).exists():  # most are not downloaded from the Hub
+                _refuse_foreign(folder, name)
                 (whole / name).parent.mkdir(exist_ok=True)
                 shutil.copyfile(folder / name, whole / name)
         (whole / CONFIG).write_text(CONFIG_TEXT, encoding="utf-8")
         (whole / MANIFEST).write_text(manifest.to_json(), encoding="utf-8")
         _move(whole, out)
+
+
+def _refuse_foreign(folder: Path, name: str) -> None:
+    """Refuse to copy what is not a file of the checkpoint: a link out of it, a device, a pipe."""
+    if not (folder / name).is_file():
+        raise CheckpointError(f"{folder / name} is not a regular file; take it out")
+    # the others were read as tensors when the model was loaded, and are often large
+    if name not in (EXPERTS, GATES) and (target := link_out(folder, name)):
+        raise CheckpointError(
+            f"{folder / name} is a link to {target}, whose text a copy would hold; put the file"
+            " itself there, or take the link out"
+        )
 
 
 def _refuse_folders(out: Path) -> None:

@@ -25,6 +25,7 @@ from meteora.artifacts import MeteoraError, file_sha256
 from meteora.base.temporary_folder import temporary_folder
 from meteora.checkpoint.manifest import ExpertEntry, Manifest, number_of, read_manifest
 from meteora.checkpoint.tensors import open_experts
+from meteora.untrusted.findings import inline_code
 
 WORD = re.compile(r"[\w./-]+")
 """A text that needs no quotes in YAML, such as a licence identifier or `owner/name`."""
@@ -84,10 +85,10 @@ def _readme(entry: ExpertEntry, base: str) -> str:
     """The card of an expert, with the base that it names."""
     front = {"base_model": base, "license": entry.licence, "library_name": "peft"}
     lines = [f"{key}: {value}" for key, value in front.items() if WORD.fullmatch(value)]
-    about = [f"Its base is {base}."] if base else []
-    about += [f"Its licence is {entry.licence}."] if entry.licence else []
-    text = ["---", *lines, "---", "", f"# {entry.name}", "", f"From {entry.source}.", *about, ""]
-    return "\n".join(text)
+    about = [f"From {inline_code(entry.source)}."]
+    about += [f"Its base is {inline_code(base)}."] if base else []
+    about += [f"Its licence is {inline_code(entry.licence)}."] if entry.licence else []
+    return "\n".join(["---", *lines, "---", "", f"# {entry.name}", "", *about, ""])
 
 
 @contextmanager

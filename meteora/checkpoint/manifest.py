@@ -34,7 +34,14 @@ from meteora.untrusted.config_fields import (
     number,
     refuse_unknown,
 )
-from meteora.untrusted.findings import MOST_NAMED, Findings, did_you_mean, listed, shortened
+from meteora.untrusted.findings import (
+    MOST_NAMED,
+    Findings,
+    counted,
+    did_you_mean,
+    listed,
+    shortened,
+)
 from meteora.untrusted.safetensors_header import MAX_SIZE, NAME
 from meteora.untrusted.strict_json import StrictJSONError, parse_object
 
@@ -212,7 +219,11 @@ class ModuleEntry:
         field = fields_of(body, found)
         ranks, scaling = (tuple(field(key).rows(MAX_EXPERTS)) for key in ("ranks", "scaling"))
         if not len(ranks) == len(scaling) == num_experts:
-            found.refuse("ranks", f"{where} has {len(ranks)} ranks for {num_experts} experts")
+            found.refuse(
+                "ranks",
+                f"{where} has {counted(len(ranks), 'rank')} and"
+                f" {counted(len(scaling), 'scaling')} for {counted(num_experts, 'expert')}",
+            )
         # of each the first that is bad: there may be millions
         for rank in ranks:
             if type(rank) is not int or not 0 <= rank <= MAX_RANK:

@@ -85,6 +85,11 @@ def shortened(text: object, most: int = 80) -> str:
     return plain if len(plain) <= most else plain[: most - 1] + "…"
 
 
+def inline_code(text: str) -> str:
+    """Return untrusted text as inline code of Markdown, in which its markup has no effect."""
+    return f"`{text.replace('`', '').replace('|', '')}`"
+
+
 def did_you_mean(name: str, known: Iterable[str]) -> str:
     """Return a clause for an error message that names the most similar known name, if any is."""
     folded = {one.casefold(): one for one in known}

@@ -26,6 +26,7 @@ from meteora.checkpoint.manifest import (
     SIGNATURE,
     read_manifest,
 )
+from meteora.untrusted.links import link_out
 from pipelines.hub.bundle import Bundle, make_bundle
 from pipelines.hub.errors import HubReferenceError
 from pipelines.hub.upload import Repository, hub_to_publish
@@ -49,8 +50,6 @@ RELOAD_WORKER = "pipelines.publishing.reload_worker"
 RELOAD_SECONDS = 3600.0
 """The deadline for the download, and for loading the model twice."""
 SECRET = re.compile(r"\bhf_[A-Za-z0-9]{20,}")
-BLOB = re.compile(r"[0-9a-f]{40,64}")
-"""A file's name in the Hub's cache, whose folders of models are links to such files."""
 
 
 class PublicationError(MeteoraError):
@@ -167,12 +166,7 @@ def _bundle(folder: Path, repo_id: str, scratch: Path) -> Bundle:
 
 
 def _refuse_link(folder: Path, name: str) -> None:
-    """Refuse a file that a link fetches from elsewhere: a stranger's may lead to a private one.
-
-    The link may be the file, or a folder inside the checkpoint's.
-    """
-    target = (folder / name).resolve()
-    if not target.is_relative_to(folder.resolve()) and not BLOB.fullmatch(target.name):
+    if target := link_out(folder, name):
         raise PublicationError(
             f"{name} is a link to {target}, which everybody could read then; if it"
             " belongs to the checkpoint, put the file itself there"

@@ -6,7 +6,7 @@ from meteora.artifacts import RouterBuild, Score, short
 from meteora.artifacts.specs import heads_in
 from meteora.base.sources import GGUF, PATH
 from meteora.checkpoint.manifest import Manifest
-from meteora.untrusted.findings import MOST_NAMED, counted, listed
+from meteora.untrusted.findings import MOST_NAMED, counted, inline_code, listed
 from pipelines.hub.client import page_of
 from pipelines.reports.hub_metadata import card_metadata, shots
 from pipelines.reports.summary import Summary
@@ -48,8 +48,9 @@ def write_card(manifest: Manifest, summary: Summary | None, name: str) -> str:
         "## Limits",
         "\n".join(f"- {limit}" for limit in _limits(manifest)),
         "## Lineage",
-        f"Stack {_code(short(manifest.fused_id))}, router {_code(short(manifest.router_id))}. The"
-        " sources of all parts, with commits and hashes, are in `lineage.json`.",
+        f"Stack {inline_code(short(manifest.fused_id))}, router"
+        f" {inline_code(short(manifest.router_id))}. The sources of all parts, with commits and"
+        " hashes, are in `lineage.json`.",
     ]
     return "\n\n".join(part for part in parts if part) + "\n"
 
@@ -81,14 +82,14 @@ def _sources(manifest: Manifest) -> list[str]:
     rows += [(e.name, e.source, e.revision, e.licence, e.r) for e in manifest.experts]
     cells = [
         (name, _linked(source), _linked(source, revision),
-         _code(licence) if licence else "not stated", r)
+         inline_code(licence) if licence else "not stated", r)
         for name, source, revision, licence, r in rows
     ]  # fmt: skip
     return [
         *_table(("expert", "from", "commit", "licence", "r"), cells),
         "",
         "The base is not copied here: it is loaded at that commit, and another base is refused."
-        + (f" It comes with the Python package {_code(package)}." if gguf else "")
+        + (f" It comes with the Python package {inline_code(package)}." if gguf else "")
         + (" It is a folder where this model was made." if base.repo_id.startswith(PATH) else "")
         + (
             f" It is loaded with linear layers of {base.quantise.removesuffix('bit')} bits by"
@@ -103,8 +104,8 @@ def _linked(source: str, revision: str = "") -> str:
     """A Hub id, or a commit of it, as a link; other sources as inline code."""
     page = page_of(source, revision)
     if not page:
-        return _code(revision[:19] if revision else source)
-    return f"[{_code(revision[:12] or source)}]({page})"
+        return inline_code(revision[:19] if revision else source)
+    return f"[{inline_code(revision[:12] or source)}]({page})"
 
 
 def _limits(manifest: Manifest) -> list[str]:
@@ -129,7 +130,7 @@ def _servers(manifest: Manifest) -> str:
     if not manifest.router.is_servable:
         why = "its router needs whole prompts"
     elif heads := heads_in(manifest.modules):
-        why = f"experts change its head {_code(heads[0])}"
+        why = f"experts change its head {inline_code(heads[0])}"
     else:
         return (
             "vLLM serves what `meteora export --for vllm` makes of it; other servers with model"
@@ -289,19 +290,19 @@ def example_lines(gates: RouterBuild) -> list[str]:
     """Sentences on the sources of examples that are no files of a recipe."""
     lines = []
     if gates.hub_examples:
-        lines.append(f"Examples of the Hub: {', '.join(map(_code, gates.hub_examples))}.")
+        lines.append(f"Examples of the Hub: {', '.join(map(inline_code, gates.hub_examples))}.")
     if gates.card_examples:
         lines.append(
             "Examples of data sets that the adapters' own cards name:"
-            f" {', '.join(map(_code, gates.card_examples))}."
+            f" {', '.join(map(inline_code, gates.card_examples))}."
         )
     if gates.example_licences:
-        stated = ", ".join(map(_code, gates.example_licences))
+        stated = ", ".join(map(inline_code, gates.example_licences))
         lines.append(f"Licences that these data sets state: {stated}.")
     if gates.spec.pool_id:
         lines.append(
             "Experts without examples have prompts without labels, or prompts that they wrote"
-            f" ({_code(short(gates.spec.pool_id))}), with their own answers."
+            f" ({inline_code(short(gates.spec.pool_id))}), with their own answers."
         )
     return lines
 
@@ -364,8 +365,3 @@ def _router(manifest: Manifest) -> str:
         else ""
     )
     return f"{router.kind}, top_k {router.top_k}, temperature {router.temperature}{how}"
-
-
-def _code(text: str) -> str:
-    """Untrusted text as inline code, so its markup has no effect."""
-    return f"`{text.replace('`', '').replace('|', '')}`"

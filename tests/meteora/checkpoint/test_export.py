@@ -2,6 +2,8 @@
 
 import json
 import os
+import re
+import shutil
 import signal
 import tempfile
 from collections.abc import Callable
@@ -17,7 +19,7 @@ from meteora.adapters import reader
 from meteora.adapters.files import CONFIG, PEFT_WEIGHTS
 from meteora.artifacts import file_sha256
 from meteora.checkpoint.export import ExportError, adapter_config, export_expert, new_folder
-from meteora.checkpoint.manifest import UnknownExpertError
+from meteora.checkpoint.manifest import MANIFEST, UnknownExpertError
 from tests.conftest import World
 
 
@@ -76,7 +78,22 @@ def test_a_licence_and_a_base_go_with_it(world: World, tmp_path: Path) -> None:
     assert config["base_model_name_or_path"] == "org/base"  # as it came
     text = (tmp_path / "named" / "README.md").read_text()
     assert "base_model: org/base\n" in text
-    assert "Its base is org/base." in text
+    assert "Its base is `org/base`." in text
+
+
+def test_what_a_stranger_s_checkpoint_says_is_no_markup_in_a_card(
+    world: World, tmp_path: Path
+) -> None:
+    theirs = tmp_path / "theirs"
+    shutil.copytree(world.checkpoint, theirs)
+    body = json.loads((theirs / MANIFEST).read_text())
+    markup = "[log in](http://elsewhere)"
+    body["experts"][0] |= {"licence": f"` {markup}", "source": f"path:{markup}"}
+    (theirs / MANIFEST).write_text(json.dumps(body))
+    export_expert(theirs, body["experts"][0]["name"], tmp_path / "out", f"`{markup}")
+    text = (tmp_path / "out" / "README.md").read_text()
+    assert text.count("[log in]") == 3
+    assert "[log in]" not in re.sub("`[^`\n]*`", "", text)
 
 
 def test_an_alpha_near_zero_is_not_zero(world: World) -> None:

@@ -138,7 +138,7 @@ DAMAGES = {
     ),
     "a rank too few": (
         lambda folder: edit(folder, lambda body: first_module(body)["ranks"].pop()),
-        "has 3 ranks for 4 experts",
+        "has 3 ranks and 4 scalings for 4 experts",
     ),
     "no experts": (
         lambda folder: (folder / EXPERTS).unlink(),

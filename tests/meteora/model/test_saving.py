@@ -4,6 +4,7 @@ import copy
 import dataclasses
 import errno
 import itertools
+import os
 import shutil
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
@@ -243,6 +244,38 @@ def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_moves(
     with pytest.raises(CheckpointError, match=f"{holder.name} is a file, .* move it away, or save"):
         model.save_pretrained(holder.parent)
     assert [*holder.parent.iterdir()] == [holder]
+
+
+def test_no_file_that_a_link_leads_to_goes_into_a_copy(checkpoint, world, tmp_path):
+    """A stranger's link may lead to a private file; no load reads a card."""
+    theirs, private = tmp_path / "theirs", tmp_path / "a-key"
+    shutil.copytree(checkpoint, theirs)
+    private.write_text("private")
+    model, _ = meteora.load(theirs, base_folder=world.base)
+
+    def refused(name, sentence):
+        with pytest.raises(CheckpointError, match=f"{name} is {sentence}"):
+            model.save_pretrained(tmp_path / "copy")
+        assert list((tmp_path / "copy").iterdir()) == []
+        (theirs / name).unlink()
+
+    for name in (CARD, STATISTICS, LINEAGE):
+        (theirs / name).unlink(missing_ok=True)
+        (theirs / name).symlink_to(private)
+        refused(name, f"a link to {private}")
+    os.mkfifo(theirs / CARD)
+    refused(CARD, "not a regular file")
+
+    blob = tmp_path / "blobs" / ("0" * 40)  # as in the Hub's cache
+    blob.parent.mkdir()
+    blob.write_text("a card")
+    (theirs / CARD).symlink_to(blob)
+    for name in (EXPERTS, GATES):
+        (theirs / name).rename(tmp_path / name)  # such as on a larger disk
+        (theirs / name).symlink_to(tmp_path / name)
+    model.save_pretrained(tmp_path / "copy")
+    assert (tmp_path / "copy" / CARD).read_text() == "a card"
+    assert not any(path.is_symlink() for path in (tmp_path / "copy").iterdir())
 
 
 def test_what_a_killed_save_left_is_removed_by_the_next(checkpoint, world, tmp_path):

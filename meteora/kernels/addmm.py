@@ -30,6 +30,8 @@ from torch.nn.modules.module import _has_any_global_hook
 from meteora.kernels import onednn
 
 HALVES = torch.bfloat16, torch.float16
+MOST_IN_FLOAT16 = 64.0
+"""The largest scaling of experts in float16, in which a scaled A x overflows beyond 65,504."""
 CONV1D = "transformers.pytorch_utils", "Conv1D"
 """GPT-2's projection, with a weight [IN, OUT]. By name, since transformers is slow to import."""
 HOOKS = "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks"
@@ -44,13 +46,15 @@ def weight_of(projection: nn.Module) -> Tensor:
     return next(tensor for tensor in tensors if tensor.is_floating_point())
 
 
-def experts_dtype(experts: torch.dtype, weight: torch.dtype) -> torch.dtype:
-    """The wider of the dtypes of an adapter and of the projection's weight.
+def experts_dtype(experts: torch.dtype, weight: torch.dtype, largest_scaling: float) -> torch.dtype:
+    """The wider of the dtypes of adapters and of the projection's weight.
 
     16-bit adapters of another format than the base would lose bits in its dtype. 8-bit weights are
-    only stored that way, so the dtype is then that of the adapter.
+    only stored that way, so the dtype is then that of the adapters. With a large scaling it is
+    float32 in place of float16.
     """
-    return experts if weight.itemsize < 2 else torch.promote_types(experts, weight)
+    dtype = experts if weight.itemsize < 2 else torch.promote_types(experts, weight)
+    return torch.float32 if dtype is torch.float16 and largest_scaling > MOST_IN_FLOAT16 else dtype
 
 
 def is_autocast(device: torch.device) -> bool:

@@ -129,6 +129,7 @@ class ExpertStack(nn.Module):
         """
         super().__init__()
         self.ranks, self.scaling = list(ranks), list(scaling)
+        self.largest_scaling = max(self.scaling, default=0.0)
         self.choices = own_choices(ranks) if choices is None else list(choices)
         if mapped:
             self.a, self.b = a, b

@@ -270,7 +270,7 @@ def stack_for(
     choices: Sequence[Choice] | None,
 ) -> ExpertStack:
     """The experts of a layer on the device of its weight, in the `experts_dtype` of both."""
-    dtype = experts_dtype(lora_a.dtype, weight.dtype)
+    dtype = experts_dtype(lora_a.dtype, weight.dtype, max(entry.scaling))
     lora_a, lora_b = (factor.to(weight.device, dtype) for factor in (lora_a, lora_b))
     return ExpertStack(lora_a, lora_b, entry.ranks, entry.scaling, choices)
 

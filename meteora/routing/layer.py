@@ -294,7 +294,8 @@ class MoELoRALinear(RoutedExperts):
     def _dtype(self) -> torch.dtype:
         if self.cache is None:
             return self.stack.a.dtype
-        return experts_dtype(self.stack.a.dtype, self.weight.dtype)
+        stack = self.stack
+        return experts_dtype(stack.a.dtype, self.weight.dtype, stack.largest_scaling)
 
 
 def _own_precision(x: Tensor) -> AbstractContextManager[object]:

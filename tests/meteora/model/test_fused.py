@@ -14,7 +14,8 @@ import meteora
 from meteora.artifacts import RouterOptions, Unfitted
 from meteora.base.sources import SourceError
 from meteora.checkpoint.manifest import EXPERTS as EXPERTS_FILE
-from meteora.checkpoint.manifest import MANIFEST, UnknownExpertError
+from meteora.checkpoint.manifest import MANIFEST, ModuleEntry, UnknownExpertError
+from meteora.kernels.stack import ExpertStack
 from meteora.model.fused import (
     NotFusedError,
     RoutedAdaptersError,
@@ -24,12 +25,15 @@ from meteora.model.fused import (
     insert_experts,
     insert_layer,
     make_router,
+    stack_for,
     without_dropout,
     without_experts,
 )
 from meteora.model.saving import UnsavableError
+from meteora.routing.expert_cache import ExpertCache
 from meteora.routing.hooks import recorded_routes
-from meteora.routing.layer import routed_by, routed_layers
+from meteora.routing.layer import MoELoRALinear, routed_by, routed_layers
+from meteora.routing.routers import Fixed
 
 EXPERTS = ["all_seven", "attention", "q_and_v", "patterns"]
 
@@ -223,6 +227,27 @@ def test_a_16_bit_base_keeps_its_dtype_and_the_experts_keep_theirs(world, ids, d
         exact = logits(wide, ids)
     assert narrow.dtype == dtype
     assert (narrow - exact).norm() / exact.norm() < 0.05
+
+
+@pytest.mark.parametrize("cache", [None, ExpertCache(1 << 20)])
+def test_a_large_scaling_does_not_overflow_in_float16(cache):
+    """A x of 200, times 512, is more than 65,504; B brings it back."""
+    torch.manual_seed(0)
+    projection, x = torch.nn.Linear(64, 32, bias=False).half(), torch.randn(5, 64).half()
+    a, b = torch.randn(4, 64), (1e-3 * torch.randn(32, 4)).half()
+    a = (a * 200 / (x.float() @ a.T).abs().max()).half()
+    entry = ModuleEntry(64, 32, ranks=(4,), scaling=(512.0,))
+    if cache is None:
+        stack = stack_for(projection.weight, a, b, entry, None)
+    else:
+        stack = ExpertStack(a, b, entry.ranks, entry.scaling, mapped=True)
+    layer = MoELoRALinear(projection, stack, Fixed(torch.ones(1)), cache=cache)
+    exact = x.double() @ projection.weight.double().T
+    exact += 512 * x.double() @ a.double().T @ b.double().T
+    with torch.no_grad():
+        for y in (layer(x), torch.cat([layer(token) for token in x.split(1)])):
+            assert y.dtype is torch.float16
+            assert (y - exact).norm() / exact.norm() < 1e-3
 
 
 @pytest.mark.parametrize("dtype", ["bf16", "nn", "int8", torch.int32])

@@ -95,7 +95,8 @@ def evaluate_task(
         BenchmarkError: lm-eval does not have the task, or cannot score it; or a conversation with
             the model's answers is too long, or is refused by the chat template.
     """
-    started = time.perf_counter()
+    log = log or Log()
+    started = time.perf_counter() - log.earlier_seconds
     harness = Harness(
         model,
         tokenizer,
@@ -111,9 +112,7 @@ def evaluate_task(
 
         values, outputs = ask_lm_eval_task(harness, task)
     else:
-        answer = partial(
-            answer_in_portions, batch_size=batch_size, log=log or Log(), advance=advance
-        )
+        answer = partial(answer_in_portions, batch_size=batch_size, log=log, advance=advance)
         if task.dialogues:
             values, outputs = _ask_dialogues(harness, task, answer, control)
         else:

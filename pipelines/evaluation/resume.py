@@ -9,6 +9,7 @@ smaller if memory runs out.)
 
 import fcntl
 import json
+import time
 from collections.abc import Callable, Generator, Sequence
 from contextlib import contextmanager
 from io import StringIO
@@ -27,7 +28,8 @@ BATCHES = 4
 class Log:
     """The answers of one measurement, in phases that follow each other.
 
-    One portion a line, as JSON. A line that a kill cut short is dropped, and all later ones.
+    One portion a line, as JSON, with the seconds that it took. A line that a kill cut short is
+    dropped, and all later ones.
     """
 
     def __init__(self, file: TextIO | None = None) -> None:
@@ -39,26 +41,29 @@ class Log:
         """
         self._file = file = file or StringIO()
         self._read: dict[str, list[Any]] = {}
+        self.earlier_seconds = 0.0
+        """The time that earlier processes took for the portions that are read from the file."""
         file.seek(0)
         whole = 0
         for line in file.read().splitlines(keepends=True):
             try:
-                phase, answers = json.loads(line)
+                phase, answers, *seconds = json.loads(line)
             except ValueError:
                 break
             if not line.endswith("\n"):
                 break
             whole += len(line)
             self._read.setdefault(phase, []).extend(answers)
+            self.earlier_seconds += sum(seconds)  # none where an older version began
         file.truncate(whole)  # ASCII: as many bytes as characters
 
     def read(self, phase: str) -> list[Any]:
         """The answers of an earlier process, in the order of the rows."""
         return self._read.get(phase, [])
 
-    def append(self, phase: str, answers: Sequence[Any]) -> None:
-        """Add the answers of one more portion."""
-        self._file.write(json.dumps([phase, list(answers)]) + "\n")
+    def append(self, phase: str, answers: Sequence[Any], seconds: float) -> None:
+        """Add the answers of one more portion, which took so many seconds."""
+        self._file.write(json.dumps([phase, list(answers), seconds]) + "\n")
         self._file.flush()
 
 
@@ -100,6 +105,7 @@ def answer_in_portions(
         advance(sum(map(parts_of, items[: len(answers)])))
     step = BATCHES * batch_size
     while len(answers) < len(items):
+        began = time.perf_counter()
         portion = _ask(ask, items[len(answers) : len(answers) + step])
         if portion is None:
             # a portion has several batches, so only less than a batch takes less memory
@@ -107,7 +113,7 @@ def answer_in_portions(
             say(f"no memory for so many prompts at once; {step} from here on", "note")
             torch.cuda.empty_cache()
             continue
-        log.append(phase, portion)
+        log.append(phase, portion, time.perf_counter() - began)
         answers += portion
     return answers
 

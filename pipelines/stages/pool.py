@@ -52,8 +52,9 @@ def divide_pool(work: RunContext, plan: Plan) -> None:
         def once(key: str, ask: Callable[[], Answers]) -> Answers:
             answers = log.read(key)
             if not answers:
+                began = time.perf_counter()
                 answers = ask()
-                log.append(key, answers)
+                log.append(key, answers, time.perf_counter() - began)
             return answers
 
         tokenizer = tokenizer_of_gates(as_it_is, spec.template)
@@ -76,7 +77,7 @@ def divide_pool(work: RunContext, plan: Plan) -> None:
         spec=spec,
         labels_sha256=labels,
         shares=shares_of(claims, plan.fused.names),
-        wall_seconds=time.perf_counter() - started,
+        wall_seconds=log.earlier_seconds + time.perf_counter() - started,
         device=device,
     )
     work.ledger.record_artifact(

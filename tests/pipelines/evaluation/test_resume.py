@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from typing import TYPE_CHECKING, Any
 
 import pytest
@@ -76,13 +77,34 @@ def test_answers_in_the_log_are_not_asked_again(
     assert done[:2] == [len(ROWS), 2 * BATCHES]
     assert sum(done) == task.num_questions
     assert again.outputs == whole.outputs
-    assert (tmp_path / "stopped").read_bytes() == (tmp_path / "whole").read_bytes()
+    assert answers_in(tmp_path / "stopped") == answers_in(tmp_path / "whole")
+
+
+def answers_in(path: Path) -> list[Any]:
+    """Each portion of a log: its phase, and its answers."""
+    return [json.loads(line)[:2] for line in path.read_text().splitlines()]
+
+
+def test_the_time_of_a_measurement_is_that_of_all_its_processes(
+    world: World, tokenizer: PreTrainedTokenizerBase, tmp_path: Path
+) -> None:
+    task = Task("letters", ("exact_match",), "auto", 4, rows=ROWS)
+    with open_log(tmp_path / "log") as log:
+        first = evaluate_task(world.load(), tokenizer, task, batch_size=1, log=log)
+    took = [json.loads(line)[2] for line in (tmp_path / "log").read_text().splitlines()]
+    assert 0 < sum(took) <= first.wall_seconds
+    one = [["a", False]]
+    earlier = [["generate", one * BATCHES], ["generate", one, 1000.0], ["generate", one, 30]]
+    (tmp_path / "log").write_text("".join(f"{json.dumps(line)}\n" for line in earlier))
+    with open_log(tmp_path / "log") as log:
+        again = evaluate_task(world.load(), tokenizer, task, batch_size=1, log=log)
+    assert 1030 < again.wall_seconds < 1030 + first.wall_seconds + 60
 
 
 def test_two_processes_do_not_write_into_one_file(tmp_path: Path) -> None:
     with open_log(tmp_path / "answers") as first, open_log(tmp_path / "answers") as second:
-        first.append("generate", [1, 2])
-        second.append("generate", [3, 4])
+        first.append("generate", [1, 2], 1.0)
+        second.append("generate", [3, 4], 1.0)
     with open_log(tmp_path / "answers") as later:
         assert later.read("generate") == [1, 2]
         assert later.read("weigh") == []

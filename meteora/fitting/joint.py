@@ -120,6 +120,7 @@ def train_jointly(
         + [_hashed(sequence) for sequence in sequences]
     )
     state = None if folder is None else TrainingState.read(folder, asked_sha256)
+    started -= state.wall_seconds if state else 0.0
     if accelerator.num_processes > 1 and not any(map(is_offloaded, model.modules())):
         torch.nn.Module.to(model, accelerator.device)
     calibrated = state is None and settings.start == "calibrate"
@@ -138,8 +139,9 @@ def train_jointly(
 
         def save(step: int) -> None:
             if folder is not None and accelerator.is_main_process:
-                present = TrainingState.of(step, learner.parameters, learner.optimizer)
-                present.write(folder, asked_sha256)
+                seconds = time.perf_counter() - started
+                learnt = learner.parameters, learner.optimizer
+                TrainingState.of(step, *learnt, wall_seconds=seconds).write(folder, asked_sha256)
 
         layers = decoder_layers(model, routed_layers(model))
         with computed_again(layers) if gradient_checkpointing else nullcontext():

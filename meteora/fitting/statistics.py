@@ -139,7 +139,7 @@ class Fit:
     input points. In a crossed sweep each half is held out once. None after a joint training, which
     holds none out."""
     wall_seconds: float
-    """After a joint training without the time of an earlier call that this one resumed."""
+    """With the time of earlier calls that this one resumed."""
     statistics: dict[str, PointStatistics] = field(default_factory=dict)
     """Statistics of each input point, by the path of its first module. With them an expert can be
     added later. Empty after a joint training."""

@@ -65,10 +65,17 @@ class TrainingState:
     """The number of finished steps."""
     tensors: dict[str, Tensor]
     """Parameters by name, and "<name>.exp_avg", "<name>.exp_avg_sq" after the first step."""
+    wall_seconds: float
+    """The time that the training took up to here, in all its calls."""
 
     @classmethod
     def of(
-        cls, step: int, parameters: Mapping[str, Tensor], optimizer: torch.optim.AdamW
+        cls,
+        step: int,
+        parameters: Mapping[str, Tensor],
+        optimizer: torch.optim.AdamW,
+        *,
+        wall_seconds: float,
     ) -> TrainingState:
         """The present state of these parameters and their optimiser."""
         tensors = {}
@@ -77,7 +84,7 @@ class TrainingState:
             for moment in MOMENTS:
                 if moment in optimizer.state[parameter]:
                     tensors[f"{name}.{moment}"] = optimizer.state[parameter][moment]
-        return cls(step, tensors)
+        return cls(step, tensors, wall_seconds)
 
     def restore(self, parameters: Mapping[str, Tensor], optimizer: torch.optim.AdamW) -> None:
         """Copy the state into parameters of the same names, and into their optimiser."""
@@ -91,7 +98,8 @@ class TrainingState:
 
     def write(self, folder: Path, asked_sha256: str) -> None:
         """Write the state into a folder; `asked_sha256` hashes all that changes the result."""
-        _write(folder / FILE, self.tensors, {"step": str(self.step), "asked_sha256": asked_sha256})
+        about = {"step": str(self.step), "wall_seconds": str(self.wall_seconds)}
+        _write(folder / FILE, self.tensors, {**about, "asked_sha256": asked_sha256})
 
     @classmethod
     def read(cls, folder: Path, asked_sha256: str) -> TrainingState | None:
@@ -105,7 +113,8 @@ class TrainingState:
             return None
         try:
             tensors, about = _read(path)
-            state = cls(int(about["step"]), tensors)
+            # older files have no time
+            state = cls(int(about["step"]), tensors, float(about.get("wall_seconds", 0)))
         except (SafetensorError, OSError, KeyError, ValueError) as error:
             raise StateError(
                 f"{path} cannot be read as the state of a training ({error}); remove it to train"

@@ -355,6 +355,11 @@ def test_gradients_that_would_not_reach_a_gate_below_are_refused(model):
         model(torch.tensor([[1, 5, 2]]), use_cache=False)
 
 
+def metadata_of(path):
+    with safe_open(path, framework="pt") as file:
+        return file.metadata()
+
+
 @pytest.mark.parametrize("top_k", [1, 2])
 def test_a_training_that_was_stopped_ends_in_the_same_bytes(world, tmp_path, top_k):
     sequences = examples(3)
@@ -377,11 +382,15 @@ def test_a_training_that_was_stopped_ends_in_the_same_bytes(world, tmp_path, top
     }
     with pytest.raises(Killed):
         train_jointly(world.load(), sequences, settings, progress=kill, **asked)
+    tensors, about = load_file(tmp_path / FILE), metadata_of(tmp_path / FILE)
+    assert 0 < float(about["wall_seconds"]) < 100
+    save_file(tensors, tmp_path / FILE, {**about, "wall_seconds": "1000.0"})
     steps, resumed = [], world.load()
-    train_jointly(
+    found = train_jointly(
         resumed, sequences, settings, progress=lambda done, _: steps.append(done), **asked
     )
     assert steps == [5, 6, 7, 8, 9]  # the state of step 4 was the last
+    assert found.wall_seconds > float(metadata_of(tmp_path / FILE)["wall_seconds"]) > 1000
     assert gate_bytes(resumed, tmp_path) == gate_bytes(whole, tmp_path)
     finished = world.load()
     train_jointly(finished, sequences, settings, progress=kill, **asked)  # nothing is left to do
@@ -410,8 +419,7 @@ def test_the_state_of_another_training_is_refused(world, tmp_path):
     with pytest.raises(StateError, match="belongs to a training"):
         train_jointly(world.load(), marked, SETTINGS, folder=tmp_path)
     whole = (tmp_path / FILE).read_bytes()
-    with safe_open(tmp_path / FILE, framework="pt") as file:
-        about = file.metadata()
+    about = metadata_of(tmp_path / FILE)
     kept = {k: v for k, v in load_file(tmp_path / FILE).items() if "exp_avg" not in k}
     save_file(kept, tmp_path / "no-moments", about)
     flipped = bytearray(whole)

@@ -17,6 +17,7 @@ from meteora.untrusted.config_fields import (
     fields_of,
     is_active,
     number,
+    refuse_unknown,
 )
 from meteora.untrusted.findings import Findings, listed, shortened
 
@@ -86,6 +87,8 @@ WITHOUT_EFFECT = {
 }  # fmt: skip
 """Keys about training and loading, and keys that matter only together with a refused one."""
 
+MLX_PARAMETERS = {"rank", "scale", "alpha", "dropout", "keys"}
+
 TASK_TYPES = (
     "CAUSAL_LM", "SEQ_CLS", "SEQ_2_SEQ_LM", "TOKEN_CLS", "QUESTION_ANS", "FEATURE_EXTRACTION",
 )  # fmt: skip
@@ -140,6 +143,7 @@ def mlx_claim(config: Mapping[str, Any], found: Findings) -> Claim:
             f"its fine_tune_type is {shortened(kind)!r}; of MLX-LM's only lora can be converted",
         )
     parameters = config["lora_parameters"]
+    refuse_unknown(parameters, "lora_parameters", MLX_PARAMETERS, found)
     field = fields_of(parameters, found)
     r = field("rank", where="lora_parameters.rank").rank()
     scale = number(parameters.get("scale"))

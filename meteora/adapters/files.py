@@ -55,7 +55,7 @@ def find_files(path: Path, found: Findings) -> tuple[Path | None, Path | None]:
     if path.is_dir():
         folder = path
     elif not path.exists():
-        found.refuse("missing", "there is nothing here")
+        found.refuse(*_absent(path))
         return None, None
     elif path.suffix in PICKLES:
         found.refuse("pickle", f"it is {path.name}; {HOW_TO_CONVERT}")
@@ -68,20 +68,29 @@ def find_files(path: Path, found: Findings) -> tuple[Path | None, Path | None]:
     weights = [folder / name for name in WEIGHTS if (folder / name).exists()]
     if path.suffix == ".safetensors":
         weights = [path]
-    elif not weights and path.is_dir():
-        _explain_missing_weights(folder, found)
-    if config.is_symlink() and not config.exists():
-        found.refuse("broken_link", BROKEN.format(CONFIG))
-    elif not config.exists():
-        found.refuse("no_config", f"{CONFIG} is missing, which says how its tensors are scaled")
-    return config if config.exists() else None, weights[0] if weights else None
+    elif not weights:
+        _explain_missing_weights(folder, found, is_config_alone=path.name == CONFIG)
+    if not config.exists():
+        no_config = "no_config", f"{CONFIG} is missing, which says how its tensors are scaled"
+        found.refuse(*(_absent(config) if config.is_symlink() else no_config))
+        return None, weights[0] if weights else None
+    return config, weights[0] if weights else None
 
 
-def _explain_missing_weights(folder: Path, found: Findings) -> None:
-    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
-    if broken := [name for name in WEIGHTS if name in names]:
-        found.refuse("broken_link", BROKEN.format(broken[0]))
+def _absent(path: Path) -> tuple[str, str]:
+    """The code and the message of a file that is not there."""
+    if path.is_symlink():
+        return "broken_link", BROKEN.format(path.name)
+    return "missing", "there is nothing here"
+
+
+def _explain_missing_weights(folder: Path, found: Findings, *, is_config_alone: bool) -> None:
+    if broken := [folder / name for name in WEIGHTS if (folder / name).is_symlink()]:
+        found.refuse(*_absent(broken[0]))
         return
+    if is_config_alone:  # it is judged by its claims
+        return
+    names = sorted(entry.name for entry in folder.iterdir() if not entry.name.startswith("."))
     pickles = pickled_weights(names)
     others = [name for name in names if ".safetensors" in name]
     if pickles:

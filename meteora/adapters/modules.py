@@ -64,7 +64,8 @@ def _shapes(
     not_matrices: list[str] = []
     for path, pair in pairs.items():
         factors = tensors[pair.a_key], tensors[pair.b_key]
-        dtypes += [f"{path} ({t.dtype})" for t in factors if t.dtype not in DTYPES]
+        others = sorted({t.dtype for t in factors} - set(DTYPES))
+        dtypes += [f"{path} ({dtype})" for dtype in others]
         a, b = (t.shape[::-1] if pair.transposed else t.shape for t in factors)
         if len(a) == len(b) == 2 and a[0] == b[1]:
             shapes[path] = (a[1], b[0], a[0])

@@ -30,9 +30,15 @@ PLACED_WITH_PADDING = {
 """Decoders of encoder-decoder models, in which padding moves the positions of a prompt's tokens."""
 ONE_BY_ONE = {"minimax", "recurrent_gemma", "rwkv", "xlstm"} | PLACED_WITH_PADDING
 """Architectures in which, in transformers, a batch's prompts or padding change its answers."""
-ONE_CACHE: dict[str, Any] = {"use_cache": True, "num_beams": 1, "cache_implementation": None}
-"""Arguments of `generate` with which each token is read once, whatever a base's own config says.
-The cache is the usual one: a static one has no room for the last token, which a trace reads too."""
+ONE_ANSWER: dict[str, Any] = {
+    "num_beams": 1, "num_return_sequences": 1, "return_dict_in_generate": False,
+    "prompt_lookup_num_tokens": None, "stop_strings": None, "max_time": None,
+}  # fmt: skip
+"""Arguments of `generate` that give ids of one answer to each prompt, up to an end token or the
+limit, whatever a base's own config says."""
+ONE_CACHE: dict[str, Any] = {"use_cache": True, "cache_implementation": None, **ONE_ANSWER}
+"""Arguments of `generate` with which each token is also read once. The cache is the usual one: a
+static one has no room for the last token, which a trace reads too."""
 
 
 class EmptyPromptError(MeteoraError):

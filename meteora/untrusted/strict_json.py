@@ -1,6 +1,7 @@
 """JSON with exactly one meaning: text that parsers read in different ways is refused."""
 
 import json
+import math
 from collections import Counter
 from typing import Any
 
@@ -14,12 +15,15 @@ def parse_object(data: bytes) -> dict[str, Any]:
 
     Raises:
         StrictJSONError: It is not JSON, or it has something that only some parsers accept: a key
-            given twice (they keep the first or the last), `NaN` or `Infinity`, a byte order mark,
-            or nesting as deep as the interpreter's stack.
+            given twice (they keep the first or the last), `NaN`, `Infinity` or a number as large
+            as that, a byte order mark, or nesting as deep as the interpreter's stack.
     """
     try:
         value = json.loads(
-            data.decode("utf-8"), object_pairs_hook=unique_keys, parse_constant=_no_constant
+            data.decode("utf-8"),
+            object_pairs_hook=unique_keys,
+            parse_float=_finite,
+            parse_constant=_no_constant,
         )
     except UnicodeDecodeError as error:
         raise StrictJSONError(f"it is not UTF-8 at byte {error.start}") from None
@@ -48,6 +52,12 @@ def unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(value) != len(pairs):
         twice = Counter(key for key, _ in pairs).most_common(1)[0][0]
         raise StrictJSONError(f"the key {twice[:60]!r} is given twice")
+    return value
+
+
+def _finite(text: str) -> float:
+    if math.isinf(value := float(text)):
+        raise StrictJSONError(f"{text[:60]} is too large a number")
     return value
 
 

@@ -24,7 +24,7 @@ from lm_eval.models.utils import resolve_max_length
 
 from meteora.artifacts import MeteoraError
 from meteora.base.placement import input_device
-from meteora.model.generate import end_tokens, prompts_at_once
+from meteora.model.generate import ONE_ANSWER, end_tokens, prompts_at_once
 from meteora.model.shared_prefix import share_prefix
 from meteora.routing.passes import watcher_of
 from pipelines.data.conversations import takes
@@ -236,7 +236,7 @@ class Harness(MaskedModel):
             "until": [self.tokenizer.eos_token] if self.tokenizer.eos_token else [],
             "max_gen_toks": max_new_tokens,
             "do_sample": False,
-            "num_beams": 1,  # the base's own generation config may say more
+            **ONE_ANSWER,
         }
         texts = [self._apply_template(prompt) for prompt in prompts]
         requests = [Instance("generate_until", {}, (text, settings), 0) for text in texts]

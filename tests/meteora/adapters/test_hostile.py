@@ -273,8 +273,9 @@ def test_a_link_to_a_file_that_is_not_here_is_called_so(name: str, tmp_path: Pat
     folder = write_adapter(tmp_path)
     (folder / name).unlink()
     (folder / name).symlink_to("../../blobs/0123")
-    assert codes(folder).keys() == {"broken_link"}
-    assert codes(folder)["broken_link"].startswith(f"{name} is a link")
+    for path in (folder, folder / name, folder / "adapter_config.json"):
+        assert codes(path).keys() == {"broken_link"}
+        assert codes(path)["broken_link"].startswith(f"{name} is a link")
 
 
 def test_weights_that_are_all_hole_are_not_read(tmp_path: Path) -> None:

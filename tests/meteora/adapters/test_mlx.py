@@ -183,6 +183,16 @@ def test_what_mlx_lm_puts_on_other_layers_is_no_linear_layer(
     assert code in {reason.code for reason in reader.check(folder).reasons}
 
 
+def test_a_parameter_that_is_not_known_is_refused(tmp_path: Path) -> None:
+    """As in a config of PEFT's: it may change what the tensors mean."""
+    parameters = {"rank": 4, "scale": 20.0, "dropout": 0.0, "keys": ["q_proj"], "use_dora": False}
+    assert reader.check(write_mlx(tmp_path / "idle", parameters)).verdict != "refuse"
+    found = reader.check(write_mlx(tmp_path / "active", {**parameters, "use_dora": True}))
+    assert [r.message for r in found.reasons if r.code == "unknown_key"] == [
+        "use_dora of lora_parameters is set and not known here; a newer version may know it"
+    ]
+
+
 def test_weights_of_mlx_lm_s_first_years_are_called_by_their_name(tmp_path: Path) -> None:
     folder = write_mlx(tmp_path / "mlx", {"rank": 4, "scale": 20.0})
     (folder / "adapters.safetensors").rename(folder / "adapters.npz")

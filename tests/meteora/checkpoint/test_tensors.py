@@ -155,6 +155,10 @@ DAMAGES = {
         ),
         r"model\.x\.lora_A",
     ),
+    "a router that needs each token's expert": (
+        lambda folder: edit(folder, lambda body: body["router"].update(kind="oracle")),
+        r"router\.kind is 'oracle'; it must be one of 'gate', 'prompt', 'arrow', 'norm', 'uniform'",
+    ),
     "no gates": (
         lambda folder: edit(folder, lambda body: body["router"].update(kind="gate")),
         r"there is no gates\.safetensors in it",

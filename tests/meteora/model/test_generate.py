@@ -186,7 +186,11 @@ def test_a_base_whose_config_asks_for_samples_beams_or_no_cache_answers_as_other
     prompts = [tokenizer(prompt).input_ids for prompt in PROMPTS]
     expected = answer_all(model, tokenizer, prompts, 8)
     text = meteora.generate(model, tokenizer, "some words", max_new_tokens=8)
-    unusual = {"use_cache": False, "num_beams": 3, "do_sample": True, "temperature": 9.0}
+    unusual = {
+        "use_cache": False, "num_beams": 3, "do_sample": True, "temperature": 9.0,
+        "return_dict_in_generate": True, "num_return_sequences": 2, "stop_strings": ["a"],
+        "max_time": 1e-9, "prompt_lookup_num_tokens": 3,
+    }  # fmt: skip
     for name, value in unusual.items():
         monkeypatch.setattr(model.generation_config, name, value)
     assert answer_all(model, tokenizer, prompts, 8) == expected

@@ -20,6 +20,7 @@ def test_json_is_read_as_it_is() -> None:
         (b'{"a": 1, "b": {"r": 8, "r": 4}}', "'r' is given twice"),
         (b'{"a": NaN}', "NaN is not a number"),
         (b'{"a": -Infinity}', "-Infinity is not a number"),
+        (b'{"a": [-1e999]}', "-1e999 is too large a number"),
         (b"\xef\xbb\xbf{}", "not JSON"),
         (b'{"a": "\xff"}', "not UTF-8 at byte 7"),
         (b'{"a": 1,}', "line 1, column [89]"),  # of the brace or, from Python 3.13, of the comma

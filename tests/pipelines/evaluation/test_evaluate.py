@@ -27,7 +27,7 @@ from meteora.base.chat_template import encode_pair, encode_prompt
 from meteora.base.loading import load_folder
 from meteora.checkpoint.tensors import Gates
 from meteora.model.fused import force_expert, without_experts
-from meteora.model.generate import answer_all
+from meteora.model.generate import ONE_ANSWER, answer_all
 from meteora.routing.gates import insert_gates
 from pipelines.data.composites import compose
 from pipelines.data.rows import ExamplesError, Row
@@ -77,7 +77,7 @@ def score_of(found: TaskResult, metric: str) -> Score:
 
 def greedy(model: Any, tokenizer: PreTrainedTokenizerBase, prompt: str, length: int) -> str:
     ids = torch.tensor([encode_prompt(tokenizer, prompt)])
-    out = model.generate(ids, max_new_tokens=length, do_sample=False, num_beams=1)
+    out = model.generate(ids, max_new_tokens=length, do_sample=False, **ONE_ANSWER)
     return str(tokenizer.decode(out[0, ids.shape[1] :], skip_special_tokens=True))
 
 
@@ -91,7 +91,10 @@ def test_the_harness_asks_what_generate_is_asked(
     """Batched and padded by the harness, one by one here: the same greedy answers."""
     monkeypatch.setattr(tokenizer, "chat_template", template or None)
     model = world.load()
-    model.generation_config.num_beams = 3
+    # what a base asks for is not asked of it here
+    unusual = {"num_beams": 3, "num_return_sequences": 2, "return_dict_in_generate": True}
+    for name, value in {**unusual, "stop_strings": ["a"], "max_time": 1e-9}.items():
+        setattr(model.generation_config, name, value)
     with force_expert(model, "q_and_v"):
         found = evaluate_task(model, tokenizer, task(ROWS), batch_size=2)
         for row, output in zip(ROWS, found.outputs, strict=True):

@@ -49,6 +49,11 @@ class LabelledSequence:
                 f"a sequence has {len(self.input_ids)} tokens and {len(self.experts)} labels;"
                 " give one token or more, and one label a token"
             )
+        if not all(0 <= place < len(self.input_ids) for place in self.answer_starts):
+            raise TrainingError(
+                f"answers of a sequence of {counted(len(self.input_ids), 'token')} start at"
+                f" {', '.join(map(str, self.answer_starts))}; give positions of its tokens"
+            )
 
     @property
     def owners(self) -> set[int]:

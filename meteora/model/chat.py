@@ -248,8 +248,10 @@ class Chat:
         watcher = None if routing.expert else watcher_of(self.model)
         if isinstance(watcher, PromptReader):
             return None  # the last question decides for all turns
-        if watcher is not None and (is_text or reading.is_text):
-            return None  # only the chat template shows where the question ends that decides
+        if isinstance(watcher, Turns | PromptOpening) and (
+            is_text or reading.is_text or not watcher.template.question_end
+        ):
+            return None  # only a chat template shows where the question ends that decides
         # if routers look ahead, the question that decided their routes must be the same
         least = 1
         if isinstance(watcher, Turns):

@@ -23,7 +23,13 @@ from meteora.base.placement import PlacementError, is_offloaded, placed, require
 from meteora.base.shapes import fingerprint, sizes_of
 from meteora.base.sources import PATH, weights_sha256
 from meteora.checkpoint import tensors
-from meteora.checkpoint.manifest import Manifest, ModuleEntry, number_of, read_manifest
+from meteora.checkpoint.manifest import (
+    Manifest,
+    ModuleEntry,
+    UnknownExpertError,
+    number_of,
+    read_manifest,
+)
 from meteora.checkpoint.resolve import base_download, find_checkpoint, load_base
 from meteora.kernels import onednn
 from meteora.kernels.addmm import experts_dtype, weight_of
@@ -35,6 +41,7 @@ from meteora.routing.gates import insert_gates, route_again_as_before
 from meteora.routing.layer import MoELoRALinear, RoutedExperts, routed_by, routed_layers
 from meteora.routing.routers import Fixed, Random, Router, uniform
 from meteora.routing.weight_scores import KINDS
+from meteora.untrusted.findings import listed, shortened
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel, PreTrainedTokenizerBase
@@ -358,6 +365,10 @@ def force_expert(model: PreTrainedModel, name: str) -> AbstractContextManager[No
         NotFusedError: the model is not a fused one.
     """
     names = expert_names(model)
+    if not isinstance(name, str):
+        raise UnknownExpertError(
+            f"{shortened(name)} is no name of an expert; this model has {listed(names)}"
+        )
     if name == NULL and NULL not in names:
         return without_experts(model)
     check_expert(name, names if NULL in names else [*names, NULL])

@@ -56,7 +56,7 @@ def batch_of(model: PreTrainedModel, prompt: Sequence[int]) -> Tensor:
 
 
 def _require_tokens(prompt: Sequence[int], which: str = "the prompt") -> None:
-    if not prompt:
+    if len(prompt) == 0:
         raise EmptyPromptError(
             f"{which} has no tokens: it is empty, and the base's tokenizer puts none in front of"
             " it; ask something"

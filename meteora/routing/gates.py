@@ -107,8 +107,16 @@ def watch_prompts(
 
 @contextmanager
 def old_routers_after_error(model: PreTrainedModel) -> Generator[None]:
-    """A context in which routers may be replaced; after an error the old ones are put back."""
+    """A context in which routers may be replaced; after an error the old ones are put back.
+
+    Raises:
+        MeteoraError: the routers are replaced already, and would come back over the new ones.
+    """
     before = {layer: layer.router for layer in routed_layers(model).values()}
+    if any(layer.is_lent for layer in before):
+        raise MeteoraError(
+            "the routers are replaced, as in force_expert; fit the model outside of that block"
+        )
     watcher = watcher_of(model)
     try:
         yield
@@ -134,15 +142,16 @@ def give_gate(
         decision: receives the gate's decision, for the layers that follow it
         stand_in: computes the logits of experts without examples
     """
-    gate = Gate(
-        weight,
-        bias,
-        options,
-        by_question=None if reader is None else reader.at_gate(),
-        decision=decision,
-        stand_in=stand_in,
-    )
-    layer.router = gate.to(layer.device).requires_grad_(requires_grad=False)
+    with torch.inference_mode(mode=False):  # a model that is loaded in it may be trained later
+        gate = Gate(
+            weight.clone(),
+            bias.clone(),
+            options,
+            by_question=None if reader is None else reader.at_gate(),
+            decision=decision,
+            stand_in=stand_in,
+        )
+        layer.router = gate.to(layer.device).requires_grad_(requires_grad=False)
 
 
 def give_offsets(layer: RoutedExperts, offsets: Tensor | None) -> None:

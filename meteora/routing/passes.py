@@ -294,6 +294,19 @@ class Watcher:
         self.now.packed = seen.packed
         return seen
 
+    @staticmethod
+    def require_ids(seen: PassInput) -> None:
+        """Refuse the first pass of a prompt if it has embeddings: ids tell where a question lies.
+
+        Raises:
+            UnreadPromptError: this is such a pass.
+        """
+        if seen.ids is None and not seen.goes_on:
+            raise UnreadPromptError(
+                "this model finds the question of a prompt by its token ids, and the pass has"
+                " embeddings; give input_ids, or take a model whose gates decide token by token"
+            )
+
     def refuse_packed(self) -> None:
         """Refuse a pass whose rows hold several sequences: one would decide for all.
 

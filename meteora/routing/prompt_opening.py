@@ -45,6 +45,7 @@ class PromptOpening(Watcher):
 
     def see(self, seen: PassInput) -> None:
         """Look at a pass before it runs; a pass with earlier tokens in its cache has no opening."""
+        self.require_ids(seen)
         template, input_ids, is_token = self.template, seen.ids, seen.is_token
         self.now.opening = self.now.evidence = None
         # one token is never an opening, so decoding ends here

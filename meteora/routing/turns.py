@@ -147,6 +147,8 @@ class Turns(Watcher):
 
     def see(self, seen: PassInput) -> None:
         """Look at a pass before it runs."""
+        if self.template.question_end:
+            self.require_ids(seen)
         conversation, now = self.follow(seen), self.now
         now.questions = ask(conversation, seen, self.template)
         asks = now.questions.asked.any(1)

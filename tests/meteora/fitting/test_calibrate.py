@@ -20,8 +20,8 @@ from meteora.fitting.calibrate import calibrate
 from meteora.fitting.covariance import RowScatter, Scatter
 from meteora.fitting.lda import SHRINKAGES, choose_shrinkage, gate_from
 from meteora.fitting.sequences import UNLABELLED, LabelledSequence, TrainingError
-from meteora.model.fused import insert_experts, load
-from meteora.routing.gates import gates_of, insert_gates
+from meteora.model.fused import force_expert, insert_experts, load
+from meteora.routing.gates import gates_in, gates_of, insert_gates
 from meteora.routing.hooks import recorded_logits
 from meteora.routing.layer import MoELoRALinear, routed_layers
 from tests.conftest import LAYERS
@@ -32,6 +32,28 @@ NAMES = ["all_seven", "attention", "q_and_v", "patterns"]
 def task_tokens(e, length, dice):
     """Task e speaks with its own three tokens."""
     return [3 + 3 * e + dice.randrange(3) for _ in range(length)]
+
+
+def test_routers_that_come_back_would_undo_a_fit(world):
+    model = world.load()
+    with force_expert(model, "attention"), pytest.raises(MeteoraError, match="outside of that"):
+        calibrate(model, examples(4))
+    before = [layer.router for layer in routed_layers(model).values()]
+    calibrate(model, examples(4))
+    assert not any(layer.router in before for layer in routed_layers(model).values())
+
+
+def test_gates_that_are_fitted_in_inference_mode_can_be_trained(world):
+    model = world.load()
+    with torch.inference_mode():
+        calibrate(model, examples(4))
+    for gate in gates_in(model).values():
+        gate.requires_grad_(requires_grad=True)
+
+
+def test_answers_start_at_tokens():
+    with pytest.raises(TrainingError, match="of a sequence of 2 tokens start at 0, 2; give"):
+        LabelledSequence((5, 6), (0, 0), (0, 2))
 
 
 def examples(num_each, seed=0, experts=range(4), opening=2):

@@ -3,6 +3,7 @@
 import json
 import shutil
 from contextlib import nullcontext
+from functools import partial
 from itertools import pairwise
 from unittest.mock import Mock
 
@@ -18,7 +19,7 @@ from meteora.model.fused import force_expert, insert_layer, make_router
 from meteora.model.generate import EmptyPromptError
 from meteora.model.trace import trace
 from meteora.routing.layer import routed_by
-from meteora.routing.passes import WATCHER
+from meteora.routing.passes import WATCHER, UnreadPromptError
 from meteora.routing.prompt_opening import PromptOpening
 from tests.meteora.serving.served_world import gated
 from tests.pipelines.conftest import CHAT_TEMPLATE
@@ -194,6 +195,23 @@ def test_a_router_that_looks_ahead_answers_on_one_cache_as_without(looking_ahead
     chat.forget()
     assert chat.answer(messages, max_new_tokens=6).text == again.text
     assert chat.answer([user("what else is there?")], max_new_tokens=6).num_cached == 0
+
+
+def test_without_a_template_in_the_gates_no_question_is_answered_by_the_one_before(world, talking):
+    """Nothing shows then where the question ends that decides."""
+    model = gated(world, "turn", Template())
+    cached, fresh = converse(Chat(model, talking)), converse(Chat(model, talking), fresh=True)
+    assert [(a.text, a.tokens) for a in cached] == [(a.text, a.tokens) for a in fresh]
+
+
+def test_embeddings_do_not_show_a_question_that_decides(looking_ahead):
+    embedded = looking_ahead.get_input_embeddings()(torch.tensor([[5, 6, 7]]))
+    generate = partial(looking_ahead.generate, max_new_tokens=2)
+    for ask in (looking_ahead, looking_ahead.base_model, generate):
+        with pytest.raises(UnreadPromptError, match="the pass has embeddings; give input_ids"):
+            ask(inputs_embeds=embedded)
+    with meteora.force_expert(looking_ahead, "q_and_v"):
+        looking_ahead(inputs_embeds=embedded)
 
 
 def test_where_an_expert_is_forced_another_question_goes_on_with_the_cache(looking_ahead, talking):

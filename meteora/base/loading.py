@@ -319,10 +319,14 @@ def require_dtype(dtype: Any) -> None:  # noqa: ANN401  (as transformers takes i
     """Raise a `SourceError` for a dtype, or the name of one, in which no model can compute."""
     is_name = isinstance(dtype, str) and dtype != "auto"
     named = getattr(torch, dtype, None) if is_name else dtype
-    is_type = isinstance(named, torch.dtype)
-    if (is_name and not is_type) or (is_type and not named.is_floating_point):
+    if isinstance(named, torch.dtype):
+        computes = named.is_floating_point and named.itemsize >= 2  # 8 bits are for storing
+    else:
+        computes = not is_name
+    if not computes:
         raise SourceError(
-            f"dtype={dtype!r} is no floating-point type of torch; give one such as 'bfloat16'"
+            f"dtype={dtype!r} is no floating-point type of 16 bits or more; give one such as"
+            " 'bfloat16'"
         )
 
 

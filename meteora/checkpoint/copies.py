@@ -106,6 +106,8 @@ def _refuse_folders(out: Path) -> None:
 
     A file in the place of a folder is refused, too.
     """
+    if not out.is_dir() and (out.exists() or out.is_symlink()):
+        raise CheckpointError(f"{out} is no folder, and a checkpoint is one; give another name")
     if (holder := (out / EVAL_RESULTS).parent).is_file():
         raise CheckpointError(
             f"{holder} is a file, and a checkpoint has a folder there; move it away, or save into"

@@ -107,7 +107,7 @@ def new_folder(out: Path) -> Generator[Path]:
     beside.mkdir(parents=True, exist_ok=True)
     with temporary_folder(beside, ".export-") as scratch:
         is_empty = is_folder and [path.name for path in out.iterdir()] == [scratch.name]
-        if out.exists() and not is_empty:
+        if not is_empty and (out.exists() or out.is_symlink()):
             raise ExportError(f"{out} holds something already; give the name of a new folder")
         made = scratch / "whole"
         made.mkdir()

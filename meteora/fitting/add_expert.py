@@ -37,6 +37,7 @@ from meteora.fitting.sequences import (
 from meteora.fitting.statistics import Fit, without
 from meteora.model.fused import expert_names
 from meteora.model.opening_offsets import find_offsets
+from meteora.untrusted.findings import counted
 
 if TYPE_CHECKING:
     from transformers import PreTrainedModel
@@ -264,9 +265,10 @@ def _new_expert(
     num_choices = len(names)
     if len(owners) != 1 or sizes != {num_choices - 1}:
         raise TrainingError(
-            f"the examples are of {len(owners)} experts, the model has {num_choices} choices and"
-            f" the statistics are of {', '.join(map(str, sorted(sizes))) or 'none'}; one expert is"
-            " added at a time: give its examples only, and the statistics of all others"
+            f"the examples are of {counted(len(owners), 'expert')}, the model has {num_choices}"
+            f" choices and the statistics are of {', '.join(map(str, sorted(sizes))) or 'none'};"
+            " one expert is added at a time: give its examples only, and the statistics of all"
+            " others"
         )
     return owners.pop()
 

@@ -76,7 +76,9 @@ def end_tokens(model: PreTrainedModel, tokenizer: PreTrainedTokenizerBase) -> li
     return sorted({*ends, *([] if own is None else [own])})
 
 
-def most_new_tokens(model: PreTrainedModel, num_prompt: int, wanted: int) -> int:
+def most_new_tokens(
+    model: PreTrainedModel, num_prompt: int, wanted: int, which: str = "the prompt"
+) -> int:
     """The tokens that an answer may have: as many as are wanted, if the model takes so many.
 
     Raises:
@@ -86,7 +88,7 @@ def most_new_tokens(model: PreTrainedModel, num_prompt: int, wanted: int) -> int
     longest: int = getattr(config, "max_position_embeddings", None) or sys.maxsize
     if num_prompt >= longest:
         raise ConversationError(
-            f"the prompt, with what precedes it, has {num_prompt} tokens, and the model takes"
+            f"{which}, with what precedes it, has {num_prompt} tokens, and the model takes"
             f" {longest} with its answer; shorten it, or begin a new conversation"
         )
     return min(wanted, longest - num_prompt)
@@ -146,7 +148,9 @@ def generate(
     is_one = isinstance(prompt, str)
     prompts = [encode_prompt(tokenizer, one) for one in ([prompt] if is_one else prompt)]
     for number, one in enumerate(prompts, 1):
-        _require_tokens(one, "the prompt" if is_one else f"prompt {number}")
+        which = "the prompt" if is_one else f"prompt {number}"
+        _require_tokens(one, which)
+        most_new_tokens(model, len(one), max_new_tokens, which)
     answers = answer_all(model, tokenizer, prompts, max_new_tokens)
     texts = [str(tokenizer.decode(one, skip_special_tokens=True)) for one in answers]
     return cast("Texts", texts[0] if is_one else texts)

@@ -57,6 +57,19 @@ class PassInput:
         return cls(ids, is_token, goes_on, cache, num_before, packed)
 
 
+def require_ids(seen: PassInput) -> None:
+    """Refuse the first pass of a prompt if it has embeddings: ids tell where a question lies.
+
+    Raises:
+        UnreadPromptError: this is such a pass.
+    """
+    if seen.ids is None and not seen.goes_on:
+        raise UnreadPromptError(
+            "this model finds the question of a prompt by its token ids, and the pass has"
+            " embeddings; give input_ids, or take a model whose gates decide token by token"
+        )
+
+
 def _num_held(cache: Any) -> int:  # noqa: ANN401  (of many kinds)
     """The number of tokens in a cache of keys; MiniMax's has none of them in its first layer."""
     layers = (getattr(layer, "get_seq_length", int)() for layer in getattr(cache, "layers", ()))
@@ -293,19 +306,6 @@ class Watcher:
         seen = PassInput.of(arguments)
         self.now.packed = seen.packed
         return seen
-
-    @staticmethod
-    def require_ids(seen: PassInput) -> None:
-        """Refuse the first pass of a prompt if it has embeddings: ids tell where a question lies.
-
-        Raises:
-            UnreadPromptError: this is such a pass.
-        """
-        if seen.ids is None and not seen.goes_on:
-            raise UnreadPromptError(
-                "this model finds the question of a prompt by its token ids, and the pass has"
-                " embeddings; give input_ids, or take a model whose gates decide token by token"
-            )
 
     def refuse_packed(self) -> None:
         """Refuse a pass whose rows hold several sequences: one would decide for all.

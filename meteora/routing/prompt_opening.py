@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from meteora.base.chat_template import Template
-from meteora.routing.passes import PassInput, Present, Watcher, earlier, ends
+from meteora.routing.passes import PassInput, Present, Watcher, earlier, ends, require_ids
 
 WINDOW = 64
 """Tokens after the opening that decide for it: the first task of a prompt with several."""
@@ -45,7 +45,7 @@ class PromptOpening(Watcher):
 
     def see(self, seen: PassInput) -> None:
         """Look at a pass before it runs; a pass with earlier tokens in its cache has no opening."""
-        self.require_ids(seen)
+        require_ids(seen)
         template, input_ids, is_token = self.template, seen.ids, seen.is_token
         self.now.opening = self.now.evidence = None
         # one token is never an opening, so decoding ends here

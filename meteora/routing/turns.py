@@ -24,6 +24,7 @@ from meteora.routing.passes import (
     Watcher,
     earlier,
     ends,
+    require_ids,
 )
 
 
@@ -85,8 +86,11 @@ def ask(conversation: Conversation, seen: PassInput, template: Template) -> Ques
     """The questions of a pass; the conversation notes where its last turn begins.
 
     Raises:
-        UnreadPromptError: the cache was cut inside a question.
+        UnreadPromptError: the cache was cut inside a question; or the pass has embeddings, and a
+            template shows where a question lies.
     """
+    if template.question_end:
+        require_ids(seen)
     found = questions(seen, template, conversation.closed)
     is_short = seen.goes_on and seen.is_token.shape[1] < len(template.question_end)
     if seen.num_before is not None and not is_short:
@@ -147,8 +151,6 @@ class Turns(Watcher):
 
     def see(self, seen: PassInput) -> None:
         """Look at a pass before it runs."""
-        if self.template.question_end:
-            self.require_ids(seen)
         conversation, now = self.follow(seen), self.now
         now.questions = ask(conversation, seen, self.template)
         asks = now.questions.asked.any(1)

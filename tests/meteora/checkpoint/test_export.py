@@ -110,7 +110,8 @@ def test_what_is_not_there_and_what_is_in_the_way_is_said(world: World, tmp_path
         export_expert(world.checkpoint, "no_such", tmp_path / "out")
     (tmp_path / "full").mkdir()
     (tmp_path / "full" / "mine").write_text("mine")
-    for taken in (tmp_path / "full", tmp_path / "full" / "mine"):
+    (tmp_path / "link").symlink_to("nowhere")
+    for taken in (tmp_path / "full", tmp_path / "full" / "mine", tmp_path / "link"):
         with pytest.raises(ExportError, match="holds something"):
             export_expert(world.checkpoint, "q_and_v", taken)
 

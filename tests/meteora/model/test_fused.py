@@ -251,9 +251,9 @@ def test_a_large_scaling_does_not_overflow_in_float16(cache):
             assert (y - exact).norm() / exact.norm() < 1e-3
 
 
-@pytest.mark.parametrize("dtype", ["bf16", "nn", "int8", torch.int32])
+@pytest.mark.parametrize("dtype", ["bf16", "nn", "int8", torch.int32, torch.float8_e4m3fn])
 def test_a_dtype_in_which_nothing_computes_is_refused_before_anything_is_looked_for(dtype):
-    with pytest.raises(SourceError, match=f"dtype={dtype!r} is no floating-point type of torch"):
+    with pytest.raises(SourceError, match=f"dtype={dtype!r} is no floating-point type of 16 bits"):
         meteora.load("no/such/folder", dtype=dtype)
 
 

@@ -125,6 +125,11 @@ def test_a_prompt_without_tokens_is_refused(world, tokenizer) -> None:
         meteora.generate(world.load(), bare, ["w1", ""])
 
 
+def test_a_prompt_that_is_too_long_is_named(model, tokenizer) -> None:
+    with pytest.raises(ConversationError, match=r"^prompt 2, .*, has .* tokens, and the model"):
+        meteora.generate(model, tokenizer, ["some words", "words " * 400])
+
+
 def test_several_prompts_are_answered_as_each_alone(model, tokenizer) -> None:
     prompts = ["w1 w2 w3", "w9", "w4 w5"]
     ask = partial(meteora.generate, model, tokenizer, max_new_tokens=5)

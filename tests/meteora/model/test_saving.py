@@ -244,6 +244,11 @@ def test_a_folder_in_the_place_of_a_file_is_refused_before_anything_moves(
     with pytest.raises(CheckpointError, match=f"{holder.name} is a file, .* move it away, or save"):
         model.save_pretrained(holder.parent)
     assert [*holder.parent.iterdir()] == [holder]
+    link = tmp_path / "link"
+    link.symlink_to("nowhere")
+    for no_folder in (holder, link):
+        with pytest.raises(CheckpointError, match=f"{no_folder.name} is no folder, .* another"):
+            model.save_pretrained(no_folder)
 
 
 def test_no_file_that_a_link_leads_to_goes_into_a_copy(checkpoint, world, tmp_path):

@@ -12,11 +12,8 @@ SHARED = "(mean)"
 """The name of the choice of all experts, each with weight 1 / E, in a router that has it."""
 Unfitted = Literal["arrow", "norm", "uniform"]
 """Kinds that are computed from the experts alone; a recipe also compares with each of them."""
-ROUTER_KINDS = (
-    "gate", "prompt", *get_args(Unfitted), "fixed", "random", "oracle", "one_expert", "single",
-    "swap", "alora",
-)  # fmt: skip
-"""From `oracle` on they are controls: they are given the expert of each token."""
+ROUTER_KINDS = ("gate", "prompt", *get_args(Unfitted), "random")
+"""Kinds that a checkpoint may have: its router finds the expert of each token by itself."""
 WITH_GATES = ("gate", "prompt")
 """Kinds with a file of gates, fitted to examples or to texts that belong to no expert."""
 
@@ -36,7 +33,8 @@ class RouterOptions(Noun):
     """How a model routes, from the recipe to the layer; a checkpoint's manifest has all of it."""
 
     kind: str
-    """One of `ROUTER_KINDS`."""
+    """One of `ROUTER_KINDS`; or a control, which is given the expert of each token: `fixed`,
+    `oracle`, `one_expert`, `single`, `swap` or `alora`."""
     top_k: int
     temperature: float
     """Of the softmax over the `top_k` chosen logits."""

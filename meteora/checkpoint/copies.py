@@ -56,8 +56,8 @@ def copy_checkpoint(source: Source, out: Path, gates: Gates | None = None) -> No
             facts about their fit, statistics, the lineage and the card with the scores
 
     Raises:
-        CheckpointError: the source has changed, or is gone; or a folder is where a file has to be.
-            Then nothing is written.
+        CheckpointError: the source has changed, is gone, or has a link to elsewhere; or a folder is
+            where a file has to be. Then nothing is written.
     """
     folder = source.folder
     is_there = (folder / MANIFEST).is_file() and (folder / EXPERTS).is_file()

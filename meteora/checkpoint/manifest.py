@@ -9,21 +9,20 @@ import re
 from collections.abc import Collection, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, Self, get_args
+from typing import Any, Self
 
 from meteora.artifacts import (
     NULL,
     QUANTISED,
     REPO_ID,
+    ROUTER_KINDS,
     SHA256,
     SHARED,
-    WITH_GATES,
     BaseSpec,
     Fingerprint,
     MeteoraError,
     Noun,
     RouterOptions,
-    Unfitted,
 )
 from meteora.base.config_checks import MAX_LAYERS
 from meteora.base.sources import PATH, REFERENCES, is_reference
@@ -85,8 +84,6 @@ OPENINGS = ("own", "prompt", "shared")
 SHARES = ("module", "point", "layer", "token", "turn")
 STAND_INS = ("", "arrow", "norm")
 SOURCE = re.compile(rf"{REPO_ID.pattern}(/[A-Za-z0-9_.\-/]{{1,500}})?|{PATH}[^`|]{{0,500}}")
-LOADED_KINDS = (*WITH_GATES, *get_args(Unfitted), "random")
-"""Kinds of routers that a checkpoint may have: the others are given a token's expert."""
 RANKS = re.compile(r"(\d{1,5}(–\d{1,5})?)?")
 METHOD = re.compile(r"[a-z_]{1,40}")
 ADAPTER_ID, FUSED_ID, ROUTER_ID = (
@@ -350,7 +347,7 @@ def read_router(body: Mapping[str, Any], names: Collection[str], found: Findings
     if stand_ins and len(stand_ins) == len(names):
         found.refuse("stand_ins", "stand_ins names all experts; one or more have examples")
     return RouterOptions(
-        kind=field("kind", where="router.kind").one_of(LOADED_KINDS),
+        kind=field("kind", where="router.kind").one_of(ROUTER_KINDS),
         top_k=field("top_k").whole(1, MAX_EXPERTS),
         temperature=field("temperature").real(MIN_FACTOR, MAX_TEMPERATURE),
         margin=None if body.get("margin") is None else field("margin").real(0.0, MAX_MARGIN),

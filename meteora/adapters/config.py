@@ -19,7 +19,7 @@ from meteora.untrusted.config_fields import (
     number,
     refuse_unknown,
 )
-from meteora.untrusted.findings import Findings, listed, shortened
+from meteora.untrusted.findings import Findings, listed, quoted, shortened
 
 OnExtras = Literal["refuse", "strip"]
 """What to do with whole modules that were saved beside the LoRA."""
@@ -102,7 +102,7 @@ def peft_claim(config: Mapping[str, Any], extras: OnExtras, found: Findings) -> 
     kind = config["peft_type"]
     if kind != "LORA":
         found.refuse(
-            "peft_type", f"peft_type is {shortened(kind)!r}; only LORA can be an expert here"
+            "peft_type", f"peft_type is {quoted(kind)}; only LORA can be an expert here"
         )
         return None
     _refuse_variants(config, found)
@@ -140,7 +140,7 @@ def mlx_claim(config: Mapping[str, Any], found: Findings) -> Claim:
     if kind != "lora":
         found.refuse(
             "mlx_fine_tune_type",
-            f"its fine_tune_type is {shortened(kind)!r}; of MLX-LM's only lora can be converted",
+            f"its fine_tune_type is {quoted(kind)}; of MLX-LM's only lora can be converted",
         )
     parameters = config["lora_parameters"]
     refuse_unknown(parameters, "lora_parameters", MLX_PARAMETERS, found)
@@ -150,7 +150,7 @@ def mlx_claim(config: Mapping[str, Any], found: Findings) -> Claim:
     if scale is None or not MIN_ALPHA <= scale <= MAX_ALPHA:
         found.refuse(
             "mlx_scale",
-            f"lora_parameters.scale is {shortened(parameters.get('scale'))}; MLX-LM needs a"
+            f"lora_parameters.scale is {quoted(parameters.get('scale'))}; MLX-LM needs a"
             " positive number there and no other field can stand in for it",
         )
         scale = 1.0
@@ -185,13 +185,13 @@ def _refuse_variants(config: Mapping[str, Any], found: Findings) -> None:
     if isinstance(init, str) and init.lower().startswith(INIT_CHANGES_BASE):
         found.refuse(
             "init_changes_base",
-            f"init_lora_weights is {shortened(init)!r}, which changes the base's weights; save it"
+            f"init_lora_weights is {quoted(init)}, which changes the base's weights; save it"
             " again with path_initial_model_for_weight_conversion, which converts it to plain LoRA",
         )
     elif init is not None and type(init) is not bool and init not in INIT_LEAVES_BASE:
         found.refuse(
             "init_unknown",
-            f"init_lora_weights is {shortened(init)!r}, which is not known here; it may have"
+            f"init_lora_weights is {quoted(init)}, which is not known here; it may have"
             " changed the base's weights",
         )
     if is_active(config.get("enable_lora")):
@@ -226,7 +226,7 @@ def _layers(config: Mapping[str, Any], found: Findings) -> tuple[int, ...]:
         found.refuse("layers", "layers_pattern is set without layers_to_transform")
     every = layers if isinstance(layers, list) else [layers]
     if layers is not None and not all(type(layer) is int for layer in every):
-        found.refuse("layers", f"layers_to_transform is {shortened(layers)}, not layer numbers")
+        found.refuse("layers", f"layers_to_transform is {quoted(layers)}, not layer numbers")
     return tuple(sorted({layer for layer in every if type(layer) is int}))
 
 
@@ -236,7 +236,7 @@ def _task(config: Mapping[str, Any], extras: OnExtras, found: Findings) -> str:
         found.warn("task_type", "task_type is empty; it is taken for a language model's adapter")
         return ""
     if task not in TASK_TYPES:
-        found.refuse("task_type", f"task_type is {shortened(task)!r}; PEFT knows no such task")
+        found.refuse("task_type", f"task_type is {quoted(task)}; PEFT knows no such task")
         return ""
     if task in HEAD_TASKS and extras == "refuse":
         found.refuse(

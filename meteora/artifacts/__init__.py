@@ -31,6 +31,7 @@ from meteora.artifacts.routers import (
     ROUTER_KINDS,
     SHARED,
     WITH_GATES,
+    Control,
     JointSettings,
     RouterBuild,
     RouterOptions,
@@ -78,7 +79,7 @@ from meteora.artifacts.specs import (
 __all__ = [
     "COMMIT", "NULL", "QUANTISED", "REPO_ID", "ROUTER_KINDS", "SHA256", "SHARED", "WITH_GATES",
     "AdapterModule", "AdapterRef", "AdapterSpec", "ArtifactId", "BaseSpec", "BenchmarkSpec",
-    "BuiltBase", "ComparisonBuild", "ComparisonSpec", "Difference", "Fingerprint",
+    "BuiltBase", "ComparisonBuild", "ComparisonSpec", "Control", "Difference", "Fingerprint",
     "FusedCheckpoint", "FusedSpec", "JointSettings", "LinearSize", "MergeSpec", "MeteoraError",
     "Noun", "PoolBuild", "PoolShare", "PoolSpec", "Publication", "Rate", "Reason",
     "RouterBuild", "RouterOptions", "RouterSpec", "RoutingBuild", "RoutingDetail",

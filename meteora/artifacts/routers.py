@@ -14,6 +14,8 @@ Unfitted = Literal["arrow", "norm", "uniform"]
 """Kinds that are computed from the experts alone; a recipe also compares with each of them."""
 ROUTER_KINDS = ("gate", "prompt", *get_args(Unfitted), "random")
 """Kinds that a checkpoint may have: its router finds the expert of each token by itself."""
+Control = Literal["oracle", "one_expert", "single", "swap", "alora"]
+"""Kinds that are given the expert of each token; a benchmark compares with them."""
 WITH_GATES = ("gate", "prompt")
 """Kinds with a file of gates, fitted to examples or to texts that belong to no expert."""
 
@@ -33,8 +35,7 @@ class RouterOptions(Noun):
     """How a model routes, from the recipe to the layer; a checkpoint's manifest has all of it."""
 
     kind: str
-    """One of `ROUTER_KINDS`; or a control, which is given the expert of each token: `fixed`,
-    `oracle`, `one_expert`, `single`, `swap` or `alora`."""
+    """One of `ROUTER_KINDS`, a `Control`, or `fixed` where an expert is forced."""
     top_k: int
     temperature: float
     """Of the softmax over the `top_k` chosen logits."""

@@ -100,11 +100,14 @@ def new_folder(out: Path) -> Generator[Path]:
         place removes.
 
     Raises:
-        ExportError: something is in `out`.
+        ExportError: something is in `out`, or a file is in place of a folder around it.
     """
     is_folder = out.is_dir()
     beside = out if is_folder else out.parent
-    beside.mkdir(parents=True, exist_ok=True)
+    try:
+        beside.mkdir(parents=True, exist_ok=True)
+    except (FileExistsError, NotADirectoryError):
+        raise ExportError(f"{beside} is no folder; give the name of a new folder") from None
     with temporary_folder(beside, ".export-") as scratch:
         is_empty = is_folder and [path.name for path in out.iterdir()] == [scratch.name]
         if not is_empty and (out.exists() or out.is_symlink()):

@@ -40,6 +40,7 @@ from meteora.untrusted.findings import (
     counted,
     did_you_mean,
     listed,
+    quoted,
     shortened,
 )
 from meteora.untrusted.safetensors_header import MAX_SIZE, NAME
@@ -177,7 +178,7 @@ class ExpertEntry(Noun):
     def read(cls, body: object, found: Findings) -> Self:
         """Read the entry of an expert."""
         if not isinstance(body, dict):
-            found.refuse("experts", f"an expert is {shortened(body)!r}, not a table")
+            found.refuse("experts", f"an expert is {quoted(body)}, not a table")
             body = {}
         if reason := check_name(body.get("name")):
             found.refuse("experts", reason)
@@ -213,7 +214,7 @@ class ModuleEntry:
         """Read sizes, ranks and scalings of a module."""
         where = shortened(path)
         if not isinstance(body, dict):
-            found.refuse("modules", f"{where} is {shortened(body)!r}, not a table")
+            found.refuse("modules", f"{where} is {quoted(body)}, not a table")
             body = {}
         refuse_unknown(body, where, {"in", "out", "ranks", "scaling"}, found)
         field = fields_of(body, found)

@@ -12,7 +12,7 @@ from collections.abc import Callable, Collection, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeGuard, TypeVar
 
-from meteora.untrusted.findings import Findings, listed, shortened
+from meteora.untrusted.findings import Findings, listed, quoted, shortened
 
 T = TypeVar("T")
 
@@ -60,7 +60,7 @@ class Field:
     def flag(self) -> bool:
         """Read a boolean; false where the field is not set."""
         if self.value is not None and type(self.value) is not bool:
-            self.refuse(f"is {shortened(self.value)!r}, neither true nor false")
+            self.refuse(f"is {quoted(self.value)}, neither true nor false")
         return self.value is True
 
     def rank(self) -> int:
@@ -68,7 +68,7 @@ class Field:
         value = self.value
         if type(value) is not int or not 1 <= value <= MAX_RANK:
             kind = "" if type(value) is int else f", a whole number{_unlike(value)}"
-            self.refuse(f"is {shortened(value)!r}; it must be 1 to {MAX_RANK}{kind}", "rank")
+            self.refuse(f"is {quoted(value)}; it must be 1 to {MAX_RANK}{kind}", "rank")
             return 0
         return value
 
@@ -77,7 +77,7 @@ class Field:
         read = number(self.value)
         if read is None or not MIN_ALPHA <= read <= MAX_ALPHA:
             needed = f"it must be a number from {MIN_ALPHA} to 10^6{_unlike(self.value)}"
-            self.refuse(f"is {shortened(self.value)!r}; {needed}", "alpha")
+            self.refuse(f"is {quoted(self.value)}; {needed}", "alpha")
             return 0.0
         return read
 
@@ -86,7 +86,7 @@ class Field:
         value = self.value
         if type(value) is not int or not least <= value <= most:
             needed = f"it must be a whole number from {least} to {most}"
-            self.refuse(f"is {shortened(value)!r}; {needed}")
+            self.refuse(f"is {quoted(value)}; {needed}")
             return least
         return value
 
@@ -95,7 +95,7 @@ class Field:
         read = number(self.value)
         if read is None or not least <= read <= most:
             needed = f"it must be a number from {least:g} to {most:g}"
-            self.refuse(f"is {shortened(self.value)!r}; {needed}")
+            self.refuse(f"is {quoted(self.value)}; {needed}")
             return most
         return read
 
@@ -103,7 +103,7 @@ class Field:
         """Read one of several words; the first of them where it is refused."""
         if not isinstance(self.value, str) or self.value not in options:
             known = ", ".join(repr(option) for option in options)
-            self.refuse(f"is {shortened(self.value)!r}; it must be one of {known}")
+            self.refuse(f"is {quoted(self.value)}; it must be one of {known}")
             return options[0]
         return self.value
 
@@ -111,21 +111,21 @@ class Field:
         """Read a printable text of a given form; empty where it is refused."""
         value = self.value
         if not isinstance(value, str) or not value.isprintable() or not pattern.fullmatch(value):
-            self.refuse(f"is {shortened(value)!r}, which has another form than needed")
+            self.refuse(f"is {quoted(value)}, which has another form than needed")
             return ""
         return value
 
     def table(self) -> dict[str, Any]:
         """Read a table; empty where it is refused."""
         if not isinstance(self.value, dict):
-            self.refuse(f"is {shortened(self.value)!r}, not a table")
+            self.refuse(f"is {quoted(self.value)}, not a table")
             return {}
         return self.value
 
     def rows(self, most: int) -> list[Any]:
         """Read a list; empty where it is refused."""
         if not isinstance(self.value, list) or len(self.value) > most:
-            self.refuse(f"is {shortened(self.value)!r}, not a list of at most {most}")
+            self.refuse(f"is {quoted(self.value)}, not a list of at most {most}")
             return []
         return self.value
 

@@ -1,6 +1,7 @@
-"""Reasons against an adapter, collected while it is read, and the error that carries them."""
+"""Reasons against what strangers wrote, and how a message names what they wrote."""
 
 import codecs
+import json
 import shlex
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
@@ -83,6 +84,15 @@ def shortened(text: object, most: int = 80) -> str:
         return f"a {'list' if isinstance(text, list) else 'table'} of {len(text)}"
     plain = "".join(c if c.isprintable() else "�" for c in str(text)[: most + 1])
     return plain if len(plain) <= most else plain[: most - 1] + "…"
+
+
+def quoted(value: object) -> str:
+    """Return an untrusted value of JSON as it is written there: a text in quotes, a number bare."""
+    if isinstance(value, str):
+        return repr(shortened(value))
+    if value is None or isinstance(value, bool):
+        return json.dumps(value)
+    return shortened(value)
 
 
 def inline_code(text: str) -> str:

@@ -6,17 +6,14 @@ from typing import Annotated, Literal, Self, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
 
-from meteora.artifacts import Unfitted
+from meteora.artifacts import Control, Unfitted
 
 MetricName = Literal[
     "exact_match", "numeric_match", "sentence_bleu", "rouge1", "rouge2", "rougeL", "verified",
     "acc", "acc_norm",
 ]  # fmt: skip
 Template = Literal["auto", "chat", "plain"]
-System = Literal[
-    "base", "oracle", "one_expert", "single", "swap", "alora", Unfitted, "random", "linear", "ties",
-    "dare_ties", "experts",
-]  # fmt: skip
+System = Literal["base", Control, Unfitted, "random", "linear", "ties", "dare_ties", "experts"]
 OF_CONVERSATIONS = ("single", "swap", "alora")
 """Systems that answer conversations only."""
 LEADERBOARD = re.compile(r"[\w.-]+/[\w.-]+/[\w.-]+")

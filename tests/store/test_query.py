@@ -11,6 +11,7 @@ import time
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import pytest
 
@@ -19,6 +20,7 @@ from meteora.artifacts import (
     ArtifactId,
     ComparisonBuild,
     ComparisonSpec,
+    Control,
     Difference,
     PoolSpec,
     RoutingScore,
@@ -342,22 +344,21 @@ def test_now_is_in_the_time_zone_of_recorded_times(filled: Shelf) -> None:
 
 
 def test_controls_are_those_of_the_routers(asked: Shelf) -> None:
-    """Each is given the expert of a token, as `ROUTER_KINDS` says."""
-    kinds = ", ".join(f"'{kind}'" for kind in ROUTER_KINDS)
+    controls = get_args(Control)
+    kinds = ", ".join(f"'{kind}'" for kind in (*ROUTER_KINDS, *controls))
     sql = f"SELECT kind FROM (SELECT unnest([{kinds}]) AS kind) WHERE is_control(kind)"  # noqa: S608
     found = [kind for (kind,) in asked.ledger.query(sql).rows]
-    assert found == [*ROUTER_KINDS[ROUTER_KINDS.index("oracle") :]]
+    assert found == [*controls]
 
 
 def test_comments_name_every_kind_of_router(asked: Shelf) -> None:
-    kinds = ROUTER_KINDS[: ROUTER_KINDS.index("oracle")]
     found = asked.ledger.query(
         "SELECT table_name, comment FROM duckdb_columns()"
         " WHERE column_name = 'router' AND table_name NOT LIKE '%rows' AND comment LIKE '%gate%'"
     ).rows
     assert {view for view, _ in found} == {"changes", "leaderboard", "regressions", "routers"}
     for view, comment in found:
-        assert not {*kinds} - {*re.findall(r"\w+", comment)}, view
+        assert not {*ROUTER_KINDS} - {*re.findall(r"\w+", comment)}, view
 
 
 def test_the_examples_are_read_whole() -> None:

@@ -355,7 +355,7 @@ def test_a_rank_that_no_checkpoint_can_hold_is_refused(tmp_path: Path) -> None:
         f"{name}_B.weight": ("F32", (8, 5000), 1.0),
     }
     folder = write_adapter(tmp_path, safetensors(tensors), r=4)
-    assert "is '5000'; it must be 1 to 4096" in codes(folder)["rank"]
+    assert "is 5000; it must be 1 to 4096" in codes(folder)["rank"]
 
 
 @pytest.mark.parametrize("value", ["8", 8.0, True])

@@ -114,6 +114,9 @@ def test_what_is_not_there_and_what_is_in_the_way_is_said(world: World, tmp_path
     for taken in (tmp_path / "full", tmp_path / "full" / "mine", tmp_path / "link"):
         with pytest.raises(ExportError, match="holds something"):
             export_expert(world.checkpoint, "q_and_v", taken)
+    for inside in ("out", "new/out"):
+        with pytest.raises(ExportError, match="is no folder; give the name of a new folder"):
+            export_expert(world.checkpoint, "q_and_v", tmp_path / "full" / "mine" / inside)
 
 
 @pytest.mark.parametrize("there", [True, False])

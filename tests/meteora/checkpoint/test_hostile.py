@@ -90,7 +90,7 @@ def test_ranks(folder: Path, value: object) -> None:
 @pytest.mark.parametrize(
     ("count", "sentence"),
     [
-        (10_000, "in of module0 is '0'; it must be a whole number"),
+        (10_000, "in of module0 is 0; it must be a whole number"),
         (10_001, "it has 10001 modules, more than 10000"),
     ],
 )
@@ -109,8 +109,8 @@ def test_a_fault_in_each_of_very_many_ranks_and_scalings() -> None:
     found = Findings()
     ModuleEntry.read("q_proj", body, 4096, found)
     assert [reason.message for reason in found.refusals] == [
-        "a rank of q_proj is '-1'; it must be 1 to 4096",
-        "a scaling of q_proj is '-1'; it must be a number from 1e-30 to 1e+06",
+        "a rank of q_proj is -1; it must be 1 to 4096",
+        "a scaling of q_proj is -1; it must be a number from 1e-30 to 1e+06",
     ]
 
 

@@ -101,9 +101,7 @@ def peft_claim(config: Mapping[str, Any], extras: OnExtras, found: Findings) -> 
     """Read a PEFT config; return None if it is not LoRA, so that the other fields mean nothing."""
     kind = config["peft_type"]
     if kind != "LORA":
-        found.refuse(
-            "peft_type", f"peft_type is {quoted(kind)}; only LORA can be an expert here"
-        )
+        found.refuse("peft_type", f"peft_type is {quoted(kind)}; only LORA can be an expert here")
         return None
     _refuse_variants(config, found)
     _unknown_keys(config, UNDERSTOOD | WITHOUT_EFFECT | set(VARIANTS), found)

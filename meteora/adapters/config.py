@@ -18,6 +18,7 @@ from meteora.untrusted.config_fields import (
     is_active,
     number,
     refuse_unknown,
+    unlike,
 )
 from meteora.untrusted.findings import Findings, listed, quoted, shortened
 
@@ -144,12 +145,14 @@ def mlx_claim(config: Mapping[str, Any], found: Findings) -> Claim:
     refuse_unknown(parameters, "lora_parameters", MLX_PARAMETERS, found)
     field = fields_of(parameters, found)
     r = field("rank", where="lora_parameters.rank").rank()
-    scale = number(parameters.get("scale"))
+    scale_written = parameters.get("scale")
+    scale = number(scale_written)
     if scale is None or not MIN_ALPHA <= scale <= MAX_ALPHA:
         found.refuse(
             "mlx_scale",
-            f"lora_parameters.scale is {quoted(parameters.get('scale'))}; MLX-LM needs a"
-            " positive number there and no other field can stand in for it",
+            f"lora_parameters.scale is {quoted(scale_written)}; MLX-LM needs a number from"
+            f" {MIN_ALPHA} to 10^6 there{unlike(scale_written)}, and no other field stands in for"
+            " it",
         )
         scale = 1.0
     elif parameters.get("alpha") is not None and "lora_layers" in config and r:
@@ -248,7 +251,7 @@ def _task(config: Mapping[str, Any], extras: OnExtras, found: Findings) -> str:
 
 def _check_auto_mapping(mapping: object, found: Findings) -> None:
     """Check the name of the class that the adapter was trained on; the class is never imported."""
-    if mapping is None:
+    if not is_active(mapping):
         return
     if not isinstance(mapping, dict):
         found.refuse("auto_mapping", "auto_mapping is not a table of two names")

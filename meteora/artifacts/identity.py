@@ -57,7 +57,7 @@ def short(artifact_id: str) -> str:
 PLAIN: dict[Any, tuple[type, ...]] = {
     str: (str,), int: (int,), float: (int, float), bool: (bool,), ArtifactId: (str,),
 }  # fmt: skip
-"""What JSON may hold for a field of a plain type: it writes some floats as whole numbers."""
+"""What JSON may hold for a field of a plain type: people and other programs write 1 for 1.0."""
 
 
 class Noun:
@@ -114,7 +114,10 @@ def _checked(value: Any, types: tuple[type, ...]) -> Any:  # noqa: ANN401
 
 
 class Spec(Noun):
-    """Describes a thing to make or measure. Specs have equal ids if and only if they are equal."""
+    """Describes a thing to make or measure. Specs with equal ids are equal.
+
+    Equal specs have equal ids but for numbers: 1 and 1.0 are equal, and their JSON is not.
+    """
 
     kind: ClassVar[str]
     """The first part of the id."""

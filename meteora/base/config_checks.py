@@ -44,15 +44,15 @@ def require_layers_of_text(config: Any) -> None:  # noqa: ANN401  (transformers 
 
     Raises:
         AttributeError: it lacks a size.
-        ValueError: it has more layers than any model, or a size that is no number.
+        ValueError: it has no layers, more than any model, or a size that is no number.
     """
     text = config.get_text_config()
     num_layers = text.num_hidden_layers
     for name in ("hidden_size", "vocab_size"):
         if type(size := getattr(text, name)) is not int:
             raise ValueError(f"{name} is {shortened(size)}, and no number")
-    if not (type(num_layers) is int and 0 <= num_layers <= MAX_LAYERS):
-        raise ValueError(f"it has {shortened(num_layers)} layers; at most {MAX_LAYERS} are allowed")
+    if not (type(num_layers) is int and 0 < num_layers <= MAX_LAYERS):
+        raise ValueError(f"it has {shortened(num_layers)} layers; it must have 1 to {MAX_LAYERS}")
     layers = text.per_layer_config if text.is_heterogeneous else [text]
     for name in ("num_attention_heads", "num_key_value_heads", "head_dim", *INTERMEDIATE_SIZES):
         for size in (getattr(layer, name, None) or 0 for layer in layers):

@@ -7,7 +7,6 @@ exported file is byte for byte the original, and its hash proves that.
 import json
 import math
 import re
-import shutil
 from collections import Counter
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import contextmanager
@@ -15,7 +14,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from meteora.adapters.files import CONFIG, PEFT_WEIGHTS
@@ -24,7 +22,7 @@ from meteora.adapters.weights import DTYPES
 from meteora.artifacts import MeteoraError, file_sha256
 from meteora.base.temporary_folder import temporary_folder
 from meteora.checkpoint.manifest import ExpertEntry, Manifest, number_of, read_manifest
-from meteora.checkpoint.tensors import open_experts
+from meteora.checkpoint.tensors import open_experts, save_tensors
 from meteora.untrusted.findings import inline_code
 
 WORD = re.compile(r"[\w./-]+")
@@ -65,19 +63,17 @@ def export_expert(folder: Path, name: str, out: Path, base_model: str = "") -> b
         (made / "README.md").write_text(
             _readme(entry, config["base_model_name_or_path"] or ""), encoding="utf-8"
         )
-        is_original = _write_weights(made / PEFT_WEIGHTS, tensors, entry.weights_sha256)
-        shutil.copymode(made / CONFIG, made / PEFT_WEIGHTS)  # safetensors lets only the owner read
-    return is_original
+        return _write_weights(made / PEFT_WEIGHTS, tensors, entry.weights_sha256)
 
 
 def _write_weights(path: Path, tensors: dict[str, Tensor], original_sha256: str) -> bool:
     """Write an adapter's tensors; return whether one of their exact casts is the original file."""
     # the stack may be wider than this adapter's own file
     for candidate in _exact_casts(tensors):
-        save_file(candidate, path, {"format": "pt"})
+        save_tensors(path, candidate, {"format": "pt"})
         if file_sha256(path) == original_sha256:
             return True
-    save_file(tensors, path, {"format": "pt"})
+    save_tensors(path, tensors, {"format": "pt"})
     return False
 
 

@@ -275,11 +275,18 @@ def write_gates(path: Path, gates: Gates) -> None:
 
 def _save(path: Path, tensors: Mapping[str, Tensor], notes: Mapping[str, Any]) -> None:
     own = {key: tensor.contiguous().clone() for key, tensor in tensors.items()}
+    # one key: safetensors writes several keys in an order that varies
+    save_tensors(path, own, {NOTES: canonical_json(notes)})
+
+
+def save_tensors(
+    path: Path, tensors: dict[str, Tensor], metadata: dict[str, str] | None = None
+) -> None:
+    """Write a safetensors file that may be read as any new file: the library's is the owner's."""
     path.touch()
     mode = path.stat().st_mode
-    # one key: safetensors writes several keys in an order that varies
-    save_file(own, path, {NOTES: canonical_json(notes)})
-    path.chmod(mode)  # safetensors lets only the owner read it
+    save_file(tensors, path, metadata)
+    path.chmod(mode)
 
 
 def read_gates(folder: Path, manifest: Manifest) -> Gates:

@@ -276,10 +276,10 @@ class _Learner:
         """Sum the gradients over the processes, in place."""
         if self.accelerator.num_processes == 1:
             return
-        grads = [p.grad.flatten() for p in self.parameters.values() if p.grad is not None]
-        total = self.accelerator.reduce(torch.cat(grads), "sum")
-        grads = total.split([len(grad) for grad in grads])
-        for parameter, grad in zip(self.parameters.values(), grads, strict=True):
+        trained = {p: p.grad.flatten() for p in self.parameters.values() if p.grad is not None}
+        total = self.accelerator.reduce(torch.cat([*trained.values()]), "sum")
+        sums = total.split([len(grad) for grad in trained.values()])
+        for parameter, grad in zip(trained, sums, strict=True):
             parameter.grad = grad.view_as(parameter)
 
 

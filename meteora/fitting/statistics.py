@@ -9,12 +9,11 @@ from pathlib import Path
 from typing import Self
 
 import torch
-from safetensors.torch import save_file
 from torch import Tensor
 
 from meteora.checkpoint.manifest import GATES, STATISTICS, CheckpointError, Manifest
 from meteora.checkpoint.sound_file import AGAIN, open_sound
-from meteora.checkpoint.tensors import Gates
+from meteora.checkpoint.tensors import Gates, save_tensors
 from meteora.fitting.covariance import Covariance, Rows, Sums
 from meteora.untrusted.findings import shortened
 
@@ -161,7 +160,7 @@ def write_statistics(path: Path, statistics: Mapping[str, PointStatistics]) -> N
         for module, point in statistics.items()
         for name, tensor in vars(point.narrowed(MAX_WRITTEN)).items()
     }
-    save_file(tensors, path)
+    save_tensors(path, tensors)
 
 
 def read_statistics(folder: Path, manifest: Manifest, gates: Gates) -> dict[str, PointStatistics]:

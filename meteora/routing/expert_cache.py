@@ -41,7 +41,7 @@ class ExpertCache:
 
     @property
     def miss_rate(self) -> float:
-        """The share of uses that had to wait for a copy, except copies of the mean of all.
+        """The share of uses that had to wait for a copy, without those of the mean of all.
 
         It is 0 before the first use.
         """
@@ -54,11 +54,11 @@ class ExpertCache:
 
         Args:
             may_evict: whether others may leave for them; if not, they stay only where room is left,
-                and a copy counts as no miss
+                and count neither as hit nor as miss
         """
         with self._turn:
             if (pair := self._held.get(key)) is not None:
-                self.hits += 1
+                self.hits += may_evict
                 self._held.move_to_end(key)
                 return pair
             self.misses += may_evict

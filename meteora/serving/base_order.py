@@ -13,7 +13,7 @@ from safetensors import safe_open
 from torch import Tensor
 
 from meteora.base.shapes import weight_key
-from meteora.serving.served_folder import UnservableError
+from meteora.serving.vllm_version import UnservableError
 
 SAMPLES = 16
 """The number of outputs of a projection that are compared."""

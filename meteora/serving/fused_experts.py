@@ -27,8 +27,8 @@ from meteora.routing.gates import give_router, new_decisions, share_first_matmul
 from meteora.routing.layer import RoutedExperts
 from meteora.routing.routers import Decision, Follower, Gate
 from meteora.serving.folded_experts import FoldedExperts, MakeLinear, plain_linear
-from meteora.serving.served_folder import UnservableError
 from meteora.serving.served_turns import ServedTurns
+from meteora.serving.vllm_version import UnservableError
 
 
 class Part(NamedTuple):

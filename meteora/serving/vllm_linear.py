@@ -33,13 +33,14 @@ from vllm.utils.torch_utils import set_default_torch_dtype
 
 from meteora.serving.base_order import refuse_another_order
 from meteora.serving.fused_experts import Part, ServedExperts, parts_of
-from meteora.serving.served_folder import METHOD, UnservableError, find_served_checkpoint
+from meteora.serving.served_folder import find_served_checkpoint
 from meteora.serving.vllm_prompts import (
     Order,
     PromptsEmbeddingMethod,
     define_operator,
     refuse_parts_of_prompts,
 )
+from meteora.serving.vllm_version import METHOD, UnservableError
 
 if TYPE_CHECKING:
     from transformers import PretrainedConfig

@@ -7,7 +7,7 @@ every model, so it neither fails nor imports much.
 from contextlib import suppress
 from typing import Any
 
-from meteora.serving.served_folder import (
+from meteora.serving.vllm_version import (
     METHOD,
     UnservableError,
     problem_with_version,

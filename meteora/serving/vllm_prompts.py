@@ -20,8 +20,9 @@ from vllm.config import CUDAGraphMode, get_current_vllm_config
 from vllm.forward_context import ForwardContext, get_forward_context
 from vllm.model_executor.layers.vocab_parallel_embedding import UnquantizedEmbeddingMethod
 
-from meteora.serving.served_folder import WHOLE_PROMPTS, UnservableError
+from meteora.serving.served_folder import WHOLE_PROMPTS
 from meteora.serving.served_turns import Requests, ServedTurns
+from meteora.serving.vllm_version import UnservableError
 
 if TYPE_CHECKING:
     from vllm.config import VllmConfig

@@ -67,7 +67,7 @@ class Field:
         """Read a rank; 0 where it is refused."""
         value = self.value
         if type(value) is not int or not 1 <= value <= MAX_RANK:
-            kind = "" if type(value) is int else f", a whole number{_unlike(value)}"
+            kind = "" if type(value) is int else f", a whole number{unlike(value)}"
             self.refuse(f"is {quoted(value)}; it must be 1 to {MAX_RANK}{kind}", "rank")
             return 0
         return value
@@ -76,7 +76,7 @@ class Field:
         """Read an alpha; 0 where it is refused."""
         read = number(self.value)
         if read is None or not MIN_ALPHA <= read <= MAX_ALPHA:
-            needed = f"it must be a number from {MIN_ALPHA} to 10^6{_unlike(self.value)}"
+            needed = f"it must be a number from {MIN_ALPHA} to 10^6{unlike(self.value)}"
             self.refuse(f"is {quoted(self.value)}; {needed}", "alpha")
             return 0.0
         return read
@@ -234,7 +234,7 @@ def is_active(value: object) -> bool:
     return value not in (None, False, "", 0) and value not in ([], {})
 
 
-def _unlike(value: object) -> str:
+def unlike(value: object) -> str:
     """What is wrong with a value that looks like the number that is needed."""
     return " without quotes" if isinstance(value, str) else ""
 

@@ -303,6 +303,7 @@ def test_what_a_person_should_know_is_a_warning(
         {"init_lora_weights": "eva", "eva_config": {"rho": 2.0}},
         *({"init_lora_weights": init} for init in ("gaussian", "Gaussian", "mica", False, None)),
         {"merge_weights": False, "enable_lora": None},
+        {"auto_mapping": {}},
         {"auto_mapping": {"base_model_class": "GPT2LMHeadModel"}},
         {"auto_mapping": {"base_model_class": "PeftModel", "parent_library": "peft.peft_model"}},
         {"auto_mapping": {"parent_library": "peft", "base_model_class": "PeftMixedModel"}},
@@ -446,6 +447,15 @@ def test_an_mlx_adapter_that_cannot_be_converted_is_refused(
     parameters: dict[str, Any], config: dict[str, Any], code: str, tmp_path: Path
 ) -> None:
     assert code in codes(write_mlx(tmp_path / "mlx", parameters, **config))
+
+
+@pytest.mark.parametrize(
+    ("scale", "asked"),
+    [("20.0", "'20.0'; MLX-LM needs a number from 1e-20 to 10^6 there without quotes"), (-1, "-1")],
+)
+def test_a_scale_of_mlx_that_is_none_is_quoted(scale: object, asked: str, tmp_path: Path) -> None:
+    folder = write_mlx(tmp_path / "mlx", {"rank": 4, "scale": scale})
+    assert f"lora_parameters.scale is {asked}" in codes(folder)["mlx_scale"]
 
 
 SHAPES = dict.fromkeys((Q0, Q1, V0, V1), (8, 6))

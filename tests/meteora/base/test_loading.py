@@ -302,7 +302,7 @@ def test_a_head_is_its_own_if_the_config_does_not_say_that_it_is_shared(base: Pa
     assert own_head(model) is model.get_output_embeddings()
 
 
-@pytest.mark.parametrize("claimed", [0, MAX_LAYERS])
+@pytest.mark.parametrize("claimed", [1, MAX_LAYERS])
 def test_a_fingerprint_is_read_whatever_number_of_layers_a_config_claims(
     claimed: int, base: Path
 ) -> None:

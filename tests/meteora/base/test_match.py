@@ -122,6 +122,7 @@ def test_without_a_tokenizer_the_sizes_count_and_the_architecture(
         '{"model_type": "gpt2", "vocab_size": [32]}',
         '{"model_type": "vit"}',
         '{"model_type": "llama", "num_hidden_layers": 300000000}',
+        '{"model_type": "llama", "num_hidden_layers": 0}',
     ],
 )
 def test_a_config_that_cannot_be_read_is_one_sentence(

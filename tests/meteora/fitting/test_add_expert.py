@@ -136,6 +136,12 @@ def test_statistics_are_written_with_fewer_directions(world, tmp_path, monkeypat
     assert torch.equal(read.rows, point.narrowed(6).rows)
 
 
+def test_who_may_read_the_other_files_may_read_the_statistics(tmp_path):
+    write_statistics(tmp_path / STATISTICS, {"a.b": PointStatistics.of(scatter_of(*drawn()), 0.1)})
+    (tmp_path / "README.md").touch()
+    assert (tmp_path / STATISTICS).stat().st_mode == (tmp_path / "README.md").stat().st_mode
+
+
 def test_narrowed_statistics_are_numbers_where_no_direction_is_wider_than_the_others():
     rows = torch.linalg.qr(torch.randn(9, 9)).Q.half()  # of one length but for rounding
     alike = PointStatistics(torch.zeros(2, 9), torch.zeros(9), rows, torch.tensor([0.1, 0.0, 0.5]))

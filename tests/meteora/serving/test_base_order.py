@@ -5,7 +5,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from meteora.serving.base_order import refuse_another_order
-from meteora.serving.served_folder import UnservableError
+from meteora.serving.vllm_version import UnservableError
 
 BY_HEADS = "transformer.h.0.self_attention.query_key_value"
 

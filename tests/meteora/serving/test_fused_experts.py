@@ -20,8 +20,8 @@ from meteora.routing.routers import Gate
 from meteora.serving import fused_experts
 from meteora.serving.folded_experts import FoldedExperts, plain_linear
 from meteora.serving.fused_experts import Part, ServedExperts, parts_of
-from meteora.serving.served_folder import UnservableError
 from meteora.serving.served_turns import Requests
+from meteora.serving.vllm_version import UnservableError
 from tests.meteora.serving.served_world import JOINED, random_gates, with_router
 
 IDS = torch.arange(3, 43)[None]

@@ -25,12 +25,8 @@ from meteora.checkpoint.manifest import (
 )
 from meteora.model.fused import WrongBaseError
 from meteora.serving import vllm_plugin
-from meteora.serving.served_folder import (
-    UnservableError,
-    export_for_vllm,
-    find_served_checkpoint,
-    problem_with_version,
-)
+from meteora.serving.served_folder import export_for_vllm, find_served_checkpoint
+from meteora.serving.vllm_version import UnservableError, problem_with_version
 from tests.meteora.serving.served_world import ROUTER_ID, with_router
 
 SHARED = RouterOptions("gate", 1, 1.0, opening="shared", share="point")
@@ -293,6 +289,15 @@ def test_the_plugin_needs_no_package_that_vllm_does_not_bring():
     code = (
         f"import sys; sys.modules.update(dict.fromkeys({absent!r}));"
         "import meteora.serving.served_folder, meteora.serving.fused_experts"
+    )
+    subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_the_entry_point_imports_no_torch():
+    """vLLM calls it in each process, also for models without experts."""
+    code = (
+        "import sys, meteora.serving.vllm_plugin;"
+        "sys.exit(bool({'torch', 'transformers'} & {*sys.modules}))"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
 

@@ -31,7 +31,8 @@ from meteora.routing.routers import Gate
 from meteora.serving import vllm_plugin
 from meteora.serving.folded_experts import FoldedExperts
 from meteora.serving.fused_experts import FusedExperts, Part
-from meteora.serving.served_folder import UnservableError, export_for_vllm
+from meteora.serving.served_folder import export_for_vllm
+from meteora.serving.vllm_version import UnservableError
 from tests.conftest import ATTENTION, MLP
 from tests.meteora.model.test_architectures import TARGETS
 from tests.meteora.serving.served_world import with_router

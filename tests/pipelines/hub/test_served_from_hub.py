@@ -13,11 +13,8 @@ from meteora.artifacts import RouterOptions
 from meteora.base.sources import SourceError
 from meteora.checkpoint.manifest import EXPERTS, GATES, MANIFEST, CheckpointError
 from meteora.model.fused import WrongBaseError
-from meteora.serving.served_folder import (
-    UnservableError,
-    export_for_vllm,
-    find_served_checkpoint,
-)
+from meteora.serving.served_folder import export_for_vllm, find_served_checkpoint
+from meteora.serving.vllm_version import UnservableError
 from tests.conftest import World
 from tests.meteora.serving.served_world import with_router
 from tests.pipelines.admission.test_checkpoints import Main

@@ -98,8 +98,7 @@ def stack_bytes(specs: Sequence[AdapterSpec]) -> int:
     """Return the size of the stacked factors, in the narrowest dtype that holds all exactly."""
     dtypes = {spec.dtype for spec in specs}
     itemsize = ITEMSIZE[dtypes.pop()] if len(dtypes) == 1 else 4
-    modules = (module for spec in specs for module in spec.modules)
-    return itemsize * sum(m.r * (m.in_features + m.out_features) for m in modules)
+    return itemsize * sum(module.num_parameters for spec in specs for module in spec.modules)
 
 
 def _moved(

@@ -252,7 +252,7 @@ def _measured_facts(spec: AdapterSpec) -> dict[str, Any]:
         "r_max": max(ranks),
         "scaling_min": min(scalings),
         "scaling_max": max(scalings),
-        "num_parameters": sum(m.r * (m.in_features + m.out_features) for m in spec.modules),
+        "num_parameters": sum(module.num_parameters for module in spec.modules),
         "dtype": spec.dtype,
         "stripped": spec.stripped,
         "weights_sha256": spec.weights_sha256,

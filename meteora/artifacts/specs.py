@@ -147,6 +147,11 @@ class AdapterModule(Noun):
     scaling: float
     """lora_alpha / r, or lora_alpha / √r with rsLoRA, as PEFT computes it for this module."""
 
+    @property
+    def num_parameters(self) -> int:
+        """The numbers in A [r, IN] and B [OUT, r]."""
+        return self.r * (self.in_features + self.out_features)
+
 
 @dataclass(frozen=True)
 class AdapterSpec(Spec):

@@ -86,7 +86,7 @@ def add_expert(folder: Path, adapter: Adapter, entry: ExpertEntry, out: Path) ->
 
 def larger_bytes(folder: Path, adapter: Adapter) -> int:
     """Return the bytes of the factors that `add_expert` would write."""
-    numbers = sum(m.r * (m.in_features + m.out_features) for m in adapter.spec.modules)
+    numbers = sum(module.num_parameters for module in adapter.spec.modules)
     manifest = read_manifest(folder)
     for entry in manifest.modules.values():
         numbers += entry.num_ranks * (entry.in_features + entry.out_features)

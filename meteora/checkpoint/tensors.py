@@ -2,7 +2,7 @@
 
     meteora.json          base, experts in order, modules, router
     experts.safetensors   "<module path>.lora_A" [R, IN], "<module path>.lora_B" [OUT, R]
-    gates.safetensors     "<module path>.gate.weight" [E, IN], "<module path>.gate.bias" [E];
+    gates.safetensors     "<module path>.gate.weight" [C, IN], "<module path>.gate.bias" [C];
                           "<module path>.gate.stand_in" [3, U] where U experts had no examples;
                           "<module path>.offsets" [C, OUT] of modules that have them;
                           of a router of kind `prompt` instead "<module path>.gate.rows" [R, IN],
@@ -233,7 +233,7 @@ class Gates:
     """The gates of a model, with the template and the offsets that they need to run."""
 
     own: dict[str, tuple[Tensor, Tensor]]
-    """G [E, IN] and c [E] of each module that has a gate."""
+    """G [C, IN] and c [C] of each module that has a gate."""
     follows: dict[str, str] = field(default_factory=dict)
     """For each module without a gate, the earlier module whose gate decides for it."""
     template: Template = field(default_factory=Template)

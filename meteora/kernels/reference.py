@@ -28,11 +28,11 @@ def route(
                      at most `margin` below the best
 
     Args:
-        logits: [T, E]
+        logits: [T, C]
         margin: None: all K experts have a weight
 
     Returns:
-        weights [T, K], which sum to one over K, and experts [T, K]. K is at most E.
+        weights [T, K], which sum to one over K, and experts [T, K]. K is at most C.
     """
     wide = torch.promote_types(logits.dtype, torch.float32)
     if top_k == 1:  # less work, and a compiler can fuse it with its neighbours

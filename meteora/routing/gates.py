@@ -136,7 +136,7 @@ def give_gate(
     decision: Decision | None,
     stand_in: StandIn | None,
 ) -> None:
-    """Route a layer by G [E, IN] and c [E].
+    """Route a layer by G [C, IN] and c [C].
 
     Args:
         decision: receives the gate's decision, for the layers that follow it
